@@ -1,0 +1,95 @@
+"""What every command shares: how it fails, which device it runs on, and the file format of checkpoints.
+
+A checkpoint is one torch file, a dict of plain values and tensors that loads with `weights_only=True`:
+
+    format   1
+    kind     "velocity" (a VideoTransformer) or "reward" (a VideoReward)
+    config   the model's config as a dict          vocabulary   list of words, in the order of their ids
+    model    state dict, any float dtype           step         training steps done
+    and while training: ema, optimizer, algo, seed, settings
+"""
+
+import os
+import pickle
+import sys
+from pathlib import Path
+
+import torch
+
+FORMAT = 1
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+class BadInput(Exception):
+    """Something the user gave is wrong. The message is one line that names it and says what would be right."""
+
+
+def run(main):
+    """Runs a command: bad input ends it with one line and exit status 2, Ctrl-C with 130."""
+    try:
+        main()
+    except BadInput as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def pick_device(name="auto"):
+    """torch.device for "auto" (cuda, then mps, then cpu) or a named one; BadInput if it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(f"--device {name}: not available here ({str(error).splitlines()[0]})") from None
+    return torch.device(name)
+
+
+def save_checkpoint(path, state):
+    """Writes `state` so that `path` is at every moment either the old file or the whole new one."""
+    path = Path(path)
+    temporary = path.with_suffix(".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            torch.save({"format": FORMAT, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise BadInput(f"cannot write {path}: {error.strerror}") from None
+
+
+def load_checkpoint(path, kind=None):
+    """Reads a checkpoint as a dict. BadInput for a missing, unreadable or foreign file, or one of another kind."""
+    path = Path(path)
+    if not path.is_file():
+        raise BadInput(f"{path}: no such checkpoint; train one with `python train.py`, or leave the flag out to use weights/")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError, KeyError):
+        raise BadInput(f"{path}: not a checkpoint that can be read safely (damaged, or not written by train.py)") from None
+    if not isinstance(state, dict) or not {"format", "kind", "config", "model", "vocabulary"} <= state.keys():
+        raise BadInput(f"{path}: not a checkpoint of this project (it lacks format, kind, config, model or vocabulary)")
+    if state["format"] != FORMAT:
+        raise BadInput(f"{path}: checkpoint format {state['format']}, but this version reads format {FORMAT}")
+    if kind and state["kind"] != kind:
+        raise BadInput(f"{path}: holds a {state['kind']} model, but a {kind} model is needed here")
+    return state
+
+
+def fill(model, weights, path):
+    """Loads a state dict into `model`, in the model's own dtype. BadInput names the first tensor that does not fit."""
+    own = model.state_dict()
+    for name in own.keys() | weights.keys():
+        if name not in weights or name not in own:
+            where = "lacks" if name not in weights else "has an unknown"
+            raise BadInput(f"{path}: {where} tensor {name!r}; it belongs to another kind or version of model")
+        if own[name].shape != weights[name].shape:
+            shapes = f"{tuple(weights[name].shape)} in the file, {tuple(own[name].shape)} in the model"
+            raise BadInput(f"{path}: tensor {name!r} has another shape: {shapes}")
+    model.load_state_dict(weights)
+    return model

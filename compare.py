@@ -1,0 +1,52 @@
+"""Two models on the same prompts and noise: true scores, learned scores, win rates (paper, section 5.1, "automatic").
+
+The paper judges its aligned models by the reward they were aligned with. Here a second judge, the oracle, says what is
+true; where the two part ways, the policy has learned the reward's mistakes.
+"""
+
+import torch
+
+import world
+from data import Vocabulary
+from reward import DIMENSIONS
+from sample import sample_many
+
+
+def win_rate(model, base):
+    """Share of prompts where `model` scores above `base`, a draw counting one half: (N, 3), (N, 3) -> (3,)."""
+    return ((model > base).float() + 0.5 * (model == base).float()).mean(0)
+
+
+def prompt_set(count, *splits):
+    """`count` prompts as attributes (count, 3): those of the splits in turn, as often as it takes."""
+    prompts = world.split_prompts(*splits)
+    return prompts[torch.arange(count) % len(prompts)]
+
+
+def sample_prompts(model, words, prompts, seed, device="cpu", **settings):
+    """Clips (N, C, T, H, W) on the CPU for attributes (N, 3): one seed, the same noise for every model."""
+    y = Vocabulary(words).encode_attributes(prompts, model.config.max_text)
+    x1 = torch.randn(len(prompts), *model.config.video_shape, generator=torch.Generator().manual_seed(seed))
+    return sample_many(model, x1.to(device), y.to(device), **settings).cpu()
+
+
+@torch.no_grad()
+def learned_scores(reward, words, videos, prompts, device="cpu"):
+    """VideoReward's z-scores (N, 3) on the CPU of clips for attributes (N, 3)."""
+    y = Vocabulary(words).encode_attributes(prompts, reward.config.max_text)
+    parts = [reward.normalised(v.to(device), w.to(device)) for v, w in zip(videos.split(128), y.split(128))]
+    return torch.cat(parts).cpu()
+
+
+def score_table(names, scores, learned=None):
+    """Lines of a table: for each model (the first is the base) its mean true scores, then its win rates over the base by
+    the oracle and by VideoReward. names: list of str; scores, learned: lists of (N, 3)."""
+    head = "".join(f"{dimension:>7}" for dimension in DIMENSIONS)
+    lines = [f"{'':24}{head}"]
+    for name, score in zip(names, scores):
+        lines.append(f"{name + ', true score':24}" + "".join(f"{value:7.2f}" for value in score.mean(0).tolist()))
+    for judge, table in (("oracle", scores), ("VideoReward", learned)):
+        for name, score in zip(names[1:], table[1:] if table else []):
+            wins = win_rate(score, table[0]).tolist()
+            lines.append(f"{name + ' wins, ' + judge:24}" + "".join(f"{value:7.2f}" for value in wins))
+    return lines

@@ -1,0 +1,239 @@
+"""The video generator: a flow-matching transformer v = model(x_t, t, y) (paper, section 4.1 and appendix D).
+
+Conventions, here and everywhere in this code base:
+
+    x0   data, at t = 0            x_t = (1 - t) x0 + t x1         v = x1 - x0   what the model predicts
+    x1   noise, at t = 1           x0_hat = x_t - t v_hat          sampling runs t from 1 to 0
+
+    videos (B, C, T, H, W) float in [-1, 1]    t (B,) float in [0, 1]    y (B, S) int64 word ids, 0 is padding
+
+Text tokens and video tokens form one sequence with full self-attention; every block is modulated by the time and the
+pooled prompt (adaLN-zero). The paper's generator is a closed 1 B latent model with separate spatial and 3D attention
+and a T5 encoder; at this size one block type and words as tokens do, and only the five letters v, x, t, y, B remain.
+
+The last layer predicts x0 and the model returns v = (x_t - x0_hat) / t: a patch of noise has more numbers (384) than a
+token has channels (128), so a network that had to output noise could not; clean patches are far simpler.
+"""
+
+import copy
+import math
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from attention import attention, rms_norm, rope_table, rotate
+from common import BadInput, fill, load_checkpoint
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Config
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of a VideoTransformer. `patch` divides (frames, size, size); a third of the depth or less can be shared."""
+
+    frames: int = 8
+    size: int = 32  # height and width
+    channels: int = 3
+    patch: tuple = (2, 8, 8)
+    dim: int = 128
+    depth: int = 6
+    heads: int = 4
+    vocab: int = 32  # word ids
+    max_text: int = 8  # words of a prompt
+    t_floor: float = 0.05  # v = (x_t - x0_hat) / max(t, t_floor)
+
+    def __post_init__(self):
+        object.__setattr__(self, "patch", tuple(self.patch))
+        for name, value in (("frames", self.frames), ("size", self.size), ("size", self.size)):
+            divisor = self.patch[0] if name == "frames" else self.patch[1]
+            if value % divisor:
+                raise BadInput(f"model config: {name} {value} is not a multiple of the patch's {divisor}")
+        if self.dim % self.heads or (self.dim // self.heads) % 2:
+            raise BadInput(f"model config: dim {self.dim} over {self.heads} heads must be a whole, even head size")
+
+    @property
+    def grid(self):
+        """Tokens along (t, h, w)."""
+        return self.frames // self.patch[0], self.size // self.patch[1], self.size // self.patch[2]
+
+    @property
+    def video_shape(self):
+        return self.channels, self.frames, self.size, self.size
+
+
+PRESETS = {
+    "nano": ModelConfig(),  # 2 M parameters, 64 tokens: a CPU
+    "small": ModelConfig(frames=16, size=64, dim=384, depth=12, heads=6),  # 34 M, 512 tokens: one GPU
+    "base": ModelConfig(frames=8, size=32, channels=16, patch=(1, 2, 2), dim=768, depth=12, heads=12, max_text=64),
+    "large": ModelConfig(frames=16, size=32, channels=16, patch=(1, 2, 2), dim=1536, depth=24, heads=24, max_text=128),
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parts
+
+
+def patchify(x, patch):
+    """(B, C, T, H, W) -> (B, tokens, C * patch volume), tokens in (t, h, w) order."""
+    b, c, t, h, w = x.shape
+    pt, ph, pw = patch
+    x = x.reshape(b, c, t // pt, pt, h // ph, ph, w // pw, pw)
+    return x.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(b, -1, c * pt * ph * pw)
+
+
+def unpatchify(tokens, shape, patch):
+    """The inverse of patchify; shape = (C, T, H, W)."""
+    c, t, h, w = shape
+    pt, ph, pw = patch
+    x = tokens.reshape(-1, t // pt, h // ph, w // pw, c, pt, ph, pw)
+    return x.permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(-1, c, t, h, w)
+
+
+def time_features(t, dim):
+    """Sines and cosines of t (B,) in [0, 1] -> (B, dim) float32, wavelengths from 2 pi / 1000 to 20 pi."""
+    frequency = 1000.0 * torch.exp(-math.log(10000.0) * torch.arange(dim // 2, device=t.device) / (dim // 2))
+    angle = t.float()[:, None] * frequency
+    return torch.cat((angle.cos(), angle.sin()), 1)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with qk-norm and RoPE. With `context` = n the first n tokens see only each other and the
+    rest see all: two unmasked calls, which every kernel does fast, in place of one with a mask."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.out = nn.Linear(dim, dim)
+        self.q_norm = nn.Parameter(torch.ones(dim // heads))
+        self.k_norm = nn.Parameter(torch.ones(dim // heads))
+
+    def forward(self, x, table, context=None):
+        b, n, d = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, heads, N, head_dim) each
+        q, k = rotate(rms_norm(q, self.q_norm), table), rotate(rms_norm(k, self.k_norm), table)
+        if context is None:
+            mixed = attention(q, k, v)  # (B, heads, N, head_dim)
+        else:
+            inner = attention(q[:, :, :context], k[:, :, :context], v[:, :, :context])
+            mixed = torch.cat((inner, attention(q[:, :, context:], k, v)), 2)
+        return self.out(mixed.transpose(1, 2).reshape(b, n, d))  # (B, N, d)
+
+
+def mlp(dim):
+    return nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each shifted, scaled and gated by the condition c (adaLN-zero: at the start the identity)."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, elementwise_affine=False)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, elementwise_affine=False)
+        self.mlp = mlp(dim)
+        self.modulation = nn.Linear(dim, 6 * dim)
+
+    def forward(self, x, c, table):
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None].chunk(6, -1)  # (B, 1, d) each
+        x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1, table)  # (B, N, d)
+        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)  # (B, N, d)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+class VideoTransformer(nn.Module):
+    """Velocity model. forward(x_t, t, y) -> v; ValueError when the video's shape is not the config's."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        dim = config.dim
+        volume = config.channels * math.prod(config.patch)
+        self.patch_in = nn.Linear(volume, dim)
+        self.words = nn.Embedding(config.vocab, dim)
+        self.places = nn.Parameter(torch.zeros(config.max_text, dim))
+        self.time = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.pooled = nn.Linear(dim, dim)
+        self.blocks = nn.ModuleList(Block(dim, config.heads) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(dim, elementwise_affine=False)
+        self.modulation = nn.Linear(dim, 2 * dim)
+        self.patch_out = nn.Linear(dim, volume)
+        table = rope_table(config.grid, dim // config.heads)
+        still = torch.stack((torch.ones(config.max_text, table.shape[2]), torch.zeros(config.max_text, table.shape[2])))
+        self.register_buffer("table", torch.cat((still, table), 1), persistent=False)  # words are not turned
+        self.initialize_weights()
+
+    def initialize_weights(self):
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.words.weight, std=0.5)  # words must be told apart from the first step on
+        nn.init.normal_(self.places, std=0.02)
+        for block in self.blocks:  # every block starts as the identity
+            nn.init.zeros_(block.modulation.weight)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.patch_out.weight)  # and the model as x0_hat = 0
+
+    def embed(self, x_t, t, y):
+        """The blocks' input: tokens (B, S + N, d), words first, and the condition (B, d)."""
+        if x_t.shape[1:] != self.config.video_shape:
+            expected = ", ".join(map(str, self.config.video_shape))
+            raise ValueError(f"video of shape {tuple(x_t.shape)}; this model takes (B, {expected})")
+        words = self.words(y)  # (B, S, d)
+        video = self.patch_in(patchify(x_t, self.config.patch))  # (B, N, d)
+        condition = self.time(time_features(t, self.config.dim).to(words.dtype)) + self.pooled(words.mean(1))  # (B, d)
+        return torch.cat((words + self.places, video), 1), F.silu(condition)
+
+    def run(self, hidden, condition, start, stop):
+        """Blocks start to stop - 1 on hidden (B, S + N, d)."""
+        for block in self.blocks[start:stop]:
+            hidden = block(hidden, condition, self.table)
+        return hidden
+
+    def head(self, hidden, condition, x_t, t):
+        """Hidden states after the last block -> velocity (B, C, T, H, W)."""
+        shift, scale = self.modulation(condition)[:, None].chunk(2, -1)  # (B, 1, d)
+        hidden = self.norm(hidden[:, self.config.max_text :]) * (1 + scale) + shift  # (B, N, d)
+        x0_hat = unpatchify(self.patch_out(hidden), self.config.video_shape, self.config.patch)  # (B, C, T, H, W)
+        return (x_t - x0_hat) / t.clamp(min=self.config.t_floor)[:, None, None, None, None]
+
+    def forward(self, x_t, t, y):
+        hidden, condition = self.embed(x_t, t, y)
+        hidden = self.run(hidden, condition, 0, len(self.blocks))
+        return self.head(hidden, condition, x_t, t)
+
+    def features(self, x_t, t, y, depth):
+        """Hidden states (B, S + N, d) after the first `depth` blocks: what a noise-aware reward reads (section 4.4)."""
+        hidden, condition = self.embed(x_t, t, y)
+        return self.run(hidden, condition, 0, depth)
+
+
+def freeze_trunk(model, blocks):
+    """Freezes everything up to and including the first `blocks` blocks, so that policy, reference and a noise-aware
+    reward have these layers in common. BadInput outside 0..depth - 1; 0 freezes nothing."""
+    if not 0 <= blocks < len(model.blocks):
+        raise BadInput(f"--freeze {blocks}: this model has {len(model.blocks)} blocks, so 0 to {len(model.blocks) - 1}")
+    if blocks:
+        for part in (model.patch_in, model.words, model.time, model.pooled, *model.blocks[:blocks]):
+            part.requires_grad_(False)
+        model.places.requires_grad_(False)
+    return model
+
+
+def load_velocity(path, dtype=torch.float32):
+    """A checkpoint's VideoTransformer in eval mode, its averaged weights where it has them, and its vocabulary."""
+    state = load_checkpoint(path, "velocity")
+    try:
+        model = VideoTransformer(ModelConfig(**state["config"]))
+    except TypeError:
+        raise BadInput(f"{path}: its config does not describe a VideoTransformer") from None
+    weights = state.get("ema") or state["model"]
+    return fill(model, weights, path).to(dtype).eval(), state["vocabulary"]

@@ -1,0 +1,152 @@
+"""VideoReward: one network, three scores (paper, section 3.2).
+
+    tokens   [video ...] [VQ] [MQ] | [words of the prompt ...] [TA]
+
+The tokens left of the bar see only each other, those right of it see everything: VQ and MQ are context-agnostic, they
+cannot know the prompt, and TA sees video and prompt. In the paper the causal mask of a vision-language model does this
+(Qwen2-VL-2B, the special tokens placed before and after the prompt); here a small transformer trained from nothing
+reads pixels. One linear layer, shared by the three tokens, turns their last hidden states into scores, as in the paper.
+
+Trained on pairs with the Bradley-Terry model with ties (BTT, Eq. 1-2), which needs no threshold and learns from ties.
+A reward has no zero and no unit of its own: pairs fix differences only. `normalised` gives z-scores over the validation
+split, whose mean and standard deviation are stored in the checkpoint.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from attention import rope_table
+from common import BadInput, fill, load_checkpoint
+from model import Attention, ModelConfig, mlp, patchify
+
+DIMENSIONS = ("VQ", "MQ", "TA")
+INVALID = -100  # a label that counts for nothing
+THETA = 5.0  # section 3.2: how often ties occur; 1 would mean never
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses: r_a, r_b (...) scores, label (...) int: 1 A better, -1 B better, 0 tie, INVALID ignored
+
+
+def _mean_over(loss, mask):
+    """Mean over the entries of `mask` alone: what is masked changes neither the scale nor the gradient of the rest."""
+    return torch.where(mask, loss, 0.0).sum() / mask.sum().clamp(min=1)
+
+
+def bt_loss(r_a, r_b, label):
+    """Bradley-Terry: -log sigma(r_w - r_l), over decided pairs only; scalar."""
+    return _mean_over(F.softplus(-label * (r_a - r_b)), label.abs() == 1)
+
+
+def btt_probabilities(delta, theta=THETA):
+    """P(A better), P(B better), P(tie) for delta = r_A - r_B, by Rao and Kupper.
+
+    Eq. 1 as printed has theta at the winner's own term; then the three do not sum to one. This is the form that does."""
+    a = torch.sigmoid(delta - math.log(theta))  # Eq. 1: e^{r_A} / (e^{r_A} + theta e^{r_B})
+    b = torch.sigmoid(-delta - math.log(theta))
+    return a, b, (theta**2 - 1) * a * b  # Eq. 1, third case
+
+
+def btt_loss(r_a, r_b, label, theta=THETA):
+    """Eq. 2: -log of the probability of what the annotators said, over valid pairs; scalar."""
+    delta = r_a - r_b
+    log_a, log_b = F.logsigmoid(delta - math.log(theta)), F.logsigmoid(-delta - math.log(theta))
+    log_tie = log_a + log_b + math.log(theta**2 - 1)
+    log_likelihood = torch.where(label == 0, log_tie, torch.where(label == 1, log_a, log_b))
+    return _mean_over(-log_likelihood, label != INVALID)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics (paper, appendix H.3): delta (N,) = r_A - r_B, label (N,)
+
+
+def accuracy_without_ties(delta, label):
+    """Share of decided pairs whose difference has the right sign; a difference of 0 is wrong. nan without such pairs."""
+    decided = label.abs() == 1
+    return (torch.sign(delta) == label)[decided].float().mean().item()
+
+
+def accuracy_with_ties(delta, label):
+    """Three-class accuracy after tie calibration (Deutsch et al. 2023): a tie is predicted where |delta| <= threshold,
+    and the threshold is the observed |delta| with the best accuracy on these very pairs. -> (accuracy, threshold).
+
+    All pairs with the same |delta| change sides together; the published sweep counts them one by one and overstates."""
+    valid = label != INVALID
+    delta, label = delta[valid], label[valid]
+    if not len(delta):
+        return float("nan"), float("nan")
+    size, order = delta.abs().sort()
+    tie = (label[order] == 0).long()
+    right = (torch.sign(delta[order]) == label[order]).long() * (1 - tie)
+    correct = tie.cumsum(0) + right.sum() - right.cumsum(0)  # with the threshold at each size in turn
+    last = torch.cat((size[1:] > size[:-1], torch.ones(1, dtype=torch.bool)))  # of each group of equal sizes
+    best = torch.where(last, correct, -1).argmax()
+    return correct[best].item() / len(delta), size[best].item()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The network
+
+
+class RewardBlock(nn.Module):
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = mlp(dim)
+
+    def forward(self, x, table, context):
+        x = x + self.attn(self.norm1(x), table, context)
+        return x + self.mlp(self.norm2(x))
+
+
+class VideoReward(nn.Module):
+    """forward(video (B, C, T, H, W), y (B, S)) -> raw scores (B, 3) in the order VQ, MQ, TA."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        dim = config.dim
+        self.patch_in = nn.Linear(config.channels * math.prod(config.patch), dim)
+        self.words = nn.Embedding(config.vocab, dim)
+        self.places = nn.Parameter(torch.randn(config.max_text, dim) * 0.02)
+        self.tokens = nn.Parameter(torch.randn(3, dim) * 0.02)  # VQ, MQ, TA
+        self.blocks = nn.ModuleList(RewardBlock(dim, config.heads) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, 1)
+        table = rope_table(config.grid, dim // config.heads)
+        plain = config.max_text + 3
+        still = torch.stack((torch.ones(plain, table.shape[2]), torch.zeros(plain, table.shape[2])))
+        self.register_buffer("table", torch.cat((table, still), 1), persistent=False)
+        self.register_buffer("mean", torch.zeros(3))
+        self.register_buffer("std", torch.ones(3))
+        nn.init.normal_(self.words.weight, std=0.5)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, video, y):
+        video = self.patch_in(patchify(video, self.config.patch))  # (B, N, d)
+        tokens = self.tokens.expand(len(video), -1, -1)  # (B, 3, d)
+        context = video.shape[1] + 2
+        x = torch.cat((video, tokens[:, :2], self.words(y) + self.places, tokens[:, 2:]), 1)  # (B, N + 2 + S + 1, d)
+        for block in self.blocks:
+            x = block(x, self.table, context)
+        x = torch.cat((x[:, context - 2 : context], x[:, -1:]), 1)  # (B, 3, d)
+        return self.head(self.norm(x))[..., 0]  # (B, 3)
+
+    def normalised(self, video, y):
+        """z-scores (B, 3): (r - mean) / std over the validation split."""
+        return (self(video, y) - self.mean) / self.std
+
+
+def load_reward(path):
+    """A checkpoint's VideoReward in eval mode, and its vocabulary."""
+    state = load_checkpoint(path, "reward")
+    try:
+        model = VideoReward(ModelConfig(**state["config"]))
+    except TypeError:
+        raise BadInput(f"{path}: its config does not describe a VideoReward") from None
+    return fill(model, state.get("ema") or state["model"], path).float().eval(), state["vocabulary"]

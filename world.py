@@ -1,0 +1,387 @@
+"""The toy world: coloured shapes that move, clips of known quality, and a truth that reads only pixels.
+
+It stands in for section 3.1 of the paper: the prompts, the twelve text-to-video generators and the human annotators.
+Nobody knows the true quality of a real video. Here it is known twice: every rendered clip carries the hidden quality it
+was drawn with, and `oracle` reads (VQ, MQ, TA) from the pixels of any clip, a generated one too.
+
+    VQ  visual quality   what one frame shows: blur, faded contrast, haze
+    MQ  motion quality   what only several frames show: jitter, flicker of the size, standing still
+    TA  text alignment   whether colour, shape and direction are the ones the prompt asks for
+
+Simplified: one object on a dark ground, three attributes, low-frequency defects only. (A small model does not learn to
+generate pixel noise: with noise as a defect it comes out cleaner than its data and leaves nothing to align.)
+
+Videos are `(B, 3, T, H, W)` float in [-1, 1]. Attributes are `(B, 3)` int64: colour, shape, direction. Positions and
+lengths are fractions of the frame's height, so nothing below depends on the number of pixels or frames.
+
+    python world.py        writes out/world.png: every generator's clips, and prints what the oracle says of them
+"""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompts: "a red circle moving left"
+
+COLOURS = {
+    "red": (1.0, 0.0, 0.0),
+    "yellow": (1.0, 1.0, 0.0),
+    "green": (0.0, 1.0, 0.0),
+    "cyan": (0.0, 1.0, 1.0),
+    "blue": (0.0, 0.0, 1.0),
+    "magenta": (1.0, 0.0, 1.0),
+}
+# Shapes that differ in their low frequencies: a square or a ring, blurred, is taken for a circle.
+SHAPES = ("circle", "triangle", "cross", "bar")
+DIRECTIONS = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
+CHOICES = (len(COLOURS), len(SHAPES), len(DIRECTIONS))
+
+PALETTE = torch.tensor(list(COLOURS.values()))  # (6, 3)
+HEADING = torch.tensor(list(DIRECTIONS.values()))  # (4, 2), y points down
+
+
+def prompt_text(attributes):
+    """Attributes of one clip (3 ints) to its prompt."""
+    colour, shape, direction = (int(a) for a in attributes)
+    return f"a {list(COLOURS)[colour]} {SHAPES[shape]} moving {list(DIRECTIONS)[direction]}"
+
+
+def prompt_attributes(prompts):
+    """Prompts (list of str) to attributes (B, 3). ValueError names the prompt that lacks a colour, shape or direction."""
+    tables = list(COLOURS), list(SHAPES), list(DIRECTIONS)
+    rows = []
+    for prompt in prompts:
+        words = prompt.lower().split()
+        found = [[table.index(word) for word in words if word in table] for table in tables]
+        for name, hits, table in zip(("colour", "shape", "direction"), found, tables):
+            if len(hits) != 1:
+                raise ValueError(f"prompt {prompt!r} must name exactly one {name} of: {', '.join(table)}")
+        rows.append([hits[0] for hits in found])
+    return torch.tensor(rows, dtype=torch.int64).reshape(-1, 3)
+
+
+def _split_table():
+    """(6, 4, 4) int: 0 train, 1 validation, 2 hard. For each colour and shape one direction is unseen; half of those
+    24 combinations validate, half are "TA-hard". Every single word occurs in every split."""
+    colour, shape, direction = torch.meshgrid(*(torch.arange(n) for n in CHOICES), indexing="ij")
+    unseen = (colour + shape + direction) % 4 == 0
+    hard = (colour + shape // 2) % 2 == 0
+    return torch.where(unseen, 1 + hard.long(), 0)
+
+
+SPLIT = _split_table()
+SPLIT_NAMES = ("train", "validation", "hard")
+
+
+def split_prompts(*names):
+    """Attributes (N, 3) of all prompts in the named splits, in a fixed order.
+
+    train (72 prompts) and validation (12) are what base models see; preference pairs use train alone, so the reward is
+    validated on prompts it never saw; hard (12 of 96) is held out of all training: the paper's TA-Hard set."""
+    return torch.cat([torch.nonzero(SPLIT == SPLIT_NAMES.index(name)) for name in names])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generators: twelve quality profiles (paper, Table 1: six "pre-Sora" and six "modern" models)
+
+
+def _profiles():
+    """(12, 3) mean hidden quality of each generator in VQ, MQ, TA.
+
+    An era lifts all three dimensions by +-e, and within an era the six models are the six orders of (strong, average,
+    weak) = (+d, 0, -d). Over the twelve, two dimensions covary by e^2 - d^2 / 3, which d = sqrt(3) e makes 0: knowing
+    that a clip looks good says nothing about how it moves, so each head has to learn its own dimension."""
+    e = 0.12
+    d = 3**0.5 * e
+    orders = torch.tensor([[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]])
+    offsets = torch.tensor([d, 0.0, -d])[orders]  # (6, 3)
+    return torch.cat((0.5 - e + offsets, 0.5 + e + offsets))
+
+
+PROFILES = _profiles()
+GENERATORS = tuple(f"{era}-{i}" for era in ("early", "modern") for i in range(1, 7))
+
+# The strongest form of each defect, as a fraction of the frame's height where it is a length.
+MAX_BLUR = 0.04  # standard deviation of the Gaussian
+MAX_FADE = 0.6  # share of the object's contrast that is lost
+MAX_HAZE = 0.4  # how far everything moves to light grey
+MAX_JITTER = 0.06  # standard deviation of each frame's displacement
+MAX_FLICKER = 0.25  # standard deviation of the log of each frame's size
+MAX_MISTAKE = 0.45  # probability that an attribute is not the one asked for
+
+GROUND = 0.08  # brightness of the ground, in [0, 1]
+HAZE = 0.7  # brightness that haze tends to
+TRAVEL = 0.42  # distance the object covers in the clip
+RADIUS = 0.15  # of the circle with the object's area
+
+
+@dataclass
+class Clips:
+    """B clips before rendering. `hidden` is the quality that was drawn; nothing below `oracle` ever reads it."""
+
+    prompt: torch.Tensor  # (B, 3) attributes asked for
+    shown: torch.Tensor  # (B, 3) attributes rendered
+    hidden: torch.Tensor  # (B, 3) in [0, 1]: VQ, MQ, and the share of attributes that are right
+    generator: torch.Tensor  # (B,)
+    centre: torch.Tensor  # (B, 2) of the path
+    radius: torch.Tensor  # (B,)
+    severity: torch.Tensor  # (B, 5) in [0, 1]: blur, fade, haze, jitter, flicker
+    wobble: torch.Tensor  # (B, T, 3) of mean 0 and variance 1 over the frames: x, y and log size
+
+    def __len__(self):
+        return len(self.prompt)
+
+    def __getitem__(self, index):
+        return Clips(*(getattr(self, field.name)[index] for field in fields(self)))
+
+
+def choose(mask, a, b):
+    """Clips that are a's where mask (B,) is true and b's elsewhere."""
+    pairs = ((getattr(a, field.name), getattr(b, field.name)) for field in fields(Clips))
+    return Clips(*(torch.where(mask.reshape(-1, *[1] * (x.dim() - 1)), x, y) for x, y in pairs))
+
+
+def draw_clips(prompt, generator, rng, frames=8, clean=False):
+    """Draws clips for attributes `prompt` (B, 3) from `generator` (B,) in 0..11 with the torch.Generator `rng`.
+
+    clean=True draws the same scenes without any defect. A mistake that would show a combination held out of all
+    training is not made, so that no model ever sees one, not even under another prompt."""
+    count = len(prompt)
+    mean = PROFILES[generator]  # (B, 3)
+    # u^((1 - m) / m) has mean m and stays in [0, 1]: every generator has good and bad clips
+    quality = torch.rand(count, 3, generator=rng) ** ((1 - mean) / mean)
+    split = 1 + 0.5 * (torch.rand(count, 5, generator=rng) - 0.5)  # how the loss of quality spreads over the defects
+    loss = (1 - quality)[:, [0, 0, 0, 1, 1]]
+    severity = (loss * split).clamp(0, 1)
+    mistaken = torch.rand(count, 3, generator=rng) < MAX_MISTAKE * (1 - mean[:, 2:])
+    shift = torch.stack([torch.randint(1, n, (count,), generator=rng) for n in CHOICES], 1)
+    centre = 0.5 + 0.24 * (torch.rand(count, 2, generator=rng) - 0.5)
+    radius = RADIUS * (1 + 0.2 * (torch.rand(count, generator=rng) - 0.5))
+    # each clip's draws are standardised, so that a severity shows in full even in a few frames
+    wobble = torch.randn(count, frames, 3, generator=rng)
+    wobble = (wobble - wobble.mean(1, keepdim=True)) / wobble.std(1, correction=0, keepdim=True).clamp(min=1e-3)
+    if clean:
+        severity, mistaken, quality = torch.zeros_like(severity), torch.zeros_like(mistaken), torch.ones_like(quality)
+    shown = torch.where(mistaken, (prompt + shift) % torch.tensor(CHOICES), prompt)
+    hard = SPLIT[shown[:, 0], shown[:, 1], shown[:, 2]] == SPLIT_NAMES.index("hard")
+    shown = torch.where(hard[:, None], prompt, shown)
+    hidden = torch.cat((quality[:, :2], (shown == prompt).float().mean(1, keepdim=True)), 1)
+    return Clips(prompt, shown, hidden, generator, centre, radius, severity, wobble)
+
+
+def _circle(x, y):
+    return torch.sqrt(x * x + y * y) - 1.0
+
+
+def _triangle(x, y):
+    return torch.maximum(y, 0.866 * x.abs() - 0.5 * y) - 0.777
+
+
+def _cross(x, y):
+    x, y = x.abs(), y.abs()
+    return torch.minimum(torch.maximum(x - 1.3, y - 0.349), torch.maximum(x - 0.349, y - 1.3))
+
+
+def _bar(x, y):
+    return torch.maximum(x.abs() - 1.4, y.abs() - 0.561)
+
+
+DISTANCE = (_circle, _triangle, _cross, _bar)  # signed distance, inside < 0, from each of SHAPES with area pi
+
+
+def _mask(shape, centre, radius, size):
+    """Antialiased pictures of one shape: centre (..., 2), radius (...) -> (..., size, size) in [0, 1]."""
+    grid = (torch.arange(size, device=centre.device) + 0.5) / size
+    scale = radius[..., None, None].clamp(min=1e-3)
+    x = (grid[None, :] - centre[..., 0, None, None]) / scale
+    y = (grid[:, None] - centre[..., 1, None, None]) / scale
+    return (0.5 - DISTANCE[shape](*torch.broadcast_tensors(x, y)) * scale * size).clamp(0, 1)
+
+
+def _paths(clips):
+    """Centre (B, T, 2) and radius (B, T) of the object in every frame, jitter and flicker included."""
+    frames = clips.wobble.shape[1]
+    progress = torch.linspace(-0.5, 0.5, frames) if frames > 1 else torch.zeros(1)
+    heading = HEADING[clips.shown[:, 2]]  # (B, 2)
+    centre = clips.centre[:, None] + TRAVEL * progress[None, :, None] * heading[:, None]
+    centre = centre + MAX_JITTER * clips.severity[:, 3, None, None] * clips.wobble[..., :2]
+    radius = clips.radius[:, None] * torch.exp(MAX_FLICKER * clips.severity[:, 4, None] * clips.wobble[..., 2])
+    return centre, radius
+
+
+def render(clips, size=32):
+    """Clips -> videos (B, 3, T, size, size) float32 in [-1, 1]."""
+    centre, radius = _paths(clips)
+    mask = torch.empty(*radius.shape, size, size)  # (B, T, H, W)
+    for shape in range(len(SHAPES)):
+        which = clips.shown[:, 1] == shape
+        mask[which] = _mask(shape, centre[which], radius[which], size)
+    # a Gaussian blur is one small matrix on each side of the picture
+    distance = (torch.arange(size)[:, None] - torch.arange(size)[None]) / size  # (H, H)
+    sigma = (MAX_BLUR * clips.severity[:, 0, None, None]).clamp(min=1e-4)
+    kernel = torch.softmax(-0.5 * (distance / sigma) ** 2, -1)[:, None]  # (B, 1, H, H)
+    mask = kernel @ mask @ kernel.transpose(-1, -2)
+    mask = mask * (1 - MAX_FADE * clips.severity[:, 1, None, None, None])
+    colour = PALETTE[clips.shown[:, 0]][:, :, None, None, None]  # (B, 3, 1, 1, 1)
+    video = GROUND + mask[:, None] * (colour - GROUND)  # (B, 3, T, H, W)
+    video = video + MAX_HAZE * clips.severity[:, 2, None, None, None, None] * (HAZE - video)
+    return video * 2 - 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The oracle: true scores from pixels
+
+
+@torch.no_grad()
+def measure(video):
+    """What can be read from videos (B, 3, T, H, W): a dict of per-clip numbers, all free of the prompt.
+
+    contrast, haze, softness (in heights) and stray (share of the object's mass far from its centre), jitter, flicker,
+    travel (B, 2), present (share of frames that show an object), and how well each choice of colour (B, 6), shape (B, 4)
+    and direction (B, 4) matches, in [-1, 1]."""
+    video = video.float().clamp(-1, 1) * 0.5 + 0.5
+    count, _, frames, height, width = video.shape
+    ground = video.flatten(2).median(-1).values  # (B, 3)
+    difference = video - ground[:, :, None, None, None]  # (B, 3, T, H, W)
+    strength = difference.abs().amax(1)  # (B, T, H, W)
+    top = max(1, height * width // 50)
+    peak = strength.flatten(2).topk(top).values.mean(-1)  # (B, T)
+    clip_peak = peak.mean(1).clamp(min=1e-3)
+    level = strength / peak.clamp(min=0.05)[..., None, None]
+    mask = ((level - 0.5) * 4 + 0.5).clamp(0, 1)  # (B, T, H, W)
+    # an object stands out, does not fade away, and does not fill the frame as noise would
+    present = (peak > 0.12) & (peak > 0.4 * clip_peak[:, None]) & (mask.mean((-1, -2)) < 0.3)  # (B, T)
+    mask = mask * present[..., None, None]
+
+    # where the object is and how large: pixels are counted, then divided by the frame's height
+    grid_x = (torch.arange(width, device=video.device) + 0.5) / height
+    grid_y = (torch.arange(height, device=video.device) + 0.5) / height
+    mass = mask.sum((-1, -2)).clamp(min=1e-3)  # (B, T)
+    centre = torch.stack(((mask.sum(-2) * grid_x).sum(-1), (mask.sum(-1) * grid_y).sum(-1)), -1) / mass[..., None]
+    area = mass / height**2
+    radius = (area / torch.pi).sqrt()
+    off_x, off_y = grid_x - centre[..., :1], grid_y - centre[..., 1:]  # (B, T, W), (B, T, H)
+    far = off_x[..., None, :] ** 2 + off_y[..., :, None] ** 2 > (2 * radius[..., None, None]) ** 2
+    stray = ((mask * far).sum((-1, -2)) / mass).mean(1)  # a second object, a ghost, a smear
+
+    # VQ: how far the object stands out, how high the ground lies, how wide the edges are
+    dx = level[..., :-1, 1:] - level[..., :-1, :-1]
+    dy = level[..., 1:, :-1] - level[..., :-1, :-1]
+    slope = (dx * dx + dy * dy).sqrt().flatten(2).topk(top).values.mean(-1) * height  # (B, T), 1 / heights
+    softness = (1 / slope.clamp(min=1.0)).mean(1)
+
+    # MQ: a steady path has no second difference, a steady size no first one
+    if frames > 2:
+        second = centre[:, 2:] - 2 * centre[:, 1:-1] + centre[:, :-2]
+        seen = present[:, 2:] & present[:, 1:-1] & present[:, :-2]
+        jitter = (second.norm(dim=-1) * seen).sum(1) / seen.sum(1).clamp(min=1)
+    else:
+        jitter = torch.zeros(count, device=video.device)
+    if frames > 1:
+        change = (area[:, 1:] / area[:, :-1]).log().abs().clamp(max=1.5)
+        seen = present[:, 1:] & present[:, :-1]
+        flicker = (change * seen).sum(1) / seen.sum(1).clamp(min=1)
+        clock = torch.linspace(-0.5, 0.5, frames, device=video.device) * present  # least squares over seen frames
+        clock = (clock - clock.sum(1, keepdim=True) / present.sum(1, keepdim=True).clamp(min=1)) * present
+        travel = (clock[..., None] * centre).sum(1) / (clock * clock).sum(1, keepdim=True).clamp(min=1e-3)
+    else:
+        flicker, travel = torch.zeros(count, device=video.device), torch.zeros(count, 2, device=video.device)
+
+    # TA: hue is what is left of a colour without its grey part, so haze does not change it
+    colour = (difference * mask[:, None]).sum((2, 3, 4)) / mask.sum((1, 2, 3)).clamp(min=1e-3)[:, None]  # (B, 3)
+    hue = colour - colour.mean(1, keepdim=True)
+    palette = PALETTE.to(video.device) - PALETTE.to(video.device).mean(1, keepdim=True)
+    match_colour = hue / hue.norm(dim=1, keepdim=True).clamp(min=0.05) @ (palette / palette.norm(dim=1, keepdim=True)).T
+    match_shape = []
+    for shape in range(len(SHAPES)):
+        template = _mask(shape, centre, radius, max(height, width))[..., :height, :width]  # (B, T, H, W)
+        shared = torch.minimum(template, mask).sum((-1, -2))
+        overlap = shared / torch.maximum(template, mask).sum((-1, -2)).clamp(min=1e-3)  # (B, T)
+        match_shape.append((overlap * present).sum(1) / present.sum(1).clamp(min=1))
+    match_direction = travel / travel.norm(dim=1, keepdim=True).clamp(min=0.1) @ HEADING.to(video.device).T
+    return {
+        "contrast": clip_peak,
+        "haze": ground.mean(1),
+        "softness": softness,
+        "stray": stray,
+        "jitter": jitter,
+        "flicker": flicker,
+        "travel": travel,
+        "present": present.float().mean(1),
+        "colour": match_colour,
+        "shape": torch.stack(match_shape, 1),
+        "direction": match_direction,
+    }
+
+
+# How much better the asked attribute must match than any other to count as right beyond doubt. TA is thus nearly
+# discrete, three attributes right or wrong, as a person would judge it.
+MARGIN = {"colour": 0.15, "shape": 0.06, "direction": 0.25}
+
+
+def attributes_right(video, prompt):
+    """(B, 3) in [0, 1]: to what degree colour, shape and direction are the asked ones. 0.5 is a draw with another."""
+    seen = measure(video)
+    return _right(seen, prompt.to(video.device))
+
+
+def _right(seen, prompt):
+    right = []
+    for i, (name, margin) in enumerate(MARGIN.items()):
+        match = seen[name]  # (B, choices)
+        asked = match.gather(1, prompt[:, i : i + 1])[:, 0]
+        other = match.scatter(1, prompt[:, i : i + 1], -2.0).amax(1)
+        right.append((0.5 + 0.5 * (asked - other) / margin).clamp(0, 1) * seen["present"])
+    return torch.stack(right, 1)
+
+
+def oracle(video, prompt):
+    """The truth: scores (B, 3) for VQ, MQ, TA of videos (B, 3, T, H, W) in [-1, 1].
+
+    prompt: attributes (B, 3) or a list of B prompts (ValueError for one without colour, shape and direction). A clean
+    clip that follows its prompt scores about 1 in each dimension, the worst rendered one about 0; a clip without an
+    object scores below 0 in VQ and MQ and 0 in TA."""
+    prompt = prompt if torch.is_tensor(prompt) else prompt_attributes(prompt)
+    seen = measure(video)
+    missing = 1 - seen["present"]
+    faded = (1 - seen["contrast"] / (1 - GROUND)).clamp(0, 1)
+    hazy = ((seen["haze"] - GROUND).abs() / (MAX_HAZE * (HAZE - GROUND))).clamp(0, 2)
+    soft = ((seen["softness"] - 0.03) / 0.09).clamp(0, 2)
+    vq = 1 - (faded / 0.75 + hazy + soft) / 3 - seen["stray"] - missing
+    shaky = (seen["jitter"] / 0.19).clamp(0, 2)
+    flickering = (seen["flicker"] / 0.58).clamp(0, 2)
+    still = (1 - seen["travel"].norm(dim=1) / (0.6 * TRAVEL)).clamp(0, 1)
+    mq = 1 - (shaky + flickering) / 2 - still - missing
+    ta = _right(seen, prompt.to(video.device)).mean(1)
+    return torch.stack((vq, mq, ta), 1)
+
+
+# Mean and standard deviation of the true scores over the twelve generators' clips (`python world.py` measures them).
+# They put the dimensions on one scale: for the annotators' noise, and for a true Overall, the mean of three z-scores.
+TRUE_MEAN = torch.tensor([0.535, 0.479, 0.801])
+TRUE_STD = torch.tensor([0.307, 0.348, 0.249])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The annotators (paper, section 3.1): three look at each pair, a reviewer decides where they disagree
+
+ANNOTATOR_NOISE = 0.3  # standard deviation of what one person sees of one clip, in TRUE_STD
+REVIEWER_NOISE = 0.15
+TIE_BELOW = torch.tensor([0.5, 0.5, 0.7])  # differences that a person calls a tie, in TRUE_STD (TA: half an attribute)
+
+
+def annotate(score_a, score_b, rng):
+    """True scores (B, 3) of the clips A and B -> labels (B, 3) int64 (1: A better, -1: B better, 0: tie) and whether
+    the three annotators were unanimous (B, 3) bool. `rng` is a torch.Generator on the CPU."""
+    scores = torch.stack((score_a, score_b)).cpu() / TRUE_STD  # (2, B, 3)
+
+    def opinion(people, noise):
+        seen = scores + noise * torch.randn(people, *scores.shape, generator=rng)  # (people, 2, B, 3)
+        difference = seen[:, 0] - seen[:, 1]
+        return torch.sign(difference).long() * (difference.abs() > TIE_BELOW)
+
+    three = opinion(3, ANNOTATOR_NOISE)
+    unanimous = (three == three[0]).all(0)
+    return torch.where(unanimous, three[0], opinion(1, REVIEWER_NOISE)[0]), unanimous
