@@ -67,11 +67,15 @@ def load_checkpoint(path, kind=None):
     """Reads a checkpoint as a dict. BadInput for a missing, unreadable or foreign file, or one of another kind."""
     path = Path(path)
     if not path.is_file():
-        raise BadInput(f"{path}: no such checkpoint; train one with `python train.py`, or leave the flag out to use weights/")
+        raise BadInput(
+            f"{path}: no such checkpoint; train one with `python train.py`, or leave the flag out to use weights/"
+        )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError, KeyError):
-        raise BadInput(f"{path}: not a checkpoint that can be read safely (damaged, or not written by train.py)") from None
+        raise BadInput(
+            f"{path}: not a checkpoint that can be read safely (damaged, or not written by train.py)"
+        ) from None
     if not isinstance(state, dict) or not {"format", "kind", "config", "model", "vocabulary"} <= state.keys():
         raise BadInput(f"{path}: not a checkpoint of this project (it lacks format, kind, config, model or vocabulary)")
     if state["format"] != FORMAT:

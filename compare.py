@@ -39,8 +39,8 @@ def learned_scores(reward, words, videos, prompts, device="cpu"):
 
 
 def score_table(names, scores, learned=None):
-    """Lines of a table: for each model (the first is the base) its mean true scores, then its win rates over the base by
-    the oracle and by VideoReward. names: list of str; scores, learned: lists of (N, 3)."""
+    """Lines of a table: each model's mean true scores (the first is the base), then the win rates of the others over it
+    by the oracle and by VideoReward. names: list of str; scores, learned: lists of (N, 3)."""
     head = "".join(f"{dimension:>7}" for dimension in DIMENSIONS)
     lines = [f"{'':24}{head}"]
     for name, score in zip(names, scores):

@@ -28,13 +28,15 @@ class Vocabulary:
         self.ids = {word: i for i, word in enumerate(self.words)}
 
     def encode(self, prompts, length):
-        """Prompts (list of B str) -> ids (B, length) int64. ValueError for an unknown word, an empty or a long prompt."""
+        """Prompts (list of B str) -> ids (B, length) int64. ValueError: an unknown word, none or too many."""
         y = torch.zeros(len(prompts), length, dtype=torch.int64)
         for i, prompt in enumerate(prompts):
             words = prompt.lower().split()
             unknown = [word for word in words if word not in self.ids or word == PAD]
             if unknown:
-                raise ValueError(f"unknown word {unknown[0]!r} in prompt {prompt!r}; words known: {', '.join(self.words[1:])}")
+                raise ValueError(
+                    f"unknown word {unknown[0]!r} in prompt {prompt!r}; words known: {', '.join(self.words[1:])}"
+                )
             if not 0 < len(words) <= length:
                 raise ValueError(f"prompt {prompt!r} has {len(words)} words; 1 to {length} can be used")
             y[i, : len(words)] = torch.tensor([self.ids[word] for word in words])
@@ -43,7 +45,10 @@ class Vocabulary:
     def encode_attributes(self, attributes, length):
         """Attributes (B, 3) of toy prompts -> ids (B, length), the same as encode of their texts, without the texts."""
         y = torch.zeros(len(attributes), length, dtype=torch.int64)
-        tables = [torch.tensor([self.ids[word] for word in table]) for table in (world.COLOURS, world.SHAPES, world.DIRECTIONS)]
+        tables = [
+            torch.tensor([self.ids[word] for word in table])
+            for table in (world.COLOURS, world.SHAPES, world.DIRECTIONS)
+        ]
         colour, shape, direction = (table[attributes[:, i]] for i, table in enumerate(tables))
         a, moving = (torch.full_like(colour, self.ids[word]) for word in ("a", "moving"))
         y[:, :5] = torch.stack((a, colour, shape, moving, direction), 1)

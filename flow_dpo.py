@@ -24,8 +24,8 @@ SCHEDULES = ("constant", "(1-t)^2")
 def flow_dpo_loss(err_w, err_l, ref_err_w, ref_err_l, t, beta, schedule="constant"):
     """Eq. 6 from per-sample errors (B,) of policy and reference on winner and loser, t (B,) -> (loss, logs).
 
-    logs: loss; accuracy, the implicit one: share of pairs that the policy moved the right way, a draw counting one half;
-    margin, the mean of the bracket of Eq. 6 with its sign turned; the four mean errors. ValueError: unknown schedule."""
+    logs: loss; accuracy, the implicit one: the share of pairs moved the right way, a draw counting one half; margin, the
+    mean of Eq. 6's bracket with its sign turned; the four mean errors. ValueError for an unknown schedule."""
     if schedule not in SCHEDULES:
         raise ValueError(f"unknown schedule {schedule!r}; known: {', '.join(SCHEDULES)}")
     beta_t = beta * (1 - t) ** 2 if schedule == "(1-t)^2" else beta

@@ -29,11 +29,11 @@ from flow import TIME_SHIFT, draw_noise, draw_time, flow_error
 from flow_dpo import SCHEDULES, flow_dpo_step
 from model import PRESETS, VideoTransformer, freeze_trunk, load_velocity
 from reward import DIMENSIONS, VideoReward, accuracy_with_ties, accuracy_without_ties, btt_loss, load_reward
-from sample import CFG, STEPS, write_gif, write_sheet
+from sample import CFG, write_gif, write_sheet
 
 # Every number is measured (README, "settings") or the paper's; a flag left out takes its algorithm's value here.
 DEFAULTS = {
-    "pretrain": {"steps": 6000, "batch": 32, "lr": 1e-3, "decay": 0.4, "ema": 0.999},
+    "pretrain": {"steps": 6000, "batch": 32, "lr": 2.5e-3, "decay": 0.4, "ema": 0.999},
     "reward": {"steps": 2000, "batch": 32, "lr": 1e-3, "decay": 0.4, "ema": 0.0},
     "dpo": {"steps": 200, "batch": 16, "lr": 1e-4, "decay": 0.0, "ema": 0.0},
 }
@@ -119,7 +119,9 @@ def reward_task(args, device):
         both = torch.cat((a, b))
         model.mean.copy_(both.mean(0))
         model.std.copy_(both.std(0))
-        lines = [f"{len(held)} validation pairs, prompts never seen in training (accuracy without ties, with ties; ties):"]
+        lines = [
+            f"{len(held)} validation pairs, prompts never seen in training (accuracy without ties, with ties; ties):"
+        ]
         for i, name in enumerate(DIMENSIONS):
             delta, label = a[:, i] - b[:, i], held.label[:, i]
             with_ties, _ = accuracy_with_ties(delta, label)
@@ -140,10 +142,10 @@ def dpo_task(args, device):
 
     def batch(step, rng):
         index = epoch_index(len(winner), args.batch, step, args.seed)
-        w, l = winner[index], loser[index]
-        y = vocabulary.encode_attributes(w.prompt, base.config.max_text)
+        win, lose = winner[index], loser[index]
+        y = vocabulary.encode_attributes(win.prompt, base.config.max_text)
         y = drop_prompts(y, args.label_dropout, rng)
-        return {"winner": world.render(w, base.config.size), "loser": world.render(l, base.config.size), "y": y}
+        return {"winner": world.render(win, base.config.size), "loser": world.render(lose, base.config.size), "y": y}
 
     def loss(batch, rng):
         pair = batch["winner"], batch["loser"], batch["y"]
@@ -154,7 +156,9 @@ def dpo_task(args, device):
         lines = []
         for cfg in (CFG, 1.0):  # the pictures are made at CFG 1, where only the alignment differs
             bar = progress_bar(f"sampling at CFG {cfg:g}", "batch")
-            videos = [sample_prompts(m, words, prompts, args.eval_seed, device, progress=bar, cfg=cfg) for m in (base, policy)]
+            videos = [
+                sample_prompts(m, words, prompts, args.eval_seed, device, progress=bar, cfg=cfg) for m in (base, policy)
+            ]
             scores = [world.oracle(video, prompts) for video in videos]
             learned = [learned_scores(reward, reward_words, video, prompts, device) for video in videos]
             table = score_table(("base", "aligned"), scores, learned)
@@ -180,7 +184,8 @@ def ranked_pairs(args, config, reward, words, device):
     totals = []
     for part in progress_bar("VideoReward ranks the pairs", "x64 pairs")(torch.arange(args.pairs).split(64)):
         sides = [
-            learned_scores(reward, words, world.render(side[part], config.size), side.prompt[part], device) for side in (a, b)
+            learned_scores(reward, words, world.render(side[part], config.size), side.prompt[part], device)
+            for side in (a, b)
         ]
         totals.append(torch.stack(sides).mean(-1))  # (2, 64): r = (r_VQ + r_MQ + r_TA) / 3
     total = torch.cat(totals, 1)
@@ -230,15 +235,21 @@ def train(task, args, device):
         save_checkpoint(last, state | ({"ema": average.state_dict()} if average else {}))
 
     stopped = []
-    handlers = {number: signal.signal(number, lambda *_: stopped.append(True)) for number in (signal.SIGINT, signal.SIGTERM)}
-    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.algo, file=sys.stdout, dynamic_ncols=True)
+    handlers = {
+        number: signal.signal(number, lambda *_: stopped.append(True)) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    bar = tqdm(
+        range(start, args.steps), initial=start, total=args.steps, desc=args.algo, file=sys.stdout, dynamic_ncols=True
+    )
     with open(metrics, "a") as log:
         for step in bar:
             rng = step_rng(args.seed, step)
             batch = {name: value.to(device) for name, value in task.batch(step, rng).items()}
             loss, logs = task.loss(batch, rng)
             if not torch.isfinite(loss):
-                raise BadInput(f"loss is {loss.item()} at step {step} (seed {args.seed}); the last good state is {last}")
+                raise BadInput(
+                    f"loss is {loss.item()} at step {step} (seed {args.seed}); the last good state is {last}"
+                )
             loss.backward()
             logs["grad_norm"] = torch.nn.utils.clip_grad_norm_(trained, 1.0).item()
             for group in optimizer.param_groups:
@@ -323,12 +334,18 @@ def arguments():
     group.add_argument("--device", default="auto", help="auto (cuda, mps, cpu) or a torch device")
 
     group = parser.add_argument_group("flow matching")
-    group.add_argument("--time-shift", type=float, default=TIME_SHIFT, help="shift of t towards noise; 1 = none (section 4.1)")
+    group.add_argument(
+        "--time-shift", type=float, default=TIME_SHIFT, help="shift of t towards noise; 1 = none (section 4.1)"
+    )
     group.add_argument("--label-dropout", type=float, default=0.1, help="share of prompts dropped, for CFG")
 
     group = parser.add_argument_group("preferences")
-    group.add_argument("--pairs", type=int, help="pairs in the data set (default: reward 24000, dpo steps x batch, one epoch)")
-    group.add_argument("--beta", type=float, default=100.0, help="dpo: on mean errors; larger stays closer to the reference")
+    group.add_argument(
+        "--pairs", type=int, help="pairs in the data set (default: reward 24000, dpo steps x batch, one epoch)"
+    )
+    group.add_argument(
+        "--beta", type=float, default=100.0, help="dpo: on mean errors; larger stays closer to the reference"
+    )
     group.add_argument("--schedule", choices=SCHEDULES, default="constant", help="dpo: beta over t (section 4.2)")
     group.add_argument("--freeze", type=int, default=0, help="dpo: first blocks that stay those of the base; 0 = none")
 

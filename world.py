@@ -18,7 +18,6 @@ lengths are fractions of the frame's height, so nothing below depends on the num
 """
 
 from dataclasses import dataclass, fields
-from pathlib import Path
 
 import torch
 
@@ -49,7 +48,7 @@ def prompt_text(attributes):
 
 
 def prompt_attributes(prompts):
-    """Prompts (list of str) to attributes (B, 3). ValueError names the prompt that lacks a colour, shape or direction."""
+    """Prompts (list of str) to attributes (B, 3). ValueError: a prompt without exactly one of each."""
     tables = list(COLOURS), list(SHAPES), list(DIRECTIONS)
     rows = []
     for prompt in prompts:
@@ -238,9 +237,9 @@ def render(clips, size=32):
 def measure(video):
     """What can be read from videos (B, 3, T, H, W): a dict of per-clip numbers, all free of the prompt.
 
-    contrast, haze, softness (in heights) and stray (share of the object's mass far from its centre), jitter, flicker,
-    travel (B, 2), present (share of frames that show an object), and how well each choice of colour (B, 6), shape (B, 4)
-    and direction (B, 4) matches, in [-1, 1]."""
+    contrast, haze, softness (in heights), stray (share of the object's mass far from its centre), jitter, flicker,
+    travel (B, 2), present (share of frames that show an object), and how well each choice of colour (B, 6), shape
+    (B, 4) and direction (B, 4) matches, in [-1, 1]."""
     video = video.float().clamp(-1, 1) * 0.5 + 0.5
     count, _, frames, height, width = video.shape
     ground = video.flatten(2).median(-1).values  # (B, 3)

@@ -1,0 +1,231 @@
+"""The commands, as a user runs them: tiny runs of everything, resuming to the same bits, and bad input."""
+
+import json
+import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import common
+import sample
+import train
+
+ROOT = Path(__file__).parent.parent
+TINY = ["--steps", "5", "--batch", "2", "--eval-prompts", "4", "--eval-pairs", "20", "--device", "cpu"]
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs a script's main in this process: (script, *flags) -> exit status, standard output, standard error."""
+
+    def run(script, *flags):
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, flags)])
+        try:
+            common.run(script.main)
+            status = 0
+        except SystemExit as stop:
+            status = stop.code
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+def same(a, b):
+    """Equal to the last bit, through dicts and lists."""
+    if torch.is_tensor(a):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b))
+    return a == b
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_sampling_on_shipped_weights_from_a_shell(tmp_path):
+    flags = ["--prompt", "a red circle moving left", "--n", "2", "--seed", "3"]
+    made = []
+    for name in ("one", "two"):
+        shell = [sys.executable, ROOT / "sample.py", *flags, "--out", tmp_path / name]
+        done = subprocess.run(shell, capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert "VQ" in done.stdout and "mean" in done.stdout
+        made.append((tmp_path / name / "a-red-circle-moving-left.gif").read_bytes())
+        assert (tmp_path / name / "a-red-circle-moving-left.png").stat().st_size > 1000
+    assert made[0] == made[1] and made[0][:3] == b"GIF"
+
+
+def test_sampling_flags_change_the_clip(command, tmp_path):
+    def gif(name, *flags):
+        status, _, error = command(sample, "--n", 1, "--steps", 4, "--out", tmp_path / name, *flags)
+        assert status == 0, error
+        return (tmp_path / name / "a-red-circle-moving-left.gif").read_bytes()
+
+    plain = gif("plain")
+    assert gif("again") == plain
+    assert len({plain, gif("seed", "--seed", 1), gif("steps", "--steps", 5), gif("cfg", "--cfg", 1)}) == 4
+
+
+@pytest.mark.parametrize("algo", list(train.TASKS))
+def test_a_stopped_run_resumes_to_the_same_bits(command, monkeypatch, tmp_path, algo):
+    flags = ["--algo", algo, *TINY, *(["--pairs", 40] if algo == "reward" else [])]
+    status, out, error = command(train, *flags, "--out", tmp_path / "whole")
+    assert status == 0, error
+    assert str(tmp_path / "whole" / "last.pt") in out.splitlines()[-2]
+
+    honest = train.step_rng
+
+    def stops_in_step_2(seed, step):
+        if step == 2:
+            signal.raise_signal(signal.SIGINT)
+        return honest(seed, step)
+
+    monkeypatch.setattr(train, "step_rng", stops_in_step_2)
+    status, out, _ = command(train, *flags, "--out", tmp_path / "parts")
+    assert status == 130 and "stopped after step 3" in out
+    assert common.load_checkpoint(tmp_path / "parts" / "last.pt")["step"] == 3
+    monkeypatch.setattr(train, "step_rng", honest)
+    status, _, error = command(train, *flags, "--out", tmp_path / "parts", "--resume")
+    assert status == 0, error
+
+    whole, parts = (common.load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "parts"))
+    assert same(whole, parts)
+    logs = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "parts")]
+    assert logs[0] == logs[1] and [json.loads(line)["step"] for line in logs[0].splitlines()] == [0, 1, 2, 3, 4]
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_dpo_ends_with_a_table_and_pictures_and_its_result_can_be_sampled(command, tmp_path):
+    status, out, error = command(train, "--algo", "dpo", *TINY, "--out", tmp_path)
+    assert status == 0, error
+    for words in ("base, true score", "aligned wins, oracle", "aligned wins, VideoReward", "metrics.jsonl"):
+        assert words in out
+    assert {"base_above_aligned.gif", "base_above_aligned.png", "last.pt"} <= {path.name for path in tmp_path.iterdir()}
+    first = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["loss"] == pytest.approx(0.693147, abs=1e-5) and first["accuracy"] == 0.5
+    assert command(sample, "--ckpt", tmp_path / "last.pt", "--n", 1, "--steps", 2, "--out", tmp_path / "s")[0] == 0
+
+
+def test_help_names_every_default(command):
+    status, out, _ = command(train, "--help")
+    assert status == 0
+    assert all(f"{algo} {values['steps']}" in " ".join(out.split()) for algo, values in train.DEFAULTS.items())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Hostile:
+    def __reduce__(self):
+        return Path.touch, (Path("executed"),)
+
+
+def bad_files(folder):
+    """Checkpoints that must be refused, by name."""
+    state = common.load_checkpoint(common.WEIGHTS / "base.pt")
+    whole = (common.WEIGHTS / "base.pt").read_bytes()
+    (folder / "empty.pt").write_bytes(b"")
+    (folder / "truncated.pt").write_bytes(whole[: len(whole) // 2])
+    (folder / "text.pt").write_text("not a checkpoint")
+    (folder / "hostile.pt").write_bytes(pickle.dumps(Hostile()))
+    torch.save([1, 2, 3], folder / "list.pt")
+    torch.save({**state, "format": 99}, folder / "format.pt")
+    torch.save({**state, "config": {**state["config"], "dim": 64}}, folder / "shape.pt")
+    torch.save({**state, "config": {"width": 3}}, folder / "config.pt")
+    weights = dict(list(state["model"].items())[1:])
+    torch.save({**state, "model": weights}, folder / "lacks.pt")
+
+
+CHECKPOINTS = {
+    "nowhere.pt": "no such checkpoint",
+    "empty.pt": "not a checkpoint",
+    "truncated.pt": "not a checkpoint",
+    "text.pt": "not a checkpoint",
+    "hostile.pt": "not a checkpoint",
+    "list.pt": "not a checkpoint",
+    "format.pt": "format 99",
+    "shape.pt": "another shape",
+    "config.pt": "config",
+    "lacks.pt": "lacks tensor",
+}
+
+
+def refused(status, error, words):
+    lines = error.strip().splitlines()
+    assert status == 2 and len(lines) == 1 and words in lines[0], error
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_bad_checkpoints_are_refused_in_one_line(command, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    bad_files(tmp_path)
+    status, _, error = command(sample, "--ckpt", tmp_path / name, "--out", tmp_path / "out")
+    refused(status, error, CHECKPOINTS[name])
+    status, _, error = command(train, "--init", tmp_path / name, *TINY, "--out", tmp_path / "out")
+    refused(status, error, CHECKPOINTS[name])
+    assert not (tmp_path / "executed").exists() and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--prompt", "a purple circle moving left"], "'purple'"),
+        (["--prompt", "a purple circle moving left"], "red, yellow, green, cyan, blue, magenta"),
+        (["--prompt", ""], "0 words"),
+        (["--prompt", "a red circle"], "direction"),
+        (["--n", "0"], "at least 1"),
+        (["--steps", "0"], "at least 1"),
+        (["--ckpt", common.WEIGHTS / "reward.pt"], "holds a reward model"),
+        (["--device", "abacus"], "abacus"),
+    ],
+)
+def test_bad_sampling_flags_are_refused_in_one_line(command, tmp_path, flags, words):
+    status, _, error = command(sample, *flags, "--out", tmp_path / "out")
+    refused(status, error, words)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--algo", "ppo"], "choose from 'pretrain', 'reward', 'dpo'"),
+        (["--lr", "-1"], "positive"),
+        (["--steps", "0"], "at least 1"),
+        (["--label-dropout", "2"], "between 0 and 1"),
+        (["--freeze", "6"], "0 to 5"),
+        (["--reward", common.WEIGHTS / "base.pt"], "holds a velocity model"),
+        (["--resume"], "no such checkpoint"),
+        (["--speed", "9"], "--speed"),
+    ],
+)
+def test_bad_training_flags_are_refused_in_one_line(command, tmp_path, flags, words):
+    status, _, error = command(train, *TINY, *flags, "--out", tmp_path / "out")
+    refused(status, error, words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_resuming_with_other_settings_or_from_mere_weights_is_refused(command, tmp_path):
+    flags = ["--algo", "pretrain", *TINY, "--out", tmp_path]
+    assert command(train, *flags)[0] == 0
+    before = (tmp_path / "last.pt").read_bytes()
+    status, _, error = command(train, *flags, "--lr", "0.5", "--resume")
+    refused(status, error, "--lr was 0.002")
+    assert (tmp_path / "last.pt").read_bytes() == before
+    (tmp_path / "last.pt").write_bytes((common.WEIGHTS / "base.pt").read_bytes())
+    status, _, error = command(train, *flags, "--resume")
+    refused(status, error, "without the optimiser")
+
+
+def test_a_folder_that_cannot_be_written_is_named(command, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    status, _, error = command(train, "--algo", "pretrain", *TINY, "--out", tmp_path / "file")
+    refused(status, error, "cannot write")
+    status, _, error = command(sample, "--n", "1", "--steps", "1", "--out", tmp_path / "file")
+    refused(status, error, "cannot write")

@@ -1,0 +1,95 @@
+"""Flow matching and the sampler, against values derived by hand."""
+
+import pytest
+import torch
+
+from data import drop_prompts, step_rng
+from flow import draw_time, flow_error, interpolate, shift_time
+from sample import sample
+
+X0 = torch.tensor([[2.0, -4.0]])
+X1 = torch.tensor([[6.0, 8.0]])
+
+
+@pytest.mark.parametrize(("t", "expected"), [(0.0, [2.0, -4.0]), (0.5, [4.0, 2.0]), (1.0, [6.0, 8.0])])
+def test_path_runs_from_data_to_noise(t, expected):
+    assert interpolate(X0, X1, torch.tensor([t])).tolist() == [expected]
+
+
+def test_error_is_the_mean_over_elements_of_the_velocity_error():
+    # v = x1 - x0 = (4, 12); a model that says 0 errs by (16 + 144) / 2 = 80, one that says (4, 12) not at all
+    t, y = torch.tensor([0.3]), None
+    assert flow_error(lambda x, t, y: torch.zeros_like(x), X0, X1, t, y).tolist() == [80.0]
+    assert flow_error(lambda x, t, y: X1 - X0, X0, X1, t, y).tolist() == [0.0]
+
+
+def test_error_of_a_video_is_one_number_a_clip():
+    x0, x1 = torch.zeros(3, 2, 4, 5, 6), torch.zeros(3, 2, 4, 5, 6)
+    x1[1] = 2.0
+    error = flow_error(lambda x, t, y: torch.zeros_like(x), x0, x1, torch.tensor([0.1, 0.5, 0.9]), None)
+    assert error.tolist() == [0.0, 4.0, 0.0]
+
+
+@pytest.mark.parametrize("shift", [1.0, 4.0])
+def test_one_euler_step_of_the_true_velocity_lands_on_the_data(shift):
+    x0, x1 = torch.randn(2, 3, 2, 4, 4), torch.randn(2, 3, 2, 4, 4)
+    out = sample(lambda x, t, y: x1 - x0, x1, torch.zeros(2, 1), steps=1, shift=shift)
+    assert torch.allclose(out, x0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("steps", "shift"), [(400, 1.0), (400, 4.0)])
+def test_sampler_turns_noise_into_a_known_gaussian(steps, shift):
+    mean, std = 1.5, 0.4
+
+    def velocity(x, t, y):
+        # x_t = (1 - t) x0 + t x1 with x0 ~ N(mean, std^2): E[x1 - x0 | x_t] by the formula for joint Gaussians
+        t = t[:, None]
+        variance = (1 - t) ** 2 * std**2 + t**2
+        surplus = (x - (1 - t) * mean) / variance
+        return t * surplus - (mean + (1 - t) * std**2 * surplus)
+
+    x1 = torch.randn(20000, 1, generator=torch.Generator().manual_seed(0))
+    x0 = sample(velocity, x1, torch.zeros(20000, 1), steps=steps, shift=shift)
+    # the flow is linear in x1: compare with what these very draws should become
+    assert x0.mean().item() == pytest.approx(mean + std * x1.mean().item(), abs=0.01)
+    assert x0.std().item() == pytest.approx(std * x1.std().item(), rel=0.02)
+
+
+def test_guidance_comes_after_cfg_and_cfg_one_needs_no_second_call():
+    calls = []
+
+    def model(x, t, y):
+        calls.append(y)
+        return torch.full_like(x, 3.0) if y.sum() else torch.full_like(x, 1.0)
+
+    seen = []
+    y = torch.ones(1, 2, dtype=torch.int64)
+    out = sample(model, torch.zeros(1, 1), y, steps=1, cfg=2.0, guidance=lambda v, x, t, y: seen.append(v) or v - 1)
+    assert seen[0].item() == 5.0  # 1 + 2 (3 - 1)
+    assert out.item() == -4.0  # x1 - (5 - 1)
+    calls.clear()
+    sample(model, torch.zeros(1, 1), y, steps=3)
+    assert len(calls) == 3
+
+
+def test_shift_moves_times_to_noise_and_keeps_the_ends():
+    assert shift_time(torch.tensor([0.0, 0.5, 1.0]), 4.0).tolist() == pytest.approx([0.0, 0.8, 1.0])  # 4/2 / (1 + 3/2)
+    assert shift_time(torch.tensor([0.25]), 1.0).item() == 0.25
+
+
+def test_uniform_times_are_uniform():
+    t = draw_time(20000, torch.Generator().manual_seed(0), shift=1.0)
+    assert t.mean().item() == pytest.approx(0.5, abs=0.01)
+    assert t.var().item() == pytest.approx(1 / 12, abs=0.003)
+
+
+def test_a_step_has_its_own_randomness():
+    assert torch.equal(torch.rand(3, generator=step_rng(5, 7)), torch.rand(3, generator=step_rng(5, 7)))
+    assert not torch.equal(torch.rand(3, generator=step_rng(5, 7)), torch.rand(3, generator=step_rng(5, 8)))
+
+
+def test_prompts_are_dropped_whole():
+    y = torch.ones(1000, 4, dtype=torch.int64)
+    dropped = drop_prompts(y, 0.1, torch.Generator().manual_seed(0)).sum(1)
+    assert set(dropped.tolist()) == {0, 4}
+    assert (dropped == 0).float().mean().item() == pytest.approx(0.1, abs=0.03)

@@ -1,0 +1,175 @@
+"""Attention and the video transformer."""
+
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+
+from attention import attention, rms_norm, rope_table, rotate
+from common import BadInput
+from model import (
+    PRESETS,
+    ModelConfig,
+    VideoTransformer,
+    add_lora,
+    freeze_trunk,
+    lora_disabled,
+    low_pass,
+    merge_lora,
+    patchify,
+    unpatchify,
+)
+
+SMALL = ModelConfig(frames=4, size=16, patch=(2, 8, 8), dim=32, depth=3, heads=2, vocab=8, max_text=3)
+
+
+@pytest.mark.parametrize("backend", ["auto", "naive", "sdpa", "reference"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize(("n", "m"), [(16, 16), (7, 13)])
+def test_backends_agree_with_softmax_in_float64(backend, dtype, tolerance, n, m):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 3, n, 8).to(dtype), torch.randn(2, 3, m, 8).to(dtype), torch.randn(2, 3, m, 8).to(dtype)
+    weights = torch.softmax(torch.einsum("bhnd,bhmd->bhnm", q.double(), k.double()) / 8**0.5, -1)
+    expected = torch.einsum("bhnm,bhmd->bhnd", weights, v.double())
+    out = attention(q, k, v, backend=backend)
+    assert out.dtype == dtype and (out.double() - expected).abs().max().item() < tolerance
+
+
+def test_unknown_backend_is_named():
+    with pytest.raises(ValueError, match="flash9"):
+        attention(*torch.randn(3, 1, 1, 2, 4), backend="flash9")
+
+
+def test_rotations_keep_lengths_and_make_products_relative():
+    table = rope_table((3, 4, 5), 16)
+    assert table.shape == (2, 60, 8)
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 16)
+    turned_q, turned_k = (rotate(x.expand(1, 1, 60, 16), table)[0, 0] for x in (q, k))
+    assert torch.allclose(turned_q.norm(dim=-1), q.norm().expand(60), atol=1e-5)
+    products = (turned_q @ turned_k.T).reshape(3, 4, 5, 3, 4, 5)
+    # one step in t, h or w is the same step anywhere
+    assert torch.allclose(products[0, 1, 2, 1, 3, 3], products[1, 0, 1, 2, 2, 2], atol=1e-4)
+    assert not torch.allclose(products[0, 1, 2, 1, 3, 3], products[0, 1, 2, 1, 3, 2], atol=1e-2)
+
+
+def test_rms_norm_by_hand():
+    # rms of (3, 4) is sqrt(12.5)
+    out = rms_norm(torch.tensor([3.0, 4.0]), torch.tensor([1.0, 2.0]))
+    assert out.tolist() == pytest.approx([3 / 12.5**0.5, 8 / 12.5**0.5], rel=1e-5)
+
+
+def test_patches_round_trip():
+    x = torch.randn(2, 3, 4, 16, 24)
+    tokens = patchify(x, (2, 8, 8))
+    assert tokens.shape == (2, 2 * 2 * 3, 3 * 2 * 64)
+    assert torch.equal(tokens[0, 0].reshape(3, 2, 8, 8), x[0, :, :2, :8, :8])
+    assert torch.equal(unpatchify(tokens, (3, 4, 16, 24), (2, 8, 8)), x)
+
+
+def inputs(config, count=2):
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(count, *config.video_shape, generator=rng)
+    return x, torch.linspace(0.2, 0.9, count), torch.randint(0, 8, (count, 3), generator=rng)
+
+
+def test_the_low_pass_is_orthonormal_and_keeps_smooth_clips():
+    config = ModelConfig()
+    basis = low_pass(config)[:126]  # 42 frequencies for each of 3 channels
+    assert torch.allclose(basis @ basis.T, torch.eye(126), atol=1e-5)
+    flat = patchify(torch.full((1, *config.video_shape), 0.7), config.patch)
+    assert torch.allclose(flat @ basis.T @ basis, flat, atol=1e-5)
+    ramp = torch.linspace(0, 1, 8).expand(3, 8, 32, 8).repeat(1, 1, 1, 4)[None]  # one slope across each patch
+    ramp = patchify(ramp, config.patch)
+    assert (ramp @ basis.T @ basis - ramp).square().mean() < 0.01 * ramp.var()
+
+
+def test_a_new_model_predicts_a_low_pass_of_its_input():
+    x, t, y = inputs(SMALL)
+    basis = low_pass(SMALL)
+    smooth = unpatchify(patchify(x, SMALL.patch) @ basis.T @ basis, SMALL.video_shape, SMALL.patch)
+    expected = (x - smooth) / t[:, None, None, None, None]  # v = (x_t - x0_hat) / t
+    assert torch.allclose(VideoTransformer(SMALL)(x, t, y), expected, atol=1e-5)
+
+
+def scrambled(config):
+    torch.manual_seed(0)
+    model = VideoTransformer(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def test_output_depends_on_every_input_and_not_on_the_rest_of_the_batch():
+    model = scrambled(SMALL)
+    x, t, y = inputs(SMALL)
+    v = model(x, t, y)
+    assert v.shape == x.shape
+    assert torch.allclose(model(x[1:], t[1:], y[1:]), v[1:], atol=1e-5)
+    for other in ((x + 0.1, t, y), (x, t + 0.05, y), (x, t, (y + 1) % 8)):
+        assert (model(*other) - v).abs().max() > 1e-3
+
+
+def test_features_are_the_first_blocks_and_continue_to_the_same_velocity():
+    model = scrambled(SMALL)
+    x, t, y = inputs(SMALL)
+    hidden = model.features(x, t, y, depth=1)
+    _, condition = model.embed(x, t, y)
+    assert torch.equal(model.head(model.run(hidden, condition, 1, 3), condition, x, t), model(x, t, y))
+
+
+def test_frozen_trunk_features_do_not_move():
+    model = freeze_trunk(scrambled(SMALL), 1)
+    x, t, y = inputs(SMALL)
+    before = model.features(x, t, y, depth=1)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    model(x, t, y).square().mean().backward()
+    optimizer.step()
+    assert torch.equal(model.features(x, t, y, depth=1), before)
+    with pytest.raises(BadInput, match="0 to 2"):
+        freeze_trunk(model, 3)
+
+
+def test_lora_starts_as_the_reference_trains_alone_and_merges():
+    reference = scrambled(SMALL)
+    x, t, y = inputs(SMALL)
+    v = reference(x, t, y)
+    model = add_lora(scrambled(SMALL), rank=4)
+    assert torch.equal(model(x, t, y), v)
+    assert {name.split(".")[-1] for name, p in model.named_parameters() if p.requires_grad} == {"down", "up"}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.05)
+    for _ in range(2):  # `down` gets its first gradient once `up` is no longer zero
+        model(x, t, y).square().mean().backward()
+        optimizer.step()
+    tuned = model(x, t, y)
+    assert (tuned - v).abs().max() > 1e-2
+    with lora_disabled(model):
+        assert torch.equal(model(x, t, y), v)
+    merged = merge_lora(model)
+    assert merged.state_dict().keys() == reference.state_dict().keys()
+    assert torch.allclose(merged(x, t, y), tuned, atol=1e-5) and torch.equal(model(x, t, y), tuned)
+
+
+def test_a_video_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match="takes"):
+        scrambled(SMALL)(torch.randn(1, 3, 8, 16, 16), torch.ones(1), torch.zeros(1, 3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "high"),
+    [("nano", 1.9e6, 2.1e6), ("small", 30e6, 40e6), ("base", 0.11e9, 0.14e9), ("large", 0.9e9, 1.15e9)],
+)
+def test_presets_have_the_size_they_say(name, low, high):
+    with torch.device("meta"):
+        model = VideoTransformer(PRESETS[name])
+    assert low < sum(p.numel() for p in model.parameters()) < high
+
+
+def test_config_survives_json_and_bad_sizes_are_refused():
+    import json
+
+    assert ModelConfig(**json.loads(json.dumps(asdict(SMALL)))) == SMALL
+    with pytest.raises(BadInput, match="size 30"):
+        replace(SMALL, size=30)
+    with pytest.raises(BadInput, match="heads"):
+        replace(SMALL, heads=5)
