@@ -9,6 +9,7 @@ A checkpoint is one torch file, a dict of plain values and tensors that loads wi
     and while training: ema, optimizer, algo, seed, settings
 """
 
+import argparse
 import os
 import pickle
 import sys
@@ -22,6 +23,21 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 class BadInput(Exception):
     """Something the user gave is wrong. The message is one line that names it and says what would be right."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose help shows defaults that say something, and whose errors are BadInput, one line each."""
+
+    class Help(argparse.ArgumentDefaultsHelpFormatter):
+        def _get_help_string(self, action):
+            silent = action.default is None or action.default is False
+            return action.help if silent else super()._get_help_string(action)
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=self.Help)
+
+    def error(self, message):
+        raise BadInput(message)
 
 
 def run(main):

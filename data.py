@@ -1,4 +1,4 @@
-"""Data: words to ids, clips to train a generator on, and preference pairs (paper, section 3.1).
+"""Data: words to ids, clips to train a generator on, and toy preference pairs (paper, section 3.1).
 
 A batch is a dict of tensors, made without a loop over samples and fixed by (seed, step) alone: an interrupted run that
 resumes at step n sees exactly the batches it would have seen.

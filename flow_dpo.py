@@ -24,7 +24,7 @@ SCHEDULES = ("constant", "(1-t)^2")
 def flow_dpo_loss(err_w, err_l, ref_err_w, ref_err_l, t, beta, schedule="constant"):
     """Eq. 6 from per-sample errors (B,) of policy and reference on winner and loser, t (B,) -> (loss, logs).
 
-    logs: loss; accuracy, the implicit one: the share of pairs moved the right way, a draw counting one half; margin, the
+    logs: loss; accuracy, the implicit one: the share of pairs moved the right way, a draw one half; margin, the
     mean of Eq. 6's bracket with its sign turned; the four mean errors. ValueError for an unknown schedule."""
     if schedule not in SCHEDULES:
         raise ValueError(f"unknown schedule {schedule!r}; known: {', '.join(SCHEDULES)}")

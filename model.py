@@ -150,7 +150,7 @@ class Block(nn.Module):
 
 
 def low_pass(config):
-    """(dim, C * patch volume): orthonormal rows, the lowest 3D cosine frequencies of a patch, alike for each channel."""
+    """(dim, C * patch volume): orthonormal rows, the lowest 3D cosine frequencies of a patch, per channel."""
     axes = []
     for n in config.patch:
         k, i = torch.arange(n)[:, None], torch.arange(n)[None]
@@ -274,7 +274,7 @@ class LoRALinear(nn.Module):
 
 
 def add_lora(model, rank, alpha=None):
-    """Freezes `model` and adds trainable adapters to its attention, in place; alpha is 2 rank unless given (Table 10)."""
+    """Freezes `model` and adds trainable adapters to its attention, in place; alpha: 2 rank unless given (Table 10)."""
     model.requires_grad_(False)
     for block in model.blocks:
         block.attn.qkv = LoRALinear(block.attn.qkv, rank, alpha or 2 * rank)

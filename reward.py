@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from attention import rope_table
 from common import BadInput, fill, load_checkpoint
-from model import Attention, ModelConfig, mlp, patchify
+from model import Attention, ModelConfig, low_pass, mlp, patchify
 
 DIMENSIONS = ("VQ", "MQ", "TA")
 INVALID = -100  # a label that counts for nothing
@@ -64,7 +64,7 @@ def btt_loss(r_a, r_b, label, theta=THETA):
 
 
 def accuracy_without_ties(delta, label):
-    """Share of decided pairs whose difference has the right sign; a difference of 0 is wrong. nan without such pairs."""
+    """Share of decided pairs whose difference has the right sign; 0 is wrong. nan without such pairs."""
     decided = label.abs() == 1
     return (torch.sign(delta) == label)[decided].float().mean().item()
 
@@ -124,6 +124,7 @@ class VideoReward(nn.Module):
         self.register_buffer("table", torch.cat((table, still), 1), persistent=False)
         self.register_buffer("mean", torch.zeros(3))
         self.register_buffer("std", torch.ones(3))
+        self.patch_in.weight.data.copy_(low_pass(config))  # as in the video model: sees shapes from the start
         nn.init.normal_(self.words.weight, std=0.5)
         nn.init.zeros_(self.head.bias)
 

@@ -6,7 +6,6 @@ The clock runs from t = 1 to 0 and is shifted towards noise as in training. The 
 guidance scale; those here were measured on the toy world (README, "settings").
 """
 
-import argparse
 from pathlib import Path
 
 import imageio.v3 as imageio
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 
 import world
-from common import WEIGHTS, BadInput, pick_device, run
+from common import WEIGHTS, BadInput, Parser, pick_device, run
 from data import Vocabulary
 from flow import TIME_SHIFT, shift_time
 from model import load_velocity
@@ -89,10 +88,7 @@ def write_sheet(path, videos, zoom=3):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description="Samples clips of one prompt and prints their true scores (1 is a clean clip, 0 a bad one).",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = Parser("Samples clips of one prompt and prints their true scores (1 is a clean clip, 0 a bad one).")
     parser.add_argument("--prompt", default="a red circle moving left", help="words known to the model, 8 at most")
     parser.add_argument("--ckpt", type=Path, default=WEIGHTS / "base.pt", help="weights of a video model")
     parser.add_argument("--n", type=int, default=4, help="clips")

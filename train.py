@@ -4,8 +4,7 @@
     python train.py --algo pretrain     the base model from nothing (flow matching, section 4.1)
     python train.py --algo reward       VideoReward from nothing (section 3.2)
 
-An algorithm is a Task: a model, a batch for each step, and a function of the batch that returns (loss, logs). All that
-is random in step n comes from the seed and n, so a run that was stopped and resumed ends at the same bits.
+All that is random in step n comes from the seed and n, so a run that was stopped and resumed ends at the same bits.
 """
 
 import argparse
@@ -14,199 +13,26 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-import world
-from common import WEIGHTS, BadInput, load_checkpoint, pick_device, run, save_checkpoint
-from compare import learned_scores, prompt_set, sample_prompts, score_table
-from data import Vocabulary, annotated_pairs, clip_batch, draw_pairs, drop_prompts, step_rng
-from flow import TIME_SHIFT, draw_noise, draw_time, flow_error
-from flow_dpo import SCHEDULES, flow_dpo_step
-from model import PRESETS, VideoTransformer, freeze_trunk, load_velocity
-from reward import DIMENSIONS, VideoReward, accuracy_with_ties, accuracy_without_ties, btt_loss, load_reward
-from sample import CFG, write_gif, write_sheet
+from common import BadInput, Parser, load_checkpoint, pick_device, run, save_checkpoint
+from data import step_rng
+from flow import TIME_SHIFT
+from flow_dpo import SCHEDULES
+from model import PRESETS
+from tasks import TASKS
 
 # Every number is measured (README, "settings") or the paper's; a flag left out takes its algorithm's value here.
 DEFAULTS = {
     "pretrain": {"steps": 6000, "batch": 32, "lr": 2.5e-3, "decay": 0.4, "ema": 0.999},
-    "reward": {"steps": 2000, "batch": 32, "lr": 1e-3, "decay": 0.4, "ema": 0.0},
+    "reward": {"steps": 2000, "batch": 16, "lr": 1e-3, "decay": 0.4, "ema": 0.0},
     "dpo": {"steps": 200, "batch": 16, "lr": 1e-4, "decay": 0.0, "ema": 0.0},
 }
 WARMUP = 100  # steps, or a tenth of a shorter run
-
-
-@dataclass
-class Task:
-    """What the loop needs to know of an algorithm."""
-
-    kind: str  # of its checkpoint: "velocity" or "reward"
-    model: torch.nn.Module  # the one that is trained
-    vocabulary: Vocabulary
-    batch: Callable  # (step, rng) -> dict of tensors on the CPU
-    loss: Callable  # (batch, rng) -> (loss, logs)
-    shown: tuple  # names of the logs in the progress bar
-    finish: Callable  # (model, out) -> lines to print; may write files and set buffers of the model
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The algorithms
-
-
-def pretrain_task(args, device):
-    vocabulary = Vocabulary()
-    torch.manual_seed(args.seed)
-    model = VideoTransformer(replace(PRESETS[args.preset], vocab=len(vocabulary.words))).to(device)
-
-    def batch(step, rng):
-        made = clip_batch(model.config, vocabulary, args.batch, rng)
-        return {**made, "y": drop_prompts(made["y"], args.label_dropout, rng)}
-
-    def loss(batch, rng):
-        x0 = batch["video"]
-        t = draw_time(len(x0), rng, args.time_shift, normal=True).to(device)
-        error = flow_error(model, x0, draw_noise(x0, rng), t, batch["y"]).mean()
-        return error, {"loss": error.item()}
-
-    def finish(model, out):
-        prompts = prompt_set(args.eval_prompts, "train", "validation", "hard")
-        lines = []
-        for cfg in (1.0, CFG):
-            bar = progress_bar(f"sampling at CFG {cfg:g}", "batch")
-            videos = sample_prompts(model, vocabulary.words, prompts, args.eval_seed, device, progress=bar, cfg=cfg)
-            score = world.oracle(videos, prompts).mean(0).tolist()
-            right = (world.attributes_right(videos, prompts) > 0.5).float().mean(0).tolist()
-            lines.append(f"CFG {cfg:g}: true score " + " ".join(f"{n} {v:.2f}" for n, v in zip(DIMENSIONS, score)))
-            lines[-1] += "; right " + " ".join(f"{n} {v:.2f}" for n, v in zip(("colour", "shape", "direction"), right))
-        write_gif(out / "samples.gif", list(videos[:32].split(8)))
-        write_sheet(out / "samples.png", videos[:16])
-        return [*lines, f"wrote {out / 'samples.gif'} and .png (CFG {CFG:g})"]
-
-    return Task("velocity", model, vocabulary, batch, loss, ("loss",), finish)
-
-
-def reward_task(args, device):
-    vocabulary = Vocabulary()
-    torch.manual_seed(args.seed)
-    config = replace(PRESETS[args.preset], vocab=len(vocabulary.words), dim=96, depth=4)
-    model = VideoReward(config).to(device)
-    bar = progress_bar("annotators look at the pairs", "x64 pairs")
-    pairs = annotated_pairs(args.pairs, ["train"], args.seed, config, bar)
-
-    def batch(step, rng):
-        return pairs.batch(epoch_index(len(pairs), args.batch, step, args.seed), config, vocabulary)
-
-    def loss(batch, rng):
-        scores = model(torch.cat((batch["video_a"], batch["video_b"])), batch["y"].repeat(2, 1))  # (2B, 3)
-        a, b = scores.chunk(2)
-        total = btt_loss(a, b, batch["label"])
-        right = [accuracy_without_ties((a - b)[:, i], batch["label"][:, i]) for i in range(3)]
-        return total, {"loss": total.item(), **dict(zip(DIMENSIONS, right))}
-
-    def finish(model, out):
-        held = annotated_pairs(args.eval_pairs, ["validation"], args.seed + 1, config)
-        scores = []
-        with torch.no_grad():
-            for index in torch.arange(len(held)).split(64):
-                made = held.batch(index, config, vocabulary)
-                y = made["y"].to(device)
-                scores.append([model(made[name].to(device), y).cpu() for name in ("video_a", "video_b")])
-        a, b = (torch.cat(side) for side in zip(*scores))
-        both = torch.cat((a, b))
-        model.mean.copy_(both.mean(0))
-        model.std.copy_(both.std(0))
-        lines = [
-            f"{len(held)} validation pairs, prompts never seen in training (accuracy without ties, with ties; ties):"
-        ]
-        for i, name in enumerate(DIMENSIONS):
-            delta, label = a[:, i] - b[:, i], held.label[:, i]
-            with_ties, _ = accuracy_with_ties(delta, label)
-            ties = (label == 0).float().mean().item()
-            lines.append(f"  {name}  {accuracy_without_ties(delta, label):.3f}  {with_ties:.3f}  {ties:.3f}")
-        return lines
-
-    return Task("reward", model, vocabulary, batch, loss, ("loss", *DIMENSIONS), finish)
-
-
-def dpo_task(args, device):
-    base, words = load_velocity(args.init or WEIGHTS / "base.pt")
-    reward, reward_words = load_reward(args.reward or WEIGHTS / "reward.pt")
-    base, reward = base.to(device).requires_grad_(False), reward.to(device).requires_grad_(False)
-    policy = freeze_trunk(copy.deepcopy(base).requires_grad_(True), args.freeze)
-    vocabulary = Vocabulary(words)
-    winner, loser = ranked_pairs(args, base.config, reward, reward_words, device)
-
-    def batch(step, rng):
-        index = epoch_index(len(winner), args.batch, step, args.seed)
-        win, lose = winner[index], loser[index]
-        y = vocabulary.encode_attributes(win.prompt, base.config.max_text)
-        y = drop_prompts(y, args.label_dropout, rng)
-        return {"winner": world.render(win, base.config.size), "loser": world.render(lose, base.config.size), "y": y}
-
-    def loss(batch, rng):
-        pair = batch["winner"], batch["loser"], batch["y"]
-        return flow_dpo_step(policy, base, *pair, args.beta, rng, args.schedule, args.time_shift)
-
-    def finish(policy, out):
-        prompts = prompt_set(args.eval_prompts, "train", "validation", "hard")
-        lines = []
-        for cfg in (CFG, 1.0):  # the pictures are made at CFG 1, where only the alignment differs
-            bar = progress_bar(f"sampling at CFG {cfg:g}", "batch")
-            videos = [
-                sample_prompts(m, words, prompts, args.eval_seed, device, progress=bar, cfg=cfg) for m in (base, policy)
-            ]
-            scores = [world.oracle(video, prompts) for video in videos]
-            learned = [learned_scores(reward, reward_words, video, prompts, device) for video in videos]
-            table = score_table(("base", "aligned"), scores, learned)
-            lines += [f"{args.eval_prompts} prompts, the same noise for both, CFG {cfg:g}", *table, ""]
-        first = torch.arange(0, args.eval_prompts, max(1, args.eval_prompts // 8))[:8]
-        write_gif(out / "base_above_aligned.gif", [video[first] for video in videos])
-        rows = torch.stack([video[first] for video in videos], 1).flatten(0, 1)  # base, aligned, base, aligned ...
-        write_sheet(out / "base_above_aligned.png", rows)
-        return [*lines, f"wrote {out / 'base_above_aligned.gif'} and .png (CFG 1)"]
-
-    return Task("velocity", policy, vocabulary, batch, loss, ("loss", "accuracy"), finish)
-
-
-TASKS = {"pretrain": pretrain_task, "reward": reward_task, "dpo": dpo_task}
-
-
-def ranked_pairs(args, config, reward, words, device):
-    """Toy pairs relabelled by VideoReward (section 5.1): (winners, losers) as Clips, by the mean of the three z-scores.
-
-    Offline and once, as in the paper: clips of the twelve generators, none of the policy's own. Equal rewards make no
-    pair."""
-    a, b = draw_pairs(args.pairs, ["train"], args.seed, config.frames)
-    totals = []
-    for part in progress_bar("VideoReward ranks the pairs", "x64 pairs")(torch.arange(args.pairs).split(64)):
-        sides = [
-            learned_scores(reward, words, world.render(side[part], config.size), side.prompt[part], device)
-            for side in (a, b)
-        ]
-        totals.append(torch.stack(sides).mean(-1))  # (2, 64): r = (r_VQ + r_MQ + r_TA) / 3
-    total = torch.cat(totals, 1)
-    better = total[0] > total[1]
-    keep = total[0] != total[1]
-    return world.choose(better, a, b)[keep], world.choose(better, b, a)[keep]
-
-
-def epoch_index(count, batch, step, seed):
-    """Indices (batch,) of step `step` in epochs that are each a new permutation of `count` items."""
-    position = torch.arange(step * batch, (step + 1) * batch)
-    index = torch.empty_like(position)
-    for epoch in (position // count).unique().tolist():
-        here = position // count == epoch
-        index[here] = torch.randperm(count, generator=step_rng(seed, -1 - epoch))[position[here] % count]
-    return index
-
-
-def progress_bar(name, unit):
-    """A tqdm for a list, for functions that take a progress argument."""
-    return lambda items: tqdm(items, desc=name, unit=unit, leave=False, file=sys.stdout, dynamic_ncols=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -214,66 +40,73 @@ def progress_bar(name, unit):
 
 
 def train(task, args, device):
-    """Trains task.model to args.steps, from args.out/last.pt with --resume. Returns the model to use: the average if
-    there is one."""
+    """Trains task.model to args.steps, on from args.out/last.pt with --resume. Returns lines that say how it ended.
+
+    SIGINT and SIGTERM save and exit with status 130; a loss that is not finite stops the run before it is used."""
     model = task.model
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=device.type != "mps")
+    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    optimizer = torch.optim.AdamW(
+        trained.values(), args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=device.type != "mps"
+    )
     average = copy.deepcopy(model).requires_grad_(False).eval() if args.ema else None
     settings = {name: str(value) for name, value in vars(args).items() if name not in UNSETTLED}
     last, metrics = args.out / "last.pt", args.out / "metrics.jsonl"
-    start = 0
-    if args.resume:
-        start = restore(last, model, average, optimizer, settings)
-    args.out.mkdir(parents=True, exist_ok=True)
-    kept = metrics.read_text().splitlines()[:start] if start and metrics.exists() else []
-    metrics.write_text("".join(line + "\n" for line in kept))
+    start = restore(last, trained, average, optimizer, settings) if args.resume else 0
 
     def save(step):
         state = {"kind": task.kind, "config": asdict(model.config), "vocabulary": task.vocabulary.words, "step": step}
-        state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "settings": settings}
-        save_checkpoint(last, state | ({"ema": average.state_dict()} if average else {}))
+        state |= {"model": task.plain(model).state_dict(), "settings": settings}
+        state |= {"trained": {name: value.detach() for name, value in trained.items()}} if task.adapted else {}
+        state |= {"ema": average.state_dict()} if average is not None else {}
+        save_checkpoint(last, state | {"optimizer": optimizer.state_dict()})
 
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        kept = metrics.read_text().splitlines()[:start] if start and metrics.exists() else []
+        metrics.write_text("".join(line + "\n" for line in kept))
+    except OSError as error:
+        raise BadInput(f"cannot write to {args.out}: {error.strerror}") from None
     stopped = []
-    handlers = {
-        number: signal.signal(number, lambda *_: stopped.append(True)) for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    bar = tqdm(
-        range(start, args.steps), initial=start, total=args.steps, desc=args.algo, file=sys.stdout, dynamic_ncols=True
-    )
-    with open(metrics, "a") as log:
-        for step in bar:
+    signals = signal.SIGINT, signal.SIGTERM
+    handlers = [signal.signal(number, lambda *_: stopped.append(True)) for number in signals]
+    bar = tqdm(total=args.steps, initial=start, desc=args.algo, file=sys.stdout, dynamic_ncols=True)
+    with open(metrics, "a") as log, bar:
+        for step in range(start, args.steps):
             rng = step_rng(args.seed, step)
             batch = {name: value.to(device) for name, value in task.batch(step, rng).items()}
             loss, logs = task.loss(batch, rng)
             if not torch.isfinite(loss):
-                raise BadInput(
-                    f"loss is {loss.item()} at step {step} (seed {args.seed}); the last good state is {last}"
-                )
+                raise BadInput(f"loss is {loss.item()} at step {step}, seed {args.seed}; the last good state is {last}")
             loss.backward()
-            logs["grad_norm"] = torch.nn.utils.clip_grad_norm_(trained, 1.0).item()
+            logs["grad_norm"] = torch.nn.utils.clip_grad_norm_(trained.values(), 1.0).item()
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * schedule(step, args.steps, args.decay)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if average is not None:
-                decay = min(args.ema, (step + 1) / (step + 10))  # short memory at the start
-                new = [value.detach() for value in model.state_dict().values()]
-                torch._foreach_lerp_(list(average.state_dict().values()), new, 1 - decay)
+                memory = min(args.ema, (step + 1) / (step + 10))  # short at the start
+                new = [value.detach() for value in model.parameters()]
+                torch._foreach_lerp_(list(average.parameters()), new, 1 - memory)
             log.write(json.dumps({"step": step, **logs}) + "\n")
-            bar.set_postfix({name: f"{logs[name]:.3f}" for name in task.shown})
-            if stopped or (step + 1) % args.save_every == 0:
+            bar.set_postfix({name: f"{logs[name]:.3f}" for name in task.shown}, refresh=False)
+            bar.update()
+            if stopped or (step + 1) % args.save_every == 0 or step + 1 == args.steps:
                 log.flush()
                 save(step + 1)
             if stopped:
-                bar.close()
-                print(f"stopped after step {step + 1}; `--resume` continues from {last}")
+                print(f"\nstopped after step {step + 1}; --resume continues from {last}")
                 sys.exit(130)
-    for number, handler in handlers.items():
+    for number, handler in zip(signals, handlers):
         signal.signal(number, handler)
-    final = (average if average is not None else model).eval()
+
+    final = task.plain(average if average is not None else model).eval()
     lines = task.finish(final, args.out)
-    save(args.steps)
+    save(args.steps)  # with what finish measured, the reward's z-score constants
+    if args.export:
+        weights = {name: value.half() for name, value in final.state_dict().items()}
+        state = {"kind": task.kind, "config": asdict(model.config), "vocabulary": task.vocabulary.words}
+        save_checkpoint(args.export, state | {"step": args.steps, "model": weights})
+        lines.append(f"wrote {args.export}")
     return [*lines, f"wrote {metrics}", f"wrote {last}"]
 
 
@@ -284,30 +117,37 @@ def schedule(step, steps, decay):
     return rise * min(1.0, (steps - step) / (decay * steps)) if decay else rise
 
 
-UNSETTLED = {"resume", "out", "save_every", "device", "eval_prompts", "eval_pairs", "eval_seed"}
+# Flags that a resumed run may change
+UNSETTLED = {"resume", "out", "save_every", "device", "export", "eval_prompts", "eval_pairs", "eval_seed"}
 
 
-def restore(path, model, average, optimizer, settings):
+def restore(path, trained, average, optimizer, settings):
     """Loads a run's state; returns the step it had reached. BadInput if the run had other settings."""
     state = load_checkpoint(path)
     if "optimizer" not in state:
         raise BadInput(f"{path}: weights without the optimiser's state; it can be used with --init, not with --resume")
     for name, value in settings.items():
-        if state["settings"].get(name) != value:
-            was = state["settings"].get(name)
+        was = state["settings"].get(name)
+        if was != value:
             raise BadInput(f"--resume: --{name.replace('_', '-')} was {was} in {path}, now {value}; use the same")
-    model.load_state_dict(state["model"])
+    source = state.get("trained", state["model"])
+    with torch.no_grad():
+        for name, value in trained.items():
+            value.copy_(source[name])
     optimizer.load_state_dict(state["optimizer"])
     if average is not None:
         average.load_state_dict(state["ema"])
     return state["step"]
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
 def arguments():
-    parser = argparse.ArgumentParser(
-        description="Trains one algorithm and writes last.pt, metrics.jsonl and pictures to --out.",
-        epilog="Without --init and --reward the shipped weights/ are used.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = Parser(
+        "Trains one algorithm; writes last.pt, metrics.jsonl and pictures to --out. "
+        "Where no checkpoint is named, the shipped weights/ are used."
     )
 
     def by_algorithm(name):
@@ -341,23 +181,24 @@ def arguments():
 
     group = parser.add_argument_group("preferences")
     group.add_argument(
-        "--pairs", type=int, help="pairs in the data set (default: reward 24000, dpo steps x batch, one epoch)"
+        "--pairs", type=int, help="pairs in the data set (default: one epoch; reward two, as in Table 11)"
     )
     group.add_argument(
         "--beta", type=float, default=100.0, help="dpo: on mean errors; larger stays closer to the reference"
     )
     group.add_argument("--schedule", choices=SCHEDULES, default="constant", help="dpo: beta over t (section 4.2)")
     group.add_argument("--freeze", type=int, default=0, help="dpo: first blocks that stay those of the base; 0 = none")
+    group.add_argument("--lora-rank", type=int, default=0, help="dpo: train adapters of this rank; 0 = the weights")
 
     group = parser.add_argument_group("output")
     group.add_argument("--out", type=Path, help="folder (default: out/<algo>)")
     group.add_argument("--resume", action="store_true", help="continue the run in --out")
+    group.add_argument("--export", type=Path, help="also write the final weights here, alone and as float16")
     group.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
     group.add_argument("--eval-prompts", type=int, default=192, help="prompts of the closing table")
     group.add_argument("--eval-pairs", type=int, default=1000, help="reward: validation pairs")
     group.add_argument("--eval-seed", type=int, default=1234, help="noise of the closing table")
 
-    parser.error = lambda message: (_ for _ in ()).throw(BadInput(message))
     args = parser.parse_args()
     for name, value in DEFAULTS[args.algo].items():
         if not hasattr(args, name):
@@ -372,7 +213,7 @@ def arguments():
         if not 0 <= getattr(args, name) <= 1:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: must lie between 0 and 1")
     args.out = args.out or Path("out") / args.algo
-    args.pairs = args.pairs or (24000 if args.algo == "reward" else args.steps * args.batch)
+    args.pairs = args.pairs or args.steps * args.batch // (2 if args.algo == "reward" else 1) or 1
     return args
 
 

@@ -13,8 +13,6 @@ generate pixel noise: with noise as a defect it comes out cleaner than its data 
 
 Videos are `(B, 3, T, H, W)` float in [-1, 1]. Attributes are `(B, 3)` int64: colour, shape, direction. Positions and
 lengths are fractions of the frame's height, so nothing below depends on the number of pixels or frames.
-
-    python world.py        writes out/world.png: every generator's clips, and prints what the oracle says of them
 """
 
 from dataclasses import dataclass, fields
@@ -357,8 +355,8 @@ def oracle(video, prompt):
     return torch.stack((vq, mq, ta), 1)
 
 
-# Mean and standard deviation of the true scores over the twelve generators' clips (`python world.py` measures them).
-# They put the dimensions on one scale: for the annotators' noise, and for a true Overall, the mean of three z-scores.
+# Mean and standard deviation of the true scores over 12,288 clips of all generators and prompts (a test measures them
+# again). They put the dimensions on one scale: for the annotators' noise, and for a true Overall, the mean z-score.
 TRUE_MEAN = torch.tensor([0.535, 0.479, 0.801])
 TRUE_STD = torch.tensor([0.307, 0.348, 0.249])
 
