@@ -29,7 +29,7 @@ from tasks import TASKS
 # Every number is measured (README, "settings") or the paper's; a flag left out takes its algorithm's value here.
 DEFAULTS = {
     "pretrain": {"steps": 6000, "batch": 32, "lr": 2.5e-3, "decay": 0.4, "ema": 0.999},
-    "reward": {"steps": 2000, "batch": 16, "lr": 1e-3, "decay": 0.4, "ema": 0.0},
+    "reward": {"steps": 1500, "batch": 32, "lr": 1e-3, "decay": 0.4, "ema": 0.0},
     "dpo": {"steps": 200, "batch": 16, "lr": 1e-4, "decay": 0.0, "ema": 0.0},
 }
 WARMUP = 100  # steps, or a tenth of a shorter run
