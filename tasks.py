@@ -4,7 +4,9 @@
 
     pretrain   the video model by flow matching on clips of all twelve generators            section 4.1
     reward     VideoReward on pairs that the annotators compared, BTT                        section 3
-    dpo        the video model on pairs that VideoReward ranked, against its frozen start    section 4.2, 5.1
+    sft        the video model on the winners of pairs that VideoReward ranked               section 5.1
+    rwr        the video model on both clips of these pairs, weighted by their reward        section 4.3
+    dpo        the video model on these pairs, against its frozen start                      section 4.2
 """
 
 import copy
@@ -21,6 +23,7 @@ from compare import learned_scores, prompt_set, sample_prompts, score_table
 from data import Vocabulary, annotated_pairs, clip_batch, draw_pairs, drop_prompts, step_rng
 from flow import draw_noise, draw_time, flow_error
 from flow_dpo import flow_dpo_step
+from flow_rwr import flow_rwr_step, rwr_weights
 from model import PRESETS, VideoTransformer, add_lora, freeze_trunk, load_velocity, merge_lora
 from reward import DIMENSIONS, VideoReward, accuracy_with_ties, accuracy_without_ties, btt_loss, load_reward
 from sample import CFG, write_gif, write_sheet
@@ -96,8 +99,8 @@ def reward_task(args, device):
         scores = model(torch.cat((batch["video_a"], batch["video_b"])), batch["y"].repeat(2, 1))  # (2B, 3)
         a, b = scores.chunk(2)
         total = btt_loss(a, b, batch["label"])
-        right = [accuracy_without_ties((a - b)[:, i], batch["label"][:, i]) for i in range(3)]
-        return total, {"loss": total.item(), **dict(zip(DIMENSIONS, right))}
+        right = {name: accuracy_without_ties((a - b)[:, i], batch["label"][:, i]) for i, name in enumerate(DIMENSIONS)}
+        return total, {"loss": total.item()} | {name: value for name, value in right.items() if value == value}
 
     def finish(model, out):
         held = annotated_pairs(args.eval_pairs, ["validation"], args.seed + 1, config)
@@ -125,25 +128,66 @@ def reward_task(args, device):
 
 
 def dpo_task(args, device):
+    base, policy, vocabulary, pairs, finish = alignment(args, device)
+    winner, loser = ranked(*pairs)
+    config = base.config
+
+    def batch(step, rng):
+        index = epoch_index(len(winner), args.batch, step, args.seed)
+        win, lose = winner[index], loser[index]
+        y = drop_prompts(vocabulary.encode_attributes(win.prompt, config.max_text), args.label_dropout, rng)
+        return {"winner": world.render(win, config.size), "loser": world.render(lose, config.size), "y": y}
+
+    def loss(batch, rng):
+        pair = batch["winner"], batch["loser"], batch["y"]
+        return flow_dpo_step(policy, base, *pair, args.beta, rng, args.schedule, args.time_shift)
+
+    return Task("velocity", policy, vocabulary, batch, loss, ("loss", "accuracy"), finish, args.lora_rank > 0)
+
+
+def rwr_task(args, device):
+    _, policy, vocabulary, (a, b, total), finish = alignment(args, device)
+    clips = world.join(a, b)
+    return weighted_task(args, policy, vocabulary, clips, rwr_weights(total.flatten(), args.temperature), finish)
+
+
+def sft_task(args, device):
+    _, policy, vocabulary, pairs, finish = alignment(args, device)
+    winner, _ = ranked(*pairs)
+    return weighted_task(args, policy, vocabulary, winner, torch.ones(len(winner)), finish)
+
+
+def weighted_task(args, policy, vocabulary, clips, weight, finish):
+    """The flow-matching loss on clips with weights (N,): two clips for every pair of a DPO step."""
+    config = policy.config
+
+    def batch(step, rng):
+        index = epoch_index(len(clips), 2 * args.batch, step, args.seed)
+        y = drop_prompts(vocabulary.encode_attributes(clips.prompt[index], config.max_text), args.label_dropout, rng)
+        return {"video": world.render(clips[index], config.size), "y": y, "weight": weight[index]}
+
+    def loss(batch, rng):
+        return flow_rwr_step(policy, batch["video"], batch["y"], batch["weight"], rng, args.time_shift)
+
+    return Task("velocity", policy, vocabulary, batch, loss, ("loss", "effective_samples"), finish, args.lora_rank > 0)
+
+
+TASKS = {"pretrain": pretrain_task, "reward": reward_task, "sft": sft_task, "rwr": rwr_task, "dpo": dpo_task}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the alignment algorithms share
+
+
+def alignment(args, device):
+    """The frozen base, the policy that starts from it, its vocabulary, pairs scored by VideoReward, and the comparison
+    of the two that ends a run."""
     base, words = load_velocity(args.init or WEIGHTS / "base.pt")
     reward, reward_words = load_reward(args.reward or WEIGHTS / "reward.pt")
     base, reward = base.to(device).requires_grad_(False), reward.to(device).requires_grad_(False)
     policy = copy.deepcopy(base).requires_grad_(True)
     torch.manual_seed(args.seed)
     policy = add_lora(policy, args.lora_rank) if args.lora_rank else freeze_trunk(policy, args.freeze)
-    vocabulary = Vocabulary(words)
-    winner, loser = ranked_pairs(args, base.config, reward, reward_words, device)
-
-    def batch(step, rng):
-        index = epoch_index(len(winner), args.batch, step, args.seed)
-        win, lose = winner[index], loser[index]
-        y = vocabulary.encode_attributes(win.prompt, base.config.max_text)
-        y = drop_prompts(y, args.label_dropout, rng)
-        return {"winner": world.render(win, base.config.size), "loser": world.render(lose, base.config.size), "y": y}
-
-    def loss(batch, rng):
-        pair = batch["winner"], batch["loser"], batch["y"]
-        return flow_dpo_step(policy, base, *pair, args.beta, rng, args.schedule, args.time_shift)
 
     def finish(policy, out):
         prompts = prompt_set(args.eval_prompts, "train", "validation", "hard")
@@ -155,34 +199,35 @@ def dpo_task(args, device):
             ]
             scores = [world.oracle(video, prompts) for video in videos]
             learned = [learned_scores(reward, reward_words, video, prompts, device) for video in videos]
-            table = score_table(("base", "aligned"), scores, learned)
+            table = score_table(("base", args.algo), scores, learned)
             lines += [f"{args.eval_prompts} prompts, the same noise for both, CFG {cfg:g}", *table, ""]
         first = torch.arange(0, args.eval_prompts, max(1, args.eval_prompts // 8))[:8]
-        write_gif(out / "base_above_aligned.gif", [video[first] for video in videos])
+        name = f"base_above_{args.algo}"
+        write_gif(out / f"{name}.gif", [video[first] for video in videos])
         rows = torch.stack([video[first] for video in videos], 1).flatten(0, 1)  # base, aligned, base, aligned ...
-        write_sheet(out / "base_above_aligned.png", rows)
-        return [*lines, f"wrote {out / 'base_above_aligned.gif'} and .png (CFG 1)"]
+        write_sheet(out / f"{name}.png", rows)
+        return [*lines, f"wrote {out / name}.gif and .png (CFG 1)"]
 
-    adapted = args.lora_rank > 0
-    return Task("velocity", policy, vocabulary, batch, loss, ("loss", "accuracy"), finish, adapted)
+    pairs = scored_pairs(args, base.config, reward, reward_words, device)
+    return base, policy, Vocabulary(words), pairs, finish
 
 
-def ranked_pairs(args, config, reward, words, device):
-    """Toy pairs relabelled by VideoReward (section 5.1): (winners, losers) as Clips, by the mean of the three z-scores.
+def scored_pairs(args, config, reward, words, device):
+    """Toy pairs relabelled by VideoReward (section 5.1): clips a and b, and the mean of the three z-scores (2, N).
 
-    Offline and once, as in the paper: clips of the twelve generators, none of the policy's own. Equal rewards make no
-    pair."""
+    Offline and once, as in the paper: clips of the twelve generators, none of the policy's own."""
     a, b = draw_pairs(args.pairs, ["train"], args.seed, config.frames)
     totals = []
-    for part in progress_bar("VideoReward ranks the pairs", "x64 pairs")(torch.arange(args.pairs).split(64)):
-        sides = [
-            learned_scores(reward, words, world.render(side[part], config.size), side.prompt[part], device)
-            for side in (a, b)
-        ]
-        totals.append(torch.stack(sides).mean(-1))  # (2, 64): r = (r_VQ + r_MQ + r_TA) / 3
-    total = torch.cat(totals, 1)
-    better = total[0] > total[1]
-    keep = total[0] != total[1]
+    for part in progress_bar("VideoReward scores the pairs", "x64 pairs")(torch.arange(args.pairs).split(64)):
+        videos = [world.render(side[part], config.size) for side in (a, b)]
+        scores = [learned_scores(reward, words, video, a.prompt[part], device) for video in videos]
+        totals.append(torch.stack(scores).mean(-1))  # (2, 64): r = (r_VQ + r_MQ + r_TA) / 3
+    return a, b, torch.cat(totals, 1)
+
+
+def ranked(a, b, total):
+    """(winners, losers) by total (2, N); equal rewards make no pair."""
+    better, keep = total[0] > total[1], total[0] != total[1]
     return world.choose(better, a, b)[keep], world.choose(better, b, a)[keep]
 
 
@@ -199,6 +244,3 @@ def epoch_index(count, batch, step, seed):
 def progress_bar(name, unit):
     """A tqdm for a list, for functions that take a progress argument."""
     return lambda items: tqdm(items, desc=name, unit=unit, leave=False, file=sys.stdout, dynamic_ncols=True)
-
-
-TASKS = {"pretrain": pretrain_task, "reward": reward_task, "dpo": dpo_task}

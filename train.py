@@ -1,6 +1,7 @@
 """Training: one loop for every algorithm.
 
     python train.py --algo dpo          align the shipped base model with the shipped VideoReward; ends with a table
+    python train.py --algo rwr          the same by reward-weighted regression, or --algo sft on the winners alone
     python train.py --algo pretrain     the base model from nothing (flow matching, section 4.1)
     python train.py --algo reward       VideoReward from nothing (section 3.2)
 
@@ -30,6 +31,8 @@ from tasks import TASKS
 DEFAULTS = {
     "pretrain": {"steps": 6000, "batch": 32, "lr": 2.5e-3, "decay": 0.4, "ema": 0.999},
     "reward": {"steps": 1500, "batch": 32, "lr": 1e-3, "decay": 0.4, "ema": 0.0},
+    "sft": {"steps": 200, "batch": 16, "lr": 1e-4, "decay": 0.0, "ema": 0.0},
+    "rwr": {"steps": 200, "batch": 16, "lr": 1e-4, "decay": 0.0, "ema": 0.0},
     "dpo": {"steps": 200, "batch": 16, "lr": 1e-4, "decay": 0.0, "ema": 0.0},
 }
 WARMUP = 100  # steps, or a tenth of a shorter run
@@ -70,34 +73,39 @@ def train(task, args, device):
     signals = signal.SIGINT, signal.SIGTERM
     handlers = [signal.signal(number, lambda *_: stopped.append(True)) for number in signals]
     bar = tqdm(total=args.steps, initial=start, desc=args.algo, file=sys.stdout, dynamic_ncols=True)
-    with open(metrics, "a") as log, bar:
-        for step in range(start, args.steps):
-            rng = step_rng(args.seed, step)
-            batch = {name: value.to(device) for name, value in task.batch(step, rng).items()}
-            loss, logs = task.loss(batch, rng)
-            if not torch.isfinite(loss):
-                raise BadInput(f"loss is {loss.item()} at step {step}, seed {args.seed}; the last good state is {last}")
-            loss.backward()
-            logs["grad_norm"] = torch.nn.utils.clip_grad_norm_(trained.values(), 1.0).item()
-            for group in optimizer.param_groups:
-                group["lr"] = args.lr * schedule(step, args.steps, args.decay)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            if average is not None:
-                memory = min(args.ema, (step + 1) / (step + 10))  # short at the start
-                new = [value.detach() for value in model.parameters()]
-                torch._foreach_lerp_(list(average.parameters()), new, 1 - memory)
-            log.write(json.dumps({"step": step, **logs}) + "\n")
-            bar.set_postfix({name: f"{logs[name]:.3f}" for name in task.shown}, refresh=False)
-            bar.update()
-            if stopped or (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-                log.flush()
-                save(step + 1)
-            if stopped:
-                print(f"\nstopped after step {step + 1}; --resume continues from {last}")
-                sys.exit(130)
-    for number, handler in zip(signals, handlers):
-        signal.signal(number, handler)
+    try:
+        with open(metrics, "a") as log, bar:
+            for step in range(start, args.steps):
+                rng = step_rng(args.seed, step)
+                batch = {name: value.to(device) for name, value in task.batch(step, rng).items()}
+                loss, logs = task.loss(batch, rng)
+                if not torch.isfinite(loss):
+                    raise BadInput(
+                        f"loss is {loss.item()} at step {step}, seed {args.seed}; {last} is the last good state"
+                    )
+                loss.backward()
+                logs["grad_norm"] = torch.nn.utils.clip_grad_norm_(trained.values(), 1.0).item()
+                for group in optimizer.param_groups:
+                    group["lr"] = args.lr * schedule(step, args.steps, args.decay)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                if average is not None:
+                    memory = min(args.ema, (step + 1) / (step + 10))  # short at the start
+                    new = [value.detach() for value in model.parameters()]
+                    torch._foreach_lerp_(list(average.parameters()), new, 1 - memory)
+                log.write(json.dumps({"step": step, **logs}) + "\n")
+                bar.set_postfix({name: f"{logs[name]:.3f}" for name in task.shown if name in logs}, refresh=False)
+                bar.update()
+                if stopped or (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+                    log.flush()
+                    save(step + 1)
+                if stopped:
+                    bar.close()
+                    print(f"stopped after step {step + 1}; --resume continues from {last}")
+                    sys.exit(130)
+    finally:
+        for number, handler in zip(signals, handlers):
+            signal.signal(number, handler)
 
     final = task.plain(average if average is not None else model).eval()
     lines = task.finish(final, args.out)
@@ -156,13 +164,13 @@ def arguments():
     group = parser.add_argument_group("what to train")
     group.add_argument("--algo", choices=TASKS, default="dpo", help="algorithm")
     group.add_argument("--preset", choices=PRESETS, default="nano", help="size of a model trained from nothing")
-    group.add_argument("--init", type=Path, help="dpo: base model to start from, also the reference (weights/base.pt)")
-    group.add_argument("--reward", type=Path, help="dpo: VideoReward that ranks the pairs (weights/reward.pt)")
+    group.add_argument("--init", type=Path, help="base model to align, in dpo also the reference (weights/base.pt)")
+    group.add_argument("--reward", type=Path, help="VideoReward that scores the pairs (weights/reward.pt)")
 
     group = parser.add_argument_group("how long and how fast")
     helps = {
         "steps": (int, "optimiser steps"),
-        "batch": (int, "clips (pretrain) or pairs (reward, dpo) a step"),
+        "batch": (int, "clips (pretrain) or pairs a step; sft and rwr take two clips for a pair"),
         "lr": (float, "peak learning rate of AdamW"),
         "decay": (float, "last share of the run in which the rate falls to 0; 0 = constant"),
         "ema": (float, "memory of the averaged weights; 0 = none"),
@@ -187,8 +195,11 @@ def arguments():
         "--beta", type=float, default=100.0, help="dpo: on mean errors; larger stays closer to the reference"
     )
     group.add_argument("--schedule", choices=SCHEDULES, default="constant", help="dpo: beta over t (section 4.2)")
-    group.add_argument("--freeze", type=int, default=0, help="dpo: first blocks that stay those of the base; 0 = none")
-    group.add_argument("--lora-rank", type=int, default=0, help="dpo: train adapters of this rank; 0 = the weights")
+    group.add_argument(
+        "--temperature", type=float, default=1.0, help="rwr: of exp(reward / temperature); lower = sharper"
+    )
+    group.add_argument("--freeze", type=int, default=0, help="first blocks that stay those of the base; 0 = none")
+    group.add_argument("--lora-rank", type=int, default=0, help="train adapters of this rank; 0 = the weights")
 
     group = parser.add_argument_group("output")
     group.add_argument("--out", type=Path, help="folder (default: out/<algo>)")
@@ -206,7 +217,7 @@ def arguments():
     for name in ("steps", "batch", "save_every", "eval_prompts", "eval_pairs"):
         if getattr(args, name) < 1:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
-    for name in ("lr", "beta", "time_shift"):
+    for name in ("lr", "beta", "time_shift", "temperature"):
         if not 0 < getattr(args, name) < float("inf"):
             raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: must be a positive number")
     for name in ("decay", "ema", "label_dropout"):

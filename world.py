@@ -134,6 +134,11 @@ class Clips:
         return Clips(*(getattr(self, field.name)[index] for field in fields(self)))
 
 
+def join(a, b):
+    """The clips of a, then those of b."""
+    return Clips(*(torch.cat((getattr(a, field.name), getattr(b, field.name))) for field in fields(Clips)))
+
+
 def choose(mask, a, b):
     """Clips that are a's where mask (B,) is true and b's elsewhere."""
     pairs = ((getattr(a, field.name), getattr(b, field.name)) for field in fields(Clips))

@@ -105,9 +105,9 @@ def test_a_stopped_run_resumes_to_the_same_bits(command, monkeypatch, tmp_path, 
 def test_dpo_ends_with_a_table_and_pictures_and_its_result_can_be_sampled(command, tmp_path):
     status, out, error = command(train, "--algo", "dpo", *TINY, "--out", tmp_path)
     assert status == 0, error
-    for words in ("base, true score", "aligned wins, oracle", "aligned wins, VideoReward", "metrics.jsonl"):
+    for words in ("base, true score", "dpo wins, oracle", "dpo wins, VideoReward", "metrics.jsonl"):
         assert words in out
-    assert {"base_above_aligned.gif", "base_above_aligned.png", "last.pt"} <= {path.name for path in tmp_path.iterdir()}
+    assert {"base_above_dpo.gif", "base_above_dpo.png", "last.pt"} <= {path.name for path in tmp_path.iterdir()}
     first = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
     assert first["loss"] == pytest.approx(0.693147, abs=1e-5) and first["accuracy"] == 0.5
     assert command(sample, "--ckpt", tmp_path / "last.pt", "--n", 1, "--steps", 2, "--out", tmp_path / "s")[0] == 0
@@ -195,7 +195,7 @@ def test_bad_sampling_flags_are_refused_in_one_line(command, tmp_path, flags, wo
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--algo", "ppo"], "choose from 'pretrain', 'reward', 'dpo'"),
+        (["--algo", "ppo"], "choose from 'pretrain', 'reward', 'sft', 'rwr', 'dpo'"),
         (["--lr", "-1"], "positive"),
         (["--steps", "0"], "at least 1"),
         (["--label-dropout", "2"], "between 0 and 1"),

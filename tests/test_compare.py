@@ -52,7 +52,7 @@ class Judge(torch.nn.Module):
 def test_pairs_are_ranked_by_the_reward_and_equal_rewards_make_none():
     args = argparse.Namespace(pairs=200, seed=0)
     judge = Judge()
-    winner, loser = tasks.ranked_pairs(args, judge.config, judge, TOY_WORDS, torch.device("cpu"))
+    winner, loser = tasks.ranked(*tasks.scored_pairs(args, judge.config, judge, TOY_WORDS, torch.device("cpu")))
     assert 100 < len(winner) == len(loser) < 200
     assert torch.equal(winner.prompt, loser.prompt) and not (winner.generator == loser.generator).any()
     scores = [judge.normalised(world.render(side), None)[:, 0] for side in (winner, loser)]
@@ -66,6 +66,6 @@ def test_the_oracle_as_reward_gives_better_winners_in_every_dimension():
             return (world.oracle(video, prompts) - world.TRUE_MEAN) / world.TRUE_STD
 
     args = argparse.Namespace(pairs=300, seed=0)
-    winner, loser = tasks.ranked_pairs(args, Judge.config, Oracle(), TOY_WORDS, torch.device("cpu"))
+    winner, loser = tasks.ranked(*tasks.scored_pairs(args, Judge.config, Oracle(), TOY_WORDS, torch.device("cpu")))
     gain = (winner.hidden - loser.hidden).mean(0)
     assert (gain > 0.1).all(), gain

@@ -1,0 +1,40 @@
+"""Flow-RWR: reward-weighted regression on a flow-matching model (paper, section 4.3, Eq. 8-9), and SFT.
+
+    L = E[ exp(r(x0, y)) |v - v(x_t, t, y)|^2 ]                                                                   Eq. 9
+
+The flow-matching loss on given clips, each weighted by its reward: the projection of p* = p_ref exp(r) / Z (Eq. 7) on
+the model. The (1 - t)^2 of the noise form (Eq. 8) is dropped, as in Flow-DPO. The paper leaves open which weights: here
+exp(r / temperature) of the normalised reward, divided by the mean over the whole data set once before training, on both
+clips of every pair. A mean of one keeps the learning rate's meaning, and dividing over the data set rather than a batch
+keeps the optimum. SFT, the paper's other baseline, is weight one on the winners alone.
+"""
+
+import torch
+
+from flow import draw_noise, draw_time, flow_error
+
+
+def rwr_weights(reward, temperature=1.0):
+    """exp(reward / temperature) over its mean: (N,) -> (N,) with mean one, finite for any finite reward.
+
+    A low temperature trusts the reward more: at 0 only the best clip counts, at infinity all count alike.
+    ValueError unless temperature > 0."""
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, not {temperature}")
+    weight = torch.exp((reward - reward.max()) / temperature)  # at most 1: cannot overflow
+    return weight / weight.mean()
+
+
+def effective_samples(weight):
+    """How many equally weighted clips hold as much information, as a share: (sum w)^2 / (N sum w^2) in (0, 1]."""
+    return (weight.sum().square() / weight.square().sum() / len(weight)).item()
+
+
+def flow_rwr_step(policy, x0, y, weight, rng, shift=1.0):
+    """One step on clips x0 (B, ...) with prompts y (B, S) and weights (B,) -> (loss, logs). `rng`: CPU torch.Generator.
+
+    t is uniform, then shifted towards noise by `shift` (1 = not), as in Flow-DPO."""
+    t = draw_time(len(y), rng, shift).to(x0.device)
+    error = flow_error(policy, x0, draw_noise(x0, rng), t, y)  # (B,)
+    loss = (weight * error).mean()  # Eq. 9
+    return loss, {"loss": loss.item(), "error": error.mean().item(), "effective_samples": effective_samples(weight)}

@@ -1,0 +1,63 @@
+"""Flow-RWR and SFT: weights by hand, and the optimum they lead to."""
+
+import math
+
+import pytest
+import torch
+
+from data import step_rng
+from flow import flow_error
+from flow_rwr import effective_samples, flow_rwr_step, rwr_weights
+
+
+def test_weights_by_hand():
+    # exp(0), exp(ln 3) = 1, 3: mean 2
+    assert rwr_weights(torch.tensor([0.0, math.log(3.0)])).tolist() == pytest.approx([0.5, 1.5])
+    # at temperature 2: 1, sqrt 3
+    mean = (1 + 3**0.5) / 2
+    assert rwr_weights(torch.tensor([0.0, math.log(3.0)]), 2.0).tolist() == pytest.approx([1 / mean, 3**0.5 / mean])
+
+
+@pytest.mark.parametrize("reward", [[1e30, -1e30, 0.0], [-1e30, -1e30, -1e30], [3e38, 3e38, -3e38]])
+def test_weights_are_finite_with_mean_one_for_any_finite_reward(reward):
+    weight = rwr_weights(torch.tensor(reward))
+    assert weight.isfinite().all() and (weight >= 0).all() and weight.mean().item() == pytest.approx(1)
+
+
+def test_temperature_must_be_positive():
+    with pytest.raises(ValueError, match="above 0"):
+        rwr_weights(torch.zeros(3), 0.0)
+
+
+def test_effective_samples_by_hand():
+    assert effective_samples(torch.ones(7)) == pytest.approx(1)
+    assert effective_samples(torch.tensor([4.0, 0.0, 0.0, 0.0])) == pytest.approx(1 / 4)
+    assert effective_samples(torch.tensor([0.5, 1.5])) == pytest.approx(4 / (2 * 2.5))
+
+
+@pytest.mark.parametrize("count", [2, 7, 49])
+def test_equal_rewards_make_it_the_plain_flow_loss_to_the_last_bit(count):
+    x0 = torch.randn(count, 3, 2, 4, 4)
+    seen = {}
+
+    def policy(x, t, y):
+        seen["t"] = t
+        return 0.3 * x
+
+    loss, _ = flow_rwr_step(policy, x0, torch.zeros(count, 1), rwr_weights(torch.full((count,), 0.7)), step_rng(0, 1))
+    rng = step_rng(0, 1)
+    torch.rand(count, generator=rng)  # the step's times
+    plain = flow_error(policy, x0, torch.randn(x0.shape, generator=rng), seen["t"], None).mean()
+    assert torch.equal(loss, plain)
+
+
+def test_the_optimum_on_two_modes_is_the_tilted_mixture():
+    # Data: half at -1, half at +1. Reward ln 3 at +1, so p* has 3/4 there, mean 1/2. At t = 1, x_t is pure noise, and
+    # the best velocity for the weighted loss is x1 - E*[x0] = x1 - 1/2. A model with one number c, v = x_t - c:
+    x0 = torch.where(torch.arange(4000) % 2 == 0, 1.0, -1.0)[:, None]
+    weight = rwr_weights(torch.where(x0[:, 0] > 0, math.log(3.0), 0.0))
+    c = torch.zeros(1, requires_grad=True)
+    error = flow_error(lambda x, t, y: x - c, x0, torch.randn(4000, 1), torch.ones(4000), None)
+    (weight * error).mean().backward()
+    # d/dc mean w (c - x0)^2 at c = 0 is -2 E[w x0] = -2 * 1/2, and the optimum c = E[w x0] = 1/2
+    assert c.grad.item() == pytest.approx(-1.0, abs=1e-5)
