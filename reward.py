@@ -5,7 +5,8 @@
 The tokens left of the bar see only each other, those right of it see everything: VQ and MQ are context-agnostic, they
 cannot know the prompt, and TA sees video and prompt. In the paper the causal mask of a vision-language model does this
 (Qwen2-VL-2B, the special tokens placed before and after the prompt); here a small transformer trained from nothing
-reads pixels. One linear layer, shared by the three tokens, turns their last hidden states into scores, as in the paper.
+reads pixels, and a second loss on the prompt's words stands in for what a pretrained model knows. One linear layer,
+shared by the three tokens, turns their last hidden states into scores, as in the paper.
 
 Trained on pairs with the Bradley-Terry model with ties (BTT, Eq. 1-2), which needs no threshold and learns from ties.
 A reward has no zero and no unit of its own: pairs fix differences only. `normalised` gives z-scores over the validation
@@ -57,6 +58,17 @@ def btt_loss(r_a, r_b, label, theta=THETA):
     log_tie = log_a + log_b + math.log(theta**2 - 1)
     log_likelihood = torch.where(label == 0, log_tie, torch.where(label == 1, log_a, log_b))
     return _mean_over(-log_likelihood, label != INVALID)
+
+
+def caption_loss(logits, y):
+    """-log probability of the bag of words of prompts y (B, S) under independent logits (B, vocab); mean over B.
+
+    Not in the paper. Its backbone, a pretrained vision-language model, knows what words look like; ours starts from
+    nothing, and from labels alone it learned colours and directions in 1,500 steps, but of shapes no more than chance.
+    The prompts of the pairs themselves can teach it: a clip shows mostly what its prompt says."""
+    bag = torch.zeros_like(logits).scatter(1, y, 1.0)
+    bag[:, 0] = 0  # padding
+    return F.binary_cross_entropy_with_logits(logits, bag, reduction="sum") / len(y)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -150,6 +162,7 @@ class VideoReward(nn.Module):
         self.blocks = nn.ModuleList(RewardBlock(dim, config.heads) for _ in range(config.depth))
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, 1)
+        self.caption = nn.Linear(dim, config.vocab)
         table = rope_table(config.grid, dim // config.heads)
         plain = config.max_text + 3
         still = torch.stack((torch.ones(plain, table.shape[2]), torch.zeros(plain, table.shape[2])))
@@ -160,14 +173,19 @@ class VideoReward(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, video, y):
+        return self.scores_and_words(video, y)[0]
+
+    def scores_and_words(self, video, y):
+        """Raw scores (B, 3), and logits (B, vocab) of which words a prompt for this video holds."""
         video = self.stem(video)  # (B, N, d)
         tokens = self.tokens.expand(len(video), -1, -1)  # (B, 3, d)
         context = video.shape[1] + 2
         x = torch.cat((video, tokens[:, :2], self.words(y) + self.places, tokens[:, 2:]), 1)  # (B, N + 2 + S + 1, d)
         for block in self.blocks:
             x = block(x, self.table, context)
-        x = torch.cat((x[:, context - 2 : context], x[:, -1:]), 1)  # (B, 3, d)
-        return self.head(self.norm(x))[..., 0]  # (B, 3)
+        x = self.norm(x)
+        words = self.caption(x[:, : context - 2].mean(1))  # (B, vocab), from video tokens, which cannot see the prompt
+        return self.head(torch.cat((x[:, context - 2 : context], x[:, -1:]), 1))[..., 0], words  # (B, 3)
 
     def normalised(self, video, y):
         """z-scores (B, 3): (r - mean) / std over the validation split."""

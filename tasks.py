@@ -25,7 +25,15 @@ from flow import draw_noise, draw_time, flow_error
 from flow_dpo import flow_dpo_step
 from flow_rwr import flow_rwr_step, rwr_weights
 from model import PRESETS, VideoTransformer, add_lora, freeze_trunk, load_velocity, merge_lora
-from reward import DIMENSIONS, VideoReward, accuracy_with_ties, accuracy_without_ties, btt_loss, load_reward
+from reward import (
+    DIMENSIONS,
+    VideoReward,
+    accuracy_with_ties,
+    accuracy_without_ties,
+    btt_loss,
+    caption_loss,
+    load_reward,
+)
 from sample import CFG, write_gif, write_sheet
 
 
@@ -96,11 +104,14 @@ def reward_task(args, device):
         return pairs.batch(epoch_index(len(pairs), args.batch, step, args.seed), config, vocabulary)
 
     def loss(batch, rng):
-        scores = model(torch.cat((batch["video_a"], batch["video_b"])), batch["y"].repeat(2, 1))  # (2B, 3)
+        y = batch["y"].repeat(2, 1)
+        scores, words = model.scores_and_words(torch.cat((batch["video_a"], batch["video_b"])), y)  # (2B, 3)
         a, b = scores.chunk(2)
-        total = btt_loss(a, b, batch["label"])
+        btt, caption = btt_loss(a, b, batch["label"]), caption_loss(words, y)
+        total = btt + args.caption * caption
         right = {name: accuracy_without_ties((a - b)[:, i], batch["label"][:, i]) for i, name in enumerate(DIMENSIONS)}
-        return total, {"loss": total.item()} | {name: value for name, value in right.items() if value == value}
+        logs = {"loss": btt.item(), "caption": caption.item()}
+        return total, logs | {name: value for name, value in right.items() if value == value}
 
     def finish(model, out):
         held = annotated_pairs(args.eval_pairs, ["validation"], args.seed + 1, config)

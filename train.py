@@ -191,6 +191,7 @@ def arguments():
     group.add_argument(
         "--pairs", type=int, help="pairs in the data set (default: one epoch; reward two, as in Table 11)"
     )
+    group.add_argument("--caption", type=float, default=0.2, help="reward: weight of the loss on the prompt's words")
     group.add_argument(
         "--beta", type=float, default=100.0, help="dpo: on mean errors; larger stays closer to the reference"
     )

@@ -15,6 +15,7 @@ from reward import (
     bt_loss,
     btt_loss,
     btt_probabilities,
+    caption_loss,
 )
 
 # Rao-Kupper with theta = 5, computed independently from e^{r_A} / (e^{r_A} + 5 e^{r_B})
@@ -89,6 +90,20 @@ def test_no_valid_label_gives_zero_not_nan():
     r = torch.zeros(2, requires_grad=True)
     btt_loss(r, torch.zeros(2), torch.full((2,), INVALID)).backward()
     assert r.grad.abs().max() == 0
+
+
+def test_caption_loss_by_hand():
+    # vocabulary of padding and three words; the prompt holds words 1 and 3, twice and padded
+    logits = torch.tensor([[9.0, 0.0, math.log(3.0), math.log(3.0)]])
+    value = caption_loss(logits, torch.tensor([[1, 3, 3, 0]])).item()
+    # padding should be off: log(1 + e^9); word 1 on at 1/2, word 2 off at 1/4, word 3 on at 3/4
+    assert value == pytest.approx(math.log(1 + math.exp(9)) + math.log(2) + math.log(4) + math.log(4 / 3), rel=1e-6)
+
+
+def test_the_caption_cannot_see_the_prompt(network):
+    video = torch.randn(2, 3, 8, 32, 32)
+    words = [network.scores_and_words(video, torch.full((2, 8), i))[1] for i in (1, 5)]
+    assert words[0].shape == (2, 20) and torch.equal(*words)
 
 
 def test_accuracy_without_ties_by_hand():
