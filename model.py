@@ -273,10 +273,12 @@ class LoRALinear(nn.Module):
         return self.linear
 
 
-def add_lora(model, rank, alpha=None):
-    """Freezes `model` and adds trainable adapters to its attention, in place; alpha: 2 rank unless given (Table 10)."""
+def add_lora(model, rank, alpha=None, skip=0):
+    """Freezes `model` and adds trainable adapters to its attention, in place; alpha: 2 rank unless given (Table 10).
+    The first `skip` blocks stay without: a trunk to share. BadInput outside 0..depth - 1."""
+    freeze_trunk(model, skip)
     model.requires_grad_(False)
-    for block in model.blocks:
+    for block in model.blocks[skip:]:
         block.attn.qkv = LoRALinear(block.attn.qkv, rank, alpha or 2 * rank)
         block.attn.out = LoRALinear(block.attn.out, rank, alpha or 2 * rank)
     return model

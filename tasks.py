@@ -198,7 +198,7 @@ def alignment(args, device):
     base, reward = base.to(device).requires_grad_(False), reward.to(device).requires_grad_(False)
     policy = copy.deepcopy(base).requires_grad_(True)
     torch.manual_seed(args.seed)
-    policy = add_lora(policy, args.lora_rank) if args.lora_rank else freeze_trunk(policy, args.freeze)
+    policy = add_lora(policy, args.lora_rank, skip=args.freeze) if args.lora_rank else freeze_trunk(policy, args.freeze)
 
     def finish(policy, out):
         prompts = prompt_set(args.eval_prompts, "train", "validation", "hard")

@@ -199,8 +199,8 @@ def arguments():
     group.add_argument(
         "--temperature", type=float, default=1.0, help="rwr: of exp(reward / temperature); lower = sharper"
     )
-    group.add_argument("--freeze", type=int, default=0, help="first blocks that stay those of the base; 0 = none")
-    group.add_argument("--lora-rank", type=int, default=0, help="train adapters of this rank; 0 = the weights")
+    group.add_argument("--freeze", type=int, default=2, help="alignment: first blocks left as in the base; 0 = none")
+    group.add_argument("--lora-rank", type=int, default=0, help="alignment: adapters of this rank; 0 = the weights")
 
     group = parser.add_argument_group("output")
     group.add_argument("--out", type=Path, help="folder (default: out/<algo>)")

@@ -145,6 +145,8 @@ def test_lora_starts_as_the_reference_trains_alone_and_merges():
     assert (tuned - v).abs().max() > 1e-2
     with lora_disabled(model):
         assert torch.equal(model(x, t, y), v)
+    trunk = add_lora(scrambled(SMALL), rank=4, skip=2)
+    assert {name.split(".")[1] for name, p in trunk.named_parameters() if p.requires_grad} == {"2"}
     merged = merge_lora(model)
     assert merged.state_dict().keys() == reference.state_dict().keys()
     assert torch.allclose(merged(x, t, y), tuned, atol=1e-5) and torch.equal(model(x, t, y), tuned)
