@@ -13,6 +13,7 @@ import argparse
 import os
 import pickle
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -87,7 +88,8 @@ def load_checkpoint(path, kind=None):
             f"{path}: no such checkpoint; train one with `python train.py`, or leave the flag out to use weights/"
         )
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of odd pickles: they are refused in the one line below
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError, KeyError):
         raise BadInput(
             f"{path}: not a checkpoint that can be read safely (damaged, or not written by train.py)"

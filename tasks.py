@@ -10,7 +10,6 @@
 """
 
 import copy
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -254,4 +253,4 @@ def epoch_index(count, batch, step, seed):
 
 def progress_bar(name, unit):
     """A tqdm for a list, for functions that take a progress argument."""
-    return lambda items: tqdm(items, desc=name, unit=unit, leave=False, file=sys.stdout, dynamic_ncols=True)
+    return lambda items: tqdm(items, desc=name, unit=unit, leave=False, dynamic_ncols=True)

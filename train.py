@@ -72,7 +72,7 @@ def train(task, args, device):
     stopped = []
     signals = signal.SIGINT, signal.SIGTERM
     handlers = [signal.signal(number, lambda *_: stopped.append(True)) for number in signals]
-    bar = tqdm(total=args.steps, initial=start, desc=args.algo, file=sys.stdout, dynamic_ncols=True)
+    bar = tqdm(total=args.steps, initial=start, desc=args.algo, dynamic_ncols=True)
     try:
         with open(metrics, "a") as log, bar:
             for step in range(start, args.steps):
