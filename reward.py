@@ -107,9 +107,9 @@ class Stem(nn.Module):
     """Videos (B, C, T, H, W) to tokens (B, N, d), a token a patch, from two views of it.
 
     A linear one, which starts as a low-pass filter as in the video model, keeps positions: with convolutions alone the
-    loss in MQ was 1.42 after 200 steps, with both .93. Two overlapping convolutions over each frame see a shape the same
-    wherever it lies on the grid of patches. The clip's mean colour, most of it ground, enters apart: that took the loss
-    in MQ after 300 steps from .73 to .58."""
+    loss in MQ was 1.42 after 200 steps, with both .93. Two overlapping convolutions over each frame see a shape the
+    same wherever it lies on the grid of patches. The clip's mean colour, most of it ground, enters apart: that took the
+    loss in MQ after 300 steps from .73 to .58."""
 
     def __init__(self, config):
         super().__init__()
