@@ -211,12 +211,13 @@ def alignment(args, device):
             learned = [learned_scores(reward, reward_words, video, prompts, device) for video in videos]
             table = score_table(("base", args.algo), scores, learned)
             lines += [f"{args.eval_prompts} prompts, the same noise for both, CFG {cfg:g}", *table, ""]
-        first = torch.arange(0, args.eval_prompts, max(1, args.eval_prompts // 8))[:8]
+        shown = torch.arange(8) * (args.eval_prompts // 8 + 1) % args.eval_prompts  # eight spread over the set
         name = f"base_above_{args.algo}"
-        write_gif(out / f"{name}.gif", [video[first] for video in videos])
-        rows = torch.stack([video[first] for video in videos], 1).flatten(0, 1)  # base, aligned, base, aligned ...
+        write_gif(out / f"{name}.gif", [video[shown] for video in videos])
+        rows = torch.stack([video[shown] for video in videos], 1).flatten(0, 1)  # base, aligned, base, aligned ...
         write_sheet(out / f"{name}.png", rows)
-        return [*lines, f"wrote {out / name}.gif and .png (CFG 1)"]
+        texts = "; ".join(world.prompt_text(prompt) for prompt in prompts[shown])
+        return [*lines, f"wrote {out / name}.gif and .png (CFG 1): {texts}"]
 
     pairs = scored_pairs(args, base.config, reward, reward_words, device)
     return base, policy, Vocabulary(words), pairs, finish

@@ -6,7 +6,7 @@ import torch
 import world
 from data import TOY_WORDS, Vocabulary, annotated_pairs, draw_pairs
 from model import ModelConfig
-from train import epoch_index
+from tasks import epoch_index
 
 CONFIG = ModelConfig(vocab=len(TOY_WORDS))
 
