@@ -42,8 +42,8 @@ WARMUP = 100  # steps, or a tenth of a shorter run
 # The loop
 
 
-def train(task, args, device):
-    """Trains task.model to args.steps, on from args.out/last.pt with --resume. Returns lines that say how it ended.
+def train(task, args, device, state=None):
+    """Trains task.model to args.steps, on from `state` if there is one. Returns lines that say how it ended.
 
     SIGINT and SIGTERM save and exit with status 130; a loss that is not finite stops the run before it is used."""
     model = task.model
@@ -52,13 +52,12 @@ def train(task, args, device):
         trained.values(), args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=device.type != "mps"
     )
     average = copy.deepcopy(model).requires_grad_(False).eval() if args.ema else None
-    settings = {name: str(value) for name, value in vars(args).items() if name not in UNSETTLED}
     last, metrics = args.out / "last.pt", args.out / "metrics.jsonl"
-    start = restore(last, trained, average, optimizer, settings) if args.resume else 0
+    start = restore(state, trained, average, optimizer) if state else 0
 
     def save(step):
         state = {"kind": task.kind, "config": asdict(model.config), "vocabulary": task.vocabulary.words, "step": step}
-        state |= {"model": task.plain(model).state_dict(), "settings": settings}
+        state |= {"model": task.plain(model).state_dict(), "settings": settled(args)}
         state |= {"trained": {name: value.detach() for name, value in trained.items()}} if task.adapted else {}
         state |= {"ema": average.state_dict()} if average is not None else {}
         save_checkpoint(last, state | {"optimizer": optimizer.state_dict()})
@@ -129,15 +128,25 @@ def schedule(step, steps, decay):
 UNSETTLED = {"resume", "out", "save_every", "device", "export", "eval_prompts", "eval_pairs", "eval_seed"}
 
 
-def restore(path, trained, average, optimizer, settings):
-    """Loads a run's state; returns the step it had reached. BadInput if the run had other settings."""
+def settled(args):
+    return {name: str(value) for name, value in vars(args).items() if name not in UNSETTLED}
+
+
+def interrupted_run(args):
+    """The checkpoint that --resume goes on from. BadInput if there is none, or if its run had other settings."""
+    path = args.out / "last.pt"
     state = load_checkpoint(path)
     if "optimizer" not in state:
         raise BadInput(f"{path}: weights without the optimiser's state; it can be used with --init, not with --resume")
-    for name, value in settings.items():
+    for name, value in settled(args).items():
         was = state["settings"].get(name)
         if was != value:
             raise BadInput(f"--resume: --{name.replace('_', '-')} was {was} in {path}, now {value}; use the same")
+    return state
+
+
+def restore(state, trained, average, optimizer):
+    """Loads a run's state; returns the step it had reached."""
     source = state.get("trained", state["model"])
     with torch.no_grad():
         for name, value in trained.items():
@@ -233,12 +242,13 @@ def main():
     args = arguments()
     device = pick_device(args.device)
     begun = time.perf_counter()
+    state = interrupted_run(args) if args.resume else None
     task = TASKS[args.algo](args, device)
     count = sum(p.numel() for p in task.model.parameters())
     trained = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
     print(f"{args.algo}: {count / 1e6:.2f} M parameters, {trained / 1e6:.2f} M trained, float32 on {device}, ", end="")
     print(f"{args.steps} steps of {args.batch}, lr {args.lr:g}, seed {args.seed}")
-    lines = train(task, args, device)
+    lines = train(task, args, device, state)
     print("\n".join(["", *lines, f"{(time.perf_counter() - begun) / 60:.1f} minutes"]))
 
 
