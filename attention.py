@@ -59,6 +59,11 @@ def rope_table(grid, head_dim, theta=100.0):
     return torch.stack((angles.cos(), angles.sin()))
 
 
+def still_table(count, head_dim):
+    """The table (2, count, head_dim // 2) of tokens without a place: they are not turned."""
+    return torch.stack((torch.ones(count, head_dim // 2), torch.zeros(count, head_dim // 2)))
+
+
 def rotate(x, table):
     """Turns x (B, heads, N, head_dim) by `table` (2, N, head_dim // 2); channel i pairs with i + head_dim / 2."""
     cos, sin = table.to(x.dtype)

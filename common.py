@@ -6,7 +6,7 @@ A checkpoint is one torch file, a dict of plain values and tensors that loads wi
     kind     "velocity" (a VideoTransformer) or "reward" (a VideoReward)
     config   the model's config as a dict          vocabulary   list of words, in the order of their ids
     model    state dict, any float dtype           step         training steps done
-    and while training: ema, optimizer, algo, seed, settings
+    and while training: ema, optimizer, settings (the flags), trained (the adapters, under LoRA)
 """
 
 import argparse

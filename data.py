@@ -6,7 +6,7 @@ resumes at step n sees exactly the batches it would have seen.
     base model   {"video" (B, 3, T, H, W), "y" (B, S)}
     pairs        {"video_a", "video_b", "y", "label" (B, 3)}   label 1: A is better, -1: B, 0: tie, INVALID: no label
 
-A worked pair: the prompt "a red circle moving left" is `y = [3, 6, 12, ...]` padded with 0; generator early-2 renders A
+A worked pair: the prompt "a red circle moving left" is `y = [1, 3, 9, 2, 13, 0, 0, 0]`; generator early-2 renders A
 (sharp, shaky), modern-5 renders B (hazy, steady); three annotators compare them, and the label is (1, -1, 0).
 """
 
@@ -66,11 +66,15 @@ def drop_prompts(y, probability, rng):
     return torch.where(torch.rand(len(y), 1, generator=rng) < probability, torch.zeros_like(y), y)
 
 
+def _draw_prompts(count, splits, rng):
+    prompts = world.split_prompts(*splits)
+    return prompts[torch.randint(len(prompts), (count,), generator=rng)]
+
+
 def clip_batch(config, vocabulary, count, rng):
     """A batch of rendered clips from all twelve generators for pretraining, drawn anew."""
-    prompts = world.split_prompts("train", "validation")
-    prompt = prompts[torch.randint(len(prompts), (count,), generator=rng)]
-    generator = torch.randint(len(world.PROFILES), (count,), generator=rng)
+    prompt = _draw_prompts(count, ("train", "validation"), rng)
+    generator = torch.randint(len(world.GENERATORS), (count,), generator=rng)
     clips = world.draw_clips(prompt, generator, rng, config.frames)
     return {"video": world.render(clips, config.size), "y": vocabulary.encode_attributes(prompt, config.max_text)}
 
@@ -98,10 +102,10 @@ class Pairs:
 def draw_pairs(count, splits, seed, frames):
     """Clips (a, b) for `count` pairs: the same prompt of the named splits, two different generators."""
     rng = torch.Generator().manual_seed(seed)
-    prompts = world.split_prompts(*splits)
-    prompt = prompts[torch.randint(len(prompts), (count,), generator=rng)]
-    first = torch.randint(12, (count,), generator=rng)
-    second = (first + torch.randint(1, 12, (count,), generator=rng)) % 12
+    prompt = _draw_prompts(count, splits, rng)
+    models = len(world.GENERATORS)
+    first = torch.randint(models, (count,), generator=rng)
+    second = (first + torch.randint(1, models, (count,), generator=rng)) % models
     return world.draw_clips(prompt, first, rng, frames), world.draw_clips(prompt, second, rng, frames)
 
 

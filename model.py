@@ -25,7 +25,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from attention import attention, rms_norm, rope_table, rotate
+from attention import attention, rms_norm, rope_table, rotate, still_table
 from common import BadInput, fill, load_checkpoint
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -49,10 +49,9 @@ class ModelConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "patch", tuple(self.patch))
-        for name, value in (("frames", self.frames), ("size", self.size), ("size", self.size)):
-            divisor = self.patch[0] if name == "frames" else self.patch[1]
-            if value % divisor:
-                raise BadInput(f"model config: {name} {value} is not a multiple of the patch's {divisor}")
+        for name, side in zip(("frames", "size", "size"), self.patch):
+            if getattr(self, name) % side:
+                raise BadInput(f"model config: {name} {getattr(self, name)} is not a multiple of the patch's {side}")
         if self.dim % self.heads or (self.dim // self.heads) % 2:
             raise BadInput(f"model config: dim {self.dim} over {self.heads} heads must be a whole, even head size")
 
@@ -179,9 +178,9 @@ class VideoTransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, config.heads) for _ in range(config.depth))
         self.modulation = nn.Linear(dim, 2 * dim)
         self.patch_out = nn.Linear(dim, volume)
-        table = rope_table(config.grid, dim // config.heads)
-        still = torch.stack((torch.ones(config.max_text, table.shape[2]), torch.zeros(config.max_text, table.shape[2])))
-        self.register_buffer("table", torch.cat((still, table), 1), persistent=False)  # words are not turned
+        head_dim = dim // config.heads
+        table = torch.cat((still_table(config.max_text, head_dim), rope_table(config.grid, head_dim)), 1)  # words first
+        self.register_buffer("table", table, persistent=False)
         self.initialize_weights()
 
     def initialize_weights(self):
@@ -308,12 +307,16 @@ def merge_lora(model):
     return model
 
 
-def load_velocity(path, dtype=torch.float32):
-    """A checkpoint's VideoTransformer in eval mode, its averaged weights where it has them, and its vocabulary."""
-    state = load_checkpoint(path, "velocity")
+def load_model(path, kind, network):
+    """A checkpoint's network in eval mode and float32, its averaged weights where it has them, and its vocabulary."""
+    state = load_checkpoint(path, kind)
     try:
-        model = VideoTransformer(ModelConfig(**state["config"]))
+        model = network(ModelConfig(**state["config"]))
     except TypeError:
-        raise BadInput(f"{path}: its config does not describe a VideoTransformer") from None
-    weights = state.get("ema") or state["model"]
-    return fill(model, weights, path).to(dtype).eval(), state["vocabulary"]
+        raise BadInput(f"{path}: its config does not describe a {network.__name__}") from None
+    return fill(model, state.get("ema") or state["model"], path).eval(), state["vocabulary"]
+
+
+def load_velocity(path):
+    """(VideoTransformer, words) of a checkpoint."""
+    return load_model(path, "velocity", VideoTransformer)

@@ -19,9 +19,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from attention import rope_table
-from common import BadInput, fill, load_checkpoint
-from model import Attention, ModelConfig, low_pass, mlp, patchify
+from attention import rope_table, still_table
+from model import Attention, load_model, low_pass, mlp, patchify
 
 DIMENSIONS = ("VQ", "MQ", "TA")
 INVALID = -100  # a label that counts for nothing
@@ -164,10 +163,9 @@ class VideoReward(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, 1)
         self.caption = nn.Linear(dim, config.vocab)
-        table = rope_table(config.grid, dim // config.heads)
-        plain = config.max_text + 3
-        still = torch.stack((torch.ones(plain, table.shape[2]), torch.zeros(plain, table.shape[2])))
-        self.register_buffer("table", torch.cat((table, still), 1), persistent=False)
+        head_dim = dim // config.heads
+        table = torch.cat((rope_table(config.grid, head_dim), still_table(config.max_text + 3, head_dim)), 1)
+        self.register_buffer("table", table, persistent=False)
         self.register_buffer("mean", torch.zeros(3))
         self.register_buffer("std", torch.ones(3))
         nn.init.normal_(self.words.weight, std=0.5)
@@ -194,10 +192,5 @@ class VideoReward(nn.Module):
 
 
 def load_reward(path):
-    """A checkpoint's VideoReward in eval mode, and its vocabulary."""
-    state = load_checkpoint(path, "reward")
-    try:
-        model = VideoReward(ModelConfig(**state["config"]))
-    except TypeError:
-        raise BadInput(f"{path}: its config does not describe a VideoReward") from None
-    return fill(model, state.get("ema") or state["model"], path).float().eval(), state["vocabulary"]
+    """(VideoReward, words) of a checkpoint."""
+    return load_model(path, "reward", VideoReward)

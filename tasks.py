@@ -198,6 +198,7 @@ def alignment(args, device):
     policy = copy.deepcopy(base).requires_grad_(True)
     torch.manual_seed(args.seed)
     policy = add_lora(policy, args.lora_rank, skip=args.freeze) if args.lora_rank else freeze_trunk(policy, args.freeze)
+    policy = policy.to(device)  # adapters are drawn on the CPU
 
     def finish(policy, out):
         prompts = prompt_set(args.eval_prompts, "train", "validation", "hard")
