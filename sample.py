@@ -3,7 +3,7 @@
     python sample.py --prompt "a red circle moving left"      writes a GIF and a PNG, prints the true scores
 
 The clock runs from t = 1 to 0 and is shifted towards noise as in training. The paper gives no step count, shift or
-guidance scale; those here were measured on the toy world (README, "settings").
+guidance scale; README, "Settings, and why", says what was chosen here.
 """
 
 from pathlib import Path

@@ -27,7 +27,7 @@ from flow_dpo import SCHEDULES
 from model import PRESETS
 from tasks import TASKS
 
-# Every number is measured (README, "settings") or the paper's; a flag left out takes its algorithm's value here.
+# A flag left out takes its algorithm's value here; README, "Settings, and why", compares them with the paper's.
 DEFAULTS = {
     "pretrain": {"steps": 6000, "batch": 32, "lr": 2.5e-3, "decay": 0.4, "ema": 0.999},
     "reward": {"steps": 1500, "batch": 32, "lr": 1e-3, "decay": 0.4, "ema": 0.0},
