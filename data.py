@@ -1,23 +1,52 @@
-"""Data: words to ids, clips to train a generator on, and toy preference pairs (paper, section 3.1).
+"""Data: words to ids, clips to train a generator on, and preference pairs, toy or on disk (paper, section 3.1).
+
+    python data.py export DIR           toy pairs as mp4 and CSV in the public format of VideoAlign (pairs_csv.py)
+    python train.py --algo reward --data DIR/train.csv          trains on any data set in that format
 
 A batch is a dict of tensors, made without a loop over samples and fixed by (seed, step) alone: an interrupted run that
 resumes at step n sees exactly the batches it would have seen.
 
     base model   {"video" (B, 3, T, H, W), "y" (B, S)}
-    pairs        {"video_a", "video_b", "y", "label" (B, 3)}   label 1: A is better, -1: B, 0: tie, INVALID: no label
+    pairs        {"video_a", "video_b", "y", "label" (B, 3), "mos" (B, 2, 3)}
+                 label 1: A is better, -1: B, 0: tie, INVALID: no label; mos: ratings of A and B from 1 to 5, 0: none
 
 A worked pair: the prompt "a red circle moving left" is `y = [1, 3, 9, 2, 13, 0, 0, 0]`; generator early-2 renders A
 (sharp, shaky), modern-5 renders B (hazy, steady); three annotators compare them, and the label is (1, -1, 0).
 """
 
-from dataclasses import dataclass
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 import world
+from common import BadInput, Parser, run
+from model import ModelConfig
+from pairs_csv import Pair, write_pairs
+from pairs_csv import read_pairs as read_pairs
+from reward import DIMENSIONS, INVALID
+from video import FPS, cached_clip, write_video
 
-PAD = "<pad>"
+PAD, UNKNOWN = "<pad>", "<unk>"
 TOY_WORDS = [PAD, "a", "moving", *world.COLOURS, *world.SHAPES, *world.DIRECTIONS]
+
+
+def split_words(prompt):
+    return re.findall(r"\w[\w'-]*", prompt.lower())
+
+
+def vocabulary_of(prompts, most=4096):
+    """A vocabulary of the words in real prompts, the `most` frequent ones where there are more."""
+    counts = Counter(word for prompt in prompts for word in split_words(prompt))
+    return Vocabulary([PAD, UNKNOWN, *(word for word, _ in counts.most_common(most - 2))])
 
 
 class Vocabulary:
@@ -26,13 +55,16 @@ class Vocabulary:
     def __init__(self, words=TOY_WORDS):
         self.words = list(words)
         self.ids = {word: i for i, word in enumerate(self.words)}
+        self.open = UNKNOWN in self.ids  # made from real prompts: strange words are read as UNKNOWN, long prompts cut
 
     def encode(self, prompts, length):
         """Prompts (list of B str) -> ids (B, length) int64. ValueError: an unknown word, none or too many."""
         y = torch.zeros(len(prompts), length, dtype=torch.int64)
         for i, prompt in enumerate(prompts):
-            words = prompt.lower().split()
-            unknown = [word for word in words if word not in self.ids or word == PAD]
+            words = split_words(prompt)
+            if self.open:
+                words = [word if word in self.ids else UNKNOWN for word in words][:length]
+            unknown = [word for word in words if word not in self.ids]
             if unknown:
                 raise ValueError(
                     f"unknown word {unknown[0]!r} in prompt {prompt!r}; words known: {', '.join(self.words[1:])}"
@@ -79,24 +111,39 @@ def clip_batch(config, vocabulary, count, rng):
     return {"video": world.render(clips, config.size), "y": vocabulary.encode_attributes(prompt, config.max_text)}
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Preference pairs: one class for toy and real ones
+
+
 @dataclass
 class Pairs:
-    """Preference pairs of rendered clips: what to render, and the annotators' labels (N, 3)."""
+    """N preference pairs. Clips are made or read when they are asked for, never all at once."""
 
-    a: world.Clips
-    b: world.Clips
-    label: torch.Tensor
-    unanimous: torch.Tensor
+    y: torch.Tensor  # (N, S) ids of the prompts
+    clips: Callable  # (index (B,), side (B,), 0: A, 1: B) -> videos (B, C, T, H, W)
+    models: torch.Tensor | None = None  # (N, 2) toy generators
+    label: torch.Tensor | None = None  # (N, 3)
+    unanimous: torch.Tensor | None = None  # (N, 3) toy: whether the three annotators agreed
+    mos: torch.Tensor | None = None  # (N, 2, 3)
+    overall: torch.Tensor | None = None  # (N,)
+    truth: torch.Tensor | None = None  # (N, 2, 3) toy: the oracle's scores
 
     def __len__(self):
-        return len(self.label)
+        return len(self.y)
 
-    def batch(self, index, config, vocabulary):
-        """The pairs of `index` (B,), rendered."""
-        a, b = self.a[index], self.b[index]
-        y = vocabulary.encode_attributes(a.prompt, config.max_text)
-        video_a, video_b = world.render(a, config.size), world.render(b, config.size)
-        return {"video_a": video_a, "video_b": video_b, "y": y, "label": self.label[index]}
+    def sides(self, index):
+        """Videos A and B of pairs `index` (B,)."""
+        return self.clips(index, torch.zeros_like(index)), self.clips(index, torch.ones_like(index))
+
+    def batch(self, index):
+        video_a, video_b = self.sides(index)
+        return {
+            "video_a": video_a,
+            "video_b": video_b,
+            "y": self.y[index],
+            "label": self.label[index],
+            "mos": self.mos[index],
+        }
 
 
 def draw_pairs(count, splits, seed, frames):
@@ -109,13 +156,168 @@ def draw_pairs(count, splits, seed, frames):
     return world.draw_clips(prompt, first, rng, frames), world.draw_clips(prompt, second, rng, frames)
 
 
-def annotated_pairs(count, splits, seed, config, progress=lambda chunks: chunks):
-    """`count` toy pairs with labels by the annotators, who look at the rendered clips."""
+def toy_pairs(count, splits, seed, config, vocabulary):
+    """`count` pairs of rendered clips, without labels."""
     a, b = draw_pairs(count, splits, seed, config.frames)
+
+    def clips(index, side):
+        return world.render(world.choose(side == 0, a[index], b[index]), config.size)
+
+    y = vocabulary.encode_attributes(a.prompt, config.max_text)
+    return Pairs(y, clips, torch.stack((a.generator, b.generator), 1)), a.prompt
+
+
+def annotated_pairs(count, splits, seed, config, vocabulary, progress=lambda chunks: chunks):
+    """`count` toy pairs with labels and ratings by the annotators, who look at the rendered clips."""
+    pairs, prompt = toy_pairs(count, splits, seed, config, vocabulary)
     scores = []
-    for start in progress(range(0, count, 64)):
-        part = slice(start, start + 64)
-        scores.append([world.oracle(world.render(side[part], config.size), side.prompt[part]) for side in (a, b)])
-    score_a, score_b = (torch.cat(side) for side in zip(*scores))
-    label, unanimous = world.annotate(score_a, score_b, torch.Generator().manual_seed(seed + 1))
-    return Pairs(a, b, label, unanimous)
+    for index in progress(torch.arange(count).split(64)):
+        scores.append([world.oracle(video, prompt[index]) for video in pairs.sides(index)])
+    a, b = (torch.cat(side) for side in zip(*scores))
+    rng = torch.Generator().manual_seed(seed + 1)
+    label, unanimous = world.annotate(a, b, rng)
+    overall, mos = world.annotate_overall(a, b, rng), world.rate(a, b, rng)
+    return replace(pairs, label=label, unanimous=unanimous, mos=mos, overall=overall, truth=torch.stack((a, b), 1))
+
+
+def disk_pairs(rows, csv_path, config, vocabulary, cache, skipped=None, progress=lambda videos: videos):
+    """The Pair `rows` of a CSV as Pairs. Decodes their videos once, into the folder `cache`.
+
+    BadInput names the line and column of a video that cannot be used; with a list `skipped` its pairs are left out and
+    the fault's text is appended."""
+    root = Path(csv_path).parent
+    columns = {}  # each distinct video: where it first stands
+    for row in rows:
+        for column, path in zip(("path_A", "path_B"), row.paths):
+            columns.setdefault(path, f"{csv_path}, line {row.line}, column {column}")
+    faults = {}
+
+    def decode(path):
+        try:
+            cached_clip(root / path, cache, config.frames, config.size)
+        except ValueError as error:
+            return path, f"{columns[path]}: video {path} {error}"
+        except OSError as error:
+            raise BadInput(f"cannot keep clips in {cache}: {error.strerror}; name a folder by --cache") from None
+        return path, None
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for path, fault in progress(pool.map(decode, columns), len(columns)):
+            if fault and skipped is None:
+                pool.shutdown(cancel_futures=True)
+                raise BadInput(fault)
+            if fault:
+                faults[path] = fault
+    if faults:
+        skipped.extend(faults.values())
+    rows = [row for row in rows if not faults.keys() & set(row.paths)]
+    if not rows:
+        raise BadInput(f"{csv_path}: no pair is left, all were skipped; the first: {skipped[0]}")
+
+    def clips(index, side):
+        paths = [rows[i].paths[s] for i, s in zip(index.tolist(), side.tolist())]
+        video = torch.stack([cached_clip(root / path, cache, config.frames, config.size) for path in paths])
+        return video.float() / 127.5 - 1
+
+    y = vocabulary.encode([row.prompt for row in rows], config.max_text)
+    label, overall = torch.tensor([row.label for row in rows]), torch.tensor([row.overall for row in rows])
+    mos = torch.tensor([row.mos or (0.0,) * 6 for row in rows]).reshape(-1, 2, 3)
+    return Pairs(y, clips, label=label, mos=mos, overall=overall)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The toy data set on disk
+
+
+def summary(name, pairs):
+    """Markdown lines: what came out, as in Table 1 and Fig. 8 of the paper."""
+    lines = [
+        f"## {name}: {len(pairs)} pairs",
+        "",
+        "| | A better | tie | B better | unanimous |",
+        "|---|---|---|---|---|",
+    ]
+    for i, dimension in enumerate(DIMENSIONS):
+        label = pairs.label[:, i]
+        shares = [(label == value).float().mean().item() for value in (1, 0, -1)]
+        shares.append(pairs.unanimous[:, i].float().mean().item())
+        lines.append(f"| {dimension} | " + " | ".join(f"{share:.3f}" for share in shares) + " |")
+    shares = [(pairs.overall == value).float().mean().item() for value in (1, 0, -1)]
+    lines.append("| Overall | " + " | ".join(f"{share:.3f}" for share in shares) + " | |")
+    lines += ["", "| generator | pairs it is in | mean rating VQ | MQ | TA |", "|---|---|---|---|---|"]
+    for i, generator in enumerate(world.GENERATORS):
+        here = pairs.models == i
+        ratings = [f"{rating:.2f}" for rating in pairs.mos[here].mean(0).tolist()] if here.any() else ["", "", ""]
+        lines.append(f"| {generator} | {here.sum()} | {' | '.join(ratings)} |")
+    return [*lines, ""]
+
+
+SPLITS = {"train": "train", "validation": "validation", "benchmark": "hard"}  # file -> the world's split of prompts
+
+
+def export(folder, count, seed):
+    """Writes toy pairs to `folder`: train.csv (`count` pairs), validation.csv and benchmark.csv (a fifth each; prompts
+    that never occur in train.csv), their videos, and README.md with what came out. -> lines. BadInput if it exists.
+
+    Everything is written beside `folder` first: what stands there in the end is whole."""
+    folder = Path(folder)
+    if folder.exists():
+        raise BadInput(f"{folder}: is there already; name a new folder")
+    temporary = folder.with_name(folder.name + ".unfinished")
+    config, vocabulary, lines = ModelConfig(), Vocabulary(), []
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        for offset, (name, split) in enumerate(SPLITS.items()):
+            size = count if name == "train" else max(1, count // 5)
+            bar = partial(tqdm, desc=f"annotators look at {name}", unit="x64 pairs", leave=False, dynamic_ncols=True)
+            pairs = annotated_pairs(size, [split], seed + 10 * offset, config, vocabulary, bar)
+            rows = [_toy_row(name, i, pairs, vocabulary, config.frames) for i in range(size)]
+            (temporary / "videos" / name).mkdir(parents=True, exist_ok=True)
+
+            def write(i, rows=rows, pairs=pairs):
+                for path, clip in zip(rows[i].paths, pairs.sides(torch.tensor([i]))):
+                    write_video(temporary / path, clip[0])
+
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                list(tqdm(pool.map(write, range(size)), desc=name, total=size, unit="pair", dynamic_ncols=True))
+            write_pairs(rows, temporary / f"{name}.csv")
+            lines += summary(name, pairs)
+        (temporary / "README.md").write_text("\n".join(["# Toy preference pairs", "", *lines]))
+        temporary.rename(folder)
+    except OSError as error:
+        raise BadInput(f"cannot write {temporary}: {error.strerror}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return [*lines, f"wrote {', '.join(f'{folder / name}.csv' for name in SPLITS)}"]
+
+
+def _toy_row(name, i, pairs, vocabulary, frames):
+    paths = [f"videos/{name}/{i:06d}_{side}_{world.GENERATORS[g]}.mp4" for side, g in zip("AB", pairs.models[i])]
+    benchmark = name == "benchmark"
+    return Pair(
+        *paths,
+        " ".join(vocabulary.words[word] for word in pairs.y[i] if word),
+        tuple(pairs.label[i].tolist()),
+        *(FPS, float(frames)) * 2,
+        mos=() if benchmark else tuple(round(value, 4) for value in pairs.mos[i].flatten().tolist()),
+        models=tuple(world.GENERATORS[g] for g in pairs.models[i]) if benchmark else (),
+        overall=pairs.overall[i].item() if benchmark else INVALID,
+    )
+
+
+def main():
+    parser = Parser("Writes the toy preference data as videos and CSV files in the public format.")
+    parser.add_argument("command", choices=["export"], help="the one thing to do")
+    parser.add_argument("folder", type=Path, help="a new folder")
+    parser.add_argument(
+        "--pairs", type=int, default=200, help="training pairs; a fifth more each to validate and judge"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of prompts, clips and annotators")
+    args = parser.parse_args()
+    if args.pairs < 1:
+        raise BadInput(f"--pairs {args.pairs}: must be at least 1")
+    print("\n".join(export(args.folder, args.pairs, args.seed)))
+
+
+if __name__ == "__main__":
+    run(main)

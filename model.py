@@ -307,11 +307,11 @@ def merge_lora(model):
     return model
 
 
-def load_model(path, kind, network):
+def load_model(path, kind, network, config=ModelConfig):
     """A checkpoint's network in eval mode and float32, its averaged weights where it has them, and its vocabulary."""
     state = load_checkpoint(path, kind)
     try:
-        model = network(ModelConfig(**state["config"]))
+        model = network(config(**state["config"]))
     except TypeError:
         raise BadInput(f"{path}: its config does not describe a {network.__name__}") from None
     return fill(model, state.get("ema") or state["model"], path).eval(), state["vocabulary"]

@@ -14,13 +14,14 @@ split, whose mean and standard deviation are stored in the checkpoint.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from attention import rope_table, still_table
-from model import Attention, load_model, low_pass, mlp, patchify
+from model import Attention, ModelConfig, load_model, low_pass, mlp, patchify
 
 DIMENSIONS = ("VQ", "MQ", "TA")
 INVALID = -100  # a label that counts for nothing
@@ -57,6 +58,13 @@ def btt_loss(r_a, r_b, label, theta=THETA):
     log_tie = log_a + log_b + math.log(theta**2 - 1)
     log_likelihood = torch.where(label == 0, log_tie, torch.where(label == 1, log_a, log_b))
     return _mean_over(-log_likelihood, label != INVALID)
+
+
+def regression_loss(r, mos):
+    """Mean squared error against mean opinion scores, target mos - 3 (section 3.2's baseline); mos 0 is missing.
+
+    Any shape, e.g. (B, 2, 3) for both clips of a pair; scalar, the mean over the scores that are there."""
+    return _mean_over((r - (mos - 3)).square(), mos != 0)
 
 
 def caption_loss(logits, y):
@@ -148,6 +156,13 @@ class RewardBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+@dataclass(frozen=True)
+class RewardConfig(ModelConfig):
+    """Sizes of a VideoReward, and `separate`: a token for each score, or (Table 6, I-III) one last token for all."""
+
+    separate: bool = True
+
+
 class VideoReward(nn.Module):
     """forward(video (B, C, T, H, W), y (B, S)) -> raw scores (B, 3) in the order VQ, MQ, TA."""
 
@@ -158,13 +173,15 @@ class VideoReward(nn.Module):
         self.stem = Stem(config)
         self.words = nn.Embedding(config.vocab, dim)
         self.places = nn.Parameter(torch.randn(config.max_text, dim) * 0.02)
-        self.tokens = nn.Parameter(torch.randn(3, dim) * 0.02)  # VQ, MQ, TA
+        self.tokens = nn.Parameter(torch.randn(3 if config.separate else 1, dim) * 0.02)  # VQ, MQ, TA; or the last
         self.blocks = nn.ModuleList(RewardBlock(dim, config.heads) for _ in range(config.depth))
         self.norm = nn.LayerNorm(dim)
-        self.head = nn.Linear(dim, 1)
+        self.head = nn.Linear(dim, 1 if config.separate else 3)
         self.caption = nn.Linear(dim, config.vocab)
         head_dim = dim // config.heads
-        table = torch.cat((rope_table(config.grid, head_dim), still_table(config.max_text + 3, head_dim)), 1)
+        table = torch.cat(
+            (rope_table(config.grid, head_dim), still_table(config.max_text + len(self.tokens), head_dim)), 1
+        )
         self.register_buffer("table", table, persistent=False)
         self.register_buffer("mean", torch.zeros(3))
         self.register_buffer("std", torch.ones(3))
@@ -177,14 +194,16 @@ class VideoReward(nn.Module):
     def scores_and_words(self, video, y):
         """Raw scores (B, 3), and logits (B, vocab) of which words a prompt for this video holds."""
         video = self.stem(video)  # (B, N, d)
-        tokens = self.tokens.expand(len(video), -1, -1)  # (B, 3, d)
-        context = video.shape[1] + 2
-        x = torch.cat((video, tokens[:, :2], self.words(y) + self.places, tokens[:, 2:]), 1)  # (B, N + 2 + S + 1, d)
+        count = video.shape[1]
+        tokens = self.tokens.expand(len(video), -1, -1)  # (B, 3, d), or (B, 1, d)
+        blind = len(self.tokens) - 1  # how many stand left of the prompt: VQ and MQ, or none
+        x = torch.cat((video, tokens[:, :blind], self.words(y) + self.places, tokens[:, blind:]), 1)
         for block in self.blocks:
-            x = block(x, self.table, context)
-        x = self.norm(x)
-        words = self.caption(x[:, : context - 2].mean(1))  # (B, vocab), from video tokens, which cannot see the prompt
-        return self.head(torch.cat((x[:, context - 2 : context], x[:, -1:]), 1))[..., 0], words  # (B, 3)
+            x = block(x, self.table, count + blind)
+        x = self.norm(x)  # (B, N + 2 + S + 1, d), or (B, N + S + 1, d)
+        words = self.caption(x[:, :count].mean(1))  # (B, vocab), from video tokens, which cannot see the prompt
+        scores = self.head(torch.cat((x[:, count : count + blind], x[:, -1:]), 1))  # (B, 3, 1), or (B, 1, 3)
+        return scores.flatten(1), words
 
     def normalised(self, video, y):
         """z-scores (B, 3): (r - mean) / std over the validation split."""
@@ -193,4 +212,4 @@ class VideoReward(nn.Module):
 
 def load_reward(path):
     """(VideoReward, words) of a checkpoint."""
-    return load_model(path, "reward", VideoReward)
+    return load_model(path, "reward", VideoReward, RewardConfig)

@@ -3,7 +3,7 @@
 `train.py` runs any of these tasks in one loop. A task's batch and loss depend on the step's random generator alone.
 
     pretrain   the video model by flow matching on clips of all twelve generators            section 4.1
-    reward     VideoReward on pairs that the annotators compared, BTT                        section 3
+    reward     VideoReward on pairs that annotators compared, toy or on disk                 section 3
     sft        the video model on the winners of pairs that VideoReward ranked               section 5.1
     rwr        the video model on both clips of these pairs, weighted by their reward        section 4.3
     dpo        the video model on these pairs, against its frozen start                      section 4.2
@@ -11,29 +11,46 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from tqdm import tqdm
 
 import world
-from common import WEIGHTS
+from common import WEIGHTS, BadInput
 from compare import learned_scores, prompt_set, sample_prompts, score_table
-from data import Vocabulary, annotated_pairs, clip_batch, draw_pairs, drop_prompts, step_rng
+from data import (
+    Vocabulary,
+    annotated_pairs,
+    clip_batch,
+    disk_pairs,
+    drop_prompts,
+    read_pairs,
+    split_words,
+    step_rng,
+    toy_pairs,
+    vocabulary_of,
+)
 from flow import draw_noise, draw_time, flow_error
 from flow_dpo import flow_dpo_step
 from flow_rwr import flow_rwr_step, rwr_weights
 from model import PRESETS, VideoTransformer, add_lora, freeze_trunk, load_velocity, merge_lora
 from reward import (
     DIMENSIONS,
+    INVALID,
+    RewardConfig,
     VideoReward,
     accuracy_with_ties,
     accuracy_without_ties,
+    bt_loss,
     btt_loss,
     caption_loss,
     load_reward,
+    regression_loss,
 )
 from sample import CFG, write_gif, write_sheet
+
+MOST_WORDS = 128  # of a real prompt; the paper's are about 100 words long
 
 
 @dataclass
@@ -91,62 +108,117 @@ def pretrain_task(args, device):
 
 
 def reward_task(args, device):
-    vocabulary = Vocabulary()
+    vocabulary, config, pairs, held, held_name = disk_data(args) if args.data else toy_data(args)
     torch.manual_seed(args.seed)
-    preset = PRESETS[args.preset]  # three quarters of its width and two thirds of its depth
-    config = replace(preset, vocab=len(vocabulary.words), dim=preset.dim * 3 // 4, depth=preset.depth * 2 // 3)
     model = VideoReward(config).to(device)
-    bar = progress_bar("annotators look at the pairs", "x64 pairs")
-    pairs = annotated_pairs(args.pairs, ["train"], args.seed, config, bar)
 
     def batch(step, rng):
-        return pairs.batch(epoch_index(len(pairs), args.batch, step, args.seed), config, vocabulary)
+        return pairs.batch(epoch_index(len(pairs), args.batch, step, args.seed))
 
     def loss(batch, rng):
         y = batch["y"].repeat(2, 1)
         scores, words = model.scores_and_words(torch.cat((batch["video_a"], batch["video_b"])), y)  # (2B, 3)
         a, b = scores.chunk(2)
-        btt, caption = btt_loss(a, b, batch["label"]), caption_loss(words, y)
-        total = btt + args.caption * caption
-        right = {name: accuracy_without_ties((a - b)[:, i], batch["label"][:, i]) for i, name in enumerate(DIMENSIONS)}
-        logs = {"loss": btt.item(), "caption": caption.item()}
-        return total, logs | {name: value for name, value in right.items() if value == value}
+        label = batch["label"]
+        if args.loss == "regression":
+            preference = regression_loss(torch.stack((a, b), 1), batch["mos"])
+        else:
+            preference = LOSSES[args.loss](a, b, label)
+        caption = caption_loss(words, y)
+        right = {name: accuracy_without_ties((a - b)[:, i], label[:, i]) for i, name in enumerate(DIMENSIONS)}
+        logs = {"loss": preference.item(), "caption": caption.item()}
+        return preference + args.caption * caption, logs | {name: v for name, v in right.items() if v == v}
 
     def finish(model, out):
-        held = annotated_pairs(args.eval_pairs, ["validation"], args.seed + 1, config)
-        scores = []
-        with torch.no_grad():
-            for index in torch.arange(len(held)).split(64):
-                made = held.batch(index, config, vocabulary)
-                y = made["y"].to(device)
-                scores.append([model(made[name].to(device), y).cpu() for name in ("video_a", "video_b")])
-        a, b = (torch.cat(side) for side in zip(*scores))
-        both = torch.cat((a, b))
-        model.mean.copy_(both.mean(0))
-        model.std.copy_(both.std(0))
-        lines = [
-            f"{len(held)} validation pairs, prompts never seen in training (accuracy without ties, with ties; ties):"
-        ]
+        scores = pair_scores(model, held, device)  # (N, 2, 3)
+        model.mean.copy_(scores.mean((0, 1)))
+        model.std.copy_(scores.std((0, 1)).clamp(min=1e-6))
+        lines = [f"{len(held)} {held_name} (accuracy without ties, with ties; share of ties):"]
         for i, name in enumerate(DIMENSIONS):
-            delta, label = a[:, i] - b[:, i], held.label[:, i]
+            delta, label = scores[:, 0, i] - scores[:, 1, i], held.label[:, i]
             with_ties, _ = accuracy_with_ties(delta, label)
-            ties = (label == 0).float().mean().item()
+            ties = (label == 0).sum().item() / max(1, (label != INVALID).sum().item())
             lines.append(f"  {name}  {accuracy_without_ties(delta, label):.3f}  {with_ties:.3f}  {ties:.3f}")
         return lines
 
     return Task("reward", model, vocabulary, batch, loss, ("loss", *DIMENSIONS), finish)
 
 
+LOSSES = {"btt": btt_loss, "bt": bt_loss, "regression": regression_loss}
+
+
+def reward_config(args, vocabulary, words):
+    """Of the preset, three quarters of its width and two thirds of its depth."""
+    preset = PRESETS[args.preset]
+    sizes = {field.name: getattr(preset, field.name) for field in fields(preset)}
+    sizes |= {"vocab": len(vocabulary.words), "max_text": words}
+    sizes |= {"dim": preset.dim * 3 // 4, "depth": preset.depth * 2 // 3}
+    return RewardConfig(**sizes, separate=args.tokens == "separate")
+
+
+def toy_data(args):
+    """(vocabulary, config, pairs to train on, pairs of unseen prompts, their name), the toy world's."""
+    vocabulary = Vocabulary()
+    config = reward_config(args, vocabulary, PRESETS[args.preset].max_text)
+    bar = progress_bar("annotators look at the pairs", "x64 pairs")
+    pairs = annotated_pairs(args.pairs, ["train"], args.seed, config, vocabulary, bar)
+    held = annotated_pairs(args.eval_pairs, ["validation"], args.seed + 1, config, vocabulary)
+    return vocabulary, config, pairs, held, "validation pairs, prompts never seen in training"
+
+
+def disk_data(args):
+    """The same from --data and --val; without --val a tenth of the prompts is held out."""
+    skipped = [] if args.skip_bad else None
+    rows = read_pairs(args.data, skipped)
+    if args.loss == "regression" and not any(any(row.mos) for row in rows):
+        raise BadInput(f"{args.data}: --loss regression needs ratings, the columns MOS_A_VQ to MOS_B_TA")
+    prompts = sorted({row.prompt for row in rows})
+    vocabulary = vocabulary_of(prompts)
+    longest = max(len(split_words(prompt)) for prompt in prompts)
+    config = reward_config(args, vocabulary, min(longest, MOST_WORDS))
+
+    def load(rows, path):
+        cache = args.cache or path.parent / ".clips"
+
+        def bar(items, total):
+            return tqdm(items, f"decoding {path.name}", total, unit="video", leave=False, dynamic_ncols=True)
+
+        return disk_pairs(rows, path, config, vocabulary, cache, skipped, bar)
+
+    if args.val:
+        train_rows, held = rows, load(read_pairs(args.val, skipped), args.val)
+        name = f"pairs of {args.val}"
+    else:
+        order = torch.randperm(len(prompts), generator=step_rng(args.seed, -1)).tolist()
+        out = {prompts[i] for i in order[: max(1, len(prompts) // 10)]} if len(prompts) > 1 else set()
+        train_rows = [row for row in rows if row.prompt not in out]
+        held = load([row for row in rows if row.prompt in out] or rows, args.data)
+        name = "pairs of prompts held out of training" if out else "training pairs, all there are of one prompt"
+    pairs = load(train_rows, args.data)
+    if skipped:
+        print(f"skipped {len(skipped)} rows or videos: {skipped[0]}" + ("; ..." if skipped[1:] else ""))
+    return vocabulary, config, pairs, held, name
+
+
+@torch.no_grad()
+def pair_scores(model, pairs, device, progress=lambda chunks: chunks):
+    """Raw scores (N, 2, 3) on the CPU of both clips of all pairs."""
+    scores = []
+    for index in progress(torch.arange(len(pairs)).split(64)):
+        y = pairs.y[index].to(device)
+        scores.append(torch.stack([model(video.to(device), y).cpu() for video in pairs.sides(index)], 1))
+    return torch.cat(scores)
+
+
 def dpo_task(args, device):
-    base, policy, vocabulary, pairs, finish = alignment(args, device)
-    winner, loser = ranked(*pairs)
-    config = base.config
+    base, policy, vocabulary, pairs, total, finish = alignment(args, device)
+    better, worse = ranked(total)
 
     def batch(step, rng):
-        index = epoch_index(len(winner), args.batch, step, args.seed)
-        win, lose = winner[index], loser[index]
-        y = drop_prompts(vocabulary.encode_attributes(win.prompt, config.max_text), args.label_dropout, rng)
-        return {"winner": world.render(win, config.size), "loser": world.render(lose, config.size), "y": y}
+        chosen = epoch_index(len(better), args.batch, step, args.seed)
+        (index, win), lose = better[chosen].T, worse[chosen, 1]
+        y = drop_prompts(pairs.y[index], args.label_dropout, rng)
+        return {"winner": pairs.clips(index, win), "loser": pairs.clips(index, lose), "y": y}
 
     def loss(batch, rng):
         pair = batch["winner"], batch["loser"], batch["y"]
@@ -156,25 +228,26 @@ def dpo_task(args, device):
 
 
 def rwr_task(args, device):
-    _, policy, vocabulary, (a, b, total), finish = alignment(args, device)
-    clips = world.join(a, b)
-    return weighted_task(args, policy, vocabulary, clips, rwr_weights(total.flatten(), args.temperature), finish)
+    _, policy, vocabulary, pairs, total, finish = alignment(args, device)
+    every = torch.cartesian_prod(torch.arange(len(pairs)), torch.arange(2))  # (2N, 2): both clips of every pair
+    weight = rwr_weights(total.flatten(), args.temperature)
+    return weighted_task(args, policy, vocabulary, pairs, every, weight, finish)
 
 
 def sft_task(args, device):
-    _, policy, vocabulary, pairs, finish = alignment(args, device)
-    winner, _ = ranked(*pairs)
-    return weighted_task(args, policy, vocabulary, winner, torch.ones(len(winner)), finish)
+    _, policy, vocabulary, pairs, total, finish = alignment(args, device)
+    better, _ = ranked(total)
+    return weighted_task(args, policy, vocabulary, pairs, better, torch.ones(len(better)), finish)
 
 
-def weighted_task(args, policy, vocabulary, clips, weight, finish):
-    """The flow-matching loss on clips with weights (N,): two clips for every pair of a DPO step."""
-    config = policy.config
+def weighted_task(args, policy, vocabulary, pairs, chosen, weight, finish):
+    """The flow-matching loss on clips `chosen` (N, 2: pair, side) with weights (N,): two for each pair of DPO's."""
 
     def batch(step, rng):
-        index = epoch_index(len(clips), 2 * args.batch, step, args.seed)
-        y = drop_prompts(vocabulary.encode_attributes(clips.prompt[index], config.max_text), args.label_dropout, rng)
-        return {"video": world.render(clips[index], config.size), "y": y, "weight": weight[index]}
+        here = epoch_index(len(chosen), 2 * args.batch, step, args.seed)
+        index, side = chosen[here].T
+        y = drop_prompts(pairs.y[index], args.label_dropout, rng)
+        return {"video": pairs.clips(index, side), "y": y, "weight": weight[here]}
 
     def loss(batch, rng):
         return flow_rwr_step(policy, batch["video"], batch["y"], batch["weight"], rng, args.time_shift)
@@ -220,27 +293,27 @@ def alignment(args, device):
         texts = "; ".join(world.prompt_text(prompt) for prompt in prompts[shown])
         return [*lines, f"wrote {out / name}.gif and .png (CFG 1): {texts}"]
 
-    pairs = scored_pairs(args, base.config, reward, reward_words, device)
-    return base, policy, Vocabulary(words), pairs, finish
+    vocabulary = Vocabulary(words)
+    pairs, _ = toy_pairs(args.pairs, ["train"], args.seed, base.config, vocabulary)
+    total = relabelled(pairs, reward, words, reward_words, device)
+    return base, policy, vocabulary, pairs, total, finish
 
 
-def scored_pairs(args, config, reward, words, device):
-    """Toy pairs relabelled by VideoReward (section 5.1): clips a and b, and the mean of the three z-scores (2, N).
+def relabelled(pairs, reward, words, reward_words, device):
+    """The mean of VideoReward's three z-scores for both clips of all pairs (N, 2) (section 5.1).
 
     Offline and once, as in the paper: clips of the twelve generators, none of the policy's own."""
-    a, b = draw_pairs(args.pairs, ["train"], args.seed, config.frames)
-    totals = []
-    for part in progress_bar("VideoReward scores the pairs", "x64 pairs")(torch.arange(args.pairs).split(64)):
-        videos = [world.render(side[part], config.size) for side in (a, b)]
-        scores = [learned_scores(reward, words, video, a.prompt[part], device) for video in videos]
-        totals.append(torch.stack(scores).mean(-1))  # (2, 64): r = (r_VQ + r_MQ + r_TA) / 3
-    return a, b, torch.cat(totals, 1)
+    if reward_words != words:
+        raise BadInput("--reward and --init know different words; use a reward and a base model of the same data")
+    scores = pair_scores(reward, pairs, device, progress_bar("VideoReward scores the pairs", "x64 pairs"))
+    return ((scores - reward.mean.cpu()) / reward.std.cpu()).mean(-1)  # r = (r_VQ + r_MQ + r_TA) / 3
 
 
-def ranked(a, b, total):
-    """(winners, losers) by total (2, N); equal rewards make no pair."""
-    better, keep = total[0] > total[1], total[0] != total[1]
-    return world.choose(better, a, b)[keep], world.choose(better, b, a)[keep]
+def ranked(total):
+    """Winners and losers (N', 2: pair, side) by total (N, 2); equal rewards make no pair."""
+    index = torch.nonzero(total[:, 0] != total[:, 1])[:, 0]
+    side = (total[index, 1] > total[index, 0]).long()
+    return torch.stack((index, side), 1), torch.stack((index, 1 - side), 1)
 
 
 def epoch_index(count, batch, step, seed):

@@ -25,7 +25,7 @@ from data import step_rng
 from flow import TIME_SHIFT
 from flow_dpo import SCHEDULES
 from model import PRESETS
-from tasks import TASKS
+from tasks import LOSSES, TASKS
 
 # A flag left out takes its algorithm's value here; README, "Settings, and why", compares them with the paper's.
 DEFAULTS = {
@@ -161,7 +161,8 @@ def restore(state, trained, average, optimizer):
 # The command
 
 
-def arguments():
+def arguments(argv=None):
+    """The flags of a command line, all algorithms' defaults filled in."""
     parser = Parser(
         "Trains one algorithm; writes last.pt, metrics.jsonl and pictures to --out. "
         "Where no checkpoint is named, the shipped weights/ are used."
@@ -198,7 +199,11 @@ def arguments():
 
     group = parser.add_argument_group("preferences")
     group.add_argument(
-        "--pairs", type=int, help="pairs in the data set (default: one epoch; reward two, as in Table 11)"
+        "--pairs", type=int, help="toy pairs in the data set (default: one epoch; reward two, as in Table 11)"
+    )
+    group.add_argument("--loss", choices=LOSSES, default="btt", help="reward: with ties, without, or on ratings (3.2)")
+    group.add_argument(
+        "--tokens", choices=("separate", "shared"), default="separate", help="reward: one a score, or one"
     )
     group.add_argument("--caption", type=float, default=0.2, help="reward: weight of the loss on the prompt's words")
     group.add_argument(
@@ -211,6 +216,12 @@ def arguments():
     group.add_argument("--freeze", type=int, default=2, help="alignment: first blocks left as in the base; 0 = none")
     group.add_argument("--lora-rank", type=int, default=0, help="alignment: adapters of this rank; 0 = the weights")
 
+    group = parser.add_argument_group("real data (reward)")
+    group.add_argument("--data", type=Path, help="CSV of pairs in VideoAlign's format (default: the toy world)")
+    group.add_argument("--val", type=Path, help="CSV to validate on (default: a tenth of the prompts, held out)")
+    group.add_argument("--cache", type=Path, help="folder for decoded clips (default: .clips beside the CSV)")
+    group.add_argument("--skip-bad", action="store_true", help="go on without rows that have a fault, and count them")
+
     group = parser.add_argument_group("output")
     group.add_argument("--out", type=Path, help="folder (default: out/<algo>)")
     group.add_argument("--resume", action="store_true", help="continue the run in --out")
@@ -220,7 +231,7 @@ def arguments():
     group.add_argument("--eval-pairs", type=int, default=1000, help="reward: validation pairs")
     group.add_argument("--eval-seed", type=int, default=1234, help="noise of the closing table")
 
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     for name, value in DEFAULTS[args.algo].items():
         if not hasattr(args, name):
             setattr(args, name, value)
@@ -233,6 +244,8 @@ def arguments():
     for name in ("decay", "ema", "label_dropout"):
         if not 0 <= getattr(args, name) <= 1:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: must lie between 0 and 1")
+    if args.data and args.algo != "reward":
+        raise BadInput(f"--data: --algo {args.algo} trains on the toy world only; --algo reward reads videos")
     args.out = args.out or Path("out") / args.algo
     args.pairs = args.pairs or args.steps * args.batch // (2 if args.algo == "reward" else 1) or 1
     return args

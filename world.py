@@ -90,8 +90,7 @@ def _profiles():
     An era lifts all three dimensions by +-e, and within an era the six models are the six orders of (strong, average,
     weak) = (+d, 0, -d). Over the twelve, two dimensions covary by e^2 - d^2 / 3, which d = sqrt(3) e makes 0: knowing
     that a clip looks good says nothing about how it moves, so each head has to learn its own dimension."""
-    e = 0.12
-    d = 3**0.5 * e
+    e, d = 0.12, 3**0.5 * 0.12
     orders = torch.tensor([[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]])
     offsets = torch.tensor([d, 0.0, -d])[orders]  # (6, 3)
     return torch.cat((0.5 - e + offsets, 0.5 + e + offsets))
@@ -134,11 +133,6 @@ class Clips:
         return Clips(*(getattr(self, field.name)[index] for field in fields(self)))
 
 
-def join(a, b):
-    """The clips of a, then those of b."""
-    return Clips(*(torch.cat((getattr(a, field.name), getattr(b, field.name))) for field in fields(Clips)))
-
-
 def choose(mask, a, b):
     """Clips that are a's where mask (B,) is true and b's elsewhere."""
     pairs = ((getattr(a, field.name), getattr(b, field.name)) for field in fields(Clips))
@@ -150,8 +144,7 @@ def draw_clips(prompt, generator, rng, frames=8, clean=False):
 
     clean=True draws the same scenes without any defect. A mistake that would show a combination held out of all
     training is not made, so that no model ever sees one, not even under another prompt."""
-    count = len(prompt)
-    mean = PROFILES[generator]  # (B, 3)
+    count, mean = len(prompt), PROFILES[generator]  # mean (B, 3)
     # u^((1 - m) / m) has mean m and stays in [0, 1]: every generator has good and bad clips
     quality = torch.rand(count, 3, generator=rng) ** ((1 - mean) / mean)
     split = 1 + 0.5 * (torch.rand(count, 5, generator=rng) - 0.5)  # how the loss of quality spreads over the defects
@@ -262,15 +255,13 @@ def measure(video):
     grid_y = (torch.arange(height, device=video.device) + 0.5) / height
     mass = mask.sum((-1, -2)).clamp(min=1e-3)  # (B, T)
     centre = torch.stack(((mask.sum(-2) * grid_x).sum(-1), (mask.sum(-1) * grid_y).sum(-1)), -1) / mass[..., None]
-    area = mass / height**2
-    radius = (area / torch.pi).sqrt()
+    area, radius = mass / height**2, (mass / height**2 / torch.pi).sqrt()
     off_x, off_y = grid_x - centre[..., :1], grid_y - centre[..., 1:]  # (B, T, W), (B, T, H)
     far = off_x[..., None, :] ** 2 + off_y[..., :, None] ** 2 > (2 * radius[..., None, None]) ** 2
     stray = ((mask * far).sum((-1, -2)) / mass).mean(1)  # a second object, a ghost, a smear
 
     # VQ: how far the object stands out, how high the ground lies, how wide the edges are
-    dx = level[..., :-1, 1:] - level[..., :-1, :-1]
-    dy = level[..., 1:, :-1] - level[..., :-1, :-1]
+    dx, dy = (side - level[..., :-1, :-1] for side in (level[..., :-1, 1:], level[..., 1:, :-1]))
     slope = (dx * dx + dy * dy).sqrt().flatten(2).topk(top).values.mean(-1) * height  # (B, T), 1 / heights
     softness = (1 / slope.clamp(min=1.0)).mean(1)
 
@@ -325,8 +316,7 @@ MARGIN = {"colour": 0.15, "shape": 0.06, "direction": 0.25}
 
 def attributes_right(video, prompt):
     """(B, 3) in [0, 1]: to what degree colour, shape and direction are the asked ones. 0.5 is a draw with another."""
-    seen = measure(video)
-    return _right(seen, prompt.to(video.device))
+    return _right(measure(video), prompt.to(video.device))
 
 
 def _right(seen, prompt):
@@ -347,13 +337,11 @@ def oracle(video, prompt):
     object scores below 0 in VQ and MQ and 0 in TA."""
     prompt = prompt if torch.is_tensor(prompt) else prompt_attributes(prompt)
     seen = measure(video)
-    missing = 1 - seen["present"]
-    faded = (1 - seen["contrast"] / (1 - GROUND)).clamp(0, 1)
+    missing, faded = 1 - seen["present"], (1 - seen["contrast"] / (1 - GROUND)).clamp(0, 1)
     hazy = ((seen["haze"] - GROUND).abs() / (MAX_HAZE * (HAZE - GROUND))).clamp(0, 2)
     soft = ((seen["softness"] - 0.03) / 0.09).clamp(0, 2)
     vq = 1 - (faded / 0.75 + hazy + soft) / 3 - seen["stray"] - missing
-    shaky = (seen["jitter"] / 0.19).clamp(0, 2)
-    flickering = (seen["flicker"] / 0.58).clamp(0, 2)
+    shaky, flickering = (seen["jitter"] / 0.19).clamp(0, 2), (seen["flicker"] / 0.58).clamp(0, 2)
     still = (1 - seen["travel"].norm(dim=1) / (0.6 * TRAVEL)).clamp(0, 1)
     mq = 1 - (shaky + flickering) / 2 - still - missing
     ta = _right(seen, prompt.to(video.device)).mean(1)
@@ -372,18 +360,41 @@ TRUE_STD = torch.tensor([0.307, 0.348, 0.249])
 ANNOTATOR_NOISE = 0.3  # standard deviation of what one person sees of one clip, in TRUE_STD
 REVIEWER_NOISE = 0.15
 TIE_BELOW = torch.tensor([0.5, 0.5, 0.7])  # differences that a person calls a tie, in TRUE_STD (TA: half an attribute)
+OVERALL_TIE = torch.tensor(0.35)  # the same for the mean of the three z-scores
+LENIENCY = 0.5  # standard deviation of one person's offset on the 1-5 scale; a pair's two clips share it
+
+
+def _standard(score_a, score_b):
+    return (torch.stack((score_a, score_b)).cpu() - TRUE_MEAN) / TRUE_STD  # (2, B, 3)
+
+
+def _vote(scores, tie_below, rng):
+    def opinion(people, noise):
+        seen = scores + noise * torch.randn(people, *scores.shape, generator=rng)  # (people, 2, B, ...)
+        difference = seen[:, 0] - seen[:, 1]
+        return torch.sign(difference).long() * (difference.abs() > tie_below)
+
+    three = opinion(3, ANNOTATOR_NOISE)
+    unanimous = (three == three[0]).all(0)
+    return torch.where(unanimous, three[0], opinion(1, REVIEWER_NOISE)[0]), unanimous
 
 
 def annotate(score_a, score_b, rng):
     """True scores (B, 3) of the clips A and B -> labels (B, 3) int64 (1: A better, -1: B better, 0: tie) and whether
     the three annotators were unanimous (B, 3) bool. `rng` is a torch.Generator on the CPU."""
-    scores = torch.stack((score_a, score_b)).cpu() / TRUE_STD  # (2, B, 3)
+    return _vote(_standard(score_a, score_b), TIE_BELOW, rng)
 
-    def opinion(people, noise):
-        seen = scores + noise * torch.randn(people, *scores.shape, generator=rng)  # (people, 2, B, 3)
-        difference = seen[:, 0] - seen[:, 1]
-        return torch.sign(difference).long() * (difference.abs() > TIE_BELOW)
 
-    three = opinion(3, ANNOTATOR_NOISE)
-    unanimous = (three == three[0]).all(0)
-    return torch.where(unanimous, three[0], opinion(1, REVIEWER_NOISE)[0]), unanimous
+def annotate_overall(score_a, score_b, rng):
+    """The benchmark's fourth label, Overall (B,), by the mean of the three z-scores."""
+    return _vote(_standard(score_a, score_b).mean(-1), OVERALL_TIE, rng)[0]
+
+
+def rate(score_a, score_b, rng):
+    """Mean opinion scores (B, 2, 3) of both clips: three people's 1-5 ratings, one standard deviation a step, averaged.
+
+    A person's scale has an offset of its own, which a comparison of two clips does not feel and a rating does."""
+    scores = _standard(score_a, score_b)
+    noise = ANNOTATOR_NOISE * torch.randn(3, *scores.shape, generator=rng)
+    noise = noise + LENIENCY * torch.randn(3, 1, *scores.shape[1:], generator=rng)
+    return (3 + scores + noise).round().clamp(1, 5).mean(0).transpose(0, 1)

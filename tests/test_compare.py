@@ -1,14 +1,16 @@
 """Win rates, prompt sets, and pairs ranked by a reward."""
 
-import argparse
-
+import pytest
 import torch
 
 import tasks
 import world
+from common import BadInput
 from compare import prompt_set, sample_prompts, score_table, win_rate
-from data import TOY_WORDS
+from data import TOY_WORDS, Vocabulary, toy_pairs
 from model import ModelConfig, VideoTransformer
+
+CONFIG = ModelConfig(vocab=len(TOY_WORDS))
 
 
 def test_win_rate_counts_a_draw_as_one_half():
@@ -43,29 +45,42 @@ def test_table_shows_scores_of_all_and_wins_over_the_first():
 class Judge(torch.nn.Module):
     """A reward that likes bright clips, all three scores alike; clips of the same brightness get the same reward."""
 
-    config = ModelConfig(vocab=len(TOY_WORDS))
+    mean, std = torch.zeros(3), torch.ones(3)
 
-    def normalised(self, video, y):
+    def forward(self, video, y):
         return (video.flatten(1).mean(1, keepdim=True) * 20).round().expand(-1, 3)
 
 
+class Oracle(Judge):
+    mean, std = world.TRUE_MEAN, world.TRUE_STD
+
+    def forward(self, video, y):
+        return world.oracle(video, [" ".join(TOY_WORDS[i] for i in row if i) for row in y.tolist()])
+
+
+def ranked_clips(judge, count):
+    """Winners and losers by `judge` of toy pairs: (videos, prompts, generators) each."""
+    pairs, prompt = toy_pairs(count, ["train"], 0, CONFIG, Vocabulary())
+    total = tasks.relabelled(pairs, judge, TOY_WORDS, TOY_WORDS, torch.device("cpu"))
+    sides = tasks.ranked(total)
+    return [(pairs.clips(*side.T), prompt[side[:, 0]], pairs.models[side[:, 0], side[:, 1]]) for side in sides]
+
+
 def test_pairs_are_ranked_by_the_reward_and_equal_rewards_make_none():
-    args = argparse.Namespace(pairs=200, seed=0)
-    judge = Judge()
-    winner, loser = tasks.ranked(*tasks.scored_pairs(args, judge.config, judge, TOY_WORDS, torch.device("cpu")))
+    (winner, prompt, first), (loser, again, second) = ranked_clips(Judge(), 200)
     assert 100 < len(winner) == len(loser) < 200
-    assert torch.equal(winner.prompt, loser.prompt) and not (winner.generator == loser.generator).any()
-    scores = [judge.normalised(world.render(side), None)[:, 0] for side in (winner, loser)]
+    assert torch.equal(prompt, again) and not (first == second).any()
+    scores = [Judge()(side, None)[:, 0] for side in (winner, loser)]
     assert (scores[0] > scores[1]).all()
 
 
 def test_the_oracle_as_reward_gives_better_winners_in_every_dimension():
-    class Oracle(Judge):
-        def normalised(self, video, y):
-            prompts = [" ".join(TOY_WORDS[i] for i in row if i) for row in y.tolist()]
-            return (world.oracle(video, prompts) - world.TRUE_MEAN) / world.TRUE_STD
-
-    args = argparse.Namespace(pairs=300, seed=0)
-    winner, loser = tasks.ranked(*tasks.scored_pairs(args, Judge.config, Oracle(), TOY_WORDS, torch.device("cpu")))
-    gain = (winner.hidden - loser.hidden).mean(0)
+    (winner, prompt, _), (loser, _, _) = ranked_clips(Oracle(), 300)
+    gain = (world.oracle(winner, prompt) - world.oracle(loser, prompt)).mean(0)
     assert (gain > 0.1).all(), gain
+
+
+def test_a_reward_of_other_words_is_refused():
+    pairs, _ = toy_pairs(2, ["train"], 0, CONFIG, Vocabulary())
+    with pytest.raises(BadInput, match="different words"):
+        tasks.relabelled(pairs, Judge(), TOY_WORDS, TOY_WORDS[::-1], torch.device("cpu"))

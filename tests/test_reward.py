@@ -1,14 +1,13 @@
 """VideoReward: losses and metrics by hand, and what each score may know."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 
-from model import ModelConfig
 from reward import (
     INVALID,
+    RewardConfig,
     VideoReward,
     accuracy_with_ties,
     accuracy_without_ties,
@@ -16,6 +15,7 @@ from reward import (
     btt_loss,
     btt_probabilities,
     caption_loss,
+    regression_loss,
 )
 
 # Rao-Kupper with theta = 5, computed independently from e^{r_A} / (e^{r_A} + 5 e^{r_B})
@@ -92,6 +92,15 @@ def test_no_valid_label_gives_zero_not_nan():
     assert r.grad.abs().max() == 0
 
 
+def test_regression_by_hand():
+    mos = torch.tensor([[1.0, 4.0], [0.0, 3.5]])  # targets -2, 1, missing, 0.5
+    r = torch.tensor([[0.0, 1.0], [9.0, 1.5]], requires_grad=True)
+    loss = regression_loss(r, mos)
+    loss.backward()
+    assert loss.item() == pytest.approx((4 + 0 + 1) / 3)
+    assert torch.allclose(r.grad, torch.tensor([[4.0, 0.0], [0.0, 2.0]]) / 3)  # 2 (r - target) / 3, missing: none
+
+
 def test_caption_loss_by_hand():
     # vocabulary of padding and three words; the prompt holds words 1 and 3, twice and padded
     logits = torch.tensor([[9.0, 0.0, math.log(3.0), math.log(3.0)]])
@@ -146,7 +155,17 @@ def test_a_random_scorer_gets_a_third_or_the_share_of_ties(tie_share):
 @pytest.fixture(scope="module")
 def network():
     torch.manual_seed(0)
-    return VideoReward(replace(ModelConfig(vocab=20), dim=64, depth=3, heads=4)).eval()
+    return VideoReward(RewardConfig(vocab=20, dim=64, depth=3, heads=4)).eval()
+
+
+def test_the_shared_token_sees_all_in_every_score():
+    torch.manual_seed(0)
+    shared = VideoReward(RewardConfig(vocab=20, dim=64, depth=3, heads=4, separate=False)).eval()
+    video = torch.randn(4, 3, 8, 32, 32)
+    y = torch.randint(0, 20, (2, 4, 8), generator=torch.Generator().manual_seed(0))
+    first, second = shared(video, y[0]), shared(video, y[1])
+    assert first.shape == (4, 3) and (first - second).abs().min() > 1e-5
+    assert shared.head.out_features == 3 and shared.tokens.shape == (1, 64)
 
 
 def test_vq_and_mq_cannot_see_the_prompt_and_ta_can(network):

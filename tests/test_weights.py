@@ -32,8 +32,8 @@ def test_base_follows_its_prompts_and_leaves_something_to_align():
 @pytest.mark.parametrize("split", ["validation", "hard"])
 def test_reward_ranks_pairs_of_prompts_it_never_saw(split):
     model, words = load_reward(common.WEIGHTS / "reward.pt")
-    pairs = annotated_pairs(200, [split], 99, model.config)
-    batch = pairs.batch(torch.arange(200), model.config, Vocabulary(words))
+    pairs = annotated_pairs(200, [split], 99, model.config, Vocabulary(words))
+    batch = pairs.batch(torch.arange(200))
     with torch.no_grad():
         a, b = (model.normalised(batch[name], batch["y"]) for name in ("video_a", "video_b"))
     for i, least in enumerate((0.95, 0.93, 0.95)):

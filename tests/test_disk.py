@@ -1,0 +1,280 @@
+"""Preference pairs on disk: the public CSV format, videos, the cache, and every fault named by line and column."""
+
+import csv
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import imageio.v2 as imageio
+import numpy as np
+import pytest
+import torch
+
+import data
+import train
+import video
+import world
+from common import BadInput
+from data import Vocabulary, annotated_pairs, disk_pairs, read_pairs, vocabulary_of, write_pairs
+from model import ModelConfig
+from pairs_csv import Pair
+from reward import INVALID
+
+EXAMPLE = Path(__file__).parent.parent.parent / "shared/data/videoalign_example/example.csv"
+CONFIG = ModelConfig()
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export") / "toy"
+    data.export(folder, 10, seed=3)
+    return folder
+
+
+@pytest.fixture
+def rows(exported, tmp_path):
+    """The rows of a good CSV as dicts, its folder writable: tests spoil them."""
+    for name in ("a.mp4", "b.mp4"):
+        source = next((exported / "videos" / "train").glob("*.mp4"))
+        (tmp_path / name).write_bytes(source.read_bytes())
+    row = {"path_A": "a.mp4", "path_B": "./b.mp4", "prompt": "A cat, running!", "VQ": "A", "MQ": "B", "TA": "same"}
+    row |= {"fps_A": "2.0", "num_frames_A": "8.0", "fps_B": "2.0", "num_frames_B": "8.0"}
+    return [dict(row), dict(row), dict(row)]
+
+
+def write(rows, path, header=None, encoding="utf-8"):
+    with open(path, "w", newline="", encoding=encoding) as file:
+        writer = csv.writer(file)
+        writer.writerow(header or rows[0])
+        writer.writerows(row.values() for row in rows)
+    return path
+
+
+def load(path, rows, skipped=None):
+    vocabulary = vocabulary_of([row.prompt for row in rows])
+    config = replace(CONFIG, vocab=len(vocabulary.words))
+    return disk_pairs(rows, path, config, vocabulary, path.parent / "cache", skipped, lambda items, total: items)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not EXAMPLE.exists(), reason="the three public example pairs are not here")
+def test_the_public_example_pairs(tmp_path):
+    pairs = read_pairs(EXAMPLE)
+    assert len(pairs) == 12
+    # read off the file by eye: B,B,A / same,same,A / and the third pair; A = 1, B = -1, same = 0
+    with open(EXAMPLE, newline="") as file:
+        cells = [[row[name] for name in ("VQ", "MQ", "TA")] for row in csv.DictReader(file)]
+    wanted = [tuple({"A": 1, "B": -1, "same": 0}[cell] for cell in row) for row in cells]
+    assert [pair.label for pair in pairs] == wanted and wanted[:2] == [(-1, -1, 1), (0, 0, 1)]
+    # 126 frames at 24 fps are 5.25 s, 10.5 frames at 2 fps, so 10; 152/30 -> 10.1; 144/24 -> 12; 128/24 -> 10.7;
+    # 60/16 -> 7.5, so 8
+    counts = {path: len(video.sample_frames(EXAMPLE.parent / path)) for pair in pairs[:3] for path in pair.paths}
+    assert list(counts.values()) == [10, 10, 12, 10, 10, 8]
+    flags = ["--algo", "reward", "--data", EXAMPLE, "--cache", tmp_path / "cache", "--out", tmp_path / "run"]
+    shell = [sys.executable, Path(train.__file__), *flags, "--steps", "2", "--batch", "2", "--device", "cpu"]
+    done = subprocess.run(list(map(str, shell)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "pairs of prompts held out" in done.stdout
+    assert len(list((tmp_path / "cache").glob("*.npy"))) == 6  # each video once, 12 rows or not
+
+
+def test_frame_positions_keep_the_interval_not_the_number():
+    assert len(video.frame_positions(126, 5.25)) == 10 and len(video.frame_positions(144, 6.0)) == 12
+    assert video.frame_positions(9, 0.3).tolist() == [0, 3, 5, 8]  # at least 4: 0, 2.67, 5.33, 8
+    assert video.frame_positions(3, 0.1).tolist() == [0, 1, 2]  # at most all
+
+
+def test_fit_crops_the_middle_in_space_and_time():
+    frames = np.zeros((12, 4, 8, 3), np.uint8)
+    frames[:, :, 2:6] = np.arange(12)[:, None, None, None] * 10  # the middle square, brighter frame by frame
+    clip = video.fit(frames, 8, 2)
+    assert clip.shape == (3, 8, 2, 2)
+    assert clip[0, :, 0, 0].tolist() == [20, 30, 40, 50, 60, 70, 80, 90]  # frames 2 to 9
+    short = video.fit(frames[:3], 5, 2)
+    assert short[0, :, 1, 1].tolist() == [0, 10, 20, 20, 20]  # the last one held
+
+
+def test_export_and_load_give_the_pairs_back(exported):
+    for offset, (name, split) in enumerate(data.SPLITS.items()):
+        made = annotated_pairs(10 if name == "train" else 2, [split], 3 + 10 * offset, CONFIG, Vocabulary())
+        path = exported / f"{name}.csv"
+        rows = read_pairs(path)
+        read = load(path, rows)
+        assert torch.equal(read.label, made.label)
+        words = Vocabulary().words
+        assert [row.prompt for row in rows] == [" ".join(words[i] for i in y if i) for y in made.y.tolist()]
+        with open(path, newline="") as file:
+            header = next(csv.reader(file))
+        if name == "benchmark":
+            names = [tuple(world.GENERATORS[g] for g in pair) for pair in made.models.tolist()]
+            assert [row.models for row in rows] == names and torch.equal(read.overall, made.overall)
+            assert header == [*data_columns(), "A_model", "B_model", "Overall"]
+        else:
+            assert torch.allclose(read.mos, made.mos, atol=1e-4)
+            ratings = [f"MOS_{side}_{dimension}" for side in "AB" for dimension in ("VQ", "MQ", "TA")]
+            assert header == [*data_columns(), *ratings]
+        # what mp4 costs: pixels by .006 on average, true scores by .01 at most
+        index = torch.arange(len(rows))
+        for seen, real in zip(read.sides(index), made.sides(index)):
+            assert (seen - real).abs().mean() < 0.012
+            prompts = [row.prompt for row in rows]
+            assert (world.oracle(seen, prompts) - world.oracle(real, prompts)).abs().max() < 0.03
+
+
+def data_columns():
+    first = ["path_A", "path_B", "prompt", "VQ", "MQ", "TA"]
+    return [*first, "fps_A", "num_frames_A", "fps_B", "num_frames_B"]
+
+
+def test_prompts_of_the_splits_do_not_meet(exported):
+    train_prompts, *others = ({row.prompt for row in read_pairs(exported / f"{name}.csv")} for name in data.SPLITS)
+    assert not any(train_prompts & other for other in others)
+
+
+def test_an_export_never_touches_what_is_there(exported, tmp_path):
+    with pytest.raises(BadInput, match="is there already"):
+        data.export(exported, 2, seed=0)
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(BadInput, match="cannot write"):
+        data.export(tmp_path / "file" / "toy", 1, seed=0)
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_writing_keeps_quotes_commas_and_lines(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).touch()
+    numbers = 24.0, 126.0, 30.0, 1.5
+    pair = Pair("a", "b", 'say "hi", then\nleave', (1, INVALID, 0), *numbers, models=("m", "n"), overall=-1)
+    write_pairs([pair, replace(pair, prompt="second")], tmp_path / "x.csv")
+    read = read_pairs(tmp_path / "x.csv")
+    assert read == [pair, replace(pair, prompt="second")] and [p.line for p in read] == [2, 4]
+
+
+def test_a_vocabulary_of_real_prompts():
+    vocabulary = vocabulary_of(["The cat's hat, the dog.", "the cat"])
+    assert vocabulary.words[:3] == ["<pad>", "<unk>", "the"]
+    y = vocabulary.encode(["The bird!", "the cat's hat the dog the hat"], 4)
+    assert y[0].tolist() == [2, 1, 0, 0] and y.shape == (2, 4) and y[1, 0] == 2  # long prompts are cut
+    assert len(vocabulary_of(["a b c d e"], most=4).words) == 4
+
+
+def test_decoding_is_kept_and_a_changed_video_is_read_again(rows, tmp_path):
+    path = tmp_path / "a.mp4"
+    first = video.cached_clip(path, tmp_path / "cache", 8, 32)
+    (kept,) = (tmp_path / "cache").iterdir()
+    np.save(kept, np.zeros((3, 8, 32, 32), np.uint8))
+    assert video.cached_clip(path, tmp_path / "cache", 8, 32).max() == 0  # from the cache
+    imageio.mimwrite(path, [np.full((32, 32, 3), 200, np.uint8)] * 8, format="FFMPEG", fps=2, macro_block_size=1)
+    assert (video.cached_clip(path, tmp_path / "cache", 8, 32).float() - 200).abs().max() < 5
+    assert first.shape == (3, 8, 32, 32)
+
+
+def spoil(column, value):
+    def change(rows, folder):
+        rows[1][column] = value
+
+    return change
+
+
+def drop_column(rows, folder):
+    for row in rows:
+        del row["MQ"]
+
+
+def short_video(count):
+    def change(rows, folder):
+        frames = [np.zeros((32, 32, 3), np.uint8)] * count
+        imageio.mimwrite(folder / "c.mp4", frames, format="FFMPEG", fps=2, macro_block_size=1)
+        rows[1]["path_B"] = "c.mp4"
+
+    return change
+
+
+def truncated(rows, folder):
+    (folder / "c.mp4").write_bytes((folder / "a.mp4").read_bytes()[:2000])
+    rows[1]["path_B"] = "c.mp4"
+
+
+def empty_video(rows, folder):
+    (folder / "c.mp4").touch()
+    rows[1]["path_B"] = "c.mp4"
+
+
+def extra_field(rows, folder):
+    rows[1]["more"] = "x"
+
+
+FAULTS = [
+    (drop_column, "line 1, column MQ: is missing"),
+    (spoil("TA", "C"), "line 3, column TA: unknown label 'C'; known: A, B, same, invalid"),
+    (spoil("path_A", "../a.mp4"), "line 3, column path_A: path '../a.mp4' does not lie in the data folder"),
+    (spoil("path_A", "/etc/hosts"), "line 3, column path_A: path '/etc/hosts' does not lie in"),
+    (spoil("path_B", "none.mp4"), "line 3, column path_B: no video 'none.mp4'"),
+    (spoil("prompt", " ... "), "line 3, column prompt: '...' has no words"),
+    (spoil("fps_A", "fast"), "line 3, column fps_A: 'fast' is no number"),
+    (spoil("num_frames_B", "nan"), "line 3, column num_frames_B: 'nan' is no number"),
+    (extra_field, "line 3, column num_frames_B: the row has 11 fields, the header 10"),
+    (truncated, "line 3, column path_B: video c.mp4 cannot be decoded"),
+    (empty_video, "line 3, column path_B: video c.mp4 cannot be decoded"),
+    (short_video(1), "line 3, column path_B: video c.mp4 has 1 frame"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), FAULTS, ids=[message[:30] for _, message in FAULTS])
+def test_faults_name_line_and_column_and_can_be_skipped(change, message, rows, tmp_path):
+    change(rows, tmp_path)
+    path = write(rows, tmp_path / "x.csv")
+    with pytest.raises(BadInput) as fault:
+        load(path, read_pairs(path))
+    assert message in str(fault.value) and str(path) in str(fault.value) and "\n" not in str(fault.value)
+    if "line 3" in message:
+        skipped = []
+        pairs = load(path, read_pairs(path, skipped), skipped)
+        assert len(pairs) == 2 and len(skipped) == 1 and message in skipped[0]
+
+
+def test_faults_of_a_whole_file(rows, tmp_path):
+    header = [name.replace("MQ", "VQ") for name in rows[0]]
+    with pytest.raises(BadInput, match="line 1, column VQ: stands there twice"):
+        read_pairs(write(rows, tmp_path / "x.csv", header))
+    rows[1]["prompt"] = "naïve café"
+    with pytest.raises(BadInput, match="line 3: byte 0xef is not UTF-8"):
+        read_pairs(write(rows, tmp_path / "x.csv", encoding="latin-1"))
+    assert read_pairs(write(rows, tmp_path / "x.csv", encoding="utf-8-sig"))[1].prompt == "naïve café"
+    with pytest.raises(BadInput, match="holds no pair"):
+        read_pairs(write([], tmp_path / "x.csv", header=list(rows[0])))
+    with pytest.raises(BadInput, match="cannot be read"):
+        read_pairs(tmp_path / "none.csv")
+    rows[0]["TA"] = rows[1]["TA"] = rows[2]["TA"] = "?"
+    with pytest.raises(BadInput, match="holds no pair; the first fault: .*line 2, column TA"):
+        read_pairs(write(rows, tmp_path / "x.csv"), [])
+
+
+def test_a_bad_video_leaves_nothing_half_written(rows, tmp_path):
+    truncated(rows, tmp_path)
+    path = write(rows, tmp_path / "x.csv")
+    with pytest.raises(BadInput):
+        load(path, read_pairs(path))
+    assert all(file.suffix == ".npy" for file in (tmp_path / "cache").glob("*"))
+    with pytest.raises(BadInput, match="all were skipped"):
+        load(path, read_pairs(path)[1:2], [])
+
+
+def test_training_on_disk_data_ends_with_what_was_skipped(rows, tmp_path, exported, capsys, monkeypatch):
+    spoil("VQ", "?")(rows, tmp_path)
+    path = write(rows, tmp_path / "x.csv")
+    flags = ["--algo", "reward", "--data", path, "--skip-bad", "--steps", "1", "--batch", "2", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags), "--out", str(tmp_path / "run")])
+    train.main()
+    out = capsys.readouterr().out
+    assert "skipped 1 rows or videos" in out and "line 3, column VQ" in out and (tmp_path / "run" / "last.pt").exists()
+    ratings = ["--algo", "reward", "--data", exported / "benchmark.csv", "--loss", "regression"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, ratings), "--out", str(tmp_path / "run2")])
+    with pytest.raises(BadInput, match="needs ratings"):
+        train.main()
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data", str(path)])
+    with pytest.raises(BadInput, match="--algo dpo trains on the toy world only"):
+        train.main()

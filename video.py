@@ -1,0 +1,88 @@
+"""Video files: frames at a constant interval, the model's size, and a cache of what was decoded (paper, section 5.1).
+
+VideoReward looks at 2 frames a second of any video: a constant interval, so that speed means the same in every clip,
+not a constant number of frames. Decoded clips are kept as small uint8 files, one a video, named by what they were made
+from; training then reads only the clips of its batch, and a decoding that was stopped goes on where it was.
+
+    sample_frames   mp4 -> uint8 (n, H, W, 3), n by the length of the video
+    fit             -> uint8 (3, frames, size, size), the middle of it
+    cached_clip     both, once
+"""
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+import imageio.v2 as imageio
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+FPS = 2.0  # section 5.1 and appendix I; the video's own duration decides how many frames that is
+LEAST = 4  # frames of a shorter video, as in the published reward model
+
+
+def frame_positions(count, duration, fps=FPS):
+    """Which of `count` frames to look at: duration * fps of them to the next even number, at least 4, at most all,
+    evenly from the first to the last. int64 array."""
+    wanted = max(LEAST, 2 * round(duration * fps / 2))
+    return np.linspace(0, count - 1, min(wanted, count)).round().astype(np.int64)
+
+
+def sample_frames(path, fps=FPS):
+    """Frames of a video at `fps`: uint8 (n, H, W, 3), read one by one. ValueError: not a video, fewer than two frames,
+    or fewer than its index says."""
+    try:
+        with imageio.get_reader(path, format="FFMPEG") as reader:
+            rate, count = reader.get_meta_data()["fps"], reader.count_frames()
+            positions = frame_positions(count, count / rate, fps) if count > 1 and rate > 0 else []
+            taken = {i: frame for i, frame in enumerate(reader) if i in set(positions)}
+    except (OSError, RuntimeError, ValueError, KeyError, IndexError, StopIteration):
+        raise ValueError("cannot be decoded as a video") from None
+    if len(positions) < 2:
+        raise ValueError(f"has {count} frame; at least 2 are needed to see motion")
+    if len(taken) < len(positions):
+        raise ValueError(f"breaks off before frame {next(i for i in positions if i not in taken)} of {count}")
+    return np.stack([taken[i] for i in positions])
+
+
+def fit(frames, length, size):
+    """uint8 (n, H, W, 3) -> uint8 (3, length, size, size): the middle square, averaged down; the middle `length` frames
+    at their interval, a shorter video holding its last frame."""
+    video = torch.from_numpy(frames).permute(0, 3, 1, 2).float()  # (n, 3, H, W)
+    start = max(0, len(video) - length) // 2
+    video = video[start : start + length]
+    height, width = video.shape[-2:]
+    scale = size / min(height, width)
+    video = F.interpolate(video, (max(size, round(height * scale)), max(size, round(width * scale))), mode="area")
+    top, left = (video.shape[-2] - size) // 2, (video.shape[-1] - size) // 2
+    video = video[:, :, top : top + size, left : left + size]
+    video = torch.cat((video, video[-1:].expand(length - len(video), -1, -1, -1)))
+    return video.transpose(0, 1).round().byte().contiguous()
+
+
+def write_video(path, video, fps=FPS, zoom=4):
+    """Writes a clip (3, T, H, W) in [-1, 1] as mp4, a pixel as zoom x zoom: H.264 halves the resolution of colour."""
+    frames = ((video.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0)
+    frames = frames.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2).numpy()
+    imageio.mimwrite(path, list(frames), format="FFMPEG", fps=fps, quality=9, macro_block_size=1)
+
+
+def cached_clip(path, folder, length, size, fps=FPS):
+    """The clip of a video as uint8 (3, length, size, size), from `folder` if it was decoded before.
+
+    The file there is named by the video's path, size and time of change: a changed video is decoded again. ValueError
+    as in sample_frames; OSError if `folder` cannot be written."""
+    path, folder = Path(path).resolve(), Path(folder)
+    facts = path.stat()
+    key = repr((str(path), facts.st_size, facts.st_mtime_ns, length, size, fps))
+    kept = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npy"
+    if kept.exists():
+        return torch.from_numpy(np.load(kept))
+    clip = fit(sample_frames(path, fps), length, size)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp", delete=False) as file:
+        np.save(file, clip.numpy())
+    os.replace(file.name, kept)  # whole or not there
+    return clip
