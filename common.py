@@ -10,6 +10,7 @@ A checkpoint is one torch file, a dict of plain values and tensors that loads wi
 """
 
 import argparse
+import ctypes
 import os
 import pickle
 import sys
@@ -41,8 +42,20 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(message)
 
 
+def keep_freed_memory():
+    """Lets glibc keep large freed blocks. It gives them back by default, and each new tensor of some MB then pays for
+    fresh pages: labelling 640 pairs takes 1.2 s so and 2.2 s otherwise. Where there is no glibc, nothing happens."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+    mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+
+
 def run(main):
     """Runs a command: bad input ends it with one line and exit status 2, Ctrl-C with 130."""
+    keep_freed_memory()
     try:
         main()
     except BadInput as error:

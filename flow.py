@@ -20,8 +20,12 @@ def interpolate(x0, x1, t):
 
 def flow_error(model, x0, x1, t, y):
     """||v - v_model(x_t, t, y)||^2 of each sample, as a mean over its elements: (B,) float32."""
-    v = model(interpolate(x0, x1, t), t, y)
-    return (v.float() - (x1 - x0).float()).square().flatten(1).mean(1)
+    return mean_square(model(interpolate(x0, x1, t), t, y), x1 - x0)
+
+
+def mean_square(a, b):
+    """Squared difference of each sample (B, ...), as a mean over its elements: (B,) float32."""
+    return (a.float() - b.float()).square().flatten(1).mean(1)
 
 
 def shift_time(t, shift):

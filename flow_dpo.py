@@ -16,9 +16,10 @@ satisfies the loss. Nothing here knows a model class: policy and reference are a
 import torch
 import torch.nn.functional as F
 
-from flow import draw_noise, draw_time, flow_error
+from flow import draw_noise, draw_time, interpolate, mean_square
 
 SCHEDULES = ("constant", "(1-t)^2")
+TIME_BINS = 4  # of equal width in t, for the logs
 
 
 def flow_dpo_loss(err_w, err_l, ref_err_w, ref_err_l, t, beta, schedule="constant"):
@@ -45,14 +46,35 @@ def flow_dpo_loss(err_w, err_l, ref_err_w, ref_err_l, t, beta, schedule="constan
     return loss, logs
 
 
-def flow_dpo_step(policy, reference, x0_w, x0_l, y, beta, rng, schedule="constant", shift=1.0):
+def flow_dpo_step(policy, reference, x0_w, x0_l, y, beta, rng, schedule="constant", shift=1.0, both=None):
     """One step on pairs x0_w, x0_l (B, ...) with prompts y (B, S) -> (loss, logs). `rng` is a CPU torch.Generator.
 
-    t is uniform, as in appendix C, then shifted towards noise by `shift` (1 = not)."""
+    t is uniform, as in appendix C, then shifted towards noise by `shift` (1 = not). `both`, if given, is called in
+    place of policy and reference: (x_t, t, y) -> their two velocities, for models that share their first blocks.
+
+    The logs also hold the drift |v - v_ref|^2, a mean over both clips: how far the policy has moved; and everything
+    once more for each quarter of t that the batch met, as "name/t0" (the cleanest) to "name/t3"."""
     t = draw_time(len(y), rng, shift).to(x0_w.device)
     x1 = draw_noise(x0_w, rng)
-    both = torch.cat((x0_w, x0_l)), torch.cat((x1, x1)), torch.cat((t, t)), torch.cat((y, y))
-    err_w, err_l = flow_error(policy, *both).chunk(2)
+    x0, x1, t2, y = torch.cat((x0_w, x0_l)), torch.cat((x1, x1)), torch.cat((t, t)), torch.cat((y, y))
+    inputs = interpolate(x0, x1, t2), t2, y
+    if both is None:
+        v_policy = policy(*inputs)
+        with torch.no_grad():
+            v_reference = reference(*inputs)
+    else:
+        v_policy, v_reference = both(*inputs)
+    err_w, err_l = mean_square(v_policy, x1 - x0).chunk(2)
+    ref_err_w, ref_err_l = mean_square(v_reference, x1 - x0).chunk(2)
+    loss, logs = flow_dpo_loss(err_w, err_l, ref_err_w, ref_err_l, t, beta, schedule)
     with torch.no_grad():
-        ref_err_w, ref_err_l = flow_error(reference, *both).chunk(2)
-    return flow_dpo_loss(err_w, err_l, ref_err_w, ref_err_l, t, beta, schedule)
+        drift = mean_square(v_policy, v_reference).reshape(2, -1).mean(0)
+        logs["drift"] = drift.mean().item()
+        for i in range(TIME_BINS):
+            here = (t * TIME_BINS).long().clamp(max=TIME_BINS - 1) == i
+            if here.any():
+                errors = (error[here] for error in (err_w, err_l, ref_err_w, ref_err_l))
+                _, part = flow_dpo_loss(*errors, t[here], beta, schedule)
+                part["drift"] = drift[here].mean().item()
+                logs |= {f"{name}/t{i}": value for name, value in part.items()}
+    return loss, logs

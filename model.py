@@ -246,6 +246,22 @@ def freeze_trunk(model, blocks):
     return model
 
 
+def share_trunk(policy, reference, blocks):
+    """A function (x_t, t, y) -> (velocity of policy, of reference) that runs their common first `blocks` once.
+
+    Right only while these are equal, as freeze_trunk and add_lora(skip=blocks) keep them; blocks must not be 0."""
+
+    def both(x_t, t, y):
+        depth = len(reference.blocks)
+        with torch.no_grad():
+            hidden, condition = reference.embed(x_t, t, y)
+            hidden = reference.run(hidden, condition, 0, blocks)
+            v_reference = reference.head(reference.run(hidden, condition, blocks, depth), condition, x_t, t)
+        return policy.head(policy.run(hidden, condition, blocks, depth), condition, x_t, t), v_reference
+
+    return both
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # LoRA (paper, Table 10: rank 64, alpha 128, on the q, k, v and output projections of attention)
 

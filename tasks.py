@@ -34,7 +34,7 @@ from data import (
 from flow import draw_noise, draw_time, flow_error
 from flow_dpo import flow_dpo_step
 from flow_rwr import flow_rwr_step, rwr_weights
-from model import PRESETS, VideoTransformer, add_lora, freeze_trunk, load_velocity, merge_lora
+from model import PRESETS, VideoTransformer, add_lora, freeze_trunk, load_velocity, merge_lora, share_trunk
 from reward import (
     DIMENSIONS,
     INVALID,
@@ -220,9 +220,11 @@ def dpo_task(args, device):
         y = drop_prompts(pairs.y[index], args.label_dropout, rng)
         return {"winner": pairs.clips(index, win), "loser": pairs.clips(index, lose), "y": y}
 
+    both = share_trunk(policy, base, args.freeze) if args.freeze else None
+
     def loss(batch, rng):
         pair = batch["winner"], batch["loser"], batch["y"]
-        return flow_dpo_step(policy, base, *pair, args.beta, rng, args.schedule, args.time_shift)
+        return flow_dpo_step(policy, base, *pair, args.beta, rng, args.schedule, args.time_shift, both)
 
     return Task("velocity", policy, vocabulary, batch, loss, ("loss", "accuracy"), finish, args.lora_rank > 0)
 
@@ -295,18 +297,19 @@ def alignment(args, device):
 
     vocabulary = Vocabulary(words)
     pairs, _ = toy_pairs(args.pairs, ["train"], args.seed, base.config, vocabulary)
-    total = relabelled(pairs, reward, words, reward_words, device)
+    total = relabelled(pairs, reward, words, reward_words, args.align, device)
     return base, policy, vocabulary, pairs, total, finish
 
 
-def relabelled(pairs, reward, words, reward_words, device):
-    """The mean of VideoReward's three z-scores for both clips of all pairs (N, 2) (section 5.1).
+def relabelled(pairs, reward, words, reward_words, weights, device):
+    """The mean of VideoReward's three z-scores with `weights` (3,) for both clips of all pairs (N, 2) (section 5.1).
 
     Offline and once, as in the paper: clips of the twelve generators, none of the policy's own."""
     if reward_words != words:
         raise BadInput("--reward and --init know different words; use a reward and a base model of the same data")
     scores = pair_scores(reward, pairs, device, progress_bar("VideoReward scores the pairs", "x64 pairs"))
-    return ((scores - reward.mean.cpu()) / reward.std.cpu()).mean(-1)  # r = (r_VQ + r_MQ + r_TA) / 3
+    weights = torch.tensor(weights) / sum(map(abs, weights))  # 1:1:1 is r = (r_VQ + r_MQ + r_TA) / 3
+    return (scores - reward.mean.cpu()) / reward.std.cpu() @ weights
 
 
 def ranked(total):

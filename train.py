@@ -11,6 +11,7 @@ All that is random in step n comes from the seed and n, so a run that was stoppe
 import argparse
 import copy
 import json
+import math
 import signal
 import sys
 import time
@@ -25,12 +26,13 @@ from data import step_rng
 from flow import TIME_SHIFT
 from flow_dpo import SCHEDULES
 from model import PRESETS
+from reward import DIMENSIONS
 from tasks import LOSSES, TASKS
 
 # A flag left out takes its algorithm's value here; README, "Settings, and why", compares them with the paper's.
 DEFAULTS = {
     "pretrain": {"steps": 6000, "batch": 32, "lr": 2.5e-3, "decay": 0.4, "ema": 0.999},
-    "reward": {"steps": 1500, "batch": 32, "lr": 1e-3, "decay": 0.4, "ema": 0.0},
+    "reward": {"steps": 900, "batch": 32, "lr": 1e-3, "decay": 0.4, "ema": 0.0},
     "sft": {"steps": 200, "batch": 16, "lr": 1e-4, "decay": 0.0, "ema": 0.0},
     "rwr": {"steps": 200, "batch": 16, "lr": 1e-4, "decay": 0.0, "ema": 0.0},
     "dpo": {"steps": 200, "batch": 16, "lr": 1e-4, "decay": 0.0, "ema": 0.0},
@@ -205,7 +207,7 @@ def arguments(argv=None):
     group.add_argument(
         "--tokens", choices=("separate", "shared"), default="separate", help="reward: one a score, or one"
     )
-    group.add_argument("--caption", type=float, default=0.2, help="reward: weight of the loss on the prompt's words")
+    group.add_argument("--caption", type=float, default=1.0, help="reward: weight of the loss on the prompt's words")
     group.add_argument(
         "--beta", type=float, default=100.0, help="dpo: on mean errors; larger stays closer to the reference"
     )
@@ -213,6 +215,7 @@ def arguments(argv=None):
     group.add_argument(
         "--temperature", type=float, default=1.0, help="rwr: of exp(reward / temperature); lower = sharper"
     )
+    group.add_argument("--align", default="1,1,1", help="alignment: weights of VQ, MQ and TA in the reward (5.2)")
     group.add_argument("--freeze", type=int, default=2, help="alignment: first blocks left as in the base; 0 = none")
     group.add_argument("--lora-rank", type=int, default=0, help="alignment: adapters of this rank; 0 = the weights")
 
@@ -244,11 +247,23 @@ def arguments(argv=None):
     for name in ("decay", "ema", "label_dropout"):
         if not 0 <= getattr(args, name) <= 1:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: must lie between 0 and 1")
+    args.align = weights(args.align)
     if args.data and args.algo != "reward":
         raise BadInput(f"--data: --algo {args.algo} trains on the toy world only; --algo reward reads videos")
     args.out = args.out or Path("out") / args.algo
     args.pairs = args.pairs or args.steps * args.batch // (2 if args.algo == "reward" else 1) or 1
     return args
+
+
+def weights(text):
+    """ "1,1,0.5" -> (1.0, 1.0, 0.5): any signs, not all zero. BadInput for anything else."""
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if len(values) != len(DIMENSIONS) or not any(values) or not all(map(math.isfinite, values)):
+        raise BadInput(f"--align {text}: three numbers are needed, VQ,MQ,TA, not all 0; for example 1,1,1 or 0,0,1")
+    return values
 
 
 def main():

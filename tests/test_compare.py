@@ -61,7 +61,7 @@ class Oracle(Judge):
 def ranked_clips(judge, count):
     """Winners and losers by `judge` of toy pairs: (videos, prompts, generators) each."""
     pairs, prompt = toy_pairs(count, ["train"], 0, CONFIG, Vocabulary())
-    total = tasks.relabelled(pairs, judge, TOY_WORDS, TOY_WORDS, torch.device("cpu"))
+    total = tasks.relabelled(pairs, judge, TOY_WORDS, TOY_WORDS, (1.0, 1.0, 1.0), torch.device("cpu"))
     sides = tasks.ranked(total)
     return [(pairs.clips(*side.T), prompt[side[:, 0]], pairs.models[side[:, 0], side[:, 1]]) for side in sides]
 
@@ -83,4 +83,4 @@ def test_the_oracle_as_reward_gives_better_winners_in_every_dimension():
 def test_a_reward_of_other_words_is_refused():
     pairs, _ = toy_pairs(2, ["train"], 0, CONFIG, Vocabulary())
     with pytest.raises(BadInput, match="different words"):
-        tasks.relabelled(pairs, Judge(), TOY_WORDS, TOY_WORDS[::-1], torch.device("cpu"))
+        tasks.relabelled(pairs, Judge(), TOY_WORDS, TOY_WORDS[::-1], (1.0, 1.0, 1.0), torch.device("cpu"))

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from data import step_rng
+from flow import mean_square
 from flow_dpo import flow_dpo_loss, flow_dpo_step
-from model import ModelConfig, VideoTransformer
+from model import ModelConfig, VideoTransformer, freeze_trunk, share_trunk
 
 HALF = torch.tensor([0.5, 0.5])
 
@@ -131,3 +132,86 @@ def test_winner_and_loser_share_noise_time_and_prompt(models):
     for x_t, t, y in seen:  # the same clip as winner and loser: then the two halves must be equal
         assert all(torch.equal(*part.chunk(2)) for part in (x_t, t, y))
     assert torch.equal(seen[0][0], seen[1][0])
+
+
+def test_logs_hold_every_figure_by_quarter_of_t(models):
+    policy, reference = models
+    with torch.no_grad():
+        policy.patch_out.bias += 0.1  # now the two differ
+    rng = step_rng(0, 3)
+    t = torch.rand(16, generator=step_rng(0, 3))  # what the step draws first
+    _, logs = flow_dpo_step(policy, reference, *pair(policy.config, 16), 10.0, rng)
+    counts = torch.histc(t, 4, 0, 1)
+    assert (counts > 0).all() and logs["drift"] > 0
+    for name in ("drift", "margin", "accuracy", "error_w", "ref_error_l"):
+        parts = torch.tensor([logs[f"{name}/t{i}"] for i in range(4)])
+        assert (parts * counts).sum().item() / 16 == pytest.approx(logs[name], rel=1e-4, abs=1e-6)
+    # v = (x_t - x0_hat) / t: a constant 0.1 in x0_hat is a drift of (0.1 / t)^2, with t at least the floor .05
+    late = t[t >= 0.75]
+    assert logs["drift/t3"] == pytest.approx((0.1 / late).square().mean().item(), rel=1e-3)
+
+
+def test_one_shared_trunk_gives_the_same_loss_and_gradients(models):
+    policy, reference = models
+    freeze_trunk(policy, 1)
+    with torch.no_grad():
+        policy.blocks[1].mlp[0].weight += 0.02
+    results = []
+    for both in (None, share_trunk(policy, reference, 1)):
+        policy.zero_grad()
+        loss, logs = flow_dpo_step(policy, reference, *pair(policy.config), 50.0, step_rng(0, 0), both=both)
+        loss.backward()
+        results.append((loss.item(), logs, [p.grad.clone() for p in policy.parameters() if p.requires_grad]))
+    assert results[0][0] == pytest.approx(results[1][0], abs=1e-6)
+    assert results[0][1]["drift"] == pytest.approx(results[1][1]["drift"], rel=1e-5) and results[0][1]["drift"] > 0
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(results[0][2], results[1][2]))
+
+
+class Small(torch.nn.Module):
+    """A velocity model of two layers on points (B, 4)."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = torch.nn.Sequential(torch.nn.Linear(5, 32), torch.nn.GELU(), torch.nn.Linear(32, 4))
+
+    def forward(self, x_t, t, y):
+        return self.net(torch.cat((x_t, t[:, None]), 1))
+
+
+def drift_after_training(beta, schedule):
+    """Drift in the four quarters of t, after DPO on pairs of which a quarter is labelled the wrong way."""
+    reference = Small().requires_grad_(False)
+    policy = copy.deepcopy(reference).requires_grad_(True)
+    one, other = torch.randn(2, 4, 4, generator=torch.Generator().manual_seed(1))
+    batch = torch.cat((one, one, one, other)).repeat(4, 1), torch.cat((other, other, other, one)).repeat(4, 1)
+    y = torch.zeros(64, 1, dtype=torch.int64)
+    optimizer = torch.optim.Adam(policy.parameters(), 3e-3)
+    for step in range(200):
+        loss, _ = flow_dpo_step(policy, reference, *batch, y, beta, step_rng(0, step), schedule)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():  # judged at the same times and noises for all
+        seen = [flow_dpo_step(policy, reference, *batch, y, beta, step_rng(1, i), schedule)[1] for i in range(10)]
+    return [sum(logs[f"drift/t{i}"] for logs in seen) / 10 for i in range(4)]
+
+
+@pytest.mark.parametrize("schedule", ["constant", "(1-t)^2"])
+def test_a_larger_beta_stays_closer_to_the_reference(schedule):
+    # with a quarter of the labels wrong the best logit is log 3 = beta_t / 2 * margin, whatever beta is: ten times the
+    # beta is a tenth of the margin, and a margin that is linear in a small change of v is a hundredth of the drift
+    low, middle, high = (sum(drift_after_training(beta, schedule)) for beta in (10.0, 31.6, 100.0))
+    assert low > 4 * middle > 4 * 4 * high
+
+
+def test_one_minus_t_squared_lets_the_policy_go_where_the_noise_is():
+    # the same best logit needs the margin 2 log 3 / (beta (1 - t)^2): much at high noise, little at low
+    constant, scheduled = drift_after_training(30.0, "constant"), drift_after_training(30.0, "(1-t)^2")
+    assert constant[3] < 2 * constant[0] and scheduled[3] > 5 * scheduled[0]
+
+
+def test_a_five_dimensional_error_is_one_number_a_clip():
+    a, b = torch.zeros(2, 3, 4, 5, 6), torch.zeros(2, 3, 4, 5, 6)
+    a[1, 0, 0, 0, 0] = 6.0
+    assert mean_square(a, b).tolist() == pytest.approx([0.0, 36 / 360])

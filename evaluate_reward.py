@@ -1,0 +1,180 @@
+"""VideoReward's ablations (paper, sections 3.2 and 5.1): Tables 2 and 6, Fig. 2 and 3, on the toy world.
+
+Every model is trained by train.py's own task on labels of the toy's annotators and judged on pairs whose prompts it
+never saw: "validation", the split that also gives its z-score constants, and "benchmark", combinations of words that no
+model here ever sees (the stand-in for VideoGen-RewardBench, with an Overall label). Two rows need no training: random
+scores, and the oracle, whose accuracy is the ceiling: labels are noisy, and ties depend on people.
+"""
+
+import math
+from functools import cache, partial
+
+import torch
+
+import plot
+import train
+from data import Vocabulary, annotated_pairs
+from reward import DIMENSIONS, RewardConfig, accuracy_with_ties, accuracy_without_ties
+from tasks import TASKS, pair_scores
+from world import TRUE_MEAN, TRUE_STD
+
+SHARED = ["--tokens", "shared"]
+MODELS = {  # Table 6, variants I to IV
+    "regression": ["--loss", "regression", *SHARED],
+    "bt-shared": ["--loss", "bt", *SHARED],
+    "btt-shared": ["--loss", "btt", *SHARED],
+    "btt-separate": [],
+}
+FRACTIONS = (0.01, 0.1, 0.3)  # of the pairs, beside all of them (Fig. 2)
+COMPARED = ("bt-shared", "regression")
+SPLITS = {"validation": ("validation", 1), "benchmark": ("hard", 2)}  # the world's split, and a seed of its own
+EVALUATION_SEED = 777_000
+BINS = 12  # of |difference| in units of the mean one of decided pairs, 0.2 wide (Fig. 3)
+
+
+@cache
+def judged_pairs(split, count):
+    name, offset = SPLITS[split]
+    return annotated_pairs(count, [name], EVALUATION_SEED + offset, RewardConfig(), Vocabulary())
+
+
+def accuracies(score, pairs):
+    """Table 2's columns from z-scores (N, 2, 3) of pairs; Overall is the mean of the three."""
+    delta = score[:, 0] - score[:, 1]  # (N, 3)
+    columns = {name: (delta[:, i], pairs.label[:, i]) for i, name in enumerate(DIMENSIONS)}
+    columns["Overall"] = delta.mean(-1), pairs.overall
+    row = {}
+    for name, (difference, label) in columns.items():
+        row[f"{name}_with"], _ = accuracy_with_ties(difference, label)
+        row[f"{name}_without"] = accuracy_without_ties(difference, label)
+        row[f"{name}_ties"] = (label == 0).float().mean().item()
+    return row
+
+
+def tied_differences(score, pairs):
+    """Fig. 3 as numbers: the mean |difference| of tied pairs over that of decided ones, and its histogram."""
+    row = {}
+    size = (score[:, 0] - score[:, 1]).abs()
+    for i, name in enumerate(DIMENSIONS):
+        tied, decided = size[pairs.label[:, i] == 0, i], size[pairs.label[:, i] != 0, i].mean()
+        row[f"{name}_tied"] = (tied.mean() / decided).item()
+        row[f"{name}_tied_histogram"] = (torch.histc(tied / decided, BINS, 0, 0.2 * BINS) / len(tied)).tolist()
+    return row
+
+
+def untrained(model, seed, args):
+    rows = []
+    for split in SPLITS:
+        pairs = judged_pairs(split, args.eval_pairs)
+        if model == "oracle":
+            score = (pairs.truth - TRUE_MEAN) / TRUE_STD
+        else:
+            score = torch.randn(pairs.truth.shape, generator=torch.Generator().manual_seed(seed))
+        rows.append({"model": model, "split": split, "seed": seed, "fraction": 1.0, **accuracies(score, pairs)})
+    return rows
+
+
+def trained(model, fraction, seed, args, device):
+    """Trains one model on a share of the pairs. Steps go with the square root of the share, 2 epochs of all pairs
+    and 20 of a hundredth; with as many steps as for all, a hundredth would be learned by heart."""
+    steps = args.steps or train.DEFAULTS["reward"]["steps"]
+    batch = train.DEFAULTS["reward"]["batch"]
+    flags = {"steps": max(1, round(steps * math.sqrt(fraction))), "pairs": max(2, round(steps * batch / 2 * fraction))}
+    flags |= {"seed": seed, "out": args.work / "reward" / f"{model}-{fraction:g}-{seed}", "save-every": 10**9}
+    flags["eval-pairs"] = min(1000, args.eval_pairs)
+    settings = train.arguments(["--algo", "reward", *MODELS[model], *(f"--{k}={v}" for k, v in flags.items())])
+    task = TASKS["reward"](settings, device)
+    train.train(task, settings, device)
+    network, rows = task.model.eval(), []
+    for split in SPLITS:
+        pairs = judged_pairs(split, args.eval_pairs)
+        score = (pair_scores(network, pairs, device) - network.mean.cpu()) / network.std.cpu()
+        row = {"model": model, "split": split, "seed": seed, "fraction": fraction}
+        rows.append({**row, **accuracies(score, pairs), **tied_differences(score, pairs)})
+    return rows
+
+
+def folder(args):
+    return f"reward-{args.steps or train.DEFAULTS['reward']['steps']}-{args.eval_pairs}"
+
+
+def jobs(args, device):
+    made = {}
+    for seed in range(args.seeds):
+        for model in ("random", "oracle"):
+            made[f"{model}-{seed}"] = partial(untrained, model, seed, args)
+        for model in MODELS:
+            made[f"{model}-1-{seed}"] = partial(trained, model, 1.0, seed, args, device)
+    for seed in range(args.seeds):
+        for fraction in FRACTIONS:
+            for model in COMPARED:
+                made[f"{model}-{fraction:g}-{seed}"] = partial(trained, model, fraction, seed, args, device)
+    return made
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The report
+
+
+def mean_and_spread(values):
+    values = torch.tensor(values, dtype=torch.float64)
+    return values.mean().item(), values.std().item() if len(values) > 1 else 0.0
+
+
+def report(args, results):
+    rows = [row for group in results.values() for row in group]
+
+    def over_seeds(column, **wanted):
+        return mean_and_spread([r[column] for r in rows if all(r[key] == value for key, value in wanted.items())])
+
+    lines = ["# VideoReward on the toy world"]
+    columns = [f"{name}_{kind}" for name in (*DIMENSIONS, "Overall") for kind in ("with", "without")]
+    for split in SPLITS:
+        ties = ", ".join(f"{n} {over_seeds(f'{n}_ties', model='oracle', split=split)[0]:.2f}" for n in DIMENSIONS)
+        lines += ["", f"## Tables 2 and 6: {split}, {args.eval_pairs} pairs (ties: {ties})", ""]
+        lines += ["| model | " + " | ".join(f"{c.replace('_', ' ')} ties" for c in columns) + " |"]
+        lines += ["|---|" + "---|" * len(columns)]
+        for model in ("random", "oracle", *MODELS):
+            cells = [over_seeds(column, model=model, split=split, fraction=1.0) for column in columns]
+            lines.append(f"| {model} | " + " | ".join(f"{mean:.3f} ± {sd:.3f}" for mean, sd in cells) + " |")
+
+    shares = (*FRACTIONS, 1.0)
+    lines += ["", "## Fig. 2: accuracy on validation pairs, mean of VQ, MQ and TA, by share of the training pairs", ""]
+    lines += ["| | " + " | ".join(f"{share:g}" for share in shares) + " |", "|---|" + "---|" * len(shares)]
+    curves = {}
+    for kind in ("without", "with"):
+        for model in COMPARED:
+            cells = []
+            for share in shares:
+                here = [r for r in rows if (r["model"], r["split"], r["fraction"]) == (model, "validation", share)]
+                cells.append(mean_and_spread([sum(r[f"{n}_{kind}"] for n in DIMENSIONS) / 3 for r in here]))
+            curves[kind, model] = cells
+            text = " | ".join(f"{mean:.3f} ± {sd:.3f}" for mean, sd in cells)
+            lines.append(f"| {model}, {kind} ties | {text} |")
+
+    lines += ["", "## Fig. 3: mean |difference| of tied validation pairs, that of decided pairs being 1", ""]
+    lines += ["| | " + " | ".join(DIMENSIONS) + " |", "|---|---|---|---|"]
+    for model in MODELS:
+        cells = [over_seeds(f"{n}_tied", model=model, split="validation", fraction=1.0) for n in DIMENSIONS]
+        lines.append(f"| {model} | " + " | ".join(f"{mean:.3f} ± {sd:.3f}" for mean, sd in cells) + " |")
+
+    def fraction_picture(path):
+        charts = []
+        for kind in ("without", "with"):
+            lines = [(m, shares, *zip(*curves[kind, m])) for m in COMPARED]
+            charts.append(plot.chart(f"validation, {kind} ties", lines, "share of the pairs", "accuracy", log=True))
+        plot.save(path, charts)
+
+    def tie_picture(path):
+        middles, charts = [0.2 * i + 0.1 for i in range(BINS)], []
+        for name in DIMENSIONS:
+            series = []
+            for model in ("bt-shared", "btt-shared"):
+                here = [r for r in rows if (r["model"], r["split"], r["fraction"]) == (model, "validation", 1.0)]
+                heights = torch.tensor([r[f"{name}_tied_histogram"] for r in here]).mean(0).tolist()
+                series.append((model, middles, heights, None))
+            charts.append(plot.chart(name, series, "|difference| (decided = 1)", "share of tied pairs"))
+        plot.save(path, charts)
+
+    pictures = {"reward_fraction": fraction_picture, "reward_ties": tie_picture}
+    return {"rows": rows, "markdown": lines, "pictures": pictures}
