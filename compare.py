@@ -17,6 +17,15 @@ def win_rate(model, base):
     return ((model > base).float() + 0.5 * (model == base).float()).mean(0)
 
 
+def static_quality(videos):
+    """How good the frames look without regard to prompt or motion, as VBench's quality score asks: (N,) in [0, 1], the
+    mean of contrast, sharpness and the share of the mass in one place; 0 for frames that show no object."""
+    seen = world.measure(videos)
+    contrast = (seen["contrast"] / (1 - world.GROUND)).clamp(0, 1)
+    sharp = 1 - ((seen["softness"] - 0.03) / 0.09).clamp(0, 1)  # between the softest and the sharpest rendered clips
+    return (contrast + sharp + (1 - seen["stray"]).clamp(0, 1)) / 3 * seen["present"]
+
+
 def prompt_set(count, *splits):
     """`count` prompts as attributes (count, 3): those of the splits in turn, as often as it takes."""
     prompts = world.split_prompts(*splits)

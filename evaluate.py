@@ -1,6 +1,8 @@
 """The paper's tables on the toy world: one command a study, saved as JSON, Markdown and PNG.
 
     python evaluate.py reward       VideoReward: Tables 2 and 6, Fig. 2 and 3
+    python evaluate.py align        SFT, Flow-RWR and Flow-DPO: Tables 3 and 4
+    python evaluate.py beta         Fig. 6, and the learned and the true score along a long run
 
 A study is many trainings, each a job of its own whose result is kept in --work: a stopped study goes on where it was,
 and a second terminal with the same command takes its share of the jobs.
@@ -15,10 +17,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import evaluate_align
+import evaluate_beta
 import evaluate_reward
 from common import BadInput, Parser, pick_device, run
 
-STUDIES = {"reward": evaluate_reward}
+STUDIES = {"reward": evaluate_reward, "align": evaluate_align, "beta": evaluate_beta}
 
 try:
     import fcntl
@@ -101,9 +105,10 @@ def main():
     parser.add_argument("--work", type=Path, default=Path("out/evaluate"), help="folder for what is kept between runs")
     parser.add_argument("--device", default="auto", help="auto (cuda, mps, cpu) or a torch device")
     parser.add_argument("--steps", type=int, help="of each training (default: the algorithm's own)")
+    parser.add_argument("--eval-prompts", type=int, help="align, beta: at most so many of each set")
     parser.add_argument("--eval-pairs", type=int, default=2000, help="reward: pairs of each split")
     args = parser.parse_args()
-    for name in ("seeds", "eval_pairs", "steps"):
+    for name in ("seeds", "eval_pairs", "eval_prompts", "steps"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise BadInput(f"--{name.replace('_', '-')} {value}: must be at least 1")
     device, study = pick_device(args.device), STUDIES[args.study]

@@ -158,6 +158,8 @@ def report(args, results):
         cells = [over_seeds(f"{n}_tied", model=model, split="validation", fraction=1.0) for n in DIMENSIONS]
         lines.append(f"| {model} | " + " | ".join(f"{mean:.3f} ± {sd:.3f}" for mean, sd in cells) + " |")
 
+    lines += findings(over_seeds, curves, shares, args.seeds)
+
     def fraction_picture(path):
         charts = []
         for kind in ("without", "with"):
@@ -178,3 +180,48 @@ def report(args, results):
 
     pictures = {"reward_fraction": fraction_picture, "reward_ties": tie_picture}
     return {"rows": rows, "markdown": lines, "pictures": pictures}
+
+
+def findings(over_seeds, curves, shares, seeds):
+    """The paper's findings on the reward model held against these numbers: validation pairs, mean over the seeds."""
+    lines = ["", "## What the paper finds, and what is found here (validation pairs)", ""]
+    lines += ["| finding | here | figures |", "|---|---|---|"]
+
+    def figure(model, column):
+        return over_seeds(column, model=model, split="validation", fraction=1.0)
+
+    def compare(text, first, second, kind, names, test):
+        pairs = [(figure(first, f"{n}_{kind}"), figure(second, f"{n}_{kind}")) for n in names]
+        said = ", ".join(f"{n} {a[0]:.3f} ± {a[1]:.3f} / {b[0]:.3f} ± {b[1]:.3f}" for n, (a, b) in zip(names, pairs))
+        lines.append(f"| {text} | {'yes' if all(test(a, b) for a, b in pairs) else 'no'} | {said} |")
+
+    def above(a, b):
+        return a[0] > b[0]
+
+    def equal(a, b):  # within two standard errors of the difference of two means over the seeds, or half a point
+        return abs(a[0] - b[0]) < max(0.005, 2 * math.sqrt((a[1] ** 2 + b[1] ** 2) / seeds))
+
+    compare("BTT above BT with ties, in VQ and MQ", "btt-shared", "bt-shared", "with", ("VQ", "MQ"), above)
+    compare("BTT equals BT without ties", "btt-shared", "bt-shared", "without", DIMENSIONS, equal)
+    compare("separate tokens above shared in MQ and TA", "btt-separate", "btt-shared", "without", ("MQ", "TA"), above)
+    compare("separate tokens a little below shared in VQ", "btt-shared", "btt-separate", "without", ("VQ",), above)
+    compare("tied pairs closer to 0 under BTT than BT", "bt-shared", "btt-shared", "tied", DIMENSIONS, above)
+    for kind in ("without", "with"):
+        bt, regression = (curves[kind, model] for model in COMPARED)
+        said = ", ".join(f"{share:g}: {a[0]:.3f} / {b[0]:.3f}" for share, a, b in zip(shares, bt, regression))
+        holds = all(above(a, b) for a, b in zip(bt, regression))
+        lines.append(
+            f"| BT above regression at every share of the data, {kind} ties | {'yes' if holds else 'no'} | {said} |"
+        )
+    for split in SPLITS:
+        shares_of_ceiling = []
+        for name in DIMENSIONS:
+            wanted = {"split": split, "fraction": 1.0}
+            own, top = (over_seeds(f"{name}_without", model=m, **wanted)[0] for m in ("btt-separate", "oracle"))
+            shares_of_ceiling.append(own / top)
+        said = ", ".join(f"{name} {share:.3f}" for name, share in zip(DIMENSIONS, shares_of_ceiling))
+        holds = "yes" if min(shares_of_ceiling) >= 0.95 else "no"
+        lines.append(
+            f"| (ours) separate BTT has 95 % of the oracle's accuracy without ties, {split} | {holds} | {said} |"
+        )
+    return lines

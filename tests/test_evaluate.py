@@ -11,6 +11,8 @@ import pytest
 import torch
 
 import evaluate
+import evaluate_align
+import evaluate_beta
 import evaluate_reward
 import plot
 from common import BadInput
@@ -107,6 +109,44 @@ def test_reward_study_from_end_to_end(tmp_path, monkeypatch, capsys):
     with pytest.raises(BadInput, match="--seeds 0"):
         monkeypatch.setattr(sys, "argv", ["evaluate.py", "reward", "--seeds", "0"])
         evaluate.main()
+
+
+def run_study(study, tmp_path, monkeypatch):
+    """A study of tiny runs; its rows and its Markdown."""
+    monkeypatch.setattr(evaluate_align, "SETS", {"standard": 3, "hard": 2, "large": 2})
+    monkeypatch.setattr(evaluate_beta, "SETS", {"standard": 3, "hard": 2})
+    monkeypatch.setattr(evaluate_beta, "BETAS", (1000,))
+    monkeypatch.setattr(evaluate_beta, "LENGTHS", (0.5, 1.0))
+    flags = [study, "--seeds", "1", "--steps", "2", "--device", "cpu"]
+    flags += ["--out", str(tmp_path / "results"), "--work", str(tmp_path / "work")]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *flags])
+    evaluate.main()
+    saved = json.loads((tmp_path / "results" / f"{study}.json").read_text())
+    return saved["rows"], (tmp_path / "results" / f"{study}.md").read_text()
+
+
+def test_align_study_from_end_to_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate_align, "CFGS", (1.0,))
+    monkeypatch.setattr(evaluate_align, "ALIGNED", {"1:1:1": "1,1,1"})
+    rows, text = run_study("align", tmp_path, monkeypatch)
+    assert len(rows) == (1 + 4) * 3 * 2  # base and four methods; sets; judges
+    assert {row["method"] for row in rows} == {"base", "sft", "rwr", "dpo-constant", "dpo-schedule"}
+    base = [row for row in rows if row["method"] == "base"]
+    assert all(row[name] == 0.5 for row in base for name in ("VQ", "MQ", "TA"))  # a draw with itself
+    assert "Table 3" in text and "| constant beta above (1-t)^2 in TA, 1:1:1 |" in text
+
+
+def test_beta_study_from_end_to_end(tmp_path, monkeypatch):
+    rows, text = run_study("beta", tmp_path, monkeypatch)
+    sweep = [row for row in rows if row["study"] == "sweep"]
+    assert {(row["method"], row["beta"]) for row in sweep} == {("dpo-constant", 1000), ("dpo-schedule", 1000)}
+    long = [row for row in rows if row["study"] == "long" and row["method"] == "dpo-constant"]
+    assert sorted({row["steps"] for row in long}) == [1, 2] and all(row["drift"] >= 0 for row in rows)
+    log = tmp_path / "work" / "beta" / "dpo-constant-long-0" / "metrics.jsonl"
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [0, 1]  # one run, not two
+    assert "dpo-schedule: long run" in text
+    for name in ("beta_sweep", "beta_long"):
+        assert imageio.imread(tmp_path / "results" / f"{name}.png").shape[2] == 3
 
 
 def test_a_chart_shows_its_points_where_they_belong():
