@@ -1,6 +1,7 @@
 """Data: words to ids, clips to train a generator on, and preference pairs, toy or on disk (paper, section 3.1).
 
     python data.py export DIR           toy pairs as mp4 and CSV in the public format of VideoAlign (pairs_csv.py)
+    python data.py table                what the annotators said of them: ties, agreement, ratings of each generator
     python train.py --algo reward --data DIR/train.csv          trains on any data set in that format
 
 A batch is a dict of tensors, made without a loop over samples and fixed by (seed, step) alone: an interrupted run that
@@ -255,6 +256,13 @@ def summary(name, pairs):
 SPLITS = {"train": "train", "validation": "validation", "benchmark": "hard"}  # file -> the world's split of prompts
 
 
+def toy_split(name, count, seed, config, vocabulary):
+    """The pairs of one of SPLITS: `count` to train on, a fifth as many in the others."""
+    offset, size = list(SPLITS).index(name), count if name == "train" else max(1, count // 5)
+    bar = partial(tqdm, desc=f"annotators look at {name}", unit="x64 pairs", leave=False, dynamic_ncols=True)
+    return annotated_pairs(size, [SPLITS[name]], seed + 10 * offset, config, vocabulary, bar)
+
+
 def export(folder, count, seed):
     """Writes toy pairs to `folder`: train.csv (`count` pairs), validation.csv and benchmark.csv (a fifth each; prompts
     that never occur in train.csv), their videos, and README.md with what came out. -> lines. BadInput if it exists.
@@ -267,11 +275,9 @@ def export(folder, count, seed):
     config, vocabulary, lines = ModelConfig(), Vocabulary(), []
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        for offset, (name, split) in enumerate(SPLITS.items()):
-            size = count if name == "train" else max(1, count // 5)
-            bar = partial(tqdm, desc=f"annotators look at {name}", unit="x64 pairs", leave=False, dynamic_ncols=True)
-            pairs = annotated_pairs(size, [split], seed + 10 * offset, config, vocabulary, bar)
-            rows = [_toy_row(name, i, pairs, vocabulary, config.frames) for i in range(size)]
+        for name in SPLITS:
+            pairs = toy_split(name, count, seed, config, vocabulary)
+            rows = [_toy_row(name, i, pairs, vocabulary, config.frames) for i in range(len(pairs))]
             (temporary / "videos" / name).mkdir(parents=True, exist_ok=True)
 
             def write(i, rows=rows, pairs=pairs):
@@ -279,7 +285,8 @@ def export(folder, count, seed):
                     write_video(temporary / path, clip[0])
 
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                list(tqdm(pool.map(write, range(size)), desc=name, total=size, unit="pair", dynamic_ncols=True))
+                done = pool.map(write, range(len(rows)))
+                list(tqdm(done, desc=f"writing {name}", total=len(rows), unit="pair", dynamic_ncols=True))
             write_pairs(rows, temporary / f"{name}.csv")
             lines += summary(name, pairs)
         (temporary / "README.md").write_text("\n".join(["# Toy preference pairs", "", *lines]))
@@ -306,9 +313,9 @@ def _toy_row(name, i, pairs, vocabulary, frames):
 
 
 def main():
-    parser = Parser("Writes the toy preference data as videos and CSV files in the public format.")
-    parser.add_argument("command", choices=["export"], help="the one thing to do")
-    parser.add_argument("folder", type=Path, help="a new folder")
+    parser = Parser("The toy preference data: as videos and CSV files in the public format, or as a table.")
+    parser.add_argument("command", choices=["export", "table"], help="write files, or print what came out")
+    parser.add_argument("folder", type=Path, nargs="?", help="export: a new folder")
     parser.add_argument(
         "--pairs", type=int, default=200, help="training pairs; a fifth more each to validate and judge"
     )
@@ -316,7 +323,14 @@ def main():
     args = parser.parse_args()
     if args.pairs < 1:
         raise BadInput(f"--pairs {args.pairs}: must be at least 1")
-    print("\n".join(export(args.folder, args.pairs, args.seed)))
+    if (args.command == "export") != (args.folder is not None):
+        raise BadInput("export needs a new folder, `python data.py export DIR`; table takes none")
+    if args.command == "export":
+        lines = export(args.folder, args.pairs, args.seed)
+    else:
+        made = {name: toy_split(name, args.pairs, args.seed, ModelConfig(), Vocabulary()) for name in SPLITS}
+        lines = [line for name, pairs in made.items() for line in summary(name, pairs)]
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

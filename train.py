@@ -127,7 +127,7 @@ def schedule(step, steps, decay):
 
 
 # Flags that a resumed run may change
-UNSETTLED = {"resume", "out", "save_every", "device", "export", "eval_prompts", "eval_pairs", "eval_seed"}
+UNSETTLED = {"resume", "out", "cache", "save_every", "device", "export", "eval_prompts", "eval_pairs", "eval_seed"}
 
 
 def settled(args):
@@ -207,13 +207,18 @@ def arguments(argv=None):
     group.add_argument(
         "--tokens", choices=("separate", "shared"), default="separate", help="reward: one a score, or one"
     )
-    group.add_argument("--caption", type=float, default=0.2, help="reward: weight of the loss on the prompt's words")
+    group.add_argument(
+        "--caption", type=float, help="reward: weight of the loss on the prompt's words (default: 0.2; with --data 0)"
+    )
     group.add_argument(
         "--beta", type=float, default=100.0, help="dpo: on mean errors; larger stays closer to the reference"
     )
     group.add_argument("--schedule", choices=SCHEDULES, default="constant", help="dpo: beta over t (section 4.2)")
     group.add_argument(
         "--temperature", type=float, default=1.0, help="rwr: of exp(reward / temperature); lower = sharper"
+    )
+    group.add_argument(
+        "--keep", type=float, default=1.0, help="alignment: share of the scored pairs kept, those furthest apart"
     )
     group.add_argument("--align", default="1,1,1", help="alignment: weights of VQ, MQ and TA in the reward (5.2)")
     group.add_argument("--freeze", type=int, default=2, help="alignment: first blocks left as in the base; 0 = none")
@@ -222,7 +227,7 @@ def arguments(argv=None):
     group = parser.add_argument_group("real data (reward)")
     group.add_argument("--data", type=Path, help="CSV of pairs in VideoAlign's format (default: the toy world)")
     group.add_argument("--val", type=Path, help="CSV to validate on (default: a tenth of the prompts, held out)")
-    group.add_argument("--cache", type=Path, help="folder for decoded clips (default: .clips beside the CSV)")
+    group.add_argument("--cache", type=Path, default=Path("out/clips"), help="folder that keeps decoded clips")
     group.add_argument("--skip-bad", action="store_true", help="go on without rows that have a fault, and count them")
 
     group = parser.add_argument_group("output")
@@ -244,10 +249,14 @@ def arguments(argv=None):
     for name in ("lr", "beta", "time_shift", "temperature"):
         if not 0 < getattr(args, name) < float("inf"):
             raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: must be a positive number")
+    if not 0 < args.keep <= 1:
+        raise BadInput(f"--keep {args.keep}: must lie above 0 and be at most 1")
     for name in ("decay", "ema", "label_dropout"):
         if not 0 <= getattr(args, name) <= 1:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: must lie between 0 and 1")
     args.align = weights(args.align)
+    if args.caption is None:
+        args.caption = 0.0 if args.data else 0.2  # measured on the toy alone, whose vocabulary is 17 words
     if args.data and args.algo != "reward":
         raise BadInput(f"--data: --algo {args.algo} trains on the toy world only; --algo reward reads videos")
     args.out = args.out or Path("out") / args.algo

@@ -84,3 +84,11 @@ def test_a_reward_of_other_words_is_refused():
     pairs, _ = toy_pairs(2, ["train"], 0, CONFIG, Vocabulary())
     with pytest.raises(BadInput, match="different words"):
         tasks.relabelled(pairs, Judge(), TOY_WORDS, TOY_WORDS[::-1], (1.0, 1.0, 1.0), torch.device("cpu"))
+
+
+def test_keeping_some_pairs_keeps_those_furthest_apart():
+    total = torch.tensor([[0.0, 1.0], [5.0, 1.0], [2.0, 2.0], [3.0, 0.0]])  # differences -1, 4, 0, 3
+    better, worse = tasks.ranked(total, keep=0.5)
+    assert better.tolist() == [[1, 0], [3, 0]] and worse.tolist() == [[1, 1], [3, 1]]
+    better, _ = tasks.ranked(total)
+    assert better.tolist() == [[0, 1], [1, 0], [3, 0]]  # the draw is no pair

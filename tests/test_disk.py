@@ -267,6 +267,7 @@ def test_training_on_disk_data_ends_with_what_was_skipped(rows, tmp_path, export
     spoil("VQ", "?")(rows, tmp_path)
     path = write(rows, tmp_path / "x.csv")
     flags = ["--algo", "reward", "--data", path, "--skip-bad", "--steps", "1", "--batch", "2", "--device", "cpu"]
+    flags += ["--cache", tmp_path / "cache"]
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags), "--out", str(tmp_path / "run")])
     train.main()
     out = capsys.readouterr().out
