@@ -31,7 +31,7 @@ from tqdm import tqdm
 import world
 from common import BadInput, Parser, run
 from model import ModelConfig
-from pairs_csv import Pair, write_pairs
+from pairs_csv import PATHS, Pair, write_pairs
 from pairs_csv import read_pairs as read_pairs
 from reward import DIMENSIONS, INVALID
 from video import FPS, cached_clip, write_video
@@ -187,23 +187,24 @@ def disk_pairs(rows, csv_path, config, vocabulary, cache, skipped=None, progress
     BadInput names the line and column of a video that cannot be used; with a list `skipped` its pairs are left out and
     the fault's text is appended."""
     root = Path(csv_path).parent
-    columns = {}  # each distinct video: where it first stands
+    videos = {}  # each distinct one: where it first stands, and the number of frames it is said to have
     for row in rows:
-        for column, path in zip(("path_A", "path_B"), row.paths):
-            columns.setdefault(path, f"{csv_path}, line {row.line}, column {column}")
+        for column, path, frames in zip(PATHS, row.paths, (row.frames_a, row.frames_b)):
+            videos.setdefault(path, (f"{csv_path}, line {row.line}, column {column}", frames))
     faults = {}
 
     def decode(path):
+        where, frames = videos[path]
         try:
-            cached_clip(root / path, cache, config.frames, config.size)
+            cached_clip(root / path, cache, config.frames, config.size, said=frames)
         except ValueError as error:
-            return path, f"{columns[path]}: video {path} {error}"
+            return path, f"{where}: video {path} {error}"
         except OSError as error:
             raise BadInput(f"cannot keep clips in {cache}: {error.strerror}; name a folder by --cache") from None
         return path, None
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for path, fault in progress(pool.map(decode, columns), len(columns)):
+        for path, fault in progress(pool.map(decode, videos), len(videos)):
             if fault and skipped is None:
                 pool.shutdown(cancel_futures=True)
                 raise BadInput(fault)

@@ -3,7 +3,7 @@
     path_A, path_B                              video files, relative to the CSV's folder
     prompt                                      text
     VQ, MQ, TA                                  A, B, same or invalid
-    fps_A, num_frames_A, fps_B, num_frames_B    numbers, for information: the videos' own are used
+    fps_A, num_frames_A, fps_B, num_frames_B    numbers; the videos' own are used, and a video with fewer frames refused
     MOS_A_VQ, MOS_A_MQ, ... MOS_B_TA            optional: ratings from 1 to 5; empty or 0 where there is none
     A_model, B_model, Overall                   in benchmark files only
 
@@ -60,10 +60,11 @@ def read_pairs(csv_path, skipped=None):
     except OSError as error:
         raise BadInput(f"{csv_path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise BadInput(
-            f"{csv_path}, line {line}: byte {content[error.start]:#x} is not UTF-8; save it as UTF-8"
-        ) from None
+        before = content[: error.start].decode("utf-8-sig").split("\n")
+        header, field_number = before[0].split(","), len(next(csv.reader([before[-1] + "?"])))
+        where = f"line {len(before)}, column {header[min(field_number, len(header)) - 1].strip() or 1}"
+        byte = content[error.start]
+        raise BadInput(f"{csv_path}, {where}: byte {byte:#x} is not UTF-8; save the file as UTF-8") from None
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     pairs, line = [], 1
     try:

@@ -30,9 +30,9 @@ def frame_positions(count, duration, fps=FPS):
     return np.linspace(0, count - 1, min(wanted, count)).round().astype(np.int64)
 
 
-def sample_frames(path, fps=FPS):
+def sample_frames(path, fps=FPS, said=0):
     """Frames of a video at `fps`: uint8 (n, H, W, 3), read one by one. ValueError: not a video, fewer than two frames,
-    or fewer than its index says."""
+    or fewer than 19 of 20 of the number it was `said` to have: a file that was cut off often decodes without error."""
     try:
         with imageio.get_reader(path, format="FFMPEG") as reader:
             rate, count = reader.get_meta_data()["fps"], reader.count_frames()
@@ -42,8 +42,8 @@ def sample_frames(path, fps=FPS):
         raise ValueError("cannot be decoded as a video") from None
     if len(positions) < 2:
         raise ValueError(f"has {count} frame; at least 2 are needed to see motion")
-    if len(taken) < len(positions):
-        raise ValueError(f"breaks off before frame {next(i for i in positions if i not in taken)} of {count}")
+    if len(taken) < len(positions) or count < 0.95 * said:
+        raise ValueError(f"breaks off: {count} frames where there should be {max(count, said):g}")
     return np.stack([taken[i] for i in positions])
 
 
@@ -69,7 +69,7 @@ def write_video(path, video, fps=FPS, zoom=4):
     imageio.mimwrite(path, list(frames), format="FFMPEG", fps=fps, quality=9, macro_block_size=1)
 
 
-def cached_clip(path, folder, length, size, fps=FPS):
+def cached_clip(path, folder, length, size, fps=FPS, said=0):
     """The clip of a video as uint8 (3, length, size, size), from `folder` if it was decoded before.
 
     The file there is named by the video's path, size and time of change: a changed video is decoded again. ValueError
@@ -80,7 +80,7 @@ def cached_clip(path, folder, length, size, fps=FPS):
     kept = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npy"
     if kept.exists():
         return torch.from_numpy(np.load(kept))
-    clip = fit(sample_frames(path, fps), length, size)
+    clip = fit(sample_frames(path, fps, said), length, size)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp", delete=False) as file:
         np.save(file, clip.numpy())

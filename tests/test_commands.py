@@ -11,6 +11,8 @@ import pytest
 import torch
 
 import common
+import data
+import evaluate
 import sample
 import train
 
@@ -203,12 +205,46 @@ def test_bad_sampling_flags_are_refused_in_one_line(command, tmp_path, flags, wo
         (["--reward", common.WEIGHTS / "base.pt"], "holds a velocity model"),
         (["--resume"], "no such checkpoint"),
         (["--speed", "9"], "--speed"),
+        (["--align", "0,0,0"], "three numbers are needed"),
+        (["--align", "1,1"], "three numbers are needed"),
+        (["--align", "1,nan,1"], "three numbers are needed"),
+        (["--keep", "0"], "must lie above 0"),
+        (["--data", "pairs.csv"], "--algo reward reads videos"),
+        (["--algo", "reward", "--data", "nowhere.csv"], "nowhere.csv: cannot be read"),
     ],
 )
 def test_bad_training_flags_are_refused_in_one_line(command, tmp_path, flags, words):
     status, _, error = command(train, *TINY, *flags, "--out", tmp_path / "out")
     refused(status, error, words)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "words"),
+    [
+        (data, ["export"], "needs a new folder"),
+        (data, ["table", "x"], "needs a new folder"),
+        (data, ["table", "--pairs", "0"], "--pairs 0"),
+        (evaluate, ["everything"], "choose from 'reward', 'align', 'beta'"),
+        (evaluate, ["align", "--eval-prompts", "0"], "--eval-prompts 0"),
+    ],
+)
+def test_bad_flags_of_other_commands_are_refused_in_one_line(command, tmp_path, monkeypatch, script, flags, words):
+    monkeypatch.chdir(tmp_path)
+    status, _, error = command(script, *flags)
+    refused(status, error, words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_table_of_the_preference_data(command):
+    status, out, error = command(data, "table", "--pairs", 50)
+    assert status == 0, error
+    assert "## train: 50 pairs" in out and "## benchmark: 10 pairs" in out
+    row = next(line for line in out.splitlines() if line.startswith("| VQ"))
+    shares = [float(cell) for cell in row.split("|")[2:6]]
+    assert sum(shares[:3]) == pytest.approx(1, abs=0.002) and 0 < shares[3] <= 1  # A, tie, B; unanimous
+    counts = [int(line.split("|")[2]) for line in out.splitlines() if line.startswith(("| early", "| modern"))]
+    assert sum(counts) == 2 * (50 + 10 + 10)  # every pair is in two generators' rows
 
 
 def test_resuming_with_other_settings_or_from_mere_weights_is_refused(command, tmp_path):

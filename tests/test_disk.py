@@ -198,6 +198,16 @@ def truncated(rows, folder):
     rows[1]["path_B"] = "c.mp4"
 
 
+def cut_off(rows, folder):
+    """Its index stands at the start, so what is left of it decodes without an error."""
+    frames = [np.full((32, 32, 3), 5 * i, np.uint8) + np.arange(32, dtype=np.uint8)[:, None] for i in range(40)]
+    flags = {"format": "FFMPEG", "macro_block_size": 1, "output_params": ["-movflags", "+faststart"]}
+    imageio.mimwrite(folder / "c.mp4", frames, fps=8, **flags)
+    whole = (folder / "c.mp4").read_bytes()
+    (folder / "c.mp4").write_bytes(whole[: len(whole) * 3 // 4])
+    rows[1] |= {"path_B": "c.mp4", "fps_B": "8.0", "num_frames_B": "40.0"}
+
+
 def empty_video(rows, folder):
     (folder / "c.mp4").touch()
     rows[1]["path_B"] = "c.mp4"
@@ -218,6 +228,7 @@ FAULTS = [
     (spoil("num_frames_B", "nan"), "line 3, column num_frames_B: 'nan' is no number"),
     (extra_field, "line 3, column num_frames_B: the row has 11 fields, the header 10"),
     (truncated, "line 3, column path_B: video c.mp4 cannot be decoded"),
+    (cut_off, "line 3, column path_B: video c.mp4 breaks off: "),
     (empty_video, "line 3, column path_B: video c.mp4 cannot be decoded"),
     (short_video(1), "line 3, column path_B: video c.mp4 has 1 frame"),
 ]
@@ -241,8 +252,10 @@ def test_faults_of_a_whole_file(rows, tmp_path):
     with pytest.raises(BadInput, match="line 1, column VQ: stands there twice"):
         read_pairs(write(rows, tmp_path / "x.csv", header))
     rows[1]["prompt"] = "naïve café"
-    with pytest.raises(BadInput, match="line 3: byte 0xef is not UTF-8"):
+    with pytest.raises(BadInput, match="line 3, column prompt: byte 0xef is not UTF-8"):
         read_pairs(write(rows, tmp_path / "x.csv", encoding="latin-1"))
+    with pytest.raises(BadInput, match="line 1, column 1: byte 0xff is not UTF-8"):
+        read_pairs(write(rows, tmp_path / "x.csv", encoding="utf-16"))
     assert read_pairs(write(rows, tmp_path / "x.csv", encoding="utf-8-sig"))[1].prompt == "naïve café"
     with pytest.raises(BadInput, match="holds no pair"):
         read_pairs(write([], tmp_path / "x.csv", header=list(rows[0])))
