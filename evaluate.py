@@ -20,9 +20,10 @@ from tqdm import tqdm
 import evaluate_align
 import evaluate_beta
 import evaluate_reward
+import evaluate_unified
 from common import BadInput, Parser, pick_device, run
 
-STUDIES = {"reward": evaluate_reward, "align": evaluate_align, "beta": evaluate_beta}
+STUDIES = {"reward": evaluate_reward, "align": evaluate_align, "beta": evaluate_beta, "unified": evaluate_unified}
 
 try:
     import fcntl

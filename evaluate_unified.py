@@ -1,0 +1,204 @@
+"""What the three algorithms have in common (paper, sections 4.1 and 4.4, Eq. 3, 7 and 10), where the answer is known.
+
+All three aim at p* = p_ref exp(r / beta) / Z (Eq. 7), the best trade of reward against KL from the reference. Here
+p_ref is a mixture of two Gaussians on a line and r(x) = x, so p* is the same mixture tilted: each mode moves up by its
+variance / beta, and their masses change by exp(mean / beta). The reference's velocity is known too; a policy is it
+plus a small network that starts at zero.
+
+    rwr            samples of p_ref weighted by exp(r / beta): its optimum is p* itself
+    dpo-B          pairs of p_ref, labelled by Bradley-Terry on r / beta, with B for the loss's own beta
+    nrg-exact      guidance by the exact value function log E[exp(r(x0) / beta) | x_t]
+    nrg-learned    guidance by a reward learned from the same pairs, noised alike (section 4.4), in the paper's form
+    nrg-eps        the same with t / (1 - t + 0.1)
+"""
+
+from functools import partial
+
+import torch
+
+import plot
+from data import step_rng
+from evaluate_reward import mean_and_spread
+from flow import draw_noise, draw_time, interpolate
+from flow_dpo import flow_dpo_step
+from flow_rwr import flow_rwr_step, rwr_weights
+from nrg import guide
+from reward import bt_loss
+from sample import sample
+
+MEANS, STD = torch.tensor([-1.0, 1.0]), 0.4  # of the two modes, equally likely
+BETA = 1.0  # of Eq. 3
+DPO_BETAS = (0.3, 1.0, 3.0)
+STEPS, BATCH, RATE = 800, 256, 3e-3
+SAMPLES, EULER = 10_000, 100
+EPS = 0.1
+EDGES = torch.linspace(-3, 4, 71)
+
+
+def posterior(x_t, t, tilt=0.0):
+    """Of x0 given x_t (B, 1) at t (B,), under p_ref exp(tilt x0): responsibilities (B, 2), means (B, 2), and the log of
+    E[exp(tilt x0) | x_t] under p_ref (B,)."""
+    t = t[:, None]
+    seen = (1 - t) ** 2 * STD**2 + t**2  # variance of x_t within a mode
+    mean = MEANS + (1 - t) * STD**2 / seen * (x_t - (1 - t) * MEANS)  # (B, 2)
+    variance = STD**2 * t**2 / seen  # (B, 1)
+    log_weight = -0.5 * (x_t - (1 - t) * MEANS) ** 2 / seen
+    log_tilted = log_weight + tilt * mean + 0.5 * tilt**2 * variance
+    value = torch.logsumexp(log_tilted, 1) - torch.logsumexp(log_weight, 1)
+    return torch.softmax(log_tilted, 1), mean + tilt * variance, value
+
+
+def reference(x_t, t, y):
+    """v_ref = E[x1 - x0 | x_t] = (x_t - E[x0 | x_t]) / t."""
+    weight, mean, _ = posterior(x_t, t)
+    return (x_t - (weight * mean).sum(1, keepdim=True)) / t.clamp(min=1e-3)[:, None]
+
+
+class Small(torch.nn.Module):
+    """A network (x_t, t) -> one number that starts at zero; added to the reference's velocity if it is a policy."""
+
+    def __init__(self, policy):
+        super().__init__()
+        self.policy = policy
+        sizes = (2, 64), (64, 64), (64, 1)
+        layers = [layer for size in sizes for layer in (torch.nn.Linear(*size), torch.nn.SiLU())]
+        self.net = torch.nn.Sequential(*layers[:-1])
+        torch.nn.init.zeros_(self.net[-1].weight)
+        torch.nn.init.zeros_(self.net[-1].bias)
+
+    def forward(self, x_t, t, y):
+        out = self.net(torch.cat((x_t, t[:, None]), 1))
+        return reference(x_t, t, y) + out if self.policy else out
+
+
+def draw(count, rng):
+    """Samples (count, 1) of p_ref."""
+    mode = torch.randint(2, (count,), generator=rng)
+    return (MEANS[mode] + STD * torch.randn(count, generator=rng))[:, None]
+
+
+def fit(network, loss):
+    """Trains with loss (rng) -> scalar, the rate falling to zero."""
+    optimizer = torch.optim.Adam(network.parameters(), RATE)
+    for step in range(STEPS):
+        optimizer.param_groups[0]["lr"] = RATE * (1 - step / STEPS)
+        optimizer.zero_grad()
+        loss(step_rng(network.seed, step)).backward()
+        optimizer.step()
+    return network.eval()
+
+
+def new_network(policy, seed):
+    torch.manual_seed(seed)
+    network = Small(policy)
+    network.seed = seed
+    return network
+
+
+def labelled_pairs(rng):
+    """Winner and loser (BATCH, 1): drawn from p_ref, decided by Bradley-Terry on r / beta."""
+    a, b = draw(BATCH, rng), draw(BATCH, rng)
+    first = torch.rand(BATCH, 1, generator=rng) < torch.sigmoid((a - b) / BETA)
+    return torch.where(first, a, b), torch.where(first, b, a)
+
+
+NO_PROMPT = torch.zeros(BATCH, 1, dtype=torch.int64)
+
+
+def model_of(method, seed):
+    """(velocity, guidance) of a method."""
+    if method == "reference":
+        return reference, None
+    if method == "rwr":
+        data = draw(20_000, step_rng(seed, -2))
+        weight = rwr_weights(data[:, 0], BETA)
+
+        def loss(rng):
+            some = torch.randint(len(data), (BATCH,), generator=rng)
+            return flow_rwr_step(policy, data[some], NO_PROMPT, weight[some], rng)[0]
+
+        policy = new_network(True, seed)
+        return fit(policy, loss), None
+    if method.startswith("dpo"):
+
+        def loss(rng):
+            return flow_dpo_step(policy, reference, *labelled_pairs(rng), NO_PROMPT, float(method[4:]), rng)[0]
+
+        policy = new_network(True, seed)
+        return fit(policy, loss), None
+    if method == "nrg-exact":
+
+        def value(x_t, t, y):
+            return posterior(x_t, t, 1 / BETA)[2][:, None]
+
+        return reference, guide(value, [1.0])
+
+    def loss(rng):
+        winner, loser = labelled_pairs(rng)
+        t, x1 = draw_time(BATCH, rng, 1.0), draw_noise(winner, rng)
+        scores = [learned(interpolate(side, x1, t), t, None)[:, 0] for side in (winner, loser)]
+        return bt_loss(*scores, torch.ones(BATCH, dtype=torch.int64))
+
+    learned = new_network(False, seed)
+    return reference, guide(fit(learned, loss), [1.0], eps=EPS if method == "nrg-eps" else 0.0)
+
+
+def truth():
+    """p* in the bins of EDGES, its mean, and the mass of its right mode."""
+    weight = torch.softmax(MEANS / BETA, 0)
+    normal = torch.distributions.Normal(MEANS + STD**2 / BETA, STD)
+    share = (normal.cdf(EDGES[:, None]).diff(dim=0) * weight).sum(1)
+    return share, (weight * normal.mean).sum().item(), weight[1].item()
+
+
+def judged(method, seed):
+    velocity, guidance = model_of(method, seed)
+    x1 = torch.randn(SAMPLES, 1, generator=step_rng(seed, -1))
+    y = torch.zeros(SAMPLES, 1, dtype=torch.int64)
+    x0 = sample(velocity, x1, y, steps=EULER, shift=1.0, guidance=guidance)[:, 0]
+    share = torch.histogram(x0, EDGES).hist / SAMPLES
+    wanted, _, _ = truth()
+    # the first Wasserstein distance is the area between the two distribution functions
+    distance = (share.cumsum(0) - wanted.cumsum(0)).abs().sum().item() * (EDGES[1] - EDGES[0]).item()
+    facts = {"distance": distance, "mean": x0.mean().item(), "right": (x0 > 0).float().mean().item()}
+    return [{"method": method, "seed": seed, **facts, "histogram": share.tolist()}]
+
+
+METHODS = ("reference", "rwr", *(f"dpo-{beta:g}" for beta in DPO_BETAS), "nrg-exact", "nrg-learned", "nrg-eps")
+
+
+def folder(args):
+    return "unified"
+
+
+def jobs(args, device):
+    return {f"{method}-{seed}": partial(judged, method, seed) for seed in range(args.seeds) for method in METHODS}
+
+
+def report(args, results):
+    rows = [row for group in results.values() for row in group]
+    share, mean, right = truth()
+    lines = [
+        "# Three ways to p*",
+        "",
+        f"p_ref: modes at -1 and 1, standard deviation {STD}; r(x) = x, beta {BETA:g}.",
+        "",
+    ]
+    lines += ["| | distance to p* | mean | mass above 0 |", "|---|---|---|---|"]
+    lines.append(f"| p* | 0 | {mean:.3f} | {share[EDGES[:-1] > -1e-6].sum():.3f} |")
+    curves = [("p*", share)]
+    for method in METHODS:
+        here = [row for row in rows if row["method"] == method]
+        cells = [mean_and_spread([row[column] for row in here]) for column in ("distance", "mean", "right")]
+        lines.append(f"| {method} | " + " | ".join(f"{m:.3f} ± {sd:.3f}" for m, sd in cells) + " |")
+        curves.append((method, torch.tensor([row["histogram"] for row in here]).mean(0)))
+
+    def picture(path):
+        middles, width = (EDGES[:-1] + EDGES[1:]) / 2, EDGES[1] - EDGES[0]
+        series = {name: (name, middles, curve / width, None) for name, curve in curves}
+        dpo = [f"dpo-{beta:g}" for beta in DPO_BETAS]
+        groups = ["reference", "rwr"], dpo, ["nrg-exact", "nrg-learned", "nrg-eps"]
+        charts = [plot.chart("density", [series[name] for name in ("p*", *group)], "x", "p(x)") for group in groups]
+        plot.save(path, charts)
+
+    return {"rows": rows, "markdown": lines, "pictures": {"unified": picture}}
