@@ -100,10 +100,11 @@ def folder(args):
 
 def jobs(args, device):
     made = {}
-    for seed in range(args.seeds):
-        for model in ("random", "oracle"):
+    for model in ("random", "oracle"):
+        for seed in range(args.seeds):
             made[f"{model}-{seed}"] = partial(untrained, model, seed, args)
-        for model in MODELS:
+    for model in reversed(MODELS):  # the paper's own first
+        for seed in range(args.seeds):
             made[f"{model}-1-{seed}"] = partial(trained, model, 1.0, seed, args, device)
     for seed in range(args.seeds):
         for fraction in FRACTIONS:

@@ -32,7 +32,7 @@ from tasks import LOSSES, TASKS
 # A flag left out takes its algorithm's value here; README, "Settings, and why", compares them with the paper's.
 DEFAULTS = {
     "pretrain": {"steps": 6000, "batch": 32, "lr": 2.5e-3, "decay": 0.4, "ema": 0.999},
-    "reward": {"steps": 1000, "batch": 32, "lr": 1e-3, "decay": 0.4, "ema": 0.0},
+    "reward": {"steps": 1000, "batch": 32, "lr": 1e-3, "decay": 0.2, "ema": 0.0},
     "sft": {"steps": 200, "batch": 16, "lr": 1e-4, "decay": 0.0, "ema": 0.0},
     "rwr": {"steps": 200, "batch": 16, "lr": 1e-4, "decay": 0.0, "ema": 0.0},
     "dpo": {"steps": 200, "batch": 16, "lr": 1e-4, "decay": 0.0, "ema": 0.0},
