@@ -32,7 +32,7 @@ from tasks import LOSSES, TASKS
 # A flag left out takes its algorithm's value here; README, "Settings, and why", compares them with the paper's.
 DEFAULTS = {
     "pretrain": {"steps": 6000, "batch": 32, "lr": 2.5e-3, "decay": 0.4, "ema": 0.999},
-    "reward": {"steps": 1000, "batch": 32, "lr": 1e-3, "decay": 0.2, "ema": 0.0},
+    "reward": {"steps": 900, "batch": 32, "lr": 1e-3, "decay": 0.2, "ema": 0.0},
     "sft": {"steps": 200, "batch": 16, "lr": 1e-4, "decay": 0.0, "ema": 0.0},
     "rwr": {"steps": 200, "batch": 16, "lr": 1e-4, "decay": 0.0, "ema": 0.0},
     "dpo": {"steps": 200, "batch": 16, "lr": 1e-4, "decay": 0.0, "ema": 0.0},
@@ -208,7 +208,7 @@ def arguments(argv=None):
         "--tokens", choices=("separate", "shared"), default="separate", help="reward: one a score, or one"
     )
     group.add_argument(
-        "--caption", type=float, help="reward: weight of the loss on the prompt's words (default: 0.2; with --data 0)"
+        "--caption", type=float, help="reward: weight of the loss on the prompt's words (default: 1; with --data 0)"
     )
     group.add_argument(
         "--beta", type=float, default=100.0, help="dpo: on mean errors; larger stays closer to the reference"
@@ -256,7 +256,7 @@ def arguments(argv=None):
             raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: must lie between 0 and 1")
     args.align = weights(args.align)
     if args.caption is None:
-        args.caption = 0.0 if args.data else 0.2  # measured on the toy alone, whose vocabulary is 17 words
+        args.caption = 0.0 if args.data else 1.0  # measured on the toy alone, whose vocabulary is 17 words
     if args.data and args.algo != "reward":
         raise BadInput(f"--data: --algo {args.algo} trains on the toy world only; --algo reward reads videos")
     args.out = args.out or Path("out") / args.algo
