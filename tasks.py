@@ -210,7 +210,7 @@ def pair_scores(model, pairs, device, progress=lambda chunks: chunks):
 
 def dpo_task(args, device):
     base, policy, vocabulary, pairs, total, finish = alignment(args, device)
-    better, worse = ranked(total, args.keep)
+    better, worse = ranked(total)
 
     def batch(step, rng):
         chosen = epoch_index(len(better), args.batch, step, args.seed)
@@ -229,14 +229,14 @@ def dpo_task(args, device):
 
 def rwr_task(args, device):
     _, policy, vocabulary, pairs, total, finish = alignment(args, device)
-    both = torch.cat(ranked(total, args.keep))  # (2N', 2): both clips of every pair
+    both = torch.cat(ranked(total))  # (2N', 2): both clips of every pair
     weight = rwr_weights(total[both[:, 0], both[:, 1]], args.temperature)
     return weighted_task(args, policy, vocabulary, pairs, both, weight, finish)
 
 
 def sft_task(args, device):
     _, policy, vocabulary, pairs, total, finish = alignment(args, device)
-    better, _ = ranked(total, args.keep)
+    better, _ = ranked(total)
     return weighted_task(args, policy, vocabulary, pairs, better, torch.ones(len(better)), finish)
 
 
@@ -294,7 +294,7 @@ def alignment(args, device):
         return [*lines, f"wrote {out / name}.gif and .png (CFG 1): {texts}"]
 
     vocabulary = Vocabulary(words)
-    pairs, _ = toy_pairs(round(args.pairs / args.keep), ["train"], args.seed, base.config, vocabulary)
+    pairs, _ = toy_pairs(args.pairs, ["train"], args.seed, base.config, vocabulary)
     total = relabelled(pairs, reward, words, reward_words, args.align, device)
     return base, policy, vocabulary, pairs, total, finish
 
@@ -310,13 +310,9 @@ def relabelled(pairs, reward, words, reward_words, weights, device):
     return (scores - reward.mean.cpu()) / reward.std.cpu() @ weights
 
 
-def ranked(total, keep=1.0):
-    """Winners and losers (N', 2: pair, side) by total (N, 2); equal rewards make no pair.
-
-    keep < 1 leaves the share of the pairs whose rewards differ most."""
-    gap = (total[:, 0] - total[:, 1]).abs()
-    index = gap.topk(round(keep * len(gap))).indices.sort().values
-    index = index[gap[index] > 0]
+def ranked(total):
+    """Winners and losers (N', 2: pair, side) by total (N, 2); equal rewards make no pair."""
+    index = torch.nonzero(total[:, 0] != total[:, 1])[:, 0]
     side = (total[index, 1] > total[index, 0]).long()
     return torch.stack((index, side), 1), torch.stack((index, 1 - side), 1)
 

@@ -217,9 +217,6 @@ def arguments(argv=None):
     group.add_argument(
         "--temperature", type=float, default=1.0, help="rwr: of exp(reward / temperature); lower = sharper"
     )
-    group.add_argument(
-        "--keep", type=float, default=1.0, help="alignment: share of the scored pairs kept, those furthest apart"
-    )
     group.add_argument("--align", default="1,1,1", help="alignment: weights of VQ, MQ and TA in the reward (5.2)")
     group.add_argument("--freeze", type=int, default=2, help="alignment: first blocks left as in the base; 0 = none")
     group.add_argument("--lora-rank", type=int, default=0, help="alignment: adapters of this rank; 0 = the weights")
@@ -249,8 +246,6 @@ def arguments(argv=None):
     for name in ("lr", "beta", "time_shift", "temperature"):
         if not 0 < getattr(args, name) < float("inf"):
             raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: must be a positive number")
-    if not 0 < args.keep <= 1:
-        raise BadInput(f"--keep {args.keep}: must lie above 0 and be at most 1")
     for name in ("decay", "ema", "label_dropout"):
         if not 0 <= getattr(args, name) <= 1:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: must lie between 0 and 1")

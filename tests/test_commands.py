@@ -208,7 +208,6 @@ def test_bad_sampling_flags_are_refused_in_one_line(command, tmp_path, flags, wo
         (["--align", "0,0,0"], "three numbers are needed"),
         (["--align", "1,1"], "three numbers are needed"),
         (["--align", "1,nan,1"], "three numbers are needed"),
-        (["--keep", "0"], "must lie above 0"),
         (["--data", "pairs.csv"], "--algo reward reads videos"),
         (["--algo", "reward", "--data", "nowhere.csv"], "nowhere.csv: cannot be read"),
     ],

@@ -86,9 +86,8 @@ def test_a_reward_of_other_words_is_refused():
         tasks.relabelled(pairs, Judge(), TOY_WORDS, TOY_WORDS[::-1], (1.0, 1.0, 1.0), torch.device("cpu"))
 
 
-def test_keeping_some_pairs_keeps_those_furthest_apart():
-    total = torch.tensor([[0.0, 1.0], [5.0, 1.0], [2.0, 2.0], [3.0, 0.0]])  # differences -1, 4, 0, 3
-    better, worse = tasks.ranked(total, keep=0.5)
-    assert better.tolist() == [[1, 0], [3, 0]] and worse.tolist() == [[1, 1], [3, 1]]
-    better, _ = tasks.ranked(total)
+def test_ranking_by_hand():
+    total = torch.tensor([[0.0, 1.0], [5.0, 1.0], [2.0, 2.0], [3.0, 0.0]])
+    better, worse = tasks.ranked(total)
     assert better.tolist() == [[0, 1], [1, 0], [3, 0]]  # the draw is no pair
+    assert worse.tolist() == [[0, 0], [1, 1], [3, 1]]
