@@ -18,6 +18,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 FORMAT = 1
 WEIGHTS = Path(__file__).parent / "weights"
@@ -64,6 +65,11 @@ def run(main):
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def progress_bar(name, unit):
+    """A tqdm for a list or an iterator of `total` items, for functions that take a progress argument."""
+    return lambda items, total=None: tqdm(items, name, total, unit=unit, leave=False, dynamic_ncols=True)
 
 
 def pick_device(name="auto"):

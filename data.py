@@ -22,14 +22,13 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 import world
-from common import BadInput, Parser, run
+from common import BadInput, Parser, progress_bar, run
 from model import ModelConfig
 from pairs_csv import PATHS, Pair, write_pairs
 from pairs_csv import read_pairs as read_pairs
@@ -158,7 +157,7 @@ def draw_pairs(count, splits, seed, frames):
 
 
 def toy_pairs(count, splits, seed, config, vocabulary):
-    """`count` pairs of rendered clips, without labels."""
+    """`count` pairs of rendered clips, without labels, and the attributes (count, 3) of their prompts."""
     a, b = draw_pairs(count, splits, seed, config.frames)
 
     def clips(index, side):
@@ -181,7 +180,7 @@ def annotated_pairs(count, splits, seed, config, vocabulary, progress=lambda chu
     return replace(pairs, label=label, unanimous=unanimous, mos=mos, overall=overall, truth=torch.stack((a, b), 1))
 
 
-def disk_pairs(rows, csv_path, config, vocabulary, cache, skipped=None, progress=lambda videos: videos):
+def disk_pairs(rows, csv_path, config, vocabulary, cache, skipped=None, progress=lambda videos, total: videos):
     """The Pair `rows` of a CSV as Pairs. Decodes their videos once, into the folder `cache`.
 
     BadInput names the line and column of a video that cannot be used; with a list `skipped` its pairs are left out and
@@ -260,7 +259,7 @@ SPLITS = {"train": "train", "validation": "validation", "benchmark": "hard"}  # 
 def toy_split(name, count, seed, config, vocabulary):
     """The pairs of one of SPLITS: `count` to train on, a fifth as many in the others."""
     offset, size = list(SPLITS).index(name), count if name == "train" else max(1, count // 5)
-    bar = partial(tqdm, desc=f"annotators look at {name}", unit="x64 pairs", leave=False, dynamic_ncols=True)
+    bar = progress_bar(f"annotators look at {name}", "x64 pairs")
     return annotated_pairs(size, [SPLITS[name]], seed + 10 * offset, config, vocabulary, bar)
 
 

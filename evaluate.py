@@ -44,21 +44,20 @@ def work_through(jobs, folder):
     for name, job in bar:
         done = folder / f"{name}.json"
         with open(folder / f"{name}.lock", "w") as lock:
-            if done.exists() or not _held(lock):
+            if not _took(lock) or done.exists():  # in this order: whoever held the lock may just have finished
                 continue
-            if not done.exists():  # it may have been finished while this process waited for its turn
-                bar.set_postfix_str(name)
-                rows = job()
-                temporary = done.with_suffix(".tmp")
-                temporary.write_text(json.dumps(rows))
-                os.replace(temporary, done)
+            bar.set_postfix_str(name)
+            rows = job()
+            temporary = done.with_suffix(".tmp")
+            temporary.write_text(json.dumps(rows))
+            os.replace(temporary, done)
     left = [name for name in jobs if not (folder / f"{name}.json").exists()]
     if left:
         return None
     return {name: json.loads((folder / f"{name}.json").read_text()) for name in jobs}
 
 
-def _held(lock):
+def _took(lock):
     """Whether this process could take the lock; the system gives it back when the process ends, however it ends."""
     try:
         if fcntl:
@@ -117,7 +116,7 @@ def main():
     if rows is None:
         print("the other jobs are being done by another process; run the same command once more when it has ended")
         return
-    result = study.report(args, rows)
+    result = study.report(args, [row for group in rows.values() for row in group])
     save(args.study, result, args.out, device)
     print("\n".join([*result["markdown"], "", f"wrote {args.out / args.study}.json and .md"]))
 

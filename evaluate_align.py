@@ -38,7 +38,7 @@ ALIGNED = {"1:1:1": "1,1,1", "TA only": "0,0,1"}
 SETS = {"standard": 256, "hard": 96, "large": 512}
 CFGS = (1.0, CFG)
 JUDGES = ("oracle", "videoreward")
-ATTRIBUTES = ("colour", "shape", "direction")
+ATTRIBUTES = tuple(world.MARGIN)
 NOISE_SEED = 4321
 
 
@@ -133,9 +133,7 @@ def jobs(args, device):
 # The report
 
 
-def report(args, results):
-    rows = [row for group in results.values() for row in group]
-
+def report(args, rows):
     def over_seeds(column, **wanted):
         return mean_and_spread([r[column] for r in rows if all(r[key] == value for key, value in wanted.items())])
 

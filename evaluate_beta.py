@@ -75,9 +75,7 @@ def jobs(args, device):
 # The report
 
 
-def report(args, results):
-    rows = [row for group in results.values() for row in group]
-
+def report(args, rows):
     def curve(column, x, xs, **wanted):
         """[(mean, spread)] over the seeds at each of xs."""
         here = [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]

@@ -88,7 +88,7 @@ def trained(model, fraction, seed, args, device):
     network, rows = task.model.eval(), []
     for split in SPLITS:
         pairs = judged_pairs(split, args.eval_pairs)
-        score = (pair_scores(network, pairs, device) - network.mean.cpu()) / network.std.cpu()
+        score = pair_scores(network.normalised, pairs, device)
         row = {"model": model, "split": split, "seed": seed, "fraction": fraction}
         rows.append({**row, **accuracies(score, pairs), **tied_differences(score, pairs)})
     return rows
@@ -122,9 +122,7 @@ def mean_and_spread(values):
     return values.mean().item(), values.std().item() if len(values) > 1 else 0.0
 
 
-def report(args, results):
-    rows = [row for group in results.values() for row in group]
-
+def report(args, rows):
     def over_seeds(column, **wanted):
         return mean_and_spread([r[column] for r in rows if all(r[key] == value for key, value in wanted.items())])
 

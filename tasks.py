@@ -14,10 +14,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import torch
-from tqdm import tqdm
 
 import world
-from common import WEIGHTS, BadInput
+from common import WEIGHTS, BadInput, progress_bar
 from compare import learned_scores, prompt_set, sample_prompts, score_table
 from data import (
     Vocabulary,
@@ -120,10 +119,7 @@ def reward_task(args, device):
         scores, words = model.scores_and_words(torch.cat((batch["video_a"], batch["video_b"])), y)  # (2B, 3)
         a, b = scores.chunk(2)
         label = batch["label"]
-        if args.loss == "regression":
-            preference = regression_loss(torch.stack((a, b), 1), batch["mos"])
-        else:
-            preference = LOSSES[args.loss](a, b, label)
+        preference = LOSSES[args.loss](a, b, batch)
         caption = caption_loss(words, y)
         right = {name: accuracy_without_ties((a - b)[:, i], label[:, i]) for i, name in enumerate(DIMENSIONS)}
         logs = {"loss": preference.item(), "caption": caption.item()}
@@ -144,7 +140,11 @@ def reward_task(args, device):
     return Task("reward", model, vocabulary, batch, loss, ("loss", *DIMENSIONS), finish)
 
 
-LOSSES = {"btt": btt_loss, "bt": bt_loss, "regression": regression_loss}
+LOSSES = {  # of scores a, b (B, 3) and a batch of pairs
+    "btt": lambda a, b, batch: btt_loss(a, b, batch["label"]),
+    "bt": lambda a, b, batch: bt_loss(a, b, batch["label"]),
+    "regression": lambda a, b, batch: regression_loss(torch.stack((a, b), 1), batch["mos"]),
+}
 
 
 def reward_config(args, vocabulary, words):
@@ -178,9 +178,7 @@ def disk_data(args):
     config = reward_config(args, vocabulary, min(longest, MOST_WORDS))
 
     def load(rows, path):
-        def bar(items, total):
-            return tqdm(items, f"decoding {path.name}", total, unit="video", leave=False, dynamic_ncols=True)
-
+        bar = progress_bar(f"decoding {path.name}", "video")
         return disk_pairs(rows, path, config, vocabulary, args.cache, skipped, bar)
 
     if args.val:
@@ -200,7 +198,7 @@ def disk_data(args):
 
 @torch.no_grad()
 def pair_scores(model, pairs, device, progress=lambda chunks: chunks):
-    """Raw scores (N, 2, 3) on the CPU of both clips of all pairs."""
+    """Scores (N, 2, 3) on the CPU of both clips of all pairs, by model (videos, y) -> (B, 3)."""
     scores = []
     for index in progress(torch.arange(len(pairs)).split(64)):
         y = pairs.y[index].to(device)
@@ -305,9 +303,10 @@ def relabelled(pairs, reward, words, reward_words, weights, device):
     Offline and once, as in the paper: clips of the twelve generators, none of the policy's own."""
     if reward_words != words:
         raise BadInput("--reward and --init know different words; use a reward and a base model of the same data")
-    scores = pair_scores(reward, pairs, device, progress_bar("VideoReward scores the pairs", "x64 pairs"))
+    bar = progress_bar("VideoReward scores the pairs", "x64 pairs")
+    scores = pair_scores(reward.normalised, pairs, device, bar)
     weights = torch.tensor(weights) / sum(map(abs, weights))  # 1:1:1 is r = (r_VQ + r_MQ + r_TA) / 3
-    return (scores - reward.mean.cpu()) / reward.std.cpu() @ weights
+    return scores @ weights
 
 
 def ranked(total):
@@ -325,8 +324,3 @@ def epoch_index(count, batch, step, seed):
         here = position // count == epoch
         index[here] = torch.randperm(count, generator=step_rng(seed, -1 - epoch))[position[here] % count]
     return index
-
-
-def progress_bar(name, unit):
-    """A tqdm for a list, for functions that take a progress argument."""
-    return lambda items: tqdm(items, desc=name, unit=unit, leave=False, dynamic_ncols=True)

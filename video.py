@@ -37,7 +37,8 @@ def sample_frames(path, fps=FPS, said=0):
         with imageio.get_reader(path, format="FFMPEG") as reader:
             rate, count = reader.get_meta_data()["fps"], reader.count_frames()
             positions = frame_positions(count, count / rate, fps) if count > 1 and rate > 0 else []
-            taken = {i: frame for i, frame in enumerate(reader) if i in set(positions)}
+            wanted = set(positions)
+            taken = {i: frame for i, frame in enumerate(reader) if i in wanted}
     except (OSError, RuntimeError, ValueError, KeyError, IndexError, StopIteration):
         raise ValueError("cannot be decoded as a video") from None
     if len(positions) < 2:

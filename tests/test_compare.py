@@ -45,17 +45,14 @@ def test_table_shows_scores_of_all_and_wins_over_the_first():
 class Judge(torch.nn.Module):
     """A reward that likes bright clips, all three scores alike; clips of the same brightness get the same reward."""
 
-    mean, std = torch.zeros(3), torch.ones(3)
-
-    def forward(self, video, y):
+    def normalised(self, video, y):
         return (video.flatten(1).mean(1, keepdim=True) * 20).round().expand(-1, 3)
 
 
 class Oracle(Judge):
-    mean, std = world.TRUE_MEAN, world.TRUE_STD
-
-    def forward(self, video, y):
-        return world.oracle(video, [" ".join(TOY_WORDS[i] for i in row if i) for row in y.tolist()])
+    def normalised(self, video, y):
+        prompts = [" ".join(TOY_WORDS[i] for i in row if i) for row in y.tolist()]
+        return (world.oracle(video, prompts) - world.TRUE_MEAN) / world.TRUE_STD
 
 
 def ranked_clips(judge, count):
@@ -70,7 +67,7 @@ def test_pairs_are_ranked_by_the_reward_and_equal_rewards_make_none():
     (winner, prompt, first), (loser, again, second) = ranked_clips(Judge(), 200)
     assert 100 < len(winner) == len(loser) < 200
     assert torch.equal(prompt, again) and not (first == second).any()
-    scores = [Judge()(side, None)[:, 0] for side in (winner, loser)]
+    scores = [Judge().normalised(side, None)[:, 0] for side in (winner, loser)]
     assert (scores[0] > scores[1]).all()
 
 
