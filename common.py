@@ -3,7 +3,7 @@
 A checkpoint is one torch file, a dict of plain values and tensors that loads with `weights_only=True`:
 
     format   1
-    kind     "velocity" (a VideoTransformer) or "reward" (a VideoReward)
+    kind     "velocity" (a VideoTransformer), "reward" (a VideoReward) or "noisy reward" (a NoisyReward)
     config   the model's config as a dict          vocabulary   list of words, in the order of their ids
     model    state dict, any float dtype           step         training steps done
     and while training: ema, optimizer, settings (the flags), trained (the adapters, under LoRA)
@@ -11,8 +11,10 @@ A checkpoint is one torch file, a dict of plain values and tensors that loads wi
 
 import argparse
 import ctypes
+import math
 import os
 import pickle
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -38,9 +40,22 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description):
         super().__init__(description=description, formatter_class=self.Help)
+        self._negative_number_matcher = re.compile(r"-[.\d]")  # so that -1,0,1 is a value, as -1 is
 
     def error(self, message):
         raise BadInput(message)
+
+
+def numbers(flag, text, example):
+    """ "1,1,0.5" -> (1.0, 1.0, 0.5): as many numbers as `example` has. BadInput, which names the flag, for all else."""
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    count = len(example.split(","))
+    if len(values) != count or not all(map(math.isfinite, values)):
+        raise BadInput(f"{flag} {text}: {count} numbers with commas between are needed, for example {example}")
+    return values
 
 
 def keep_freed_memory():

@@ -323,14 +323,16 @@ def merge_lora(model):
     return model
 
 
-def load_model(path, kind, network, config=ModelConfig):
-    """A checkpoint's network in eval mode and float32, its averaged weights where it has them, and its vocabulary."""
+def load_model(path, kind, network, config=ModelConfig, more=lambda config: {}):
+    """A checkpoint's network in eval mode and float32, its averaged weights where it has them, and its vocabulary.
+    more(config) gives tensors that are not in the file."""
     state = load_checkpoint(path, kind)
     try:
         model = network(config(**state["config"]))
     except TypeError:
         raise BadInput(f"{path}: its config does not describe a {network.__name__}") from None
-    return fill(model, state.get("ema") or state["model"], path).eval(), state["vocabulary"]
+    weights = (state.get("ema") or state["model"]) | more(model.config)
+    return fill(model, weights, path).eval(), state["vocabulary"]
 
 
 def load_velocity(path):

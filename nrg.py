@@ -1,24 +1,54 @@
-"""Flow-NRG: steering a sample by the gradient of a reward (paper, section 4.4, Eq. 10-11, appendix B).
+"""Flow-NRG: steering a sample by the gradient of a noise-aware reward (paper, section 4.4, Eq. 10-11, appendix B).
 
     v~(x_t) = v(x_t) - w t / (1 - t) grad_x r(x_t, t, y)                                                         Eq. 11
 
 samples from p_ref exp(r)^w without any training of the generator. The minus is right: a step goes against v, so it
 climbs r. Guidance comes after classifier-free guidance, and its gradient passes through the reward alone.
 
+The reward reads what the sampler sees, a clip with noise on it, so it is trained on such clips: both of a pair with
+the same noise and t, by Bradley-Terry. It is the base model's embedding and first blocks, frozen, under a small head;
+a policy that kept these blocks then runs them once for its velocity and for the reward (`SharedTrunk`). The paper says
+"a few early layers" and no more of the network; pooling, head and number of blocks here are our choice, measured in
+README. Guidance and loss know no model class: a reward is any r = reward(x_t, t, y).
+
 For exactly the tilted density, r(x_t, t) must be the value of what is still to come, log E[exp(w r(x0)) | x_t] / w; its
 gradient falls to 0 like 1 - t at the noise, so that t / (1 - t) times it stays finite. A learned reward need not, hence
-`eps` and `interval`. Nothing here knows a model class: a reward is any r = reward(x_t, t, y).
+`eps` and `interval`.
 """
 
+import hashlib
+from dataclasses import asdict, dataclass
+
 import torch
+import torch.nn as nn
+
+from attention import attention
+from common import BadInput
+from flow import draw_noise, draw_time, interpolate
+from model import ModelConfig, VideoTransformer, load_model
+from reward import DIMENSIONS, accuracy_without_ties, bt_loss
+
+TIME_BINS = 4  # of equal width in t, for the logs
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Guidance
 
 
-def guide(reward, weights, scale=1.0, eps=0.0, interval=(0.0, 1.0)):
+def reward_gradient(reward, x_t, t, y, weights):
+    """grad_x sum_k weights_k r_k(x_t, t, y), like x_t; reaches x_t alone."""
+    with torch.enable_grad():
+        x = x_t.detach().requires_grad_(True)
+        total = (reward(x, t, y) * torch.tensor(weights, device=x.device)).sum()
+        return torch.autograd.grad(total, x)[0]
+
+
+def guide(reward, weights, scale=1.0, eps=0.0, interval=(0.0, 1.0), gradient=reward_gradient):
     """Guidance for the sampler: a function (v, x_t, t, y) -> v - scale t / (1 - t + eps) grad_x sum_k weights_k r_k.
 
     reward: (x_t, t, y) -> (B, K) scores; weights: K numbers of any sign, VQ, MQ, TA. eps 0 is the paper's form, which
     leaves out t = 1 alone. Outside `interval` = (lowest, highest) t nothing is done, and with weights or a scale of 0
-    the very same v is returned. ValueError for an eps below 0."""
+    the very same v is returned. `gradient` computes the gradient; SharedTrunk has a cheaper one. ValueError for an eps
+    below 0."""
     if eps < 0:
         raise ValueError(f"eps must not be negative, not {eps}")
 
@@ -27,11 +57,175 @@ def guide(reward, weights, scale=1.0, eps=0.0, interval=(0.0, 1.0)):
         active = (now >= interval[0]) & (now <= interval[1]) & (1 - now + eps > 0)
         if scale == 0 or not any(weights) or not active.any():
             return v
-        with torch.enable_grad():
-            x = x_t.detach().requires_grad_(True)
-            total = (reward(x, t, y) * torch.tensor(weights, device=x.device)).sum()
-            (gradient,) = torch.autograd.grad(total, x)
         factor = torch.where(active, scale * now / (1 - now + eps).clamp(min=1e-12), 0.0)
-        return v - factor * gradient  # Eq. 11
+        return v - factor * gradient(reward, x_t, t, y, weights)  # Eq. 11
 
     return guided
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The noise-aware reward
+
+
+@dataclass(frozen=True)
+class NoisyRewardConfig(ModelConfig):
+    """The base model's sizes; `read`, how many of its blocks the reward reads; `trunk`, the fingerprint of these blocks
+    where they are the base model's and not stored with the reward, "" where they are its own."""
+
+    read: int = 2
+    trunk: str = ""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 1 <= self.read <= self.depth:
+            raise BadInput(f"--read {self.read}: this base model has {self.depth} blocks, so 1 to {self.depth}")
+
+
+def trunk_tensors(model, blocks):
+    """{name: tensor} of all that a VideoTransformer computes its first `blocks` hidden states from."""
+    parts = ("patch_in.", "words.", "places", "time.", "pooled.", *(f"blocks.{i}." for i in range(blocks)))
+    return {name: value for name, value in model.state_dict().items() if name.startswith(parts)}
+
+
+def fingerprint(model, blocks):
+    """16 hex digits that tell whether two models have their embedding and first `blocks` blocks in common."""
+    digest = hashlib.sha256()
+    for name, value in sorted(trunk_tensors(model, blocks).items()):
+        digest.update(name.encode() + value.detach().cpu().half().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+class NoisyReward(nn.Module):
+    """forward(x_t (B, C, T, H, W), t (B,), y (B, S)) -> raw scores (B, 3) in the order VQ, MQ, TA.
+
+    Three learned queries, one for a score, pool the trunk's hidden states by attention; hidden states and queries are
+    modulated by the time and the pooled prompt, and one small network turns each pooled vector into its score."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        dim = config.dim
+        self.trunk = VideoTransformer(config)
+        self.trunk.blocks = self.trunk.blocks[: config.read]
+        del self.trunk.patch_out, self.trunk.modulation  # what follows the last block
+        self.norm = nn.LayerNorm(dim)
+        self.modulation = nn.Linear(dim, 4 * dim)
+        self.queries = nn.Parameter(torch.randn(len(DIMENSIONS), dim) * dim**-0.5)
+        self.key = nn.Linear(dim, dim)
+        self.value = nn.Linear(dim, dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, 1))
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, x_t, t, y):
+        hidden, condition = self.trunk.embed(x_t, t, y)
+        return self.head(self.trunk.run(hidden, condition, 0, self.config.read), condition)
+
+    def head(self, hidden, condition):
+        """Hidden states (B, S + N, d) of the trunk, and its condition (B, d) -> scores (B, 3)."""
+        shift, scale, move, turn = self.modulation(condition)[:, None].chunk(4, -1)  # (B, 1, d) each
+        hidden = self.norm(hidden) * (1 + scale) + shift  # (B, S + N, d)
+        b, n, d = hidden.shape
+        heads = self.config.heads
+        q = self.queries * (1 + turn) + move  # (B, 3, d)
+        q, k, v = (
+            x.reshape(b, -1, heads, d // heads).transpose(1, 2) for x in (q, self.key(hidden), self.value(hidden))
+        )
+        pooled = attention(q, k, v).transpose(1, 2).reshape(b, -1, d)  # (B, 3, d)
+        return self.mlp(pooled + self.queries)[..., 0]  # (B, 3)
+
+
+def noisy_reward_on(base, read, frozen=True):
+    """A new NoisyReward on a copy of the first `read` blocks of `base`; frozen: the head alone will be trained."""
+    config = NoisyRewardConfig(**asdict(base.config), read=read, trunk=fingerprint(base, read) if frozen else "")
+    reward = NoisyReward(config)
+    reward.trunk.load_state_dict(trunk_tensors(base, read))
+    reward.trunk.requires_grad_(not frozen)
+    return reward
+
+
+def stored(reward):
+    """The state dict to save: without the trunk where it is the base model's."""
+    return {k: v for k, v in reward.state_dict().items() if not (reward.config.trunk and k.startswith("trunk."))}
+
+
+def load_noisy_reward(path, *bases):
+    """(NoisyReward, words) of a checkpoint. A trunk that is not in the file is taken from the VideoTransformer among
+    `bases` that has it; BadInput if none does."""
+
+    def trunk(config):
+        if not config.trunk:
+            return {}
+        for base in bases:
+            if fingerprint(base, config.read) == config.trunk:
+                return {f"trunk.{name}": value for name, value in trunk_tensors(base, config.read).items()}
+        raise BadInput(f"{path}: its first {config.read} blocks are those of another base model than the one given")
+
+    return load_model(path, "noisy reward", NoisyReward, NoisyRewardConfig, trunk)
+
+
+def noisy_reward_step(reward, x0_a, x0_b, y, label, rng, shift=1.0):
+    """One step on pairs x0_a, x0_b (B, ...) with prompts y (B, S) and labels (B, 3) -> (loss, logs).
+
+    Both clips of a pair get the same noise and t, assuming that noise keeps their order (section 4.4); the loss is
+    Bradley-Terry, which leaves ties out. t is uniform, then shifted towards noise by `shift` (1 = not). The logs hold
+    the accuracy in each dimension, and once more for each quarter of t, as "VQ/t0" (the cleanest) to "VQ/t3"."""
+    t = draw_time(len(y), rng, shift).to(x0_a.device)
+    x1 = draw_noise(x0_a, rng)
+    x_t = torch.cat((interpolate(x0_a, x1, t), interpolate(x0_b, x1, t)))
+    a, b = reward(x_t, torch.cat((t, t)), torch.cat((y, y))).chunk(2)  # (B, 3) each
+    loss = bt_loss(a, b, label)
+    quarter = (t * TIME_BINS).long().clamp(max=TIME_BINS - 1)
+    logs = {"loss": loss.item()}
+    for i, name in enumerate(DIMENSIONS):
+        for part, here in [("", slice(None)), *((f"/t{k}", quarter == k) for k in range(TIME_BINS))]:
+            logs[name + part] = accuracy_without_ties((a - b)[here, i], label[here, i])
+    return loss, {name: value for name, value in logs.items() if value == value}  # nan: no such pair
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One trunk for policy and reward
+
+
+class SharedTrunk:
+    """A policy as a velocity model whose first blocks serve the reward as well: sample(shared, ..., guidance=guide(
+    reward, ..., gradient=shared.gradient)).
+
+    A step then costs 1 + k/L forwards, with k of L blocks read: the rest of the policy runs without a graph, and back
+    go only the head and k blocks. Freezes the weights of both, as the gradient is wanted in x_t alone."""
+
+    def __init__(self, policy, reward):
+        self.policy, self.read, self.last = policy.requires_grad_(False), reward.config.read, None
+        reward.requires_grad_(False)
+
+    def __call__(self, x_t, t, y):
+        policy = self.policy
+        with torch.enable_grad():
+            x = x_t.detach().requires_grad_(True)
+            hidden, condition = policy.embed(x, t, y)
+            hidden = policy.run(hidden, condition, 0, self.read)
+        self.last = x_t, y, x, hidden, condition
+        with torch.no_grad():
+            hidden = policy.run(hidden.detach(), condition, self.read, len(policy.blocks))
+            return policy.head(hidden, condition, x_t, t)
+
+    def gradient(self, reward, x_t, t, y, weights):
+        """reward_gradient, from what the last call kept: the sampler's, with the same x_t and y."""
+        if self.last is None or self.last[0] is not x_t or self.last[1] is not y:
+            return reward_gradient(reward, x_t, t, y, weights)
+        _, _, x, hidden, condition = self.last
+        with torch.enable_grad():
+            total = (reward.head(hidden, condition) * torch.tensor(weights, device=x.device)).sum()
+            return torch.autograd.grad(total, x)[0]
+
+
+def steer(policy, reward, weights, scale, eps, interval=(0.0, 1.0)):
+    """(velocity model, guidance) to sample with; they share their first blocks where these are equal to the last bit,
+    otherwise the reward runs its own. Weights or a scale of 0 leave the policy alone."""
+    if scale == 0 or not any(weights):
+        return policy, None
+    own, others = trunk_tensors(reward.trunk, reward.config.read), trunk_tensors(policy, reward.config.read)
+    same = own.keys() == others.keys() and all(torch.equal(own[name], others[name]) for name in own)
+    shared = SharedTrunk(policy, reward) if same else policy
+    gradient = shared.gradient if same else reward_gradient
+    return shared, guide(reward.requires_grad_(False), weights, scale, eps, interval, gradient)

@@ -1,11 +1,13 @@
 """Sampling: Euler steps from noise to video, with classifier-free guidance (paper, section 4.1 and appendix C).
 
     python sample.py --prompt "a red circle moving left"      writes a GIF and a PNG, prints the true scores
+    python sample.py --nrg 1,1,0.5                            the same clips without and with reward guidance
 
 The clock runs from t = 1 to 0 and is shifted towards noise as in training. The paper gives no step count, shift or
 guidance scale; README, "Settings, and why", says what was chosen here.
 """
 
+import math
 from pathlib import Path
 
 import imageio.v3 as imageio
@@ -13,13 +15,15 @@ import numpy as np
 import torch
 
 import world
-from common import WEIGHTS, BadInput, Parser, pick_device, run
+from common import WEIGHTS, BadInput, Parser, numbers, pick_device, run
 from data import Vocabulary
 from flow import TIME_SHIFT, shift_time
 from model import load_velocity
+from nrg import load_noisy_reward, steer
 
 STEPS = 20
 CFG = 2.0
+NRG_SCALE, NRG_EPS, NRG_INTERVAL = 1.0, 0.1, "0,1"
 
 
 @torch.no_grad()
@@ -35,9 +39,10 @@ def sample(model, x1, y, steps=STEPS, cfg=1.0, null=None, guidance=None, shift=T
     x = x1
     for now, then in zip(clock[:-1], clock[1:]):
         t = torch.full((len(x),), now, device=x.device)
-        v = model(x, t, y)
         if cfg != 1.0:
             v_null = model(x, t, null)
+        v = model(x, t, y)  # last, as guidance may use what this call leaves behind (nrg.SharedTrunk)
+        if cfg != 1.0:
             v = v_null + cfg * (v - v_null)
         if guidance is not None:
             v = guidance(v, x, t, y)
@@ -97,10 +102,25 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="one seed, one set of clips, on every device")
     parser.add_argument("--out", type=Path, default=Path("out/sample"), help="folder to write to")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    group = parser.add_argument_group("reward guidance (Flow-NRG, section 4.4); the clips without it are made as well")
+    group.add_argument("--nrg", help="weights of VQ, MQ and TA of any sign, for example 1,1,0.5")
+    group.add_argument("--nrg-ckpt", type=Path, default=WEIGHTS / "nrg.pt", help="weights of a noise-aware reward")
+    group.add_argument("--nrg-scale", type=float, default=NRG_SCALE, help="w of Eq. 11, on rewards of unit spread")
+    group.add_argument("--nrg-eps", type=float, default=NRG_EPS, help="of t / (1 - t + eps); 0 = the paper's form")
+    group.add_argument("--nrg-interval", default=NRG_INTERVAL, help="lowest and highest t that is guided")
+    group.add_argument(
+        "--compare", action="store_true", help="CFG 1, --cfg and guidance after --cfg, one under the other"
+    )
     args = parser.parse_args()
     for name in ("n", "steps"):
         if getattr(args, name) < 1:
             raise BadInput(f"--{name} {getattr(args, name)}: must be at least 1")
+    for name in ("cfg", "nrg_scale"):
+        if not math.isfinite(getattr(args, name)):
+            raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: must be a number")
+    if not 0 <= args.nrg_eps < math.inf:
+        raise BadInput(f"--nrg-eps {args.nrg_eps}: must be 0 or a positive number")
+    interval = numbers("--nrg-interval", args.nrg_interval, NRG_INTERVAL)
     device = pick_device(args.device)
     model, words = load_velocity(args.ckpt)
     try:
@@ -109,20 +129,36 @@ def main():
     except ValueError as error:
         raise BadInput(str(error)) from None
     x1 = torch.randn(args.n, *model.config.video_shape, generator=torch.Generator().manual_seed(args.seed))
-    videos = sample_many(model.to(device), x1.to(device), y.to(device), steps=args.steps, cfg=args.cfg).cpu()
-    scores = world.oracle(videos, attributes)
-    name = args.prompt.lower().replace(" ", "-")
+    x1, y, model = x1.to(device), y.to(device), model.to(device)
+
+    runs = {f"CFG {cfg:g}": (model, cfg, None) for cfg in ((1.0, args.cfg) if args.compare else (args.cfg,))}
+    if args.nrg is not None:
+        weights = numbers("--nrg", args.nrg, "1,1,0.5")
+        bases = (model,) if args.ckpt == WEIGHTS / "base.pt" else (model, load_velocity(WEIGHTS / "base.pt")[0])
+        reward, reward_words = load_noisy_reward(args.nrg_ckpt, *bases)
+        if reward_words != words:
+            raise BadInput(f"{args.nrg_ckpt}: knows other words than {args.ckpt}")
+        steered, guidance = steer(model, reward.to(device), weights, args.nrg_scale, args.nrg_eps, interval)
+        runs[f"CFG {args.cfg:g} NRG {args.nrg}"] = (steered, args.cfg, guidance)
+    videos, scores = [], []
+    for model, cfg, guidance in runs.values():
+        videos.append(sample_many(model, x1, y, steps=args.steps, cfg=cfg, guidance=guidance).cpu())
+        scores.append(world.oracle(videos[-1], attributes))
+
+    name = args.prompt.lower().replace(" ", "-") + "-nrg" * (args.nrg is not None) + "-compared" * args.compare
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        write_gif(args.out / f"{name}.gif", [videos])
-        write_sheet(args.out / f"{name}.png", videos)
+        write_gif(args.out / f"{name}.gif", videos)
+        write_sheet(args.out / f"{name}.png", torch.stack(videos, 1).flatten(0, 1))  # a clip's versions together
     except OSError as error:
         raise BadInput(f"cannot write to {args.out}: {error.strerror}") from None
-    print(f"{'clip':>4} {'VQ':>6} {'MQ':>6} {'TA':>6}   true scores of {args.prompt!r}")
-    for i, row in enumerate(scores.tolist()):
-        print(f"{i:>4} {row[0]:6.2f} {row[1]:6.2f} {row[2]:6.2f}")
-    print("mean " + " ".join(f"{value:6.2f}" for value in scores.mean(0).tolist()))
-    print(f"wrote {args.out / name}.gif and .png")
+    width = max(map(len, runs))
+    print(f"true scores of {args.prompt!r}\n{'':{width}} {'clip':>4} {'VQ':>6} {'MQ':>6} {'TA':>6}")
+    for label, table in zip(runs, scores):
+        for i, row in [*enumerate(table.tolist()), ("mean", table.mean(0).tolist())]:
+            print(f"{label:{width}} {i:>4} " + " ".join(f"{value:6.2f}" for value in row))
+    order = f"; rows: {', '.join(runs)}" if len(runs) > 1 else ""
+    print(f"wrote {args.out / name}.gif and .png{order}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@
     reward     VideoReward on pairs that annotators compared, toy or on disk                 section 3
     sft        the video model on the winners of pairs that VideoReward ranked               section 5.1
     rwr        the video model on both clips of these pairs, weighted by their reward        section 4.3
+    nrg        a small head on the base model's first blocks, on noised pairs, by BT         section 4.4
     dpo        the video model on these pairs, against its frozen start                      section 4.2
 """
 
@@ -30,10 +31,11 @@ from data import (
     toy_pairs,
     vocabulary_of,
 )
-from flow import draw_noise, draw_time, flow_error
+from flow import draw_noise, draw_time, flow_error, interpolate
 from flow_dpo import flow_dpo_step
 from flow_rwr import flow_rwr_step, rwr_weights
 from model import PRESETS, VideoTransformer, add_lora, freeze_trunk, load_velocity, merge_lora, share_trunk
+from nrg import noisy_reward_on, noisy_reward_step, stored
 from reward import (
     DIMENSIONS,
     INVALID,
@@ -64,6 +66,7 @@ class Task:
     shown: tuple  # names of the logs in the progress bar
     finish: Callable  # (model, out) -> lines to print; may write files and set buffers of the model
     adapted: bool = False  # whether LoRA is in the model; checkpoints then hold the merged weights and the adapters
+    stored: Callable = torch.nn.Module.state_dict  # model -> tensors to save
 
     def plain(self, model):
         """The model to save and sample from."""
@@ -206,6 +209,49 @@ def pair_scores(model, pairs, device, progress=lambda chunks: chunks):
     return torch.cat(scores)
 
 
+def nrg_task(args, device):
+    base, words = load_velocity(args.init or WEIGHTS / "base.pt")
+    torch.manual_seed(args.seed)
+    model = noisy_reward_on(base, args.read, args.trunk == "frozen").to(device)
+    vocabulary = Vocabulary(words)
+    bar = progress_bar("annotators look at the pairs", "x64 pairs")
+    pairs = annotated_pairs(args.pairs, ["train"], args.seed, base.config, vocabulary, bar)
+
+    def batch(step, rng):
+        return pairs.batch(epoch_index(len(pairs), args.batch, step, args.seed))
+
+    def loss(batch, rng):
+        pair = batch["video_a"], batch["video_b"], batch["y"], batch["label"]
+        return noisy_reward_step(model, *pair, rng, args.time_shift)
+
+    def finish(model, out):
+        held = annotated_pairs(args.eval_pairs, ["validation"], args.seed + 1, base.config, vocabulary)
+        lines = [f"{len(held)} validation pairs, prompts never seen in training, accuracy without ties at each t:"]
+        for t, values in noisy_accuracy(model, held, device, args.eval_seed).items():
+            lines.append(f"  t {t:.2f}  " + "  ".join(f"{n} {v:.3f}" for n, v in zip(DIMENSIONS, values)))
+        return lines
+
+    return Task("noisy reward", model, vocabulary, batch, loss, ("loss", *DIMENSIONS), finish, stored=stored)
+
+
+@torch.no_grad()
+def noisy_accuracy(reward, pairs, device, seed, times=(0.0, 0.2, 0.4, 0.6, 0.8, 0.9)):
+    """{t: accuracy without ties [VQ, MQ, TA]} of a noise-aware reward; both clips of a pair get the same noise."""
+    rng, deltas = torch.Generator().manual_seed(seed), {t: [] for t in times}
+    for index in torch.arange(len(pairs)).split(64):
+        y, x0 = pairs.y[index].repeat(2, 1).to(device), torch.cat(pairs.sides(index)).to(device)
+        x1 = draw_noise(x0[: len(index)], rng).repeat(2, 1, 1, 1, 1)
+        for t in times:
+            t_all = torch.full((len(x0),), t, device=device)
+            a, b = reward(interpolate(x0, x1, t_all), t_all, y).cpu().chunk(2)
+            deltas[t].append(a - b)
+    result = {}
+    for t, delta in deltas.items():
+        delta = torch.cat(delta)
+        result[t] = [accuracy_without_ties(delta[:, i], pairs.label[:, i]) for i in range(len(DIMENSIONS))]
+    return result
+
+
 def dpo_task(args, device):
     base, policy, vocabulary, pairs, total, finish = alignment(args, device)
     better, worse = ranked(total)
@@ -253,7 +299,14 @@ def weighted_task(args, policy, vocabulary, pairs, chosen, weight, finish):
     return Task("velocity", policy, vocabulary, batch, loss, ("loss", "effective_samples"), finish, args.lora_rank > 0)
 
 
-TASKS = {"pretrain": pretrain_task, "reward": reward_task, "sft": sft_task, "rwr": rwr_task, "dpo": dpo_task}
+TASKS = {
+    "pretrain": pretrain_task,
+    "reward": reward_task,
+    "nrg": nrg_task,
+    "sft": sft_task,
+    "rwr": rwr_task,
+    "dpo": dpo_task,
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@
     python train.py --algo rwr          the same by reward-weighted regression, or --algo sft on the winners alone
     python train.py --algo pretrain     the base model from nothing (flow matching, section 4.1)
     python train.py --algo reward       VideoReward from nothing (section 3.2)
+    python train.py --algo nrg          the noise-aware reward for guidance, on the base model's first blocks (4.4)
 
 All that is random in step n comes from the seed and n, so a run that was stopped and resumed ends at the same bits.
 """
@@ -11,7 +12,6 @@ All that is random in step n comes from the seed and n, so a run that was stoppe
 import argparse
 import copy
 import json
-import math
 import signal
 import sys
 import time
@@ -21,18 +21,18 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common import BadInput, Parser, load_checkpoint, pick_device, run, save_checkpoint
+from common import BadInput, Parser, load_checkpoint, numbers, pick_device, run, save_checkpoint
 from data import step_rng
 from flow import TIME_SHIFT
 from flow_dpo import SCHEDULES
 from model import PRESETS
-from reward import DIMENSIONS
 from tasks import LOSSES, TASKS
 
 # A flag left out takes its algorithm's value here; README, "Settings, and why", compares them with the paper's.
 DEFAULTS = {
     "pretrain": {"steps": 6000, "batch": 32, "lr": 2.5e-3, "decay": 0.4, "ema": 0.999},
     "reward": {"steps": 900, "batch": 32, "lr": 1e-3, "decay": 0.2, "ema": 0.0},
+    "nrg": {"steps": 500, "batch": 32, "lr": 1e-3, "decay": 0.2, "ema": 0.0},
     "sft": {"steps": 200, "batch": 16, "lr": 1e-4, "decay": 0.0, "ema": 0.0},
     "rwr": {"steps": 200, "batch": 16, "lr": 1e-4, "decay": 0.0, "ema": 0.0},
     "dpo": {"steps": 200, "batch": 16, "lr": 1e-4, "decay": 0.0, "ema": 0.0},
@@ -59,7 +59,7 @@ def train(task, args, device, state=None):
 
     def save(step):
         state = {"kind": task.kind, "config": asdict(model.config), "vocabulary": task.vocabulary.words, "step": step}
-        state |= {"model": task.plain(model).state_dict(), "settings": settled(args)}
+        state |= {"model": task.stored(task.plain(model)), "settings": settled(args)}
         state |= {"trained": {name: value.detach() for name, value in trained.items()}} if task.adapted else {}
         state |= {"ema": average.state_dict()} if average is not None else {}
         save_checkpoint(last, state | {"optimizer": optimizer.state_dict()})
@@ -112,7 +112,7 @@ def train(task, args, device, state=None):
     lines = task.finish(final, args.out)
     save(args.steps)  # with what finish measured, the reward's z-score constants
     if args.export:
-        weights = {name: value.half() for name, value in final.state_dict().items()}
+        weights = {name: value.half() for name, value in task.stored(final).items()}
         state = {"kind": task.kind, "config": asdict(model.config), "vocabulary": task.vocabulary.words}
         save_checkpoint(args.export, state | {"step": args.steps, "model": weights})
         lines.append(f"wrote {args.export}")
@@ -195,13 +195,16 @@ def arguments(argv=None):
 
     group = parser.add_argument_group("flow matching")
     group.add_argument(
-        "--time-shift", type=float, default=TIME_SHIFT, help="shift of t towards noise; 1 = none (section 4.1)"
+        "--time-shift",
+        type=float,
+        default=TIME_SHIFT,
+        help="shift of t towards noise; 1 = none, nrg: 0 = clean clips (section 4.1)",
     )
     group.add_argument("--label-dropout", type=float, default=0.1, help="share of prompts dropped, for CFG")
 
     group = parser.add_argument_group("preferences")
     group.add_argument(
-        "--pairs", type=int, help="toy pairs in the data set (default: one epoch; reward two, as in Table 11)"
+        "--pairs", type=int, help="toy pairs in the data set (default: one epoch; reward, nrg two, as in Table 11)"
     )
     group.add_argument("--loss", choices=LOSSES, default="btt", help="reward: with ties, without, or on ratings (3.2)")
     group.add_argument(
@@ -220,6 +223,11 @@ def arguments(argv=None):
     group.add_argument("--align", default="1,1,1", help="alignment: weights of VQ, MQ and TA in the reward (5.2)")
     group.add_argument("--freeze", type=int, default=2, help="alignment: first blocks left as in the base; 0 = none")
     group.add_argument("--lora-rank", type=int, default=0, help="alignment: adapters of this rank; 0 = the weights")
+
+    group.add_argument("--read", type=int, default=2, help="nrg: first blocks of the base model that the reward reads")
+    group.add_argument(
+        "--trunk", choices=("frozen", "trained"), default="frozen", help="nrg: whether these blocks stay the base's"
+    )
 
     group = parser.add_argument_group("real data (reward)")
     group.add_argument("--data", type=Path, help="CSV of pairs in VideoAlign's format (default: the toy world)")
@@ -243,31 +251,23 @@ def arguments(argv=None):
     for name in ("steps", "batch", "save_every", "eval_prompts", "eval_pairs"):
         if getattr(args, name) < 1:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
-    for name in ("lr", "beta", "time_shift", "temperature"):
+    clean = args.algo == "nrg" and args.time_shift == 0
+    for name in ("lr", "beta", "temperature", *(() if clean else ("time_shift",))):
         if not 0 < getattr(args, name) < float("inf"):
             raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: must be a positive number")
     for name in ("decay", "ema", "label_dropout"):
         if not 0 <= getattr(args, name) <= 1:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: must lie between 0 and 1")
-    args.align = weights(args.align)
+    args.align = numbers("--align", args.align, "1,1,1")
+    if not any(args.align):
+        raise BadInput("--align 0,0,0: at least one weight must not be 0")
     if args.caption is None:
         args.caption = 0.0 if args.data else 1.0  # measured on the toy alone, whose vocabulary is 17 words
     if args.data and args.algo != "reward":
         raise BadInput(f"--data: --algo {args.algo} trains on the toy world only; --algo reward reads videos")
     args.out = args.out or Path("out") / args.algo
-    args.pairs = args.pairs or args.steps * args.batch // (2 if args.algo == "reward" else 1) or 1
+    args.pairs = args.pairs or args.steps * args.batch // (2 if args.algo in ("reward", "nrg") else 1) or 1
     return args
-
-
-def weights(text):
-    """ "1,1,0.5" -> (1.0, 1.0, 0.5): any signs, not all zero. BadInput for anything else."""
-    try:
-        values = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        values = ()
-    if len(values) != len(DIMENSIONS) or not any(values) or not all(map(math.isfinite, values)):
-        raise BadInput(f"--align {text}: three numbers are needed, VQ,MQ,TA, not all 0; for example 1,1,1 or 0,0,1")
-    return values
 
 
 def main():

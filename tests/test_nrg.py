@@ -1,10 +1,24 @@
 """Flow-NRG's guidance: against closed forms, and what it must leave alone."""
 
+import copy
+from dataclasses import asdict
+
 import pytest
 import torch
 
 import evaluate_unified
-from nrg import guide
+from common import BadInput, save_checkpoint
+from data import step_rng
+from model import ModelConfig, VideoTransformer
+from nrg import (
+    SharedTrunk,
+    guide,
+    load_noisy_reward,
+    noisy_reward_on,
+    noisy_reward_step,
+    steer,
+    stored,
+)
 from sample import sample
 
 
@@ -100,3 +114,153 @@ def test_the_unified_view_knows_its_truth(monkeypatch):
     assert reference["mean"] == pytest.approx(0.0, abs=0.08) and exact["mean"] == pytest.approx(mean, abs=0.05)
     # the mean moves by .92, all of it mass moved to the right: so far is p_ref from p*
     assert reference["distance"] == pytest.approx(mean, abs=0.08) and exact["distance"] < 0.05
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The noise-aware reward
+
+CONFIG = ModelConfig(frames=2, size=8, patch=(1, 4, 4), dim=24, depth=3, heads=2, vocab=6, max_text=3)
+
+
+def small_model(seed=0):
+    """A VideoTransformer whose blocks are not the identity, as they are before training."""
+    torch.manual_seed(seed)
+    model = VideoTransformer(CONFIG)
+    for value in model.parameters():
+        value.data += 0.1 * torch.randn_like(value)
+    return model.eval()
+
+
+def inputs(count=4, seed=1):
+    rng = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, *CONFIG.video_shape, generator=rng)
+    return x, torch.rand(count, generator=rng), torch.randint(1, 6, (count, 3), generator=rng)
+
+
+def test_both_clips_of_a_pair_share_noise_and_time():
+    a, t, y = inputs()
+    b, label = a + 1, torch.tensor([[1, -1, 0]] * 4)
+    seen = []
+
+    def reward(x_t, t, y):
+        seen.append((x_t, t, y))
+        return x_t.flatten(1).mean(1, keepdim=True).expand(-1, 3)
+
+    loss, logs = noisy_reward_step(reward, a, b, y, label, step_rng(0, 0), shift=3.0)
+    (x_t, times, prompts), half = seen[0], 4
+    assert torch.equal(times[:half], times[half:]) and torch.equal(prompts[:half], prompts[half:])
+    # x_t of b minus x_t of a is (1 - t) (b - a) = 1 - t: the noise cancels
+    difference = (x_t[half:] - x_t[:half]).flatten(1)
+    assert torch.allclose(difference, (1 - times[:half, None]).expand_as(difference), atol=1e-6)
+    # so r_a - r_b = -(1 - t): wrong where A is better, right where B is, and the ties count for nothing
+    delta = -(1 - times[:half])
+    expected = (torch.log1p(torch.exp(-delta)) + torch.log1p(torch.exp(delta))).mean() / 2
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert logs["VQ"] == 0.0 and logs["MQ"] == 1.0 and "TA" not in logs
+
+
+def test_shift_0_leaves_the_clips_clean():
+    a, t, y = inputs()
+    seen = []
+    reward = lambda x_t, t, y: (seen.append((x_t, t)), x_t.flatten(1)[:, :3])[1]  # noqa: E731
+    noisy_reward_step(reward, a, -a, y, torch.ones(4, 3, dtype=torch.int64), step_rng(0, 0), shift=0.0)
+    assert torch.equal(seen[0][0], torch.cat((a, -a))) and not seen[0][1].any()
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_it_learns_a_preference_and_leaves_a_frozen_trunk_alone(frozen):
+    base = small_model()
+    torch.manual_seed(0)
+    reward = noisy_reward_on(base, 2, frozen)
+    before = {name: value.clone() for name, value in reward.state_dict().items()}
+    optimizer = torch.optim.Adam([p for p in reward.parameters() if p.requires_grad], 3e-3)
+    for step in range(60):
+        rng = step_rng(0, step)
+        a, _, y = inputs(16, step)
+        a = a + torch.where(torch.rand(16, generator=rng) < 0.5, 1.0, -1.0)[:, None, None, None, None]
+        label = torch.where(a.flatten(1).mean(1, keepdim=True) > 0, 1, -1).expand(-1, 3)  # the brighter clip is better
+        loss, logs = noisy_reward_step(reward, a, -a, y, label, rng)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss.item() < 0.45 and logs["VQ"] > 0.8  # ln 2 = .69 and .5 know nothing
+    changed = {name for name, value in reward.state_dict().items() if not torch.equal(value, before[name])}
+    assert any(name.startswith("trunk.") for name in changed) != frozen
+
+
+def test_a_shared_trunk_changes_the_cost_alone():
+    policy, (x, _, y) = small_model(), inputs()
+    reward = noisy_reward_on(policy, 2)
+    calls = []
+    policy.blocks[0].register_forward_hook(lambda *_: calls.append(1))
+    t = torch.full((4,), 0.6)
+    settings = dict(weights=[1.0, -0.5, 2.0], scale=3.0, eps=0.1)
+    shared, guidance = steer(policy, reward, **settings)
+    assert isinstance(shared, SharedTrunk)
+    v = shared(x, t, y)
+    steered = guidance(v, x, t, y)
+    assert len(calls) == 1  # of the policy's own; the reward's copy is not run
+    assert torch.allclose(v, policy(x, t, y), atol=1e-5)
+    assert torch.allclose(steered, guide(reward, **settings)(v, x, t, y), atol=1e-5) and not torch.equal(steered, v)
+    # after a call with other inputs the gradient is still the right one
+    shared(x, t, torch.zeros_like(y))
+    assert torch.allclose(guidance(v, x, t, y), steered, atol=1e-5)
+    ways = (shared, guidance), (policy, guide(reward, **settings))
+    assert torch.allclose(*(sample(m, x, y, steps=4, cfg=2.0, guidance=g) for m, g in ways), atol=1e-4)
+
+
+def test_a_policy_with_another_trunk_does_not_share_it():
+    base, (x, t, y) = small_model(), inputs()
+    reward = noisy_reward_on(base, 2)
+    later, earlier = copy.deepcopy(base), copy.deepcopy(base)
+    later.blocks[2].mlp[0].weight.data += 1e-3
+    earlier.blocks[1].mlp[0].weight.data += 1e-3
+    settings = dict(weights=[1.0, 1.0, 1.0], scale=1.0, eps=0.1)
+    assert isinstance(steer(later, reward, **settings)[0], SharedTrunk)
+    model, guidance = steer(earlier, reward, **settings)
+    assert model is earlier
+    v = model(x, t, y)
+    assert torch.equal(guidance(v, x, t, y), guide(reward, **settings)(v, x, t, y))
+
+
+def test_guidance_by_nothing_is_the_policy_itself():
+    policy = small_model()
+    reward = noisy_reward_on(policy, 1)
+    assert steer(policy, reward, [0.0, 0.0, 0.0], 1.0, 0.1) == (policy, None)
+    assert steer(policy, reward, [1.0, 1.0, 1.0], 0.0, 0.1) == (policy, None)
+
+
+def test_guidance_comes_after_cfg():
+    x, t, y = inputs(2)
+    null, seen = torch.zeros_like(y), []
+
+    def model(x_t, t, y):
+        return x_t * (2.0 if y.any() else 1.0)
+
+    def guidance(v, x_t, t, y):
+        seen.append((v, x_t, y))
+        return v
+
+    sample(model, x, y, steps=1, cfg=3.0, null=null, guidance=guidance)
+    v, x_t, prompts = seen[0]
+    assert torch.allclose(v, x_t * 4.0) and torch.equal(prompts, y)  # 1 + 3 (2 - 1)
+
+
+def test_a_checkpoint_finds_its_trunk(tmp_path):
+    base, other = small_model(), small_model(5)
+    for frozen in (True, False):
+        reward = noisy_reward_on(base, 2, frozen).eval()
+        state = {"kind": "noisy reward", "config": asdict(reward.config), "vocabulary": ["", "a"], "step": 0}
+        save_checkpoint(tmp_path / "nrg.pt", state | {"model": stored(reward)})
+        assert any(name.startswith("trunk.") for name in stored(reward)) != frozen
+        loaded, words = load_noisy_reward(tmp_path / "nrg.pt", other, base)
+        x, t, y = inputs()
+        assert torch.equal(loaded(x, t, y), reward(x, t, y)) and words == ["", "a"]
+    save_checkpoint(tmp_path / "nrg.pt", state | {"config": asdict(noisy_reward_on(base, 2).config), "model": {}})
+    with pytest.raises(BadInput, match="first 2 blocks are those of another base model"):
+        load_noisy_reward(tmp_path / "nrg.pt", other)
+
+
+def test_it_cannot_read_more_blocks_than_there_are():
+    with pytest.raises(BadInput, match="--read 4: this base model has 3 blocks"):
+        noisy_reward_on(small_model(), 4)
