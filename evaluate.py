@@ -3,6 +3,7 @@
     python evaluate.py reward       VideoReward: Tables 2 and 6, Fig. 2 and 3
     python evaluate.py align        SFT, Flow-RWR and Flow-DPO: Tables 3 and 4
     python evaluate.py beta         Fig. 6, and the learned and the true score along a long run
+    python evaluate.py nrg          Flow-NRG: Table 5
 
 A study is many trainings, each a job of its own whose result is kept in --work: a stopped study goes on where it was,
 and a second terminal with the same command takes its share of the jobs.
@@ -19,11 +20,18 @@ from tqdm import tqdm
 
 import evaluate_align
 import evaluate_beta
+import evaluate_nrg
 import evaluate_reward
 import evaluate_unified
 from common import BadInput, Parser, pick_device, run
 
-STUDIES = {"reward": evaluate_reward, "align": evaluate_align, "beta": evaluate_beta, "unified": evaluate_unified}
+STUDIES = {
+    "reward": evaluate_reward,
+    "align": evaluate_align,
+    "beta": evaluate_beta,
+    "nrg": evaluate_nrg,
+    "unified": evaluate_unified,
+}
 
 try:
     import fcntl

@@ -50,16 +50,17 @@ def prompts_of(name, count):
     return prompt_set(count, *{"standard": ("train", "validation"), "hard": ("hard",)}[name])
 
 
-def judge(checkpoint, args, device, sets, cfgs):
+def judge(checkpoint, args, device, sets, cfgs, steered=lambda model: (model, None)):
     """Samples of a checkpoint on each set and CFG, judged: {"set cfg": {"oracle" (N, 3), "videoreward" (N, 3),
-    "right" (N, 3), "quality" (N,)}}."""
+    "right" (N, 3), "quality" (N,)}}. steered: model -> what to sample with, a velocity model and a guidance."""
     model, words = load_velocity(checkpoint)
     reward, reward_words = load_reward(WEIGHTS / "reward.pt")
-    model, reward, scores = model.to(device), reward.to(device), {}
+    (model, guidance), reward, scores = steered(model.to(device)), reward.to(device), {}
     for i, (name, count) in enumerate(sets.items()):
         prompts = prompts_of(name, min(count, args.eval_prompts or count))
         for cfg in cfgs:
-            videos = sample_prompts(model, words, prompts, NOISE_SEED + i, device, cfg=cfg)
+            noise = NOISE_SEED + i
+            videos = sample_prompts(model, words, prompts, noise, device, cfg=cfg, guidance=guidance)
             scores[f"{name} {cfg:g}"] = {
                 "oracle": world.oracle(videos, prompts),
                 "videoreward": learned_scores(reward, reward_words, videos, prompts, device),

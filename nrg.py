@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from attention import attention
 from common import BadInput
@@ -96,10 +97,13 @@ def fingerprint(model, blocks):
 
 
 class NoisyReward(nn.Module):
-    """forward(x_t (B, C, T, H, W), t (B,), y (B, S)) -> raw scores (B, 3) in the order VQ, MQ, TA.
+    """forward(x_t (B, C, T, H, W), t (B,), y (B, S)) -> scores (B, 3) in the order VQ, MQ, TA.
 
     Three learned queries, one for a score, pool the trunk's hidden states by attention; hidden states and queries are
-    modulated by the time and the pooled prompt, and one small network turns each pooled vector into its score."""
+    modulated by the time and the pooled prompt, and a small network for each turns what it pooled into its score.
+
+    Scores are divided by `std`, their standard deviations over validation pairs, 1 until the training ends. Without,
+    VQ, whose pairs are easy to tell apart, ends at ten times the spread of the others and its gradient drowns them."""
 
     def __init__(self, config):
         super().__init__()
@@ -113,7 +117,10 @@ class NoisyReward(nn.Module):
         self.queries = nn.Parameter(torch.randn(len(DIMENSIONS), dim) * dim**-0.5)
         self.key = nn.Linear(dim, dim)
         self.value = nn.Linear(dim, dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, 1))
+        self.scores = nn.ModuleList(
+            nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, 1)) for _ in DIMENSIONS
+        )
+        self.register_buffer("std", torch.ones(len(DIMENSIONS)))
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
 
@@ -132,7 +139,8 @@ class NoisyReward(nn.Module):
             x.reshape(b, -1, heads, d // heads).transpose(1, 2) for x in (q, self.key(hidden), self.value(hidden))
         )
         pooled = attention(q, k, v).transpose(1, 2).reshape(b, -1, d)  # (B, 3, d)
-        return self.mlp(pooled + self.queries)[..., 0]  # (B, 3)
+        scores = [score(x) for score, x in zip(self.scores, pooled.unbind(1))]  # 3 x (B, 1)
+        return torch.cat(scores, 1) / self.std
 
 
 def noisy_reward_on(base, read, frozen=True):
@@ -164,19 +172,28 @@ def load_noisy_reward(path, *bases):
     return load_model(path, "noisy reward", NoisyReward, NoisyRewardConfig, trunk)
 
 
-def noisy_reward_step(reward, x0_a, x0_b, y, label, rng, shift=1.0):
+def noisy_reward_step(reward, x0_a, x0_b, y, label, rng, shift=1.0, contrast=0.0):
     """One step on pairs x0_a, x0_b (B, ...) with prompts y (B, S) and labels (B, 3) -> (loss, logs).
 
     Both clips of a pair get the same noise and t, assuming that noise keeps their order (section 4.4); the loss is
-    Bradley-Terry, which leaves ties out. t is uniform, then shifted towards noise by `shift` (1 = not). The logs hold
-    the accuracy in each dimension, and once more for each quarter of t, as "VQ/t0" (the cleanest) to "VQ/t3"."""
+    Bradley-Terry, which leaves ties out. t is uniform, then shifted towards noise by `shift` (1 = not; 0: t = 0, clean
+    clips). `contrast` weighs a second loss, not in the paper: that clip A suits its own prompt better than the next
+    pair's, by Bradley-Terry as well. Preferences tell little about prompts: they compare clips of the same one.
+
+    The logs hold the accuracy in each dimension, and once more for each quarter of t, as "VQ/t0" (the cleanest) to
+    "VQ/t3"; and `contrast`, how often the own prompt is preferred, an equal one counting one half."""
     t = draw_time(len(y), rng, shift).to(x0_a.device)
     x1 = draw_noise(x0_a, rng)
     x_t = torch.cat((interpolate(x0_a, x1, t), interpolate(x0_b, x1, t)))
     a, b = reward(x_t, torch.cat((t, t)), torch.cat((y, y))).chunk(2)  # (B, 3) each
     loss = bt_loss(a, b, label)
-    quarter = (t * TIME_BINS).long().clamp(max=TIME_BINS - 1)
     logs = {"loss": loss.item()}
+    if contrast:
+        other = reward(x_t[: len(y)], t, y.roll(1, 0))
+        margin = (a - other)[:, DIMENSIONS.index("TA")]
+        loss = loss - contrast * F.logsigmoid(margin).mean()
+        logs["contrast"] = ((margin > 0).float() + 0.5 * (margin == 0)).mean().item()
+    quarter = (t * TIME_BINS).long().clamp(max=TIME_BINS - 1)
     for i, name in enumerate(DIMENSIONS):
         for part, here in [("", slice(None)), *((f"/t{k}", quarter == k) for k in range(TIME_BINS))]:
             logs[name + part] = accuracy_without_ties((a - b)[here, i], label[here, i])
@@ -195,8 +212,8 @@ class SharedTrunk:
     go only the head and k blocks. Freezes the weights of both, as the gradient is wanted in x_t alone."""
 
     def __init__(self, policy, reward):
-        self.policy, self.read, self.last = policy.requires_grad_(False), reward.config.read, None
-        reward.requires_grad_(False)
+        self.policy, self.config = policy.requires_grad_(False), policy.config
+        self.read, self.last = reward.requires_grad_(False).config.read, None
 
     def __call__(self, x_t, t, y):
         policy = self.policy

@@ -222,34 +222,32 @@ def nrg_task(args, device):
 
     def loss(batch, rng):
         pair = batch["video_a"], batch["video_b"], batch["y"], batch["label"]
-        return noisy_reward_step(model, *pair, rng, args.time_shift)
+        return noisy_reward_step(model, *pair, rng, args.time_shift, args.contrast)
 
     def finish(model, out):
         held = annotated_pairs(args.eval_pairs, ["validation"], args.seed + 1, base.config, vocabulary)
+        scores = noisy_scores(model, held, device, args.eval_seed)
+        model.std.copy_(torch.cat(list(scores.values())).std((0, 1)).clamp(min=1e-6))
         lines = [f"{len(held)} validation pairs, prompts never seen in training, accuracy without ties at each t:"]
-        for t, values in noisy_accuracy(model, held, device, args.eval_seed).items():
-            lines.append(f"  t {t:.2f}  " + "  ".join(f"{n} {v:.3f}" for n, v in zip(DIMENSIONS, values)))
+        for t, here in scores.items():
+            right = [accuracy_without_ties(here[:, 0, i] - here[:, 1, i], held.label[:, i]) for i in range(3)]
+            lines.append(f"  t {t:.2f}  " + "  ".join(f"{n} {v:.3f}" for n, v in zip(DIMENSIONS, right)))
         return lines
 
     return Task("noisy reward", model, vocabulary, batch, loss, ("loss", *DIMENSIONS), finish, stored=stored)
 
 
 @torch.no_grad()
-def noisy_accuracy(reward, pairs, device, seed, times=(0.0, 0.2, 0.4, 0.6, 0.8, 0.9)):
-    """{t: accuracy without ties [VQ, MQ, TA]} of a noise-aware reward; both clips of a pair get the same noise."""
-    rng, deltas = torch.Generator().manual_seed(seed), {t: [] for t in times}
+def noisy_scores(reward, pairs, device, seed, times=(0.0, 0.2, 0.4, 0.6, 0.8, 0.9)):
+    """{t: scores (N, 2, 3) on the CPU} of a noise-aware reward; both clips of a pair get the same noise."""
+    rng, scores = torch.Generator().manual_seed(seed), {t: [] for t in times}
     for index in torch.arange(len(pairs)).split(64):
         y, x0 = pairs.y[index].repeat(2, 1).to(device), torch.cat(pairs.sides(index)).to(device)
         x1 = draw_noise(x0[: len(index)], rng).repeat(2, 1, 1, 1, 1)
         for t in times:
             t_all = torch.full((len(x0),), t, device=device)
-            a, b = reward(interpolate(x0, x1, t_all), t_all, y).cpu().chunk(2)
-            deltas[t].append(a - b)
-    result = {}
-    for t, delta in deltas.items():
-        delta = torch.cat(delta)
-        result[t] = [accuracy_without_ties(delta[:, i], pairs.label[:, i]) for i in range(len(DIMENSIONS))]
-    return result
+            scores[t].append(torch.stack(reward(interpolate(x0, x1, t_all), t_all, y).cpu().chunk(2), 1))
+    return {t: torch.cat(parts) for t, parts in scores.items()}
 
 
 def dpo_task(args, device):

@@ -195,10 +195,7 @@ def arguments(argv=None):
 
     group = parser.add_argument_group("flow matching")
     group.add_argument(
-        "--time-shift",
-        type=float,
-        default=TIME_SHIFT,
-        help="shift of t towards noise; 1 = none, nrg: 0 = clean clips (section 4.1)",
+        "--time-shift", type=float, help="of t towards noise (default: 4, nrg 1); 1 = none, 0 = clean clips (nrg alone)"
     )
     group.add_argument("--label-dropout", type=float, default=0.1, help="share of prompts dropped, for CFG")
 
@@ -226,6 +223,9 @@ def arguments(argv=None):
 
     group.add_argument("--read", type=int, default=2, help="nrg: first blocks of the base model that the reward reads")
     group.add_argument(
+        "--contrast", type=float, default=1.0, help="nrg: weight of the loss on a clip's own prompt against another"
+    )
+    group.add_argument(
         "--trunk", choices=("frozen", "trained"), default="frozen", help="nrg: whether these blocks stay the base's"
     )
 
@@ -251,6 +251,8 @@ def arguments(argv=None):
     for name in ("steps", "batch", "save_every", "eval_prompts", "eval_pairs"):
         if getattr(args, name) < 1:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    if args.time_shift is None:
+        args.time_shift = 1.0 if args.algo == "nrg" else TIME_SHIFT
     clean = args.algo == "nrg" and args.time_shift == 0
     for name in ("lr", "beta", "temperature", *(() if clean else ("time_shift",))):
         if not 0 < getattr(args, name) < float("inf"):

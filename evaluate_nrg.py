@@ -1,0 +1,226 @@
+"""Flow-NRG on the toy world (paper, section 4.4): Table 5, and Table 7 of the paper's first version.
+
+Every row samples the same prompts from the same noise as the base model, whose clips it is compared with. The judges
+are VideoReward and the oracle; the noise-aware reward that guides was trained on annotators' labels and knows neither.
+
+    weights     VQ : MQ : TA as in Table 5, and 1:1:1
+    one         each weight alone, rising: does it move its own dimension?
+    scale       w of Eq. 11
+    reward      trained on clean clips, with the trunk trained, without the loss on prompts; pair accuracy by noise
+    on top      of CFG, and of a policy aligned by Flow-DPO
+    cost        seconds a sampling step
+"""
+
+import statistics
+import time
+from functools import partial
+
+import torch
+
+import plot
+import train
+from common import WEIGHTS
+from data import Vocabulary, annotated_pairs
+from evaluate_align import JUDGES, base_scores, judge, rows_of, settings_for
+from evaluate_reward import mean_and_spread
+from model import load_velocity
+from nrg import guide, load_noisy_reward, noisy_reward_on, reward_gradient, steer
+from reward import DIMENSIONS, accuracy_without_ties
+from sample import CFG, NRG_EPS, NRG_SCALE, sample
+from tasks import TASKS, noisy_scores
+
+SETS = {"large": 256}
+TABLE_5 = ((0, 0, 1), (0.1, 0.1, 0.8), (0.1, 0.1, 0.6), (0.5, 0.5, 0), (1, 1, 1))
+RISING = (0.5, 1, 2)
+SCALES = (0.25, 0.5, 2, 4)  # times the default
+VARIANTS = {
+    "noised": [],
+    "clean": ["--time-shift=0"],
+    "trained trunk": ["--trunk=trained"],
+    "no contrast": ["--contrast=0"],
+}
+
+
+def name_of(weights):
+    return "nrg-" + ":".join(f"{w:g}" for w in weights)
+
+
+def reward_of(variant, seed, args, device):
+    """The noise-aware reward of a variant, trained if it is not in --work yet."""
+    out = args.work / "nrg" / f"{variant.replace(' ', '-')}-{seed}"
+    base, _ = load_velocity(WEIGHTS / "base.pt")
+    if not (out / "done").exists():
+        settings = settings_for(["--algo=nrg", *VARIANTS[variant], f"--seed={seed}"], out, args)
+        train.train(TASKS["nrg"](settings, device), settings, device)
+        (out / "done").touch()
+    return load_noisy_reward(out / "last.pt", base)[0].to(device)
+
+
+def guided(reward, weights, args, device, scale=NRG_SCALE, cfg=1.0, checkpoint=WEIGHTS / "base.pt", clean=False):
+    """`judge` of a checkpoint under guidance. A reward trained on clean clips knows no other time than 0."""
+    if clean:
+        reward_at_0 = lambda x_t, t, y: reward(x_t, torch.zeros_like(t), y)  # noqa: E731
+
+    def steered(model):
+        if clean:
+            return model, guide(reward_at_0, weights, scale, NRG_EPS)
+        return steer(model, reward, weights, scale, NRG_EPS)
+
+    return judge(checkpoint, args, device, SETS, (cfg,), steered)
+
+
+def steered_rows(variant, seed, args, device):
+    """All rows of one reward: the default's many, three of any other."""
+    reward = reward_of(variant, seed, args, device)
+    base = base_scores(args, device, SETS, (1.0, CFG))
+    rows = accuracy_rows(reward, variant, seed, args, device)
+
+    def add(study, weights, method=None, **settings):
+        scores = guided(reward, weights, args, device, clean=variant == "clean", **settings)
+        facts = {"study": study, "method": method or name_of(weights), "variant": variant, "seed": seed}
+        rows.extend(rows_of(scores, base, **facts, scale=settings.get("scale", NRG_SCALE)))
+
+    if variant != "noised":
+        for weights in ((1, 1, 1), (0, 1, 0), (0, 0, 1)):
+            add("reward", weights)
+        return rows
+    for weights in TABLE_5:
+        add("weights", weights)
+    for i in range(3):
+        for weight in RISING:
+            add("one", tuple(weight * (i == k) for k in range(3)))
+    for factor in SCALES:
+        add("scale", (1, 1, 1), scale=factor * NRG_SCALE)
+    add("on top", (1, 1, 1), "cfg+nrg-1:1:1", cfg=CFG)
+    dpo = args.work / "nrg" / f"dpo-{seed}"
+    settings = settings_for([f"--seed={seed}"], dpo, args)
+    train.train(TASKS["dpo"](settings, device), settings, device)
+    for cfg in (1.0, CFG):
+        add("on top", (0, 0, 0), "dpo", checkpoint=dpo / "last.pt", cfg=cfg)
+        add("on top", (1, 1, 1), "dpo+nrg-1:1:1", checkpoint=dpo / "last.pt", cfg=cfg)
+    return rows
+
+
+def accuracy_rows(reward, variant, seed, args, device):
+    """Accuracy without ties on pairs of prompts never seen in training, at several times."""
+    base, words = load_velocity(WEIGHTS / "base.pt")
+    pairs = annotated_pairs(min(1000, args.eval_pairs), ["validation"], 98765, base.config, Vocabulary(words))
+    rows = []
+    for t, scores in noisy_scores(reward, pairs, device, seed=0).items():
+        delta = scores[:, 0] - scores[:, 1]
+        right = {n: accuracy_without_ties(delta[:, i], pairs.label[:, i]) for i, n in enumerate(DIMENSIONS)}
+        rows.append({"study": "accuracy", "method": "nrg", "variant": variant, "seed": seed, "t": t, **right})
+    return rows
+
+
+def costs(args, device, rounds=9):
+    """Median CPU or wall seconds of 4 sampling steps of 16 clips, the four ways taken in turn."""
+    model, _ = load_velocity(WEIGHTS / "base.pt")
+    model = model.to(device).requires_grad_(False)
+    reward = noisy_reward_on(model, train.arguments(["--algo=nrg"]).read).to(device)
+    shared, guidance = steer(model, reward, (1, 1, 1), 1.0, NRG_EPS)
+    own = guide(reward, (1, 1, 1), 1.0, NRG_EPS, gradient=reward_gradient)
+    x1 = torch.randn(16, *model.config.video_shape).to(device)
+    y = torch.ones(16, model.config.max_text, dtype=torch.int64, device=device)
+    ways = {"plain": (model, 1.0, None), "CFG": (model, CFG, None)}
+    ways |= {"NRG, shared trunk": (shared, 1.0, guidance), "NRG, own trunk": (model, 1.0, own)}
+    seconds = {way: [] for way in ways}
+    for _ in range(rounds):
+        for way, (velocity, cfg, steering) in ways.items():
+            begun = time.process_time() if device.type == "cpu" else time.perf_counter()
+            sample(velocity, x1, y, steps=4, cfg=cfg, guidance=steering).cpu()
+            seconds[way].append((time.process_time() if device.type == "cpu" else time.perf_counter()) - begun)
+    return [
+        {"study": "cost", "method": way, "seed": 0, "seconds": statistics.median(s) / 4} for way, s in seconds.items()
+    ]
+
+
+def folder(args):
+    return f"nrg-{args.steps or train.DEFAULTS['nrg']['steps']}-{args.eval_prompts or 'all'}"
+
+
+def jobs(args, device):
+    made = {"cost": partial(costs, args, device)}
+    for variant in VARIANTS:
+        for seed in range(args.seeds):
+            made[f"{variant.replace(' ', '-')}-{seed}"] = partial(steered_rows, variant, seed, args, device)
+    return made
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The report
+
+
+def report(args, rows):
+    def over_seeds(column, **wanted):
+        return mean_and_spread([r[column] for r in rows if all(r.get(key) == value for key, value in wanted.items())])
+
+    def cells(columns, **wanted):
+        return " | ".join("{:.2f} ± {:.2f}".format(*over_seeds(column, **wanted)) for column in columns)
+
+    scores = [f"{n}_score" for n in DIMENSIONS]
+    head = "| | " + " | ".join(f"{by} {n}" for by in JUDGES for n in DIMENSIONS) + " | true VQ | MQ | TA |"
+
+    def table(title, wanted_of):
+        lines = ["", f"## {title}", "", head, "|---|" + "---|" * 9]
+        for name, wanted in wanted_of.items():
+            wins = [cells(DIMENSIONS, judge=by, **wanted) for by in JUDGES]
+            lines.append(f"| {name} | {' | '.join(wins)} | {cells(scores, judge='oracle', **wanted)} |")
+        return lines
+
+    lines = ["# Flow-NRG on the toy world", ""]
+    lines += [
+        f"Win rates over the unguided base model on the same {SETS['large']} prompts and noise, CFG 1 unless said, and"
+    ]
+    lines += [f"mean true scores; mean ± sd over {args.seeds} rewards. Scale {NRG_SCALE:g}, eps {NRG_EPS:g}."]
+    lines += table(
+        "Table 5: weights VQ:MQ:TA", {name_of(w): {"study": "weights", "method": name_of(w)} for w in TABLE_5}
+    )
+    alone = {name_of(tuple(w * (i == k) for k in range(3))): i for i in range(3) for w in RISING}
+    lines += table("Each weight alone", {name: {"study": "one", "method": name} for name in alone})
+    sweep = {f"scale {f * NRG_SCALE:g}": {"study": "scale", "scale": f * NRG_SCALE} for f in SCALES}
+    sweep[f"scale {NRG_SCALE:g}"] = {"study": "weights", "method": "nrg-1:1:1"}
+    lines += table("Scale, 1:1:1", dict(sorted(sweep.items(), key=lambda item: float(item[0].split()[1]))))
+    kinds = {}
+    for variant in VARIANTS:
+        for weights in ((1, 1, 1), (0, 1, 0), (0, 0, 1)):
+            study = "reward" if variant != "noised" else "one" if weights == (0, 1, 0) else "weights"
+            wanted = {"study": study, "variant": variant, "method": name_of(weights)}
+            kinds[f"{variant}, {name_of(weights)}"] = wanted
+    lines += table("The reward: noised against clean clips, frozen against trained trunk, the loss on prompts", kinds)
+    top = {
+        f"{m}, CFG {c:g}": {"study": "on top", "method": m, "cfg": c}
+        for c in (1.0, CFG)
+        for m in ("dpo", "dpo+nrg-1:1:1")
+    }
+    top[f"nrg-1:1:1, CFG {CFG:g}"] = {"study": "on top", "method": "cfg+nrg-1:1:1"}
+    lines += table("On top of Flow-DPO and of CFG (over the base model at the same CFG)", top)
+
+    times = sorted({row["t"] for row in rows if row["study"] == "accuracy"})
+    lines += ["", "## Pair accuracy of the reward by noise (unseen prompts, without ties)", ""]
+    lines += ["| | " + " | ".join(f"t {t:g}" for t in times) + " |", "|---|" + "---|" * len(times)]
+    curves = {}
+    for variant in VARIANTS:
+        for n in DIMENSIONS:
+            curves[variant, n] = [over_seeds(n, study="accuracy", variant=variant, t=t) for t in times]
+            lines.append(
+                f"| {variant}, {n} | " + " | ".join(f"{m:.2f} ± {sd:.2f}" for m, sd in curves[variant, n]) + " |"
+            )
+
+    seconds = {row["method"]: row["seconds"] for row in rows if row["study"] == "cost"}
+    lines += ["", "## Cost of a sampling step", "", "| | to a plain step | to a CFG step |", "|---|---|---|"]
+    for way, value in seconds.items():
+        lines.append(f"| {way} | {value / seconds['plain']:.2f} | {value / seconds['CFG']:.2f} |")
+
+    def picture(path):
+        series = [(n, times, *zip(*curves["noised", n])) for n in DIMENSIONS]
+        charts = [plot.chart("pair accuracy", series, "t", "accuracy", level=0.5)]
+        for by in JUDGES:
+            factors = sorted((*SCALES, 1))
+            wanted = [sweep[f"scale {f * NRG_SCALE:g}"] for f in factors]
+            points = {n: [over_seeds(n, judge=by, **w) for w in wanted] for n in DIMENSIONS}
+            series = [(n, [f * NRG_SCALE for f in factors], *zip(*points[n])) for n in DIMENSIONS]
+            charts.append(plot.chart(f"1:1:1, {by}", series, "scale", "win rate", log=True, level=0.5))
+        plot.save(path, charts)
+
+    return {"rows": rows, "markdown": lines, "pictures": {"nrg": picture}}
