@@ -113,8 +113,8 @@ def main():
     parser.add_argument("--work", type=Path, default=Path("out/evaluate"), help="folder for what is kept between runs")
     parser.add_argument("--device", default="auto", help="auto (cuda, mps, cpu) or a torch device")
     parser.add_argument("--steps", type=int, help="of each training (default: the algorithm's own)")
-    parser.add_argument("--eval-prompts", type=int, help="align, beta: at most so many of each set")
-    parser.add_argument("--eval-pairs", type=int, default=2000, help="reward: pairs of each split")
+    parser.add_argument("--eval-prompts", type=int, help="align, beta, nrg: at most so many of each set")
+    parser.add_argument("--eval-pairs", type=int, default=2000, help="reward: pairs of each split; nrg: at most 1000")
     args = parser.parse_args()
     for name in ("seeds", "eval_pairs", "eval_prompts", "steps"):
         if (value := getattr(args, name)) is not None and value < 1:

@@ -114,7 +114,8 @@ def trained(method, align, seed, args, device):
 def settings_for(flags, out, args):
     """The flags of a training whose own closing table is kept short."""
     steps = [f"--steps={args.steps}"] if args.steps else []
-    return train.arguments([*flags, *steps, f"--out={out}", "--save-every=1000000", "--eval-prompts=2"])
+    short = ["--save-every=1000000", "--eval-prompts=2", f"--eval-pairs={min(1000, args.eval_pairs)}"]
+    return train.arguments([*flags, *steps, *short, f"--out={out}"])
 
 
 def folder(args):

@@ -267,6 +267,9 @@ def arguments(argv=None):
         args.caption = 0.0 if args.data else 1.0  # measured on the toy alone, whose vocabulary is 17 words
     if args.data and args.algo != "reward":
         raise BadInput(f"--data: --algo {args.algo} trains on the toy world only; --algo reward reads videos")
+    for name in ("caption", "contrast"):
+        if not 0 <= getattr(args, name) < float("inf"):
+            raise BadInput(f"--{name} {getattr(args, name)}: must be 0 or a positive number")
     args.out = args.out or Path("out") / args.algo
     args.pairs = args.pairs or args.steps * args.batch // (2 if args.algo in ("reward", "nrg") else 1) or 1
     return args

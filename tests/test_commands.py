@@ -75,6 +75,38 @@ def test_sampling_flags_change_the_clip(command, tmp_path):
     assert len({plain, gif("seed", "--seed", 1), gif("steps", "--steps", 5), gif("cfg", "--cfg", 1)}) == 4
 
 
+def test_guided_clips_come_with_those_without(command, tmp_path):
+    status, _, error = command(train, "--algo", "nrg", *TINY, "--out", tmp_path / "nrg")
+    assert status == 0, error
+
+    def scores(*flags):
+        """{run: lines of scores}, and the pictures' bytes."""
+        folder = tmp_path / " ".join(["run", *flags])
+        flags = ["--n", 2, "--steps", 3, "--nrg-ckpt", tmp_path / "nrg" / "last.pt", "--out", folder, *flags]
+        status, out, error = command(sample, *flags)
+        assert status == 0, error
+        runs = {}
+        for line in out.splitlines()[2:-1]:
+            run, _, numbers = line.rpartition(" 0 " if " 0 " in line else " 1 " if " 1 " in line else " mean ")
+            runs.setdefault(run.strip(), []).append(numbers)
+        return runs, {path.suffix: path.read_bytes() for path in folder.iterdir()}
+
+    plain, _ = scores()
+    assert list(plain) == ["CFG 2"]
+    none, _ = scores("--nrg", "0,0,0")
+    assert (
+        list(none) == ["CFG 2", "CFG 2 NRG 0,0,0"]
+        and len({*map(tuple, none.values()), *map(tuple, plain.values())}) == 1
+    )
+    up, pictures = scores("--nrg", "1,1,0.5")
+    down, others = scores("--nrg", "-1,0,2")
+    assert up["CFG 2"] == down["CFG 2"] == plain["CFG 2"]
+    assert len({*map(tuple, up.values()), *map(tuple, down.values())}) == 3
+    assert pictures.keys() == {".gif", ".png"} and all(pictures[kind] != others[kind] for kind in pictures)
+    compared, _ = scores("--nrg", "1,1,0.5", "--compare")
+    assert list(compared) == ["CFG 1", "CFG 2", "CFG 2 NRG 1,1,0.5"] and compared["CFG 2"] == plain["CFG 2"]
+
+
 @pytest.mark.parametrize("algo", list(train.TASKS))
 def test_a_stopped_run_resumes_to_the_same_bits(command, monkeypatch, tmp_path, algo):
     flags = ["--algo", algo, *TINY, *(["--pairs", 40] if algo == "reward" else [])]
@@ -186,6 +218,12 @@ def test_bad_checkpoints_are_refused_in_one_line(command, tmp_path, monkeypatch,
         (["--steps", "0"], "at least 1"),
         (["--ckpt", common.WEIGHTS / "reward.pt"], "holds a reward model"),
         (["--device", "abacus"], "abacus"),
+        (["--nrg", "1,1"], "--nrg 1,1: 3 numbers"),
+        (["--nrg", "up"], "--nrg up: 3 numbers"),
+        (["--nrg", "1,1,1", "--nrg-eps", "-0.1"], "--nrg-eps -0.1"),
+        (["--nrg", "1,1,1", "--nrg-scale", "inf"], "--nrg-scale inf"),
+        (["--nrg", "1,1,1", "--nrg-interval", "0.5"], "--nrg-interval 0.5: 2 numbers"),
+        (["--nrg", "1,1,1", "--nrg-ckpt", common.WEIGHTS / "base.pt"], "holds a velocity model"),
     ],
 )
 def test_bad_sampling_flags_are_refused_in_one_line(command, tmp_path, flags, words):
@@ -197,7 +235,7 @@ def test_bad_sampling_flags_are_refused_in_one_line(command, tmp_path, flags, wo
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--algo", "ppo"], "choose from 'pretrain', 'reward', 'sft', 'rwr', 'dpo'"),
+        (["--algo", "ppo"], "choose from 'pretrain', 'reward', 'nrg', 'sft', 'rwr', 'dpo'"),
         (["--lr", "-1"], "positive"),
         (["--steps", "0"], "at least 1"),
         (["--label-dropout", "2"], "between 0 and 1"),
@@ -205,9 +243,12 @@ def test_bad_sampling_flags_are_refused_in_one_line(command, tmp_path, flags, wo
         (["--reward", common.WEIGHTS / "base.pt"], "holds a velocity model"),
         (["--resume"], "no such checkpoint"),
         (["--speed", "9"], "--speed"),
-        (["--align", "0,0,0"], "three numbers are needed"),
-        (["--align", "1,1"], "three numbers are needed"),
-        (["--align", "1,nan,1"], "three numbers are needed"),
+        (["--align", "0,0,0"], "at least one weight"),
+        (["--align", "1,1"], "3 numbers with commas between are needed"),
+        (["--align", "1,nan,1"], "3 numbers with commas between are needed"),
+        (["--time-shift", "0"], "--time-shift 0.0: must be a positive number"),
+        (["--algo", "nrg", "--read", "7"], "--read 7: this base model has 6 blocks"),
+        (["--algo", "nrg", "--contrast", "-1"], "--contrast -1.0"),
         (["--data", "pairs.csv"], "--algo reward reads videos"),
         (["--algo", "reward", "--data", "nowhere.csv"], "nowhere.csv: cannot be read"),
     ],

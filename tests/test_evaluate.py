@@ -13,6 +13,7 @@ import torch
 import evaluate
 import evaluate_align
 import evaluate_beta
+import evaluate_nrg
 import evaluate_reward
 import plot
 from common import BadInput
@@ -117,7 +118,7 @@ def run_study(study, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate_beta, "SETS", {"standard": 3, "hard": 2})
     monkeypatch.setattr(evaluate_beta, "BETAS", (1000,))
     monkeypatch.setattr(evaluate_beta, "LENGTHS", (0.5, 1.0))
-    flags = [study, "--seeds", "1", "--steps", "2", "--device", "cpu"]
+    flags = [study, "--seeds", "1", "--steps", "2", "--eval-pairs", "10", "--device", "cpu"]
     flags += ["--out", str(tmp_path / "results"), "--work", str(tmp_path / "work")]
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *flags])
     evaluate.main()
@@ -147,6 +148,23 @@ def test_beta_study_from_end_to_end(tmp_path, monkeypatch):
     assert "dpo-schedule: long run" in text
     for name in ("beta_sweep", "beta_long"):
         assert imageio.imread(tmp_path / "results" / f"{name}.png").shape[2] == 3
+
+
+def test_nrg_study_from_end_to_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate_nrg, "SETS", {"large": 2})
+    monkeypatch.setattr(evaluate_nrg, "TABLE_5", ((0, 0, 1), (1, 1, 1)))
+    monkeypatch.setattr(evaluate_nrg, "RISING", (1,))
+    monkeypatch.setattr(evaluate_nrg, "SCALES", (2,))
+    rows, text = run_study("nrg", tmp_path, monkeypatch)
+    noised = [row for row in rows if row.get("variant") == "noised" and row.get("judge") == "oracle"]
+    assert {row["method"] for row in noised if row["study"] == "weights"} == {"nrg-0:0:1", "nrg-1:1:1"}
+    assert {row["method"] for row in noised if row["study"] == "one"} == {"nrg-1:0:0", "nrg-0:1:0", "nrg-0:0:1"}
+    assert {row["variant"] for row in rows if row["study"] == "reward"} == {"clean", "trained trunk", "no contrast"}
+    assert all(0 <= row[name] <= 1 for row in rows if row["study"] != "cost" for name in ("VQ", "MQ", "TA"))
+    costs = {row["method"]: row["seconds"] for row in rows if row["study"] == "cost"}
+    assert costs["plain"] < costs["NRG, own trunk"] and costs["NRG, shared trunk"] < costs["NRG, own trunk"]
+    assert "## Table 5" in text and "| dpo+nrg-1:1:1, CFG 2 |" in text
+    assert imageio.imread(tmp_path / "results" / "nrg.png").shape[2] == 3
 
 
 def test_a_chart_shows_its_points_where_they_belong():
