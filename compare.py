@@ -26,6 +26,17 @@ def static_quality(videos):
     return (contrast + sharp + (1 - seen["stray"]).clamp(0, 1)) / 3 * seen["present"]
 
 
+def mean_and_spread(values):
+    """Mean and sample standard deviation, 0 of a single value."""
+    values = torch.tensor(values, dtype=torch.float64)
+    return values.mean().item(), values.std().item() if len(values) > 1 else 0.0
+
+
+def over_seeds(rows, column, **wanted):
+    """Mean and spread of a column over the rows, dicts, that hold all of `wanted`: one a seed."""
+    return mean_and_spread([row[column] for row in rows if all(row.get(key) == value for key, value in wanted.items())])
+
+
 def prompt_set(count, *splits):
     """`count` prompts as attributes (count, 3): those of the splits in turn, as often as it takes."""
     prompts = world.split_prompts(*splits)

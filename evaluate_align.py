@@ -20,9 +20,8 @@ import torch
 import train
 import world
 from common import WEIGHTS
-from compare import learned_scores, prompt_set, sample_prompts, static_quality, win_rate
+from compare import learned_scores, over_seeds, prompt_set, sample_prompts, static_quality, win_rate
 from data import step_rng
-from evaluate_reward import mean_and_spread
 from model import load_velocity
 from reward import DIMENSIONS, load_reward
 from sample import CFG
@@ -136,8 +135,7 @@ def jobs(args, device):
 
 
 def report(args, rows):
-    def over_seeds(column, **wanted):
-        return mean_and_spread([r[column] for r in rows if all(r[key] == value for key, value in wanted.items())])
+    figure = partial(over_seeds, rows)
 
     def cell(value):
         return f"{value[0]:.2f} ± {value[1]:.2f}"
@@ -152,7 +150,7 @@ def report(args, rows):
                 lines += ["|---|" + "---|" * (len(SETS) * 3)]
                 for method in METHODS:
                     wanted = {"method": method, "align": align, "cfg": cfg, "judge": by}
-                    cells = [cell(over_seeds(n, set=name, **wanted)) for name in SETS for n in DIMENSIONS]
+                    cells = [cell(figure(n, set=name, **wanted)) for name in SETS for n in DIMENSIONS]
                     lines.append(f"| {method} | " + " | ".join(cells) + " |")
 
     lines += ["", "## True scores, attributes right and static quality (standard set)", ""]
@@ -162,23 +160,23 @@ def report(args, rows):
     for cfg in CFGS:
         for align, method in [("", "base"), *((a, m) for a in ALIGNED for m in METHODS)]:
             wanted = {"method": method, "align": align, "cfg": cfg, "judge": "oracle", "set": "standard"}
-            cells = " | ".join(cell(over_seeds(column, **wanted)) for column in columns)
+            cells = " | ".join(cell(figure(column, **wanted)) for column in columns)
             lines.append(f"| {cfg:g} | {align} | {method} | {cells} |")
-    return {"rows": rows, "markdown": [*lines, "", *findings(over_seeds)], "pictures": {}}
+    return {"rows": rows, "markdown": [*lines, "", *findings(figure)], "pictures": {}}
 
 
-def findings(over_seeds):
+def findings(figure):
     """The paper's orderings (sections 4.2 and 5.2, Tables 3 and 4) held against both judges: standard set, CFG 1."""
     standard = {"set": "standard", "cfg": 1.0}
 
     def win(method, name, by, align="1:1:1"):
-        return over_seeds(name, method=method, align=align, judge=by, **standard)[0]
+        return figure(name, method=method, align=align, judge=by, **standard)[0]
 
     def mean(method, by):
         return sum(win(method, name, by) for name in DIMENSIONS) / 3
 
     def quality(method, align="1:1:1"):
-        return over_seeds("quality", method=method, align=align, judge="oracle", **standard)[0]
+        return figure("quality", method=method, align=align, judge="oracle", **standard)[0]
 
     lines = ["## What the paper finds, and what is found here (standard set, CFG 1)", ""]
     lines += ["| finding | " + " | ".join(f"by {by}" for by in JUDGES) + " |", "|---|---|---|"]

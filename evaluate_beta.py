@@ -13,8 +13,8 @@ from functools import partial
 import plot
 import train
 from common import load_checkpoint
+from compare import mean_and_spread
 from evaluate_align import JUDGES, METHODS, base_scores, judge, rows_of, settings_for
-from evaluate_reward import mean_and_spread
 from reward import DIMENSIONS
 from tasks import TASKS
 from world import TRUE_MEAN, TRUE_STD
@@ -82,13 +82,8 @@ def report(args, rows):
         return [mean_and_spread([row[column] for row in here if row[x] == value]) for value in xs]
 
     def table(title, head, xs, x, **wanted):
-        lines = [
-            "",
-            f"## {title}",
-            "",
-            f"| {head} | drift | " + " | ".join(f"{by} {n}" for by in JUDGES for n in NAMES),
-        ]
-        lines[-1] += " |"
+        names = " | ".join(f"{by} {n}" for by in JUDGES for n in NAMES)
+        lines = ["", f"## {title}", "", f"| {head} | drift | {names} |"]
         lines.append("|---|---|" + "---|" * (len(JUDGES) * len(NAMES)))
         columns = [curve("drift", x, xs, judge="oracle", set="standard", **wanted)]
         columns += [curve(n, x, xs, judge=by, set="standard", **wanted) for by in JUDGES for n in NAMES]
@@ -98,12 +93,9 @@ def report(args, rows):
         return lines
 
     steps = sorted({row["steps"] for row in rows if row["study"] == "long"})
-    lines = [
-        "# Choosing beta on the toy world",
-        "",
-        f"Standard set, CFG 1, mean ± sd over {args.seeds} seeds: win rates",
-    ]
-    lines[-1] += " over the base model, and mean scores (the oracle's own; VideoReward's as z-scores)."
+    lines = ["# Choosing beta on the toy world", ""]
+    lines += [f"Standard set, CFG 1, mean ± sd over {args.seeds} seeds: win rates over the base model, and mean scores"]
+    lines += ["(the oracle's own; VideoReward's as z-scores)."]
     for method in SCHEDULES:
         lines += table(f"{method}: sweep", "beta", BETAS, "beta", study="sweep", method=method)
     for method in SCHEDULES:

@@ -20,9 +20,9 @@ import torch
 import plot
 import train
 from common import WEIGHTS
+from compare import over_seeds
 from data import Vocabulary, annotated_pairs
 from evaluate_align import JUDGES, base_scores, judge, rows_of, settings_for
-from evaluate_reward import mean_and_spread
 from model import load_velocity
 from nrg import guide, load_noisy_reward, noisy_reward_on, reward_gradient, steer
 from reward import DIMENSIONS, accuracy_without_ties
@@ -152,11 +152,10 @@ def jobs(args, device):
 
 
 def report(args, rows):
-    def over_seeds(column, **wanted):
-        return mean_and_spread([r[column] for r in rows if all(r.get(key) == value for key, value in wanted.items())])
+    figure = partial(over_seeds, rows)
 
     def cells(columns, **wanted):
-        return " | ".join("{:.2f} ± {:.2f}".format(*over_seeds(column, **wanted)) for column in columns)
+        return " | ".join("{:.2f} ± {:.2f}".format(*figure(column, **wanted)) for column in columns)
 
     scores = [f"{n}_score" for n in DIMENSIONS]
     head = "| | " + " | ".join(f"{by} {n}" for by in JUDGES for n in DIMENSIONS) + " | true VQ | MQ | TA |"
@@ -202,7 +201,7 @@ def report(args, rows):
     curves = {}
     for variant in VARIANTS:
         for n in DIMENSIONS:
-            curves[variant, n] = [over_seeds(n, study="accuracy", variant=variant, t=t) for t in times]
+            curves[variant, n] = [figure(n, study="accuracy", variant=variant, t=t) for t in times]
             lines.append(
                 f"| {variant}, {n} | " + " | ".join(f"{m:.2f} ± {sd:.2f}" for m, sd in curves[variant, n]) + " |"
             )
@@ -218,7 +217,7 @@ def report(args, rows):
         for by in JUDGES:
             factors = sorted((*SCALES, 1))
             wanted = [sweep[f"scale {f * NRG_SCALE:g}"] for f in factors]
-            points = {n: [over_seeds(n, judge=by, **w) for w in wanted] for n in DIMENSIONS}
+            points = {n: [figure(n, judge=by, **w) for w in wanted] for n in DIMENSIONS}
             series = [(n, [f * NRG_SCALE for f in factors], *zip(*points[n])) for n in DIMENSIONS]
             charts.append(plot.chart(f"1:1:1, {by}", series, "scale", "win rate", log=True, level=0.5))
         plot.save(path, charts)

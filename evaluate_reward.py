@@ -13,6 +13,7 @@ import torch
 
 import plot
 import train
+from compare import mean_and_spread, over_seeds
 from data import Vocabulary, annotated_pairs
 from reward import DIMENSIONS, RewardConfig, accuracy_with_ties, accuracy_without_ties
 from tasks import TASKS, pair_scores
@@ -117,24 +118,17 @@ def jobs(args, device):
 # The report
 
 
-def mean_and_spread(values):
-    values = torch.tensor(values, dtype=torch.float64)
-    return values.mean().item(), values.std().item() if len(values) > 1 else 0.0
-
-
 def report(args, rows):
-    def over_seeds(column, **wanted):
-        return mean_and_spread([r[column] for r in rows if all(r[key] == value for key, value in wanted.items())])
-
+    figure = partial(over_seeds, rows)
     lines = ["# VideoReward on the toy world"]
     columns = [f"{name}_{kind}" for name in (*DIMENSIONS, "Overall") for kind in ("with", "without")]
     for split in SPLITS:
-        ties = ", ".join(f"{n} {over_seeds(f'{n}_ties', model='oracle', split=split)[0]:.2f}" for n in DIMENSIONS)
+        ties = ", ".join(f"{n} {figure(f'{n}_ties', model='oracle', split=split)[0]:.2f}" for n in DIMENSIONS)
         lines += ["", f"## Tables 2 and 6: {split}, {args.eval_pairs} pairs (ties: {ties})", ""]
         lines += ["| model | " + " | ".join(f"{c.replace('_', ' ')} ties" for c in columns) + " |"]
         lines += ["|---|" + "---|" * len(columns)]
         for model in ("random", "oracle", *MODELS):
-            cells = [over_seeds(column, model=model, split=split, fraction=1.0) for column in columns]
+            cells = [figure(column, model=model, split=split, fraction=1.0) for column in columns]
             lines.append(f"| {model} | " + " | ".join(f"{mean:.3f} ± {sd:.3f}" for mean, sd in cells) + " |")
 
     shares = (*FRACTIONS, 1.0)
@@ -154,10 +148,10 @@ def report(args, rows):
     lines += ["", "## Fig. 3: mean |difference| of tied validation pairs, that of decided pairs being 1", ""]
     lines += ["| | " + " | ".join(DIMENSIONS) + " |", "|---|---|---|---|"]
     for model in MODELS:
-        cells = [over_seeds(f"{n}_tied", model=model, split="validation", fraction=1.0) for n in DIMENSIONS]
+        cells = [figure(f"{n}_tied", model=model, split="validation", fraction=1.0) for n in DIMENSIONS]
         lines.append(f"| {model} | " + " | ".join(f"{mean:.3f} ± {sd:.3f}" for mean, sd in cells) + " |")
 
-    lines += findings(over_seeds, curves, shares, args.seeds)
+    lines += findings(figure, curves, shares, args.seeds)
 
     def fraction_picture(path):
         charts = []
@@ -181,16 +175,16 @@ def report(args, rows):
     return {"rows": rows, "markdown": lines, "pictures": pictures}
 
 
-def findings(over_seeds, curves, shares, seeds):
+def findings(figure, curves, shares, seeds):
     """The paper's findings on the reward model held against these numbers: validation pairs, mean over the seeds."""
     lines = ["", "## What the paper finds, and what is found here (validation pairs)", ""]
     lines += ["| finding | here | figures |", "|---|---|---|"]
 
-    def figure(model, column):
-        return over_seeds(column, model=model, split="validation", fraction=1.0)
+    def held_out(model, column):
+        return figure(column, model=model, split="validation", fraction=1.0)
 
     def compare(text, first, second, kind, names, test):
-        pairs = [(figure(first, f"{n}_{kind}"), figure(second, f"{n}_{kind}")) for n in names]
+        pairs = [(held_out(first, f"{n}_{kind}"), held_out(second, f"{n}_{kind}")) for n in names]
         said = ", ".join(f"{n} {a[0]:.3f} ± {a[1]:.3f} / {b[0]:.3f} ± {b[1]:.3f}" for n, (a, b) in zip(names, pairs))
         lines.append(f"| {text} | {'yes' if all(test(a, b) for a, b in pairs) else 'no'} | {said} |")
 
@@ -216,7 +210,7 @@ def findings(over_seeds, curves, shares, seeds):
         shares_of_ceiling = []
         for name in DIMENSIONS:
             wanted = {"split": split, "fraction": 1.0}
-            own, top = (over_seeds(f"{name}_without", model=m, **wanted)[0] for m in ("btt-separate", "oracle"))
+            own, top = (figure(f"{name}_without", model=m, **wanted)[0] for m in ("btt-separate", "oracle"))
             shares_of_ceiling.append(own / top)
         said = ", ".join(f"{name} {share:.3f}" for name, share in zip(DIMENSIONS, shares_of_ceiling))
         holds = "yes" if min(shares_of_ceiling) >= 0.95 else "no"

@@ -17,8 +17,8 @@ from functools import partial
 import torch
 
 import plot
+from compare import over_seeds
 from data import step_rng
-from evaluate_reward import mean_and_spread
 from flow import draw_noise, draw_time, interpolate
 from flow_dpo import flow_dpo_step
 from flow_rwr import flow_rwr_step, rwr_weights
@@ -188,7 +188,7 @@ def report(args, rows):
     curves = [("p*", share)]
     for method in METHODS:
         here = [row for row in rows if row["method"] == method]
-        cells = [mean_and_spread([row[column] for row in here]) for column in ("distance", "mean", "right")]
+        cells = [over_seeds(here, column) for column in ("distance", "mean", "right")]
         lines.append(f"| {method} | " + " | ".join(f"{m:.3f} ± {sd:.3f}" for m, sd in cells) + " |")
         curves.append((method, torch.tensor([row["histogram"] for row in here]).mean(0)))
 
