@@ -26,7 +26,7 @@ from evaluate_align import JUDGES, base_scores, judge, rows_of, settings_for
 from model import load_velocity
 from nrg import guide, load_noisy_reward, noisy_reward_on, reward_gradient, steer
 from reward import DIMENSIONS, accuracy_without_ties
-from sample import CFG, NRG_EPS, NRG_SCALE, sample
+from sample import CFG, NRG_EPS, NRG_INTERVAL, NRG_SCALE, sample
 from tasks import TASKS, noisy_scores
 
 SETS = {"large": 256}
@@ -63,8 +63,8 @@ def guided(reward, weights, args, device, scale=NRG_SCALE, cfg=1.0, checkpoint=W
 
     def steered(model):
         if clean:
-            return model, guide(reward_at_0, weights, scale, NRG_EPS)
-        return steer(model, reward, weights, scale, NRG_EPS)
+            return model, guide(reward_at_0, weights, scale, NRG_EPS, NRG_INTERVAL)
+        return steer(model, reward, weights, scale, NRG_EPS, NRG_INTERVAL)
 
     return judge(checkpoint, args, device, SETS, (cfg,), steered)
 
@@ -169,9 +169,12 @@ def report(args, rows):
 
     lines = ["# Flow-NRG on the toy world", ""]
     lines += [
-        f"Win rates over the unguided base model on the same {SETS['large']} prompts and noise, CFG 1 unless said, and"
+        f"Win rates over the unguided base model on the same {SETS['large']} prompts and noise, CFG 1 unless said,"
     ]
-    lines += [f"mean true scores; mean ± sd over {args.seeds} rewards. Scale {NRG_SCALE:g}, eps {NRG_EPS:g}."]
+    lines += [
+        f"and mean true scores; mean ± sd over {args.seeds} rewards. Scale {NRG_SCALE:g}, eps {NRG_EPS:g}, guided for"
+    ]
+    lines += ["t from {:g} to {:g}.".format(*NRG_INTERVAL)]
     lines += table(
         "Table 5: weights VQ:MQ:TA", {name_of(w): {"study": "weights", "method": name_of(w)} for w in TABLE_5}
     )

@@ -32,7 +32,7 @@ from tasks import LOSSES, TASKS
 DEFAULTS = {
     "pretrain": {"steps": 6000, "batch": 32, "lr": 2.5e-3, "decay": 0.4, "ema": 0.999},
     "reward": {"steps": 900, "batch": 32, "lr": 1e-3, "decay": 0.2, "ema": 0.0},
-    "nrg": {"steps": 500, "batch": 32, "lr": 1e-3, "decay": 0.2, "ema": 0.0},
+    "nrg": {"steps": 3000, "batch": 32, "lr": 3e-3, "decay": 0.2, "ema": 0.0},
     "sft": {"steps": 200, "batch": 16, "lr": 1e-4, "decay": 0.0, "ema": 0.0},
     "rwr": {"steps": 200, "batch": 16, "lr": 1e-4, "decay": 0.0, "ema": 0.0},
     "dpo": {"steps": 200, "batch": 16, "lr": 1e-4, "decay": 0.0, "ema": 0.0},
