@@ -5,16 +5,18 @@ import torch
 
 import common
 import world
-from compare import prompt_set, sample_prompts
+from compare import prompt_set, sample_prompts, win_rate
 from data import Vocabulary, annotated_pairs
 from model import load_velocity
+from nrg import SharedTrunk, load_noisy_reward, steer
 from reward import accuracy_without_ties, load_reward
-from sample import CFG
+from sample import CFG, NRG_EPS, NRG_INTERVAL, NRG_SCALE
 
 
 def test_together_they_are_small():
     assert sum(path.stat().st_size for path in common.WEIGHTS.glob("*.pt")) < 8e6
-    for name in ("base.pt", "reward.pt"):
+    assert (common.WEIGHTS / "nrg.pt").stat().st_size < 1e6  # the head alone
+    for name in ("base.pt", "reward.pt", "nrg.pt"):
         state = common.load_checkpoint(common.WEIGHTS / name)
         assert all(value.dtype == torch.float16 for value in state["model"].values())
 
@@ -41,3 +43,17 @@ def test_reward_ranks_pairs_of_prompts_it_never_saw(split):
     # z-scores over the generators' clips
     both = torch.cat((a, b))
     assert both.mean(0).abs().max() < 0.3 and (both.std(0) - 1).abs().max() < 0.3
+
+
+def test_noise_aware_reward_steers_the_base_model():
+    model, words = load_velocity(common.WEIGHTS / "base.pt")
+    reward, reward_words = load_noisy_reward(common.WEIGHTS / "nrg.pt", model)
+    assert words == reward_words and not any(name.startswith("blocks.2") for name in reward.trunk.state_dict())
+    prompts = prompt_set(96, "train", "validation", "hard")[::2]
+    plain = world.oracle(sample_prompts(model, words, prompts, seed=7), prompts)
+    steered, guidance = steer(model, reward, (1.0, 1.0, 1.0), NRG_SCALE, NRG_EPS, NRG_INTERVAL)
+    assert isinstance(steered, SharedTrunk)
+    guided = world.oracle(sample_prompts(steered, words, prompts, seed=7, guidance=guidance), prompts)
+    wins = win_rate(guided, plain)
+    assert wins[0] > 0.75 and wins[1] > 0.6  # .9 and .75 on more prompts
+    assert (guided.mean(0) > plain.mean(0)).all()
