@@ -8,8 +8,12 @@ plus a small network that starts at zero.
     rwr            samples of p_ref weighted by exp(r / beta): its optimum is p* itself
     dpo-B          pairs of p_ref, labelled by Bradley-Terry on r / beta, with B for the loss's own beta
     nrg-exact      guidance by the exact value function log E[exp(r(x0) / beta) | x_t]
-    nrg-learned    guidance by a reward learned from the same pairs, noised alike (section 4.4), in the paper's form
-    nrg-eps        the same with t / (1 - t + 0.1)
+    nrg-shared     guidance by a reward learned from such pairs, both samples with the same noise (section 4.4)
+    nrg-own        the same, each sample with noise of its own
+
+With the same noise for both, x_t^w - x_t^l = (1 - t) (w - l): the noise cancels, Bradley-Terry finds the score
+x_t / (1 - t) / beta, and its gradient grows towards the noise where that of the value function falls to 0. With noise
+of their own a score can only say what x_t tells of x0, and that is close to the value.
 """
 
 from functools import partial
@@ -19,11 +23,9 @@ import torch
 import plot
 from compare import over_seeds
 from data import step_rng
-from flow import draw_noise, draw_time, interpolate
 from flow_dpo import flow_dpo_step
 from flow_rwr import flow_rwr_step, rwr_weights
-from nrg import guide
-from reward import bt_loss
+from nrg import guide, noisy_reward_step
 from sample import sample
 
 MEANS, STD = torch.tensor([-1.0, 1.0]), 0.4  # of the two modes, equally likely
@@ -31,7 +33,6 @@ BETA = 1.0  # of Eq. 3
 DPO_BETAS = (0.3, 1.0, 3.0)
 STEPS, BATCH, RATE = 800, 256, 3e-3
 SAMPLES, EULER = 10_000, 100
-EPS = 0.1
 EDGES = torch.linspace(-3, 4, 71)
 
 
@@ -77,22 +78,15 @@ def draw(count, rng):
     return (MEANS[mode] + STD * torch.randn(count, generator=rng))[:, None]
 
 
-def fit(network, loss):
+def fit(network, loss, seed):
     """Trains with loss (rng) -> scalar, the rate falling to zero."""
     optimizer = torch.optim.Adam(network.parameters(), RATE)
     for step in range(STEPS):
         optimizer.param_groups[0]["lr"] = RATE * (1 - step / STEPS)
         optimizer.zero_grad()
-        loss(step_rng(network.seed, step)).backward()
+        loss(step_rng(seed, step)).backward()
         optimizer.step()
     return network.eval()
-
-
-def new_network(policy, seed):
-    torch.manual_seed(seed)
-    network = Small(policy)
-    network.seed = seed
-    return network
 
 
 def labelled_pairs(rng):
@@ -107,6 +101,7 @@ NO_PROMPT = torch.zeros(BATCH, 1, dtype=torch.int64)
 
 def model_of(method, seed):
     """(velocity, guidance) of a method."""
+    torch.manual_seed(seed)
     if method == "reference":
         return reference, None
     if method == "rwr":
@@ -117,15 +112,15 @@ def model_of(method, seed):
             some = torch.randint(len(data), (BATCH,), generator=rng)
             return flow_rwr_step(policy, data[some], NO_PROMPT, weight[some], rng)[0]
 
-        policy = new_network(True, seed)
-        return fit(policy, loss), None
+        policy = Small(policy=True)
+        return fit(policy, loss, seed), None
     if method.startswith("dpo"):
 
         def loss(rng):
             return flow_dpo_step(policy, reference, *labelled_pairs(rng), NO_PROMPT, float(method[4:]), rng)[0]
 
-        policy = new_network(True, seed)
-        return fit(policy, loss), None
+        policy = Small(policy=True)
+        return fit(policy, loss, seed), None
     if method == "nrg-exact":
 
         def value(x_t, t, y):
@@ -134,13 +129,11 @@ def model_of(method, seed):
         return reference, guide(value, [1.0])
 
     def loss(rng):
-        winner, loser = labelled_pairs(rng)
-        t, x1 = draw_time(BATCH, rng, 1.0), draw_noise(winner, rng)
-        scores = [learned(interpolate(side, x1, t), t, None)[:, 0] for side in (winner, loser)]
-        return bt_loss(*scores, torch.ones(BATCH, dtype=torch.int64))
+        pair = *labelled_pairs(rng), NO_PROMPT, torch.ones(BATCH, 3, dtype=torch.int64)
+        return noisy_reward_step(lambda *x: learned(*x).expand(-1, 3), *pair, rng, shared=method == "nrg-shared")[0]
 
-    learned = new_network(False, seed)
-    return reference, guide(fit(learned, loss), [1.0], eps=EPS if method == "nrg-eps" else 0.0)
+    learned = Small(policy=False)
+    return reference, guide(fit(learned, loss, seed), [1.0])
 
 
 def truth():
@@ -164,7 +157,7 @@ def judged(method, seed):
     return [{"method": method, "seed": seed, **facts, "histogram": share.tolist()}]
 
 
-METHODS = ("reference", "rwr", *(f"dpo-{beta:g}" for beta in DPO_BETAS), "nrg-exact", "nrg-learned", "nrg-eps")
+METHODS = ("reference", "rwr", *(f"dpo-{beta:g}" for beta in DPO_BETAS), "nrg-exact", "nrg-shared", "nrg-own")
 
 
 def folder(args):
@@ -196,7 +189,7 @@ def report(args, rows):
         middles, width = (EDGES[:-1] + EDGES[1:]) / 2, EDGES[1] - EDGES[0]
         series = {name: (name, middles, curve / width, None) for name, curve in curves}
         dpo = [f"dpo-{beta:g}" for beta in DPO_BETAS]
-        groups = ["reference", "rwr"], dpo, ["nrg-exact", "nrg-learned", "nrg-eps"]
+        groups = ["reference", "rwr"], dpo, ["nrg-exact", "nrg-shared", "nrg-own"]
         charts = [plot.chart("density", [series[name] for name in ("p*", *group)], "x", "p(x)") for group in groups]
         plot.save(path, charts)
 

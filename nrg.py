@@ -172,7 +172,7 @@ def load_noisy_reward(path, *bases):
     return load_model(path, "noisy reward", NoisyReward, NoisyRewardConfig, trunk)
 
 
-def noisy_reward_step(reward, x0_a, x0_b, y, label, rng, shift=1.0, contrast=0.0):
+def noisy_reward_step(reward, x0_a, x0_b, y, label, rng, shift=1.0, contrast=0.0, shared=True):
     """One step on pairs x0_a, x0_b (B, ...) with prompts y (B, S) and labels (B, 3) -> (loss, logs).
 
     Both clips of a pair get the same noise and t, assuming that noise keeps their order (section 4.4); the loss is
@@ -184,7 +184,7 @@ def noisy_reward_step(reward, x0_a, x0_b, y, label, rng, shift=1.0, contrast=0.0
     "VQ/t3"; and `contrast`, how often the own prompt is preferred, an equal one counting one half."""
     t = draw_time(len(y), rng, shift).to(x0_a.device)
     x1 = draw_noise(x0_a, rng)
-    x_t = torch.cat((interpolate(x0_a, x1, t), interpolate(x0_b, x1, t)))
+    x_t = torch.cat((interpolate(x0_a, x1, t), interpolate(x0_b, x1 if shared else draw_noise(x0_b, rng), t)))
     a, b = reward(x_t, torch.cat((t, t)), torch.cat((y, y))).chunk(2)  # (B, 3) each
     loss = bt_loss(a, b, label)
     logs = {"loss": loss.item()}

@@ -222,7 +222,7 @@ def nrg_task(args, device):
 
     def loss(batch, rng):
         pair = batch["video_a"], batch["video_b"], batch["y"], batch["label"]
-        return noisy_reward_step(model, *pair, rng, args.time_shift, args.contrast)
+        return noisy_reward_step(model, *pair, rng, args.time_shift, args.contrast, args.pair_noise == "shared")
 
     def finish(model, out):
         held = annotated_pairs(args.eval_pairs, ["validation"], args.seed + 1, base.config, vocabulary)

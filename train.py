@@ -222,6 +222,7 @@ def arguments(argv=None):
     group.add_argument("--lora-rank", type=int, default=0, help="alignment: adapters of this rank; 0 = the weights")
 
     group.add_argument("--read", type=int, default=2, help="nrg: first blocks of the base model that the reward reads")
+    group.add_argument("--pair-noise", choices=("shared", "own"), default="shared", help="nrg: of the clips of a pair")
     group.add_argument(
         "--contrast", type=float, default=1.0, help="nrg: weight of the loss on a clip's own prompt against another"
     )

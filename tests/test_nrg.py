@@ -159,6 +159,22 @@ def test_both_clips_of_a_pair_share_noise_and_time():
     assert logs["VQ"] == 0.0 and logs["MQ"] == 1.0 and "TA" not in logs
 
 
+def test_shared_noise_cancels_from_a_linear_score_and_own_noise_does_not():
+    # Bradley-Terry labels on r(x0) = x0: the likelihood of w - l is reached at every t by the score x_t / (1 - t),
+    # whose gradient grows towards the noise; so guidance by it diverges (evaluate_unified.py)
+    a, _, y = inputs()
+    a, b, label = a.flatten(1)[:, :1], a.flatten(1)[:, 1:2], torch.ones(4, 3, dtype=torch.int64)
+
+    def score(x_t, t, y):
+        return (x_t / (1 - t[:, None])).expand(-1, 3)
+
+    clean = torch.log1p(torch.exp(b - a)).mean().item()
+    shared, _ = noisy_reward_step(score, a, b, y, label, step_rng(0, 0))
+    assert shared.item() == pytest.approx(clean, rel=1e-4)
+    own, _ = noisy_reward_step(score, a, b, y, label, step_rng(0, 0), shared=False)
+    assert abs(own.item() - clean) > 0.1
+
+
 def test_shift_0_leaves_the_clips_clean():
     a, t, y = inputs()
     seen = []
