@@ -5,7 +5,7 @@ are VideoReward and the oracle; the noise-aware reward that guides was trained o
 
     weights     VQ : MQ : TA as in Table 5, and 1:1:1
     one         each weight alone, rising: does it move its own dimension?
-    scale       w of Eq. 11
+    scale       w of Eq. 11; and the interval of t that is guided
     reward      trained on clean clips, with the trunk trained, without the loss on prompts; pair accuracy by noise
     on top      of CFG, and of a policy aligned by Flow-DPO
     cost        seconds a sampling step
@@ -56,15 +56,25 @@ def reward_of(variant, seed, args, device):
     return load_noisy_reward(out / "last.pt", base)[0].to(device)
 
 
-def guided(reward, weights, args, device, scale=NRG_SCALE, cfg=1.0, checkpoint=WEIGHTS / "base.pt", clean=False):
+def guided(
+    reward,
+    weights,
+    args,
+    device,
+    scale=NRG_SCALE,
+    interval=NRG_INTERVAL,
+    cfg=1.0,
+    checkpoint=WEIGHTS / "base.pt",
+    clean=False,
+):
     """`judge` of a checkpoint under guidance. A reward trained on clean clips knows no other time than 0."""
     if clean:
         reward_at_0 = lambda x_t, t, y: reward(x_t, torch.zeros_like(t), y)  # noqa: E731
 
     def steered(model):
         if clean:
-            return model, guide(reward_at_0, weights, scale, NRG_EPS, NRG_INTERVAL)
-        return steer(model, reward, weights, scale, NRG_EPS, NRG_INTERVAL)
+            return model, guide(reward_at_0, weights, scale, NRG_EPS, interval)
+        return steer(model, reward, weights, scale, NRG_EPS, interval)
 
     return judge(checkpoint, args, device, SETS, (cfg,), steered)
 
@@ -91,6 +101,7 @@ def steered_rows(variant, seed, args, device):
             add("one", tuple(weight * (i == k) for k in range(3)))
     for factor in SCALES:
         add("scale", (1, 1, 1), scale=factor * NRG_SCALE)
+    add("interval", (1, 1, 1), interval=(0.0, 1.0))
     add("on top", (1, 1, 1), "cfg+nrg-1:1:1", cfg=CFG)
     dpo = args.work / "nrg" / f"dpo-{seed}"
     settings = settings_for([f"--seed={seed}"], dpo, args)
@@ -183,6 +194,8 @@ def report(args, rows):
     sweep = {f"scale {f * NRG_SCALE:g}": {"study": "scale", "scale": f * NRG_SCALE} for f in SCALES}
     sweep[f"scale {NRG_SCALE:g}"] = {"study": "weights", "method": "nrg-1:1:1"}
     lines += table("Scale, 1:1:1", dict(sorted(sweep.items(), key=lambda item: float(item[0].split()[1]))))
+    ways = {f"t up to {NRG_INTERVAL[1]:g}": sweep[f"scale {NRG_SCALE:g}"], "every t": {"study": "interval"}}
+    lines += table("Interval, 1:1:1", ways)
     kinds = {}
     for variant in VARIANTS:
         for weights in ((1, 1, 1), (0, 1, 0), (0, 0, 1)):

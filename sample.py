@@ -140,8 +140,8 @@ def main():
         weights = numbers("--nrg", args.nrg, "1,1,0.5")
         bases = (model,) if args.ckpt == WEIGHTS / "base.pt" else (model, load_velocity(WEIGHTS / "base.pt")[0])
         reward, reward_words = load_noisy_reward(args.nrg_ckpt, *bases)
-        if reward_words != words:
-            raise BadInput(f"{args.nrg_ckpt}: knows other words than {args.ckpt}")
+        if reward_words != words or reward.config.video_shape != model.config.video_shape:
+            raise BadInput(f"{args.nrg_ckpt}: trained with other words or another video size than {args.ckpt}")
         steered, guidance = steer(model, reward.to(device), weights, args.nrg_scale, args.nrg_eps, interval)
         runs[f"CFG {args.cfg:g} NRG {args.nrg}"] = (steered, args.cfg, guidance)
     videos, scores = [], []

@@ -5,6 +5,7 @@ import pickle
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import data
 import evaluate
 import sample
 import train
+from model import ModelConfig, VideoTransformer
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--steps", "5", "--batch", "2", "--eval-prompts", "4", "--eval-pairs", "20", "--device", "cpu"]
@@ -87,7 +89,7 @@ def test_guided_clips_come_with_those_without(command, tmp_path):
         assert status == 0, error
         runs = {}
         for line in out.splitlines()[2:-1]:
-            run, _, numbers = line.rpartition(" 0 " if " 0 " in line else " 1 " if " 1 " in line else " mean ")
+            run, _, numbers = line.rpartition(next(row for row in (" mean ", " 0 ", " 1 ") if row in line))
             runs.setdefault(run.strip(), []).append(numbers)
         return runs, {path.suffix: path.read_bytes() for path in folder.iterdir()}
 
@@ -105,6 +107,18 @@ def test_guided_clips_come_with_those_without(command, tmp_path):
     assert pictures.keys() == {".gif", ".png"} and all(pictures[kind] != others[kind] for kind in pictures)
     compared, _ = scores("--nrg", "1,1,0.5", "--compare")
     assert list(compared) == ["CFG 1", "CFG 2", "CFG 2 NRG 1,1,0.5"] and compared["CFG 2"] == plain["CFG 2"]
+
+
+def test_a_reward_of_another_video_size_is_refused(command, tmp_path):
+    torch.manual_seed(0)
+    words = common.load_checkpoint(common.WEIGHTS / "base.pt")["vocabulary"]
+    model = VideoTransformer(ModelConfig(frames=4, dim=24, depth=2, heads=2, vocab=len(words)))
+    state = {"kind": "velocity", "config": asdict(model.config), "vocabulary": words, "step": 0}
+    common.save_checkpoint(tmp_path / "short.pt", state | {"model": model.state_dict()})
+    flags = ["--ckpt", tmp_path / "short.pt", "--nrg", "1,1,1", "--out", tmp_path / "out"]
+    status, _, error = command(sample, *flags)
+    refused(status, error, "another video size")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("algo", list(train.TASKS))
