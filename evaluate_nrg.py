@@ -24,8 +24,8 @@ from compare import over_seeds
 from data import Vocabulary, annotated_pairs
 from evaluate_align import JUDGES, base_scores, judge, rows_of, settings_for
 from model import load_velocity
-from nrg import guide, load_noisy_reward, noisy_reward_on, reward_gradient, steer
-from reward import DIMENSIONS, accuracy_without_ties
+from nrg import guide, load_noisy_reward, noisy_reward_on, steer
+from reward import DIMENSIONS, accuracies_without_ties
 from sample import CFG, NRG_EPS, NRG_INTERVAL, NRG_SCALE, sample
 from tasks import TASKS, noisy_scores
 
@@ -46,13 +46,11 @@ def name_of(weights):
 
 
 def reward_of(variant, seed, args, device):
-    """The noise-aware reward of a variant, trained if it is not in --work yet."""
+    """The noise-aware reward of a variant, trained here."""
     out = args.work / "nrg" / f"{variant.replace(' ', '-')}-{seed}"
+    settings = settings_for(["--algo=nrg", *VARIANTS[variant], f"--seed={seed}"], out, args)
+    train.train(TASKS["nrg"](settings, device), settings, device)
     base, _ = load_velocity(WEIGHTS / "base.pt")
-    if not (out / "done").exists():
-        settings = settings_for(["--algo=nrg", *VARIANTS[variant], f"--seed={seed}"], out, args)
-        train.train(TASKS["nrg"](settings, device), settings, device)
-        (out / "done").touch()
     return load_noisy_reward(out / "last.pt", base)[0].to(device)
 
 
@@ -68,12 +66,13 @@ def guided(
     clean=False,
 ):
     """`judge` of a checkpoint under guidance. A reward trained on clean clips knows no other time than 0."""
-    if clean:
-        reward_at_0 = lambda x_t, t, y: reward(x_t, torch.zeros_like(t), y)  # noqa: E731
+
+    def at_0(x_t, t, y):
+        return reward(x_t, torch.zeros_like(t), y)
 
     def steered(model):
         if clean:
-            return model, guide(reward_at_0, weights, scale, NRG_EPS, interval)
+            return model, guide(at_0, weights, scale, NRG_EPS, interval)
         return steer(model, reward, weights, scale, NRG_EPS, interval)
 
     return judge(checkpoint, args, device, SETS, (cfg,), steered)
@@ -118,8 +117,7 @@ def accuracy_rows(reward, variant, seed, args, device):
     pairs = annotated_pairs(min(1000, args.eval_pairs), ["validation"], 98765, base.config, Vocabulary(words))
     rows = []
     for t, scores in noisy_scores(reward, pairs, device, seed=0).items():
-        delta = scores[:, 0] - scores[:, 1]
-        right = {n: accuracy_without_ties(delta[:, i], pairs.label[:, i]) for i, n in enumerate(DIMENSIONS)}
+        right = accuracies_without_ties(scores[:, 0] - scores[:, 1], pairs.label)
         rows.append({"study": "accuracy", "method": "nrg", "variant": variant, "seed": seed, "t": t, **right})
     return rows
 
@@ -130,17 +128,18 @@ def costs(args, device, rounds=9):
     model = model.to(device).requires_grad_(False)
     reward = noisy_reward_on(model, train.arguments(["--algo=nrg"]).read).to(device)
     shared, guidance = steer(model, reward, (1, 1, 1), 1.0, NRG_EPS)
-    own = guide(reward, (1, 1, 1), 1.0, NRG_EPS, gradient=reward_gradient)
+    own = guide(reward, (1, 1, 1), 1.0, NRG_EPS)
     x1 = torch.randn(16, *model.config.video_shape).to(device)
     y = torch.ones(16, model.config.max_text, dtype=torch.int64, device=device)
     ways = {"plain": (model, 1.0, None), "CFG": (model, CFG, None)}
     ways |= {"NRG, shared trunk": (shared, 1.0, guidance), "NRG, own trunk": (model, 1.0, own)}
     seconds = {way: [] for way in ways}
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
     for _ in range(rounds):
         for way, (velocity, cfg, steering) in ways.items():
-            begun = time.process_time() if device.type == "cpu" else time.perf_counter()
+            begun = clock()
             sample(velocity, x1, y, steps=4, cfg=cfg, guidance=steering).cpu()
-            seconds[way].append((time.process_time() if device.type == "cpu" else time.perf_counter()) - begun)
+            seconds[way].append(clock() - begun)
     return [
         {"study": "cost", "method": way, "seed": 0, "seconds": statistics.median(s) / 4} for way, s in seconds.items()
     ]
@@ -189,7 +188,7 @@ def report(args, rows):
     lines += table(
         "Table 5: weights VQ:MQ:TA", {name_of(w): {"study": "weights", "method": name_of(w)} for w in TABLE_5}
     )
-    alone = {name_of(tuple(w * (i == k) for k in range(3))): i for i in range(3) for w in RISING}
+    alone = [name_of(tuple(w * (i == k) for k in range(3))) for i in range(3) for w in RISING]
     lines += table("Each weight alone", {name: {"study": "one", "method": name} for name in alone})
     sweep = {f"scale {f * NRG_SCALE:g}": {"study": "scale", "scale": f * NRG_SCALE} for f in SCALES}
     sweep[f"scale {NRG_SCALE:g}"] = {"study": "weights", "method": "nrg-1:1:1"}

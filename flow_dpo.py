@@ -16,10 +16,9 @@ satisfies the loss. Nothing here knows a model class: policy and reference are a
 import torch
 import torch.nn.functional as F
 
-from flow import draw_noise, draw_time, interpolate, mean_square
+from flow import TIME_BINS, draw_noise, draw_time, interpolate, mean_square, time_bin
 
 SCHEDULES = ("constant", "(1-t)^2")
-TIME_BINS = 4  # of equal width in t, for the logs
 
 
 def flow_dpo_loss(err_w, err_l, ref_err_w, ref_err_l, t, beta, schedule="constant"):
@@ -71,7 +70,7 @@ def flow_dpo_step(policy, reference, x0_w, x0_l, y, beta, rng, schedule="constan
         drift = mean_square(v_policy, v_reference).reshape(2, -1).mean(0)
         logs["drift"] = drift.mean().item()
         for i in range(TIME_BINS):
-            here = (t * TIME_BINS).long().clamp(max=TIME_BINS - 1) == i
+            here = time_bin(t) == i
             if here.any():
                 errors = (error[here] for error in (err_w, err_l, ref_err_w, ref_err_l))
                 _, part = flow_dpo_loss(*errors, t[here], beta, schedule)

@@ -25,11 +25,9 @@ import torch.nn.functional as F
 
 from attention import attention
 from common import BadInput
-from flow import draw_noise, draw_time, interpolate
+from flow import TIME_BINS, draw_noise, draw_time, interpolate, time_bin
 from model import ModelConfig, VideoTransformer, load_model
-from reward import DIMENSIONS, accuracy_without_ties, bt_loss
-
-TIME_BINS = 4  # of equal width in t, for the logs
+from reward import DIMENSIONS, accuracies_without_ties, bt_loss
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Guidance
@@ -193,10 +191,10 @@ def noisy_reward_step(reward, x0_a, x0_b, y, label, rng, shift=1.0, contrast=0.0
         margin = (a - other)[:, DIMENSIONS.index("TA")]
         loss = loss - contrast * F.logsigmoid(margin).mean()
         logs["contrast"] = ((margin > 0).float() + 0.5 * (margin == 0)).mean().item()
-    quarter = (t * TIME_BINS).long().clamp(max=TIME_BINS - 1)
-    for i, name in enumerate(DIMENSIONS):
-        for part, here in [("", slice(None)), *((f"/t{k}", quarter == k) for k in range(TIME_BINS))]:
-            logs[name + part] = accuracy_without_ties((a - b)[here, i], label[here, i])
+    logs |= accuracies_without_ties(a - b, label)
+    for i in range(TIME_BINS):
+        here = time_bin(t) == i
+        logs |= {f"{name}/t{i}": value for name, value in accuracies_without_ties((a - b)[here], label[here]).items()}
     return loss, {name: value for name, value in logs.items() if value == value}  # nan: no such pair
 
 
@@ -208,8 +206,8 @@ class SharedTrunk:
     """A policy as a velocity model whose first blocks serve the reward as well: sample(shared, ..., guidance=guide(
     reward, ..., gradient=shared.gradient)).
 
-    A step then costs 1 + k/L forwards, with k of L blocks read: the rest of the policy runs without a graph, and back
-    go only the head and k blocks. Freezes the weights of both, as the gradient is wanted in x_t alone."""
+    A step then costs at best 1 + k/L forwards, with k of L blocks read: the rest of the policy runs without a graph,
+    and back go only the head and k blocks. Freezes the weights of both, as the gradient is wanted in x_t alone."""
 
     def __init__(self, policy, reward):
         self.policy, self.config = policy.requires_grad_(False), policy.config

@@ -88,6 +88,11 @@ def accuracy_without_ties(delta, label):
     return (torch.sign(delta) == label)[decided].float().mean().item()
 
 
+def accuracies_without_ties(delta, label):
+    """accuracy_without_ties of each dimension, for delta and label (N, 3): {"VQ": ..., "MQ": ..., "TA": ...}."""
+    return {name: accuracy_without_ties(delta[:, i], label[:, i]) for i, name in enumerate(DIMENSIONS)}
+
+
 def accuracy_with_ties(delta, label):
     """Three-class accuracy after tie calibration (Deutsch et al. 2023): a tie is predicted where |delta| <= threshold,
     and the threshold is the observed |delta| with the best accuracy on these very pairs. -> (accuracy, threshold).

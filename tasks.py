@@ -41,6 +41,7 @@ from reward import (
     INVALID,
     RewardConfig,
     VideoReward,
+    accuracies_without_ties,
     accuracy_with_ties,
     accuracy_without_ties,
     bt_loss,
@@ -124,7 +125,7 @@ def reward_task(args, device):
         label = batch["label"]
         preference = LOSSES[args.loss](a, b, batch)
         caption = caption_loss(words, y)
-        right = {name: accuracy_without_ties((a - b)[:, i], label[:, i]) for i, name in enumerate(DIMENSIONS)}
+        right = accuracies_without_ties(a - b, label)
         logs = {"loss": preference.item(), "caption": caption.item()}
         return preference + args.caption * caption, logs | {name: v for name, v in right.items() if v == v}
 
@@ -230,8 +231,8 @@ def nrg_task(args, device):
         model.std.copy_(torch.cat(list(scores.values())).std((0, 1)).clamp(min=1e-6))
         lines = [f"{len(held)} validation pairs, prompts never seen in training, accuracy without ties at each t:"]
         for t, here in scores.items():
-            right = [accuracy_without_ties(here[:, 0, i] - here[:, 1, i], held.label[:, i]) for i in range(3)]
-            lines.append(f"  t {t:.2f}  " + "  ".join(f"{n} {v:.3f}" for n, v in zip(DIMENSIONS, right)))
+            right = accuracies_without_ties(here[:, 0] - here[:, 1], held.label)
+            lines.append(f"  t {t:.2f}  " + "  ".join(f"{n} {v:.3f}" for n, v in right.items()))
         return lines
 
     return Task("noisy reward", model, vocabulary, batch, loss, ("loss", *DIMENSIONS), finish, stored=stored)
