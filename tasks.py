@@ -13,6 +13,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 
 import torch
 
@@ -315,8 +316,8 @@ TASKS = {
 def alignment(args, device):
     """The frozen base, the policy that starts from it, its vocabulary, pairs scored by VideoReward, and the comparison
     of the two that ends a run."""
-    base, words = load_velocity(args.init or WEIGHTS / "base.pt")
-    reward, reward_words = load_reward(args.reward or WEIGHTS / "reward.pt")
+    paths = args.init or WEIGHTS / "base.pt", args.reward or WEIGHTS / "reward.pt"
+    (base, words), (reward, reward_words) = load_velocity(paths[0]), load_reward(paths[1])
     base, reward = base.to(device).requires_grad_(False), reward.to(device).requires_grad_(False)
     policy = copy.deepcopy(base).requires_grad_(True)
     torch.manual_seed(args.seed)
@@ -343,22 +344,23 @@ def alignment(args, device):
         texts = "; ".join(world.prompt_text(prompt) for prompt in prompts[shown])
         return [*lines, f"wrote {out / name}.gif and .png (CFG 1): {texts}"]
 
-    vocabulary = Vocabulary(words)
-    pairs, _ = toy_pairs(args.pairs, ["train"], args.seed, base.config, vocabulary)
-    total = relabelled(pairs, reward, words, reward_words, args.align, device)
-    return base, policy, vocabulary, pairs, total, finish
+    pairs, scores = scored_pairs(args.pairs, args.seed, *paths, device)
+    weights = torch.tensor(args.align) / sum(map(abs, args.align))  # 1:1:1 is r = (r_VQ + r_MQ + r_TA) / 3
+    return base, policy, Vocabulary(words), pairs, scores @ weights, finish
 
 
-def relabelled(pairs, reward, words, reward_words, weights, device):
-    """The mean of VideoReward's three z-scores with `weights` (3,) for both clips of all pairs (N, 2) (section 5.1).
+@lru_cache(maxsize=1)  # a study aligns many policies on the same pairs
+def scored_pairs(count, seed, init, reward, device):
+    """Pairs, and VideoReward's z-scores of both clips of each (N, 2, 3) (section 5.1).
 
     Offline and once, as in the paper: clips of the twelve generators, none of the policy's own."""
+    base, words = load_velocity(init)
+    reward, reward_words = load_reward(reward)
     if reward_words != words:
         raise BadInput("--reward and --init know different words; use a reward and a base model of the same data")
+    pairs, _ = toy_pairs(count, ["train"], seed, base.config, Vocabulary(words))
     bar = progress_bar("VideoReward scores the pairs", "x64 pairs")
-    scores = pair_scores(reward.normalised, pairs, device, bar)
-    weights = torch.tensor(weights) / sum(map(abs, weights))  # 1:1:1 is r = (r_VQ + r_MQ + r_TA) / 3
-    return scores @ weights
+    return pairs, pair_scores(reward.to(device).normalised, pairs, device, bar)
 
 
 def ranked(total):

@@ -5,7 +5,7 @@ import torch
 
 import tasks
 import world
-from common import BadInput
+from common import WEIGHTS, BadInput
 from compare import prompt_set, sample_prompts, score_table, win_rate
 from data import TOY_WORDS, Vocabulary, toy_pairs
 from model import ModelConfig, VideoTransformer
@@ -55,15 +55,21 @@ class Oracle(Judge):
         return (world.oracle(video, prompts) - world.TRUE_MEAN) / world.TRUE_STD
 
 
-def ranked_clips(judge, count):
-    """Winners and losers by `judge` of toy pairs: (videos, prompts, generators) each."""
-    pairs, prompt = toy_pairs(count, ["train"], 0, CONFIG, Vocabulary())
-    total = tasks.relabelled(pairs, judge, TOY_WORDS, TOY_WORDS, (1.0, 1.0, 1.0), torch.device("cpu"))
-    sides = tasks.ranked(total)
-    return [(pairs.clips(*side.T), prompt[side[:, 0]], pairs.models[side[:, 0], side[:, 1]]) for side in sides]
+@pytest.fixture
+def ranked_clips(monkeypatch):
+    """(judge, count) -> winners and losers by `judge` of toy pairs: (videos, prompts, generators) each."""
+
+    def ranked(judge, count):
+        monkeypatch.setattr(tasks, "load_reward", lambda path: (judge, TOY_WORDS))
+        pairs, scores = tasks.scored_pairs.__wrapped__(count, 0, WEIGHTS / "base.pt", None, torch.device("cpu"))
+        _, prompt = toy_pairs(count, ["train"], 0, CONFIG, Vocabulary())
+        sides = tasks.ranked(scores.mean(2))
+        return [(pairs.clips(*side.T), prompt[side[:, 0]], pairs.models[side[:, 0], side[:, 1]]) for side in sides]
+
+    return ranked
 
 
-def test_pairs_are_ranked_by_the_reward_and_equal_rewards_make_none():
+def test_pairs_are_ranked_by_the_reward_and_equal_rewards_make_none(ranked_clips):
     (winner, prompt, first), (loser, again, second) = ranked_clips(Judge(), 200)
     assert 100 < len(winner) == len(loser) < 200
     assert torch.equal(prompt, again) and not (first == second).any()
@@ -71,16 +77,16 @@ def test_pairs_are_ranked_by_the_reward_and_equal_rewards_make_none():
     assert (scores[0] > scores[1]).all()
 
 
-def test_the_oracle_as_reward_gives_better_winners_in_every_dimension():
+def test_the_oracle_as_reward_gives_better_winners_in_every_dimension(ranked_clips):
     (winner, prompt, _), (loser, _, _) = ranked_clips(Oracle(), 300)
     gain = (world.oracle(winner, prompt) - world.oracle(loser, prompt)).mean(0)
     assert (gain > 0.1).all(), gain
 
 
-def test_a_reward_of_other_words_is_refused():
-    pairs, _ = toy_pairs(2, ["train"], 0, CONFIG, Vocabulary())
+def test_a_reward_of_other_words_is_refused(monkeypatch):
+    monkeypatch.setattr(tasks, "load_reward", lambda path: (Judge(), TOY_WORDS[::-1]))
     with pytest.raises(BadInput, match="different words"):
-        tasks.relabelled(pairs, Judge(), TOY_WORDS, TOY_WORDS[::-1], (1.0, 1.0, 1.0), torch.device("cpu"))
+        tasks.scored_pairs(2, 0, WEIGHTS / "base.pt", None, torch.device("cpu"))
 
 
 def test_ranking_by_hand():
