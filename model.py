@@ -20,12 +20,14 @@ import copy
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
-from attention import attention, rms_norm, rope_table, rotate, still_table
+from attention import attention, rms_norm, rope_table, rotate, still_table, tile_plan
 from common import BadInput, fill, load_checkpoint
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -46,6 +48,7 @@ class ModelConfig:
     vocab: int = 32  # word ids
     max_text: int = 8  # words of a prompt
     t_floor: float = 0.05  # v = (x_t - x0_hat) / max(t, t_floor)
+    attention: str = "full"  # or "tile:T,H,W", see attention.parse_attention
 
     def __post_init__(self):
         object.__setattr__(self, "patch", tuple(self.patch))
@@ -54,6 +57,7 @@ class ModelConfig:
                 raise BadInput(f"model config: {name} {getattr(self, name)} is not a multiple of the patch's {side}")
         if self.dim % self.heads or (self.dim // self.heads) % 2:
             raise BadInput(f"model config: dim {self.dim} over {self.heads} heads must be a whole, even head size")
+        tile_plan(self.attention, self.grid, self.max_text, torch.device("cpu"))  # BadInput if they do not fit
 
     @property
     def grid(self):
@@ -111,12 +115,13 @@ class Attention(nn.Module):
         self.q_norm = nn.Parameter(torch.ones(dim // heads))
         self.k_norm = nn.Parameter(torch.ones(dim // heads))
 
-    def forward(self, x, table, context=None):
+    def forward(self, x, table, context=None, plan=None):
         b, n, d = x.shape
-        q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, heads, N, head_dim) each
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, -1).unbind(2)  # (B, N, heads, head_dim) each
         q, k = rotate(rms_norm(q, self.q_norm), table), rotate(rms_norm(k, self.k_norm), table)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, N, head_dim) each
         if context is None:
-            mixed = attention(q, k, v)  # (B, heads, N, head_dim)
+            mixed = attention(q, k, v, plan)  # (B, heads, N, head_dim)
         else:
             inner = attention(q[:, :, :context], k[:, :, :context], v[:, :, :context])
             mixed = torch.cat((inner, attention(q[:, :, context:], k, v)), 2)
@@ -127,8 +132,21 @@ def mlp(dim):
     return nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
 
+def remade(function, *inputs):
+    """function(*inputs); for backward only the inputs are kept, all else is then made again."""
+    if not torch.is_grad_enabled():
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+def modulated(norm, x, shift, scale):
+    return torch.addcmul(shift, norm(x), 1 + scale)
+
+
 class Block(nn.Module):
-    """Attention and MLP, each shifted, scaled and gated by the condition c (adaLN-zero: at the start the identity)."""
+    """Attention and MLP, each shifted, scaled and gated by the condition c (adaLN-zero: at the start the identity).
+
+    What is cheap to make is made again in backward: 18 numbers a channel of each token are kept for it, not 24."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -138,10 +156,12 @@ class Block(nn.Module):
         self.mlp = mlp(dim)
         self.modulation = nn.Linear(dim, 6 * dim)
 
-    def forward(self, x, c, table):
+    def forward(self, x, c, table, plan=None):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None].chunk(6, -1)  # (B, 1, d) each
-        x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1, table)  # (B, N, d)
-        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)  # (B, N, d)
+        inner = self.attn(remade(modulated, self.norm1, x, shift1, scale1), table, plan=plan)  # (B, N, d)
+        x = torch.addcmul(x, gate1, inner)
+        inner = self.mlp[0](remade(modulated, self.norm2, x, shift2, scale2))
+        return torch.addcmul(x, gate2, remade(self.mlp[1:], inner))  # (B, N, d)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -181,6 +201,7 @@ class VideoTransformer(nn.Module):
         head_dim = dim // config.heads
         table = torch.cat((still_table(config.max_text, head_dim), rope_table(config.grid, head_dim)), 1)  # words first
         self.register_buffer("table", table, persistent=False)
+        self.checkpointed = False  # whether each block is computed again in backward, which then keeps its input alone
         self.initialize_weights()
 
     def initialize_weights(self):
@@ -207,19 +228,32 @@ class VideoTransformer(nn.Module):
             raise ValueError(f"video of shape {tuple(x_t.shape)}; this model takes (B, {expected})")
         words = self.words(y)  # (B, S, d)
         video = self.patch_in(patchify(x_t, self.config.patch))  # (B, N, d)
+        if (plan := self.plan(x_t.device)) is not None:
+            video = video[:, plan.order]
         condition = self.time(time_features(t, self.config.dim).to(words.dtype)) + self.pooled(words.mean(1))  # (B, d)
         return torch.cat((words + self.places, video), 1), F.silu(condition)
 
     def run(self, hidden, condition, start, stop):
         """Blocks start to stop - 1 on hidden (B, S + N, d)."""
+        table, plan = self.table, self.plan(hidden.device)
+        if plan is not None:
+            words, video = table.split((plan.words, len(plan.order)), 1)
+            table = torch.cat((words, video[:, plan.order]), 1)
         for block in self.blocks[start:stop]:
-            hidden = block(hidden, condition, self.table)
+            run = partial(remade, block) if self.checkpointed else block
+            hidden = run(hidden, condition, table, plan)
         return hidden
+
+    def plan(self, device):
+        """Who sees whom, None for full attention. Between `embed` and `head` the tokens lie in its order."""
+        return tile_plan(self.config.attention, self.config.grid, self.config.max_text, device)
 
     def head(self, hidden, condition, x_t, t):
         """Hidden states after the last block -> velocity (B, C, T, H, W)."""
         shift, scale = self.modulation(condition)[:, None].chunk(2, -1)  # (B, 1, d)
         hidden = hidden[:, self.config.max_text :] * (1 + scale) + shift  # (B, N, d)
+        if (plan := self.plan(hidden.device)) is not None:
+            hidden = hidden[:, plan.inverse]
         x0_hat = unpatchify(self.patch_out(hidden), self.config.video_shape, self.config.patch)  # (B, C, T, H, W)
         return (x_t - x0_hat) / t.clamp(min=self.config.t_floor)[:, None, None, None, None]
 

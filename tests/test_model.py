@@ -5,7 +5,6 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from attention import attention, rms_norm, rope_table, rotate
 from common import BadInput
 from model import (
     PRESETS,
@@ -21,42 +20,6 @@ from model import (
 )
 
 SMALL = ModelConfig(frames=4, size=16, patch=(2, 8, 8), dim=32, depth=3, heads=2, vocab=8, max_text=3)
-
-
-@pytest.mark.parametrize("backend", ["auto", "naive", "sdpa", "reference"])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
-@pytest.mark.parametrize(("n", "m"), [(16, 16), (7, 13)])
-def test_backends_agree_with_softmax_in_float64(backend, dtype, tolerance, n, m):
-    torch.manual_seed(0)
-    q, k, v = torch.randn(2, 3, n, 8).to(dtype), torch.randn(2, 3, m, 8).to(dtype), torch.randn(2, 3, m, 8).to(dtype)
-    weights = torch.softmax(torch.einsum("bhnd,bhmd->bhnm", q.double(), k.double()) / 8**0.5, -1)
-    expected = torch.einsum("bhnm,bhmd->bhnd", weights, v.double())
-    out = attention(q, k, v, backend=backend)
-    assert out.dtype == dtype and (out.double() - expected).abs().max().item() < tolerance
-
-
-def test_unknown_backend_is_named():
-    with pytest.raises(ValueError, match="flash9"):
-        attention(*torch.randn(3, 1, 1, 2, 4), backend="flash9")
-
-
-def test_rotations_keep_lengths_and_make_products_relative():
-    table = rope_table((3, 4, 5), 16)
-    assert table.shape == (2, 60, 8)
-    torch.manual_seed(0)
-    q, k = torch.randn(2, 16)
-    turned_q, turned_k = (rotate(x.expand(1, 1, 60, 16), table)[0, 0] for x in (q, k))
-    assert torch.allclose(turned_q.norm(dim=-1), q.norm().expand(60), atol=1e-5)
-    products = (turned_q @ turned_k.T).reshape(3, 4, 5, 3, 4, 5)
-    # one step in t, h or w is the same step anywhere
-    assert torch.allclose(products[0, 1, 2, 1, 3, 3], products[1, 0, 1, 2, 2, 2], atol=1e-4)
-    assert not torch.allclose(products[0, 1, 2, 1, 3, 3], products[0, 1, 2, 1, 3, 2], atol=1e-2)
-
-
-def test_rms_norm_by_hand():
-    # rms of (3, 4) is sqrt(12.5)
-    out = rms_norm(torch.tensor([3.0, 4.0]), torch.tensor([1.0, 2.0]))
-    assert out.tolist() == pytest.approx([3 / 12.5**0.5, 8 / 12.5**0.5], rel=1e-5)
 
 
 def test_patches_round_trip():

@@ -1,0 +1,75 @@
+"""The GPU kernels without a GPU: in Triton's interpreter, and as machine code, compiled ahead of time."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from attention import attention, tile_plan
+from tests.test_attention import check, near
+
+os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+triton = pytest.importorskip("triton")
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float16, 2e-3)])
+@pytest.mark.parametrize("case", [None, ("tile:1,4,4/1,2,1", (1, 12, 8), 21), ("tile:2,2,4", (2, 4, 4), 0)])
+def test_output_and_gradients(dtype, tolerance, case):
+    torch.manual_seed(0)
+    if case is None:  # dense, ragged, other lengths of queries and keys
+        q, k, v = (torch.randn(1, 2, count, 16).to(dtype) for count in (70, 40, 40))
+        return check((q, k, v), None, None, "triton", tolerance)
+    text, grid, words = case
+    mask, _ = near(text, grid, words)
+    q, k, v = torch.randn(3, 1, 1, words + math.prod(grid), 16).to(dtype)
+    check((q, k, v), tile_plan(text, grid, words, torch.device("cpu")), mask, "triton", tolerance)
+
+
+def test_sizes_that_the_kernels_do_not_take_are_named():
+    with pytest.raises(ValueError, match="head size 24"):
+        attention(*torch.randn(3, 1, 1, 8, 24), backend="triton")
+
+
+COMPILE = """
+import json, re, subprocess, sys, tempfile
+from pathlib import Path
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+import attention_triton
+
+tool = next(Path(triton.__file__).parent.rglob("cuobjdump"), None) or sys.exit("no cuobjdump")
+types = {"lse": "*fp32", "inner": "*fp32", "keys": "*i32", "counts": "*i32", "queries": "*i32", "scale": "fp32"}
+types |= dict.fromkeys(("most", "queries_n", "keys_n", "words"), "i32") | dict.fromkeys(("DIM", "TILE"), "constexpr")
+for name in ("forward_kernel", "query_kernel", "key_kernel"):
+    kernel = getattr(attention_triton, name)
+    signature = {argument: types.get(argument, "*bf16") for argument in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] == "*"}
+    source = ASTSource(kernel, signature, {"DIM": 64, "TILE": 64}, aligned)  # pointers aligned as torch allocates
+    for capability in (80, 90):
+        target = GPUTarget("cuda", capability, 32)
+        compiled = triton.compile(source, target, {"num_warps": 4, "num_stages": 2})
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            Path(file.name).write_bytes(compiled.asm["cubin"])
+            code = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
+        found = {word: len(re.findall(rf"\\b{word}\\b", code)) for word in ("HMMA", "HGMMA", "LDGSTS", "LDL", "STL")}
+        print(json.dumps({"kernel": name, "capability": capability, **found}))
+"""
+
+
+def test_machine_code_uses_tensor_cores_and_does_not_spill():
+    settings = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"}
+    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=settings)
+    if "no cuobjdump" in done.stderr:
+        pytest.skip("this build of triton has no cuobjdump")
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == 6
+    for code in found:
+        assert code["HGMMA" if code["capability"] == 90 else "HMMA"] > 0, code
+        assert code["LDGSTS"] > 0, code  # the next block is loaded while this one is computed
+        assert code["LDL"] == code["STL"] == 0, code  # registers hold everything
