@@ -94,22 +94,18 @@ def fingerprint(model, blocks):
     return digest.hexdigest()[:16]
 
 
-class NoisyReward(nn.Module):
-    """forward(x_t (B, C, T, H, W), t (B,), y (B, S)) -> scores (B, 3) in the order VQ, MQ, TA.
+class RewardHead(nn.Module):
+    """What a noise-aware reward adds to a velocity model's first blocks; a subclass's forward(x_t, t, y) runs these.
 
     Three learned queries, one for a score, pool the trunk's hidden states by attention; hidden states and queries are
-    modulated by the time and the pooled prompt, and a small network for each turns what it pooled into its score.
+    modulated by the trunk's condition, and a small network for each turns what it pooled into its score.
 
     Scores are divided by `std`, their standard deviations over validation pairs, 1 until the training ends. Without,
     VQ, whose pairs are easy to tell apart, ends at ten times the spread of the others and its gradient drowns them."""
 
-    def __init__(self, config):
+    def __init__(self, dim, heads):
         super().__init__()
-        self.config = config
-        dim = config.dim
-        self.trunk = VideoTransformer(config)
-        self.trunk.blocks = self.trunk.blocks[: config.read]
-        del self.trunk.patch_out, self.trunk.modulation  # what follows the last block
+        self.heads = heads
         self.norm = nn.LayerNorm(dim)
         self.modulation = nn.Linear(dim, 4 * dim)
         self.queries = nn.Parameter(torch.randn(len(DIMENSIONS), dim) * dim**-0.5)
@@ -122,23 +118,35 @@ class NoisyReward(nn.Module):
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
 
-    def forward(self, x_t, t, y):
-        hidden, condition = self.trunk.embed(x_t, t, y)
-        return self.head(self.trunk.run(hidden, condition, 0, self.config.read), condition)
-
     def head(self, hidden, condition):
-        """Hidden states (B, S + N, d) of the trunk, and its condition (B, d) -> scores (B, 3)."""
+        """Hidden states (B, N, d) of the trunk, and its condition (B, d) -> scores (B, 3) in the order VQ, MQ, TA."""
         shift, scale, move, turn = self.modulation(condition)[:, None].chunk(4, -1)  # (B, 1, d) each
-        hidden = self.norm(hidden) * (1 + scale) + shift  # (B, S + N, d)
+        hidden = self.norm(hidden) * (1 + scale) + shift  # (B, N, d)
         b, n, d = hidden.shape
-        heads = self.config.heads
         q = self.queries * (1 + turn) + move  # (B, 3, d)
         q, k, v = (
-            x.reshape(b, -1, heads, d // heads).transpose(1, 2) for x in (q, self.key(hidden), self.value(hidden))
+            x.reshape(b, -1, self.heads, d // self.heads).transpose(1, 2)
+            for x in (q, self.key(hidden), self.value(hidden))
         )
         pooled = attention(q, k, v).transpose(1, 2).reshape(b, -1, d)  # (B, 3, d)
         scores = [score(x) for score, x in zip(self.scores, pooled.unbind(1))]  # 3 x (B, 1)
         return torch.cat(scores, 1) / self.std
+
+
+class NoisyReward(RewardHead):
+    """forward(x_t (B, C, T, H, W), t (B,), y (B, S)) -> scores (B, 3) in the order VQ, MQ, TA: the head on words and
+    video tokens alike, modulated by the time and the pooled prompt."""
+
+    def __init__(self, config):
+        trunk = VideoTransformer(config)
+        super().__init__(config.dim, config.heads)
+        self.config, self.trunk = config, trunk
+        self.trunk.blocks = self.trunk.blocks[: config.read]
+        del self.trunk.patch_out, self.trunk.modulation  # what follows the last block
+
+    def forward(self, x_t, t, y):
+        hidden, condition = self.trunk.embed(x_t, t, y)
+        return self.head(self.trunk.run(hidden, condition, 0, self.config.read), condition)
 
 
 def noisy_reward_on(base, read, frozen=True):
