@@ -142,7 +142,7 @@ def draw(wan, pairs, args):
 def arguments(argv=None):
     parser = Parser("Aligns diffusers' Wan text-to-video transformer by LoRA, trains a reward on it, samples from it.")
     parser.add_argument("algo", choices=(*ALGORITHMS, "sample"), help="what to do")
-    parser.add_argument("--tiny", action="store_true", help="a random model, made-up pairs; --rank 4 --batch 8 --n 8")
+    parser.add_argument("--tiny", action="store_true", help="a random model, made-up pairs, and defaults for them")
     parser.add_argument("--model", type=Path, help="folder of Wan in diffusers' format, or of its transformer")
     parser.add_argument("--data", type=Path, help="folder of pairs (examples/latents.py)")
     parser.add_argument("--out", type=Path, default=Path("out/wan"), help="folder to write to")
@@ -150,7 +150,7 @@ def arguments(argv=None):
     parser.add_argument("--rank", type=int, default=64, help="of new adapters")
     parser.add_argument("--steps", type=int, default=50, help="optimiser steps, or Euler steps of sample")
     parser.add_argument("--batch", type=int, default=1, help="pairs a step; clips with rwr and sft")
-    parser.add_argument("--lr", type=float, default=5e-6, help="learning rate; nrg and --tiny: 1e-3")
+    parser.add_argument("--lr", type=float, default=5e-6, help="learning rate; with nrg 1e-3")
     parser.add_argument("--beta", type=float, default=500.0, help="dpo: larger stays closer to the reference")
     parser.add_argument("--shift", type=float, default=3.0, help="of t towards noise, but in nrg; 5 at 720 lines")
     parser.add_argument("--n", type=int, default=1, help="sample: clips")
@@ -164,7 +164,7 @@ def arguments(argv=None):
     if args.algo == "nrg" or args.tiny:
         parser.set_defaults(lr=1e-3)
     if args.tiny:
-        parser.set_defaults(rank=4, batch=8, n=8)
+        parser.set_defaults(rank=4, batch=8, n=8, beta=10.0)
     args = parser.parse_args(argv)
     for name in ("rank", "steps", "batch", "lr", "beta", "shift", "n"):
         if not 0 < getattr(args, name) < float("inf"):

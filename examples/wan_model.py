@@ -150,4 +150,4 @@ def load_adapters(wan, path):
         if side == "A.weight":
             adapter = add_adapter(wan, layer, len(a))
             adapter.down.data.copy_(a)
-            adapter.up.data.copy_(b * notes.get("lora_alpha", len(a)) / len(a) / adapter.scale)
+            adapter.up.data.copy_(b * (notes.get("lora_alpha", len(a)) / len(a) / adapter.scale))
