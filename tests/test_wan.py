@@ -6,6 +6,7 @@ import math
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,21 @@ def test_four_steps_are_the_librarys(tiny, shift):
         x = scheduler.step(v_null + 5.0 * (v - v_null), t, x, return_dict=False)[0]
     x0 = wan.sample(wan.velocity(model), x1, y, 4, cfg=5.0, null=null, shift=shift)
     assert (x0 - x).abs().max() <= 1e-5 and (x0 - x1).abs().max() > 0.1
+
+
+def test_the_librarys_pipeline_ends_where_our_sampler_does(tiny):
+    pytest.importorskip("transformers")
+    (x1, y), (_, null) = inputs(), inputs(seed=1)
+    model = wan_model.load_transformer(tiny / "model")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    clock = partial(scheduler.set_timesteps, sigmas=[1.0, 0.75, 0.5, 0.25])
+    scheduler.set_timesteps = lambda steps, device: clock(device=device)
+    pipe = diffusers.WanPipeline(None, None, None, scheduler, model)
+    pipe.set_progress_bar_config(disable=True)
+    embeddings = dict(prompt_embeds=y, negative_prompt_embeds=null, guidance_scale=5.0)
+    x = pipe(**embeddings, latents=x1, num_inference_steps=4, height=64, width=64, num_frames=5, output_type="latent")
+    x0 = wan.sample(wan.velocity(model), x1, y, 4, cfg=5.0, null=null, shift=3.0)
+    assert (x0 - x.frames).abs().max() <= 1e-5
 
 
 def test_the_librarys_own_clock_by_our_velocity(tiny):
