@@ -60,7 +60,7 @@ def load_transformer(path):
 
 
 def write_tiny(path):
-    """A random transformer of 39,000 parameters, in the form of a real one."""
+    """A random transformer of 37,000 parameters, in the form of a real one."""
     torch.manual_seed(0)
     sizes = dict(num_attention_heads=2, attention_head_dim=12, num_layers=4, ffn_dim=48, freq_dim=32)
     wan = WanTransformer3DModel(in_channels=4, out_channels=4, text_dim=8, rope_max_seq_len=32, **sizes)
