@@ -23,6 +23,7 @@ import evaluate_beta
 import evaluate_nrg
 import evaluate_reward
 import evaluate_unified
+import plot
 from common import BadInput, Parser, pick_device, run
 
 STUDIES = {
@@ -91,7 +92,7 @@ def commit():
 
 
 def save(study, result, out, device):
-    """Writes `result` {"rows", "markdown", "pictures": {name: function of a path}} as out/study.json, .md and PNGs."""
+    """Writes `result` {"rows", "markdown", "pictures": {name: list of Chart}} as out/study.json, .md and PNGs."""
     command = " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
     facts = {"command": command, "commit": commit(), "torch": torch.__version__, "device": str(device)}
     note = f"`{command}`, commit {facts['commit']}, torch {facts['torch']}, {facts['device']}"
@@ -99,8 +100,8 @@ def save(study, result, out, device):
         out.mkdir(parents=True, exist_ok=True)
         (out / f"{study}.json").write_text(json.dumps({**facts, "rows": result["rows"]}, indent=1) + "\n")
         (out / f"{study}.md").write_text("\n".join([*result["markdown"], "", note, ""]))
-        for name, draw in result["pictures"].items():
-            draw(out / f"{name}.png")
+        for name, charts in result["pictures"].items():
+            plot.save(out / f"{name}.png", charts)
     except OSError as error:
         raise BadInput(f"cannot write to {out}: {error.strerror}") from None
 

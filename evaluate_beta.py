@@ -10,11 +10,11 @@ one falls, the policy has learned the reward's mistakes. The paper could not dra
 import json
 from functools import partial
 
-import plot
 import train
 from common import load_checkpoint
 from compare import mean_and_spread
 from evaluate_align import JUDGES, METHODS, base_scores, judge, rows_of, settings_for
+from plot import Chart
 from reward import DIMENSIONS
 from tasks import TASKS
 from world import TRUE_MEAN, TRUE_STD
@@ -101,28 +101,21 @@ def report(args, rows):
     for method in SCHEDULES:
         lines += table(f"{method}: long run", "steps", steps, "steps", study="long", method=method)
 
-    def sweep_picture(path):
-        charts = []
-        for name in SETS:
-            for by in JUDGES:
-                series = []
-                for method in SCHEDULES:
-                    points = curve("TA", "beta", BETAS, study="sweep", method=method, judge=by, set=name)
-                    series.append((method, BETAS, *zip(*points)))
-                charts.append(plot.chart(f"TA, {name} set, {by}", series, "beta", "win rate", log=True, level=0.5))
-        plot.save(path, charts, across=2)
-
-    def long_picture(path):
-        charts = []
-        for method in SCHEDULES:
-            wanted = {"study": "long", "method": method, "set": "standard"}
-            away = [mean for mean, _ in curve("drift", "steps", steps, judge="oracle", **wanted)]
-            for i, name in enumerate(DIMENSIONS):
-                learned = [m for m, _ in curve(f"{name}_score", "steps", steps, judge="videoreward", **wanted)]
-                true = [m for m, _ in curve(f"{name}_score", "steps", steps, judge="oracle", **wanted)]
-                true = [(value - TRUE_MEAN[i].item()) / TRUE_STD[i].item() for value in true]
-                series = [("videoreward", away, learned, None), ("oracle", away, true, None)]
-                charts.append(plot.chart(f"{method}: {name}", series, "drift from the reference", "z-score"))
-        plot.save(path, charts)
-
-    return {"rows": rows, "markdown": lines, "pictures": {"beta_sweep": sweep_picture, "beta_long": long_picture}}
+    sweeps, runs = [], []
+    for name in SETS:
+        for by in JUDGES:
+            series = []
+            for method in SCHEDULES:
+                points = curve("TA", "beta", BETAS, study="sweep", method=method, judge=by, set=name)
+                series.append((method, BETAS, *zip(*points)))
+            sweeps.append(Chart(f"TA, {name} set, {by}", series, "beta", "win rate", log=True, level=0.5))
+    for method in SCHEDULES:
+        wanted = {"study": "long", "method": method, "set": "standard"}
+        away = [mean for mean, _ in curve("drift", "steps", steps, judge="oracle", **wanted)]
+        for i, name in enumerate(DIMENSIONS):
+            learned = [m for m, _ in curve(f"{name}_score", "steps", steps, judge="videoreward", **wanted)]
+            true = [m for m, _ in curve(f"{name}_score", "steps", steps, judge="oracle", **wanted)]
+            true = [(value - TRUE_MEAN[i].item()) / TRUE_STD[i].item() for value in true]
+            series = [("videoreward", away, learned, None), ("oracle", away, true, None)]
+            runs.append(Chart(f"{method}: {name}", series, "drift from the reference", "z-score"))
+    return {"rows": rows, "markdown": lines, "pictures": {"beta_sweep": sweeps, "beta_long": runs}}

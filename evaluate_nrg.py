@@ -17,7 +17,6 @@ from functools import partial
 
 import torch
 
-import plot
 import train
 from common import WEIGHTS
 from compare import over_seeds
@@ -25,6 +24,7 @@ from data import Vocabulary, annotated_pairs
 from evaluate_align import JUDGES, base_scores, judge, rows_of, settings_for
 from model import load_velocity
 from nrg import guide, load_noisy_reward, noisy_reward_on, steer
+from plot import Chart
 from reward import DIMENSIONS, accuracies_without_ties
 from sample import CFG, NRG_EPS, NRG_INTERVAL, NRG_SCALE, sample
 from tasks import TASKS, noisy_scores
@@ -226,15 +226,12 @@ def report(args, rows):
     for way, value in seconds.items():
         lines.append(f"| {way} | {value / seconds['plain']:.2f} | {value / seconds['CFG']:.2f} |")
 
-    def picture(path):
-        series = [(n, times, *zip(*curves["noised", n])) for n in DIMENSIONS]
-        charts = [plot.chart("pair accuracy", series, "t", "accuracy", level=0.5)]
-        for by in JUDGES:
-            factors = sorted((*SCALES, 1))
-            wanted = [sweep[f"scale {f * NRG_SCALE:g}"] for f in factors]
-            points = {n: [figure(n, judge=by, **w) for w in wanted] for n in DIMENSIONS}
-            series = [(n, [f * NRG_SCALE for f in factors], *zip(*points[n])) for n in DIMENSIONS]
-            charts.append(plot.chart(f"1:1:1, {by}", series, "scale", "win rate", log=True, level=0.5))
-        plot.save(path, charts)
-
-    return {"rows": rows, "markdown": lines, "pictures": {"nrg": picture}}
+    series = [(n, times, *zip(*curves["noised", n])) for n in DIMENSIONS if times]
+    charts = [Chart("pair accuracy", series, "t", "accuracy", level=0.5)]
+    for by in JUDGES:
+        factors = sorted((*SCALES, 1))
+        wanted = [sweep[f"scale {f * NRG_SCALE:g}"] for f in factors]
+        points = {n: [figure(n, judge=by, **w) for w in wanted] for n in DIMENSIONS}
+        series = [(n, [f * NRG_SCALE for f in factors], *zip(*points[n])) for n in DIMENSIONS]
+        charts.append(Chart(f"1:1:1, {by}", series, "scale", "win rate", log=True, level=0.5))
+    return {"rows": rows, "markdown": lines, "pictures": {"nrg": charts}}

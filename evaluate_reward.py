@@ -11,10 +11,10 @@ from functools import cache, partial
 
 import torch
 
-import plot
 import train
 from compare import mean_and_spread, over_seeds
 from data import Vocabulary, annotated_pairs
+from plot import Chart
 from reward import DIMENSIONS, RewardConfig, accuracy_with_ties, accuracy_without_ties
 from tasks import TASKS, pair_scores
 from world import TRUE_MEAN, TRUE_STD
@@ -153,26 +153,19 @@ def report(args, rows):
 
     lines += findings(figure, curves, shares, args.seeds)
 
-    def fraction_picture(path):
-        charts = []
-        for kind in ("without", "with"):
-            lines = [(m, shares, *zip(*curves[kind, m])) for m in COMPARED]
-            charts.append(plot.chart(f"validation, {kind} ties", lines, "share of the pairs", "accuracy", log=True))
-        plot.save(path, charts)
-
-    def tie_picture(path):
-        middles, charts = [0.2 * i + 0.1 for i in range(BINS)], []
-        for name in DIMENSIONS:
-            series = []
-            for model in ("bt-shared", "btt-shared"):
-                here = [r for r in rows if (r["model"], r["split"], r["fraction"]) == (model, "validation", 1.0)]
-                heights = torch.tensor([r[f"{name}_tied_histogram"] for r in here]).mean(0).tolist()
-                series.append((model, middles, heights, None))
-            charts.append(plot.chart(name, series, "|difference| (decided = 1)", "share of tied pairs"))
-        plot.save(path, charts)
-
-    pictures = {"reward_fraction": fraction_picture, "reward_ties": tie_picture}
-    return {"rows": rows, "markdown": lines, "pictures": pictures}
+    fractions, ties = [], []
+    for kind in ("without", "with"):
+        series = [(m, shares, *zip(*curves[kind, m])) for m in COMPARED]
+        fractions.append(Chart(f"validation, {kind} ties", series, "share of the pairs", "accuracy", log=True))
+    middles = [0.2 * i + 0.1 for i in range(BINS)]
+    for name in DIMENSIONS:
+        series = []
+        for model in ("bt-shared", "btt-shared"):
+            here = [r for r in rows if (r["model"], r["split"], r["fraction"]) == (model, "validation", 1.0)]
+            heights = torch.tensor([r[f"{name}_tied_histogram"] for r in here]).reshape(-1, BINS).mean(0).tolist()
+            series.append((model, middles, heights, None))
+        ties.append(Chart(name, series, "|difference| (decided = 1)", "share of tied pairs"))
+    return {"rows": rows, "markdown": lines, "pictures": {"reward_fraction": fractions, "reward_ties": ties}}
 
 
 def findings(figure, curves, shares, seeds):

@@ -20,12 +20,12 @@ from functools import partial
 
 import torch
 
-import plot
 from compare import over_seeds
 from data import step_rng
 from flow_dpo import flow_dpo_step
 from flow_rwr import flow_rwr_step, rwr_weights
 from nrg import guide, noisy_reward_step
+from plot import Chart
 from sample import sample
 
 MEANS, STD = torch.tensor([-1.0, 1.0]), 0.4  # of the two modes, equally likely
@@ -183,14 +183,11 @@ def report(args, rows):
         here = [row for row in rows if row["method"] == method]
         cells = [over_seeds(here, column) for column in ("distance", "mean", "right")]
         lines.append(f"| {method} | " + " | ".join(f"{m:.3f} ± {sd:.3f}" for m, sd in cells) + " |")
-        curves.append((method, torch.tensor([row["histogram"] for row in here]).mean(0)))
+        curves.append((method, torch.tensor([row["histogram"] for row in here]).reshape(-1, len(EDGES) - 1).mean(0)))
 
-    def picture(path):
-        middles, width = (EDGES[:-1] + EDGES[1:]) / 2, EDGES[1] - EDGES[0]
-        series = {name: (name, middles, curve / width, None) for name, curve in curves}
-        dpo = [f"dpo-{beta:g}" for beta in DPO_BETAS]
-        groups = ["reference", "rwr"], dpo, ["nrg-exact", "nrg-shared", "nrg-own"]
-        charts = [plot.chart("density", [series[name] for name in ("p*", *group)], "x", "p(x)") for group in groups]
-        plot.save(path, charts)
-
-    return {"rows": rows, "markdown": lines, "pictures": {"unified": picture}}
+    middles, width = (EDGES[:-1] + EDGES[1:]) / 2, EDGES[1] - EDGES[0]
+    series = {name: (name, middles.tolist(), (curve / width).tolist(), None) for name, curve in curves}
+    dpo = [f"dpo-{beta:g}" for beta in DPO_BETAS]
+    groups = ["reference", "rwr"], dpo, ["nrg-exact", "nrg-shared", "nrg-own"]
+    charts = [Chart("density", [series[name] for name in ("p*", *group)], "x", "p(x)") for group in groups]
+    return {"rows": rows, "markdown": lines, "pictures": {"unified": charts}}

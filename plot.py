@@ -1,7 +1,9 @@
 """Line charts as PNG, with numpy alone: what evaluate.py draws for the README.
 
-save("curve.png", [chart("TITLE", [("name", xs, ys, spreads)], x="steps", y="accuracy")])
+save("curve.png", [Chart("TITLE", [("name", xs, ys, spreads)], x="steps", y="accuracy")])
 """
+
+from typing import NamedTuple
 
 import imageio.v3 as imageio
 import numpy as np
@@ -19,6 +21,17 @@ FONT = {
 COLOURS = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (230, 159, 0), (86, 180, 233), (0, 0, 0))
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 340, 62, 14, 34, 46
 INK, GRID = (40, 40, 40), (225, 225, 225)
+
+
+class Chart(NamedTuple):
+    """What to draw: series [(name, xs, ys, spreads or None)], a spread shown as a bar of +- that much; labels x, y."""
+
+    title: str
+    series: list
+    x: str
+    y: str
+    log: bool = False  # a logarithmic x axis, ticks at the points
+    level: float | None = None  # a dashed horizontal line
 
 
 def write(picture, text, row, column, colour=INK, turned=False):
@@ -50,10 +63,9 @@ def ticks(low, high):
     return np.arange(np.ceil(low / step - 1e-9), high / step + 1e-9) * step + 0.0  # no -0
 
 
-def chart(title, series, x, y, log=False, level=None):
-    """A picture (H, W, 3) uint8 of series [(name, xs, ys, spreads or None)], a spread shown as a bar of +- that much.
-
-    x, y: labels; log: a logarithmic x axis, ticks at the points; level: a dashed horizontal line."""
+def draw(chart):
+    """A Chart as a picture (H, W, 3) uint8."""
+    title, series, x, y, log, level = chart
     picture = np.full((HEIGHT, WIDTH, 3), 255, np.uint8)
     every_x = np.concatenate([np.asarray(xs, float) for _, xs, _, _ in series])
     lows = [np.asarray(ys, float) - (0 if sd is None else np.asarray(sd)) for _, _, ys, sd in series]
@@ -99,8 +111,8 @@ def chart(title, series, x, y, log=False, level=None):
     return picture
 
 
-def save(path, charts, across=3):
-    """Writes the charts as one PNG, `across` a row."""
-    blank = [np.full_like(charts[0], 255)] * (-len(charts) % across if len(charts) > across else 0)
-    tiles = [*charts, *blank]
+def save(path, charts):
+    """Writes the charts as one PNG, three a row, four in two."""
+    across, tiles = 2 if len(charts) == 4 else 3, [draw(chart) for chart in charts]
+    tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % across if len(tiles) > across else 0)
     imageio.imwrite(path, np.vstack([np.hstack(tiles[i : i + across]) for i in range(0, len(tiles), across)]))

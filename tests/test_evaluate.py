@@ -168,7 +168,7 @@ def test_nrg_study_from_end_to_end(tmp_path, monkeypatch):
 
 
 def test_a_chart_shows_its_points_where_they_belong():
-    picture = plot.chart("t", [("a", [0, 1, 2], [0.0, 0.0, 1.0], None)], "x", "y")
+    picture = plot.draw(plot.Chart("t", [("a", [0, 1, 2], [0.0, 0.0, 1.0], None)], "x", "y"))
     blue = (picture == np.array(plot.COLOURS[0])).all(-1)
     blue[:40] = False  # the legend
     columns = np.nonzero(blue.any(0))[0]
