@@ -4,6 +4,8 @@
     python evaluate.py align        SFT, Flow-RWR and Flow-DPO: Tables 3 and 4
     python evaluate.py beta         Fig. 6, and the learned and the true score along a long run
     python evaluate.py nrg          Flow-NRG: Table 5
+    python evaluate.py unified      all three on a line, where the answer is known
+    python evaluate.py report       all of it as one page with curves and clips, whatever is done by then
 
 A study is many trainings, each a job of its own whose result is kept in --work: a stopped study goes on where it was,
 and a second terminal with the same command takes its share of the jobs.
@@ -24,6 +26,7 @@ import evaluate_nrg
 import evaluate_reward
 import evaluate_unified
 import plot
+import report
 from common import BadInput, Parser, pick_device, run
 
 STUDIES = {
@@ -108,7 +111,7 @@ def save(study, result, out, device):
 
 def main():
     parser = Parser("Reproduces the paper's tables on the toy world.")
-    parser.add_argument("study", choices=STUDIES, help="what to reproduce")
+    parser.add_argument("study", choices=[*STUDIES, "report"], help="what to reproduce")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each row, seeds 0, 1, ...")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for the tables and pictures")
     parser.add_argument("--work", type=Path, default=Path("out/evaluate"), help="folder for what is kept between runs")
@@ -120,7 +123,11 @@ def main():
     for name in ("seeds", "eval_pairs", "eval_prompts", "steps"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise BadInput(f"--{name.replace('_', '-')} {value}: must be at least 1")
-    device, study = pick_device(args.device), STUDIES[args.study]
+    device = pick_device(args.device)
+    if args.study == "report":
+        print("\n".join(report.write(args, device, STUDIES)))
+        return
+    study = STUDIES[args.study]
     rows = work_through(study.jobs(args, device), args.work / study.folder(args))
     if rows is None:
         print("the other jobs are being done by another process; run the same command once more when it has ended")

@@ -168,7 +168,7 @@ def report(args, rows):
         return " | ".join("{:.2f} ± {:.2f}".format(*figure(column, **wanted)) for column in columns)
 
     scores = [f"{n}_score" for n in DIMENSIONS]
-    head = "| | " + " | ".join(f"{by} {n}" for by in JUDGES for n in DIMENSIONS) + " | true VQ | MQ | TA |"
+    head = "| | " + " | ".join(f"{by} {n}" for by in JUDGES for n in DIMENSIONS) + " | true VQ | true MQ | true TA |"
 
     def table(title, wanted_of):
         lines = ["", f"## {title}", "", head, "|---|" + "---|" * 9]

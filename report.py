@@ -1,0 +1,304 @@
+"""The report: what the studies found, what the trainings logged, and clips to look at, as one page (section 5).
+
+    python evaluate.py report       writes report.html beside the tables, from what is there by then
+
+Tables, findings and curves are the studies' own: a finished study is read from its JSON in --out, an unfinished one
+from the jobs that lie in --work, and a study not begun is named as such. Clips are sampled here (report_clips.py), by
+the policies that the align study kept and by the shipped weights. The page holds all it needs and loads nothing: text,
+style and script come from report_template.html, curves are SVG (plot_svg.py), clips are pictures in the style sheet.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import re
+from html import escape
+from pathlib import Path
+
+import torch
+
+import world
+from common import BadInput
+from compare import mean_and_spread, over_seeds
+from evaluate_align import METHODS
+from flow import TIME_BINS
+from plot import Chart
+from plot_svg import svg
+from report_clips import MEANING, SHOWN, STEERED, figure, gallery, sliders
+from reward import DIMENSIONS
+
+TEMPLATE = Path(__file__).parent / "report_template.html"
+OPEN = {"align": 2}  # tables shown at once, 1 of the other studies; the others unfold
+
+
+def write(args, device, studies):
+    """Writes args.out/report.html; returns lines that say what is in it."""
+    every = world.split_prompts("train", "validation", "hard")
+    found = {name: gather(name, study, args, device) for name, study in studies.items()}
+    parts = {"cards": cards(found), "judges": judges(found["align"]["rows"]), "curves": training_curves(args)}
+    parts["key"] = "".join(f'<span><i class="{n.lower()}"></i>{n}, {MEANING[n]}</span>' for n in DIMENSIONS)
+    parts |= sliders(every[SHOWN[:STEERED]], device)
+    parts["gallery"], shown = gallery(every[SHOWN], args, device)
+    parts["sheets"] += shown
+    titles = {"clips": "Clips", "steer": "Sliders", "align": "Alignment", "beta": "Beta and drift"}
+    titles |= {"nrg": "Guidance", "reward": "VideoReward", "unified": "On a line"}
+    parts["nav"] = "".join(f'<li><a href="#{name}">{title}</a></li>' for name, title in titles.items())
+    for name, study in studies.items():
+        parts[f"status_{name}"], parts[f"body_{name}"] = section(name, study, found[name], args)
+    parts["provenance"] = provenance(found)
+    page = re.sub(r"{{(\w+)}}", lambda match: parts[match[1]], TEMPLATE.read_text(encoding="utf-8"))
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "report.html").write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise BadInput(f"cannot write to {args.out}: {error.strerror}") from None
+    lines = [f"{name:8} {re.sub('<[^>]*>', '', parts[f'status_{name}'])}" for name in studies]
+    return [*lines, f"wrote {args.out / 'report.html'}, {len(page.encode()) / 1e6:.1f} MB"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is there
+
+
+def gather(name, study, args, device):
+    """Rows of a study and how far it is: {"rows", "done", "jobs", "facts": of a finished study}."""
+    path, jobs = args.out / f"{name}.json", study.jobs(args, device)
+    if path.exists():
+        facts = read(path, dict)
+        return {"rows": facts.pop("rows", []), "done": len(jobs), "jobs": len(jobs), "facts": facts}
+    paths = [args.work / study.folder(args) / f"{job}.json" for job in jobs]
+    groups = [read(path, list) for path in paths if path.exists()]
+    return {"rows": [row for group in groups for row in group], "done": len(groups), "jobs": len(jobs), "facts": {}}
+
+
+def read(path, kind):
+    """The content of a JSON file. BadInput if it is none, or holds something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path}: cannot be read as JSON ({error}); delete it, or run its study again") from None
+    if not isinstance(content, kind):
+        raise BadInput(f"{path}: not written by evaluate.py; delete it, or run its study again")
+    return content
+
+
+def section(name, study, found, args):
+    """(status, body) of a study: its curves, what the paper finds and what is found here, its tables."""
+    rows, done, jobs = found["rows"], found["done"], found["jobs"]
+    if not rows:
+        text = f"Not run yet. <code>python evaluate.py {name}</code> makes the tables and curves that belong here."
+        return '<span class="status none">not run yet</span>', f'<p class="note">{text}</p>'
+    seeds = len({row["seed"] for row in rows})
+    try:
+        result = study.report(argparse.Namespace(**{**vars(args), "seeds": seeds}), rows)
+    except (KeyError, TypeError) as error:
+        raise BadInput(f"{args.out / name}.json: rows of another version ({error}); run the study again") from None
+    charts = "".join(map(svg, itertools.chain(*result["pictures"].values())))
+    introduction, findings, tables = tables_of(result["markdown"])
+    shown, folded = tables[: OPEN.get(name, 1)], tables[OPEN.get(name, 1) :]
+    body = f'<div class="charts">{charts}</div><p class="soft">{introduction}</p>'
+    body += "".join(f"<h3>{escape(title)}</h3>{text}" for title, text in findings + shown)
+    body += "".join(f"<details><summary>{escape(title)}</summary>{text}</details>" for title, text in folded)
+    if done == jobs:
+        return f'<span class="status done">{seeds} seeds</span>', body
+    note = f"{done} of {jobs} jobs are done. A dash is not measured yet; ± 0.00 may stand for a single seed."
+    status = f'<span class="status part">running: {done} of {jobs} jobs</span>'
+    return status, f'<p class="note">{note}</p>' + body
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures and tables
+
+
+def cards(found):
+    """The headline figures: mean and spread over the seeds."""
+
+    def three(title, name, note, columns, **wanted):
+        cells = [over_seeds(found[name]["rows"], c, **wanted) for c in columns]
+        if all(math.isnan(mean) for mean, _ in cells):
+            note, cells = f"{note}; not run yet", [(math.nan, 0.0)] * 3
+        else:
+            note += "; ± " + " ".join(figure(sd) for _, sd in cells)
+        items = "".join(f"<div><dt>{n}</dt><dd>{figure(m)}</dd></div>" for n, (m, _) in zip(DIMENSIONS, cells))
+        return f'<div class="card"><h3>{title}</h3><p>{note}</p><dl>{items}</dl></div>'
+
+    dpo = {"method": "dpo-constant", "align": "1:1:1", "set": "standard", "cfg": 1.0}
+    nrg = {"study": "weights", "method": "nrg-1:1:1", "variant": "noised", "judge": "oracle"}
+    right = {"model": "btt-separate", "split": "validation", "fraction": 1.0}
+    without = [f"{n}_without" for n in DIMENSIONS]
+    return "".join(
+        (
+            three("Flow-DPO, in truth", "align", "win rate, oracle", DIMENSIONS, judge="oracle", **dpo),
+            three("The same, as learned", "align", "win rate, VideoReward", DIMENSIONS, judge="videoreward", **dpo),
+            three("Flow-NRG 1:1:1, in truth", "nrg", "win rate, oracle", DIMENSIONS, **nrg),
+            three("VideoReward", "reward", "decided pairs right", without, **right),
+        )
+    )
+
+
+def tables_of(markdown):
+    """(introduction, findings, tables) of a study's Markdown; the latter two are lists of (title, HTML)."""
+    introduction, findings, tables = "", [], []
+    for part in re.split("^## ", "\n".join(markdown), flags=re.MULTILINE):
+        title, *lines = (line for line in part.splitlines() if line)
+        introduction += escape(" ".join(line for line in lines if line[0] != "|"))
+        cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line[0] == "|"]
+        if cells and "finds" in title:
+            findings.append((title, table(title, cells[0], cells[2:], "findings")))
+        elif cells:
+            tables.append((title.removeprefix("# "), table(title, cells[0], cells[2:])))
+    return introduction, findings, tables
+
+
+def table(title, head, rows, kind=""):
+    """A table in a box that scrolls; columns named "oracle VQ", "oracle MQ" get a common head, and win rates a tint."""
+    names = [tuple(name.replace("_", " ").split(" ", 1)) for name in head]
+    groups = [(first, list(group)) for first, group in itertools.groupby(names, lambda name: name[0])]
+    upper, lower, wins = "", "", []
+    for first, group in groups:
+        if len(group) > 1 and all(len(name) == 2 for name in group):
+            upper += f'<th scope="colgroup" colspan="{len(group)}">{escape(first)}</th>'
+            lower += "".join(f'<th scope="col">{escape(name[1])}</th>' for name in group)
+            wins += [name[1] in DIMENSIONS and first != "true" for name in group]
+        else:
+            upper += "".join(f'<th scope="col" rowspan="2">{escape(" ".join(name))}</th>' for name in group)
+            wins += [False] * len(group)
+    upper = upper if lower else upper.replace(' rowspan="2"', "")
+    body = ""
+    for row in rows:
+        cells = [f'<th scope="row">{escape(row[0])}</th>', *(cell(text, win) for text, win in zip(row[1:], wins[1:]))]
+        body += f"<tr>{''.join(cells)}</tr>"
+    head = f"<tr>{upper}</tr>" + (f"<tr>{lower}</tr>" if lower else "")
+    label = escape(title, quote=True)
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="Table: {label}"><table class="{kind}">'
+        f"<thead>{head}</thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def cell(text, win):
+    """A table cell: "0.97 ± 0.02", tinted by its distance from .50 if it is a win rate; "yes: 0.97 against 0.61"."""
+    if "nan" in text:
+        return '<td class="n">–</td>'
+    said = re.fullmatch("(yes|no)(:.*|)", text)
+    if said:
+        return f'<td><span class="{said[1]}">{said[1]}</span>{escape(said[2])}</td>'
+    number = re.fullmatch(r"(-?[\d.]+)(?: ± ([\d.]+))?", text)
+    if not number:
+        return f"<td>{escape(text)}</td>"
+    spread = f" <small>± {number[2]}</small>" if number[2] else ""
+    hue = ""
+    if win:
+        away = float(number[1]) - 0.5
+        hue = f' win {"up" if away > 0 else "down"}" style="--much: {0.7 * abs(away):.3f}'
+    return f'<td class="n{hue}">{number[1].replace("-", "−")}{spread}</td>'
+
+
+def judges(rows):
+    """The two judges side by side: for each dimension and method a line from the true win rate to the learned one."""
+    figures = ""
+    for name in DIMENSIONS:
+        marks, said = "", []
+        for i, method in enumerate(METHODS):
+            wanted = {"method": method, "align": "1:1:1", "set": "standard", "cfg": 1.0}
+            true, learned = (over_seeds(rows, name, judge=by, **wanted)[0] for by in ("oracle", "videoreward"))
+            y = 30 + 27 * i
+            marks += f'<text class="name" x="0" y="{y + 4}">{method}</text>'
+            if math.isnan(true):
+                continue
+            a, b = (96 + 150 * value for value in (true, learned))
+            marks += f'<line class="gap" x1="{a:.1f}" x2="{b:.1f}" y1="{y}" y2="{y}"/>'
+            marks += f'<circle class="hollow" cx="{b:.1f}" cy="{y}" r="4.5"/>'
+            marks += f'<circle class="full" cx="{a:.1f}" cy="{y}" r="5"/>'
+            marks += f'<text class="true" x="272" y="{y + 4}">{figure(true)}</text>'
+            marks += f'<text class="learned" x="308" y="{y + 4}">{figure(learned)}</text>'
+            said.append(f"{method}: oracle {figure(true)}, VideoReward {figure(learned)}")
+        if not said:
+            return ""
+        scale = "".join(
+            f'<line class="{kind}" x1="{x}" x2="{x}" y1="18" y2="126"/>'
+            f'<text x="{x}" y="142" text-anchor="middle">{value}</text>'
+            for x, value, kind in ((96, "0", "grid"), (171, "0.5", "level"), (246, "1", "grid"))
+        )
+        heads = '<text class="true" x="272" y="12">oracle</text><text class="learned" x="308" y="12">learned</text>'
+        label = escape(f"Win rates over the base model in {name}. " + "; ".join(said), quote=True)
+        figures += (
+            f'<figure class="judges"><figcaption>{name}: win rate, in truth and as learned</figcaption>'
+            f'<svg viewBox="0 0 346 148" role="img" aria-label="{label}">{scale}{heads}{marks}</svg></figure>'
+        )
+    text = (
+        "Standard prompts, CFG 1, aligned 1:1:1. ● what the oracle says, ○ what VideoReward says: the longer the line,"
+    )
+    return f'<p class="soft">{text} the further the two judges part.</p><div class="charts">{figures}</div>'
+
+
+def provenance(found):
+    rows = []
+    for name, here in found.items():
+        facts = here["facts"]
+        if facts:
+            rows.append([name, *(str(facts.get(key, "")) for key in ("command", "commit", "torch", "device"))])
+        elif here["rows"]:
+            rows.append([name, f"unfinished: {here['done']} of {here['jobs']} jobs", "", torch.__version__, ""])
+    if not rows:
+        return "<p>No study has been run yet.</p>"
+    return table("where the figures come from", ["study", "command", "commit", "torch", "device"], rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Curves of the trainings
+
+
+def training_curves(args):
+    """What the align study's trainings logged, 1:1:1, as charts."""
+    runs = {method: logged(args.work / "align", f"{method}-111-", args.seeds) for method in METHODS}
+    dpo = {name: rows for name, rows in runs.items() if name.startswith("dpo")}
+    charts = []
+    for method, here in dpo.items():
+        series = [
+            curve(f"t {i / TIME_BINS:g} to {(i + 1) / TIME_BINS:g}", here, f"loss/t{i}") for i in range(TIME_BINS)
+        ]
+        charts.append(Chart(f"{method}: loss by time", series, "step", "loss", level=math.log(2)))
+    for column, title, level in (
+        ("accuracy", "implicit accuracy", 0.5),
+        ("margin", "margin", 0.0),
+        ("drift", "drift from the reference", None),
+    ):
+        series = [curve(method, here, column) for method, here in dpo.items()]
+        charts.append(Chart(title, series, "step", title, level=level))
+    for method, here in dpo.items():
+        series = [
+            curve(f"{side} {who}", here, f"{key}error_{side[0]}")
+            for key, who in (("", "policy"), ("ref_", "reference"))
+            for side in ("winner", "loser")
+        ]
+        charts.append(Chart(f"{method}: errors", series, "step", "mean squared error"))
+    series = [curve(method, runs[method], "error") for method in ("sft", "rwr")]
+    charts.append(Chart("SFT and RWR: flow-matching error", series, "step", "mean squared error"))
+    drawn = "".join(map(svg, charts))
+    missing = '<p class="note">No training has been logged yet. <code>python evaluate.py align</code> does.</p>'
+    return f'<div class="charts">{drawn}</div>' if drawn else missing
+
+
+def logged(folder, name, seeds):
+    """The logs of finished runs folder/name0, name1, ...: a list of rows for each."""
+    paths = [folder / f"{name}{seed}" for seed in range(seeds)]
+    texts = [(path / "metrics.jsonl").read_text() for path in paths if (path / "last.pt").exists()]
+    return [[json.loads(line) for line in text.splitlines()] for text in texts]
+
+
+def curve(name, runs, column, windows=20):
+    """A series of plot.Chart: means over windows of steps, then mean and spread over the runs."""
+    size = max(1, max(map(len, runs), default=0) // windows)
+    xs, points = [], []
+    for start in range(0, max(map(len, runs), default=0), size):
+        means = [
+            mean_and_spread(values)[0]
+            for run in runs
+            if (values := [r[column] for r in run[start : start + size] if column in r])
+        ]
+        if means:
+            xs.append(start + (size - 1) / 2)
+            points.append(mean_and_spread(means))
+    return name, xs, [mean for mean, _ in points], [sd for _, sd in points]
