@@ -10,7 +10,7 @@ from html import escape
 
 from plot import ticks
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 340, 210, 44, 10, 10, 36
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 340, 216, 44, 10, 20, 36
 FEW = 12  # points at most that are marked one by one
 
 
@@ -49,6 +49,7 @@ def svg(chart):
     marks.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{bottom}" y2="{bottom}"/>')
     for y in level:
         marks.append(f'<line class="level" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{line(y):.1f}" y2="{line(y):.1f}"/>')
+    marks.append(f'<text x="{LEFT}" y="8">{escape(chart.y)}</text>')
     marks.append(f'<line class="cursor" x1="0" x2="0" y1="{TOP}" y2="{bottom}"/>')
     marks.append(
         f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 5}" text-anchor="middle">{escape(chart.x)}</text>'
@@ -77,7 +78,7 @@ def svg(chart):
     points = escape(json.dumps(data, separators=(",", ":")), quote=True)
     picture = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" tabindex="0" aria-label="{label}">'
     return (
-        f'<figure data-points="{points}"><figcaption>{escape(chart.title)}</figcaption>'
-        f'<ul class="legend">{legend}<li>at {escape(chart.x)} <b class="at">{last}</b></li></ul>'
+        f'<figure data-points="{points}"><figcaption>{escape(chart.title)}<small>{escape(chart.x)} '
+        f'<b class="at">{last}</b></small></figcaption><ul class="legend">{legend}</ul>'
         f"{picture}{''.join(marks)}{hover}</svg></figure>"
     )

@@ -13,19 +13,19 @@ import itertools
 import json
 import math
 import re
+import statistics
 from html import escape
 from pathlib import Path
 
 import torch
 
-import world
 from common import BadInput
 from compare import mean_and_spread, over_seeds
 from evaluate_align import METHODS
 from flow import TIME_BINS
 from plot import Chart
 from plot_svg import svg
-from report_clips import MEANING, SHOWN, STEERED, figure, gallery, sliders
+from report_clips import MEANING, figure, gallery, sliders
 from reward import DIMENSIONS
 
 TEMPLATE = Path(__file__).parent / "report_template.html"
@@ -34,12 +34,11 @@ OPEN = {"align": 2}  # tables shown at once, 1 of the other studies; the others 
 
 def write(args, device, studies):
     """Writes args.out/report.html; returns lines that say what is in it."""
-    every = world.split_prompts("train", "validation", "hard")
     found = {name: gather(name, study, args, device) for name, study in studies.items()}
     parts = {"cards": cards(found), "judges": judges(found["align"]["rows"]), "curves": training_curves(args)}
     parts["key"] = "".join(f'<span><i class="{n.lower()}"></i>{n}, {MEANING[n]}</span>' for n in DIMENSIONS)
-    parts |= sliders(every[SHOWN[:STEERED]], device)
-    parts["gallery"], shown = gallery(every[SHOWN], args, device)
+    parts |= sliders(device)
+    parts["gallery"], shown = gallery(args, device)
     parts["sheets"] += shown
     titles = {"clips": "Clips", "steer": "Sliders", "align": "Alignment", "beta": "Beta and drift"}
     titles |= {"nrg": "Guidance", "reward": "VideoReward", "unified": "On a line"}
@@ -112,27 +111,34 @@ def section(name, study, found, args):
 
 
 def cards(found):
-    """The headline figures: mean and spread over the seeds."""
+    """The headline figures: means and spreads over the seeds."""
 
-    def three(title, name, note, columns, **wanted):
-        cells = [over_seeds(found[name]["rows"], c, **wanted) for c in columns]
-        if all(math.isnan(mean) for mean, _ in cells):
-            note, cells = f"{note}; not run yet", [(math.nan, 0.0)] * 3
-        else:
-            note += "; ± " + " ".join(figure(sd) for _, sd in cells)
-        items = "".join(f"<div><dt>{n}</dt><dd>{figure(m)}</dd></div>" for n, (m, _) in zip(DIMENSIONS, cells))
-        return f'<div class="card"><h3>{title}</h3><p>{note}</p><dl>{items}</dl></div>'
+    def card(title, name, note, columns):
+        """columns: {label: (column, what its rows hold)}."""
+        cells = {
+            label: over_seeds(found[name]["rows"], column, **wanted) for label, (column, wanted) in columns.items()
+        }
+        missing = all(math.isnan(mean) for mean, _ in cells.values())
+        items = "".join(
+            f"<div><dt>{label}{f'<br>± {figure(sd)}' * (sd > 0)}</dt><dd>{figure(mean)}</dd></div>"
+            for label, (mean, sd) in cells.items()
+        )
+        return f'<div class="card"><h3>{title}</h3><p>{"not run yet" if missing else note}</p><dl>{items}</dl></div>'
+
+    def of_all(column="{}", **wanted):
+        return {name: (column.format(name), wanted) for name in DIMENSIONS}
 
     dpo = {"method": "dpo-constant", "align": "1:1:1", "set": "standard", "cfg": 1.0}
     nrg = {"study": "weights", "method": "nrg-1:1:1", "variant": "noised", "judge": "oracle"}
     right = {"model": "btt-separate", "split": "validation", "fraction": 1.0}
-    without = [f"{n}_without" for n in DIMENSIONS]
+    ways = {"RWR": "rwr", "DPO": "dpo-1", "NRG": "nrg-own"}
     return "".join(
         (
-            three("Flow-DPO, in truth", "align", "win rate, oracle", DIMENSIONS, judge="oracle", **dpo),
-            three("The same, as learned", "align", "win rate, VideoReward", DIMENSIONS, judge="videoreward", **dpo),
-            three("Flow-NRG 1:1:1, in truth", "nrg", "win rate, oracle", DIMENSIONS, **nrg),
-            three("VideoReward", "reward", "decided pairs right", without, **right),
+            card("Flow-DPO, in truth", "align", "win rate, oracle", of_all(judge="oracle", **dpo)),
+            card("Flow-DPO, as learned", "align", "win rate, VideoReward", of_all(judge="videoreward", **dpo)),
+            card("Flow-NRG, in truth", "nrg", "win rate, oracle, 1:1:1", of_all(**nrg)),
+            card("VideoReward", "reward", "right on decided pairs", of_all("{}_without", **right)),
+            card("On a line", "unified", "distance to p*", {n: ("distance", {"method": m}) for n, m in ways.items()}),
         )
     )
 
@@ -211,7 +217,7 @@ def judges(rows):
             marks += f'<line class="gap" x1="{a:.1f}" x2="{b:.1f}" y1="{y}" y2="{y}"/>'
             marks += f'<circle class="hollow" cx="{b:.1f}" cy="{y}" r="4.5"/>'
             marks += f'<circle class="full" cx="{a:.1f}" cy="{y}" r="5"/>'
-            marks += f'<text class="true" x="272" y="{y + 4}">{figure(true)}</text>'
+            marks += f'<text class="true" x="262" y="{y + 4}">{figure(true)}</text>'
             marks += f'<text class="learned" x="308" y="{y + 4}">{figure(learned)}</text>'
             said.append(f"{method}: oracle {figure(true)}, VideoReward {figure(learned)}")
         if not said:
@@ -221,7 +227,7 @@ def judges(rows):
             f'<text x="{x}" y="142" text-anchor="middle">{value}</text>'
             for x, value, kind in ((96, "0", "grid"), (171, "0.5", "level"), (246, "1", "grid"))
         )
-        heads = '<text class="true" x="272" y="12">oracle</text><text class="learned" x="308" y="12">learned</text>'
+        heads = '<text class="true" x="262" y="12">oracle</text><text class="learned" x="308" y="12">learned</text>'
         label = escape(f"Win rates over the base model in {name}. " + "; ".join(said), quote=True)
         figures += (
             f'<figure class="judges"><figcaption>{name}: win rate, in truth and as learned</figcaption>'
@@ -253,52 +259,49 @@ def provenance(found):
 def training_curves(args):
     """What the align study's trainings logged, 1:1:1, as charts."""
     runs = {method: logged(args.work / "align", f"{method}-111-", args.seeds) for method in METHODS}
-    dpo = {name: rows for name, rows in runs.items() if name.startswith("dpo")}
+    dpo = {method: here for method, here in runs.items() if method.startswith("dpo")}
     charts = []
     for method, here in dpo.items():
-        series = [
-            curve(f"t {i / TIME_BINS:g} to {(i + 1) / TIME_BINS:g}", here, f"loss/t{i}") for i in range(TIME_BINS)
-        ]
+        quarters = {f"t {i / TIME_BINS:g} to {(i + 1) / TIME_BINS:g}": f"loss/t{i}" for i in range(TIME_BINS)}
+        series = [curve(name, here, column) for name, column in quarters.items()]
         charts.append(Chart(f"{method}: loss by time", series, "step", "loss", level=math.log(2)))
-    for column, title, level in (
-        ("accuracy", "implicit accuracy", 0.5),
+    for title, column, level in (
+        ("implicit accuracy", "accuracy", 0.5),
         ("margin", "margin", 0.0),
-        ("drift", "drift from the reference", None),
+        ("drift from the reference", "drift", None),
     ):
-        series = [curve(method, here, column) for method, here in dpo.items()]
-        charts.append(Chart(title, series, "step", title, level=level))
-    for method, here in dpo.items():
-        series = [
-            curve(f"{side} {who}", here, f"{key}error_{side[0]}")
-            for key, who in (("", "policy"), ("ref_", "reference"))
-            for side in ("winner", "loser")
-        ]
-        charts.append(Chart(f"{method}: errors", series, "step", "mean squared error"))
+        charts.append(Chart(title, [curve(m, here, column) for m, here in dpo.items()], "step", column, level=level))
+    sides = [(f"{method}, {side}", here, side[0]) for method, here in dpo.items() for side in ("winner", "loser")]
+    series = [curve(name, here, f"error_{side}", f"ref_error_{side}") for name, here, side in sides]
+    charts.append(Chart("error over the reference's", series, "step", "mean square", level=0.0))
     series = [curve(method, runs[method], "error") for method in ("sft", "rwr")]
-    charts.append(Chart("SFT and RWR: flow-matching error", series, "step", "mean squared error"))
+    charts.append(Chart("SFT and RWR", series, "step", "flow-matching error"))
     drawn = "".join(map(svg, charts))
     missing = '<p class="note">No training has been logged yet. <code>python evaluate.py align</code> does.</p>'
     return f'<div class="charts">{drawn}</div>' if drawn else missing
 
 
 def logged(folder, name, seeds):
-    """The logs of finished runs folder/name0, name1, ...: a list of rows for each."""
-    paths = [folder / f"{name}{seed}" for seed in range(seeds)]
-    texts = [(path / "metrics.jsonl").read_text() for path in paths if (path / "last.pt").exists()]
-    return [[json.loads(line) for line in text.splitlines()] for text in texts]
+    """The logs of finished runs folder/name0, name1, ...: a list of rows for each. BadInput for a damaged one."""
+    logs = []
+    for path in (folder / f"{name}{seed}" / "metrics.jsonl" for seed in range(seeds)):
+        if path.exists() and path.with_name("last.pt").exists():
+            try:
+                logs.append([json.loads(line) for line in path.read_text().splitlines()])
+            except ValueError as error:
+                raise BadInput(f"{path}: not a training's log ({error}); run the study again") from None
+    return logs
 
 
-def curve(name, runs, column, windows=20):
-    """A series of plot.Chart: means over windows of steps, then mean and spread over the runs."""
-    size = max(1, max(map(len, runs), default=0) // windows)
+def curve(name, runs, column, less=None, windows=20):
+    """A series of plot.Chart: medians over windows of steps, then mean and spread over the runs. less: a column that is
+    taken away."""
+    length = max(map(len, runs), default=0)
+    size = max(1, length // windows)
     xs, points = [], []
-    for start in range(0, max(map(len, runs), default=0), size):
-        means = [
-            mean_and_spread(values)[0]
-            for run in runs
-            if (values := [r[column] for r in run[start : start + size] if column in r])
-        ]
-        if means:
-            xs.append(start + (size - 1) / 2)
-            points.append(mean_and_spread(means))
+    for start in range(0, length, size):
+        values = [[r[column] - r.get(less, 0.0) for r in run[start : start + size] if column in r] for run in runs]
+        if any(values):
+            xs.append(start + size // 2)
+            points.append(mean_and_spread([statistics.median(here) for here in values if here]))
     return name, xs, [mean for mean, _ in points], [sd for _, sd in points]

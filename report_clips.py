@@ -22,8 +22,9 @@ from reward import DIMENSIONS
 from sample import NRG_EPS, NRG_INTERVAL, NRG_SCALE, to_pixels
 
 MEANING = dict(zip(DIMENSIONS, ("visual quality", "motion quality", "text alignment")))
-# Eight prompts with every colour, shape and direction, the seventh of the validation split and the last held out
-SHOWN = 11 * torch.arange(8) + 7
+# The first eight have every colour, shape and direction; the seventh is of the validation split, the eighth held out
+PROMPTS = world.split_prompts(*world.SPLIT_NAMES)[(11 * torch.arange(24) + 7) % 96]
+GALLERY_COLUMNS, SLIDER_COLUMNS = 8, 6  # of these are shown, averages are over all
 GALLERY = {  # what the clips of a row come from: its words, and the align study's folder or a shipped file
     "base": ("Base model", "no feedback", WEIGHTS / "base.pt"),
     "sft": ("SFT", "trained on winners", "align/sft-111-0/last.pt"),
@@ -31,8 +32,7 @@ GALLERY = {  # what the clips of a row come from: its words, and the align study
     "dpo": ("Flow-DPO", "winner against loser", "align/dpo-constant-111-0/last.pt"),
     "nrg": ("Flow-NRG 1:1:1", "base model, steered", WEIGHTS / "base.pt"),
 }
-VALUES = (-4, 0, 1, 4)  # of each slider
-STEERED = 6  # prompts
+VALUES = (-4, 0, 4)  # of each slider
 
 
 def figure(value):
@@ -51,14 +51,24 @@ def sheet(name, videos):
     return f".{name} {{ --rows: {count}; background-image: url(data:image/png;base64,{b64encode(png).decode()}) }}\n"
 
 
+def bars(scores):
+    """Three true scores, each a number and a bar."""
+    text = ""
+    for n, v in zip(DIMENSIONS, scores):
+        text += f'<span class="{n.lower()}" style="--v: {min(1, max(0, v)):.2f}">'
+        text += f'<span class="hidden">{n} </span>{figure(v)}</span>'
+    return f'<div class="score">{text}</div>'
+
+
+def average(scores):
+    """Mean true scores, for the head of a row: (N, 3)."""
+    return f"<small>mean of {len(scores)}</small>{bars(scores.mean(0).tolist())}"
+
+
 def clip(name, row, label, scores):
     """A clip of a sheet with its true scores (3,) under it."""
-    bars = ""
-    for n, v in zip(DIMENSIONS, scores):
-        bars += f'<span class="{n.lower()}" style="--v: {min(1, max(0, v)):.2f}">'
-        bars += f'<span class="hidden">{n} </span>{figure(v)}</span>'
     picture = f'<div class="clip {name}" style="--row: {row}" role="img" aria-label="{escape(label)}"></div>'
-    return f'<td>{picture}<div class="score">{bars}</div></td>'
+    return f"<td>{picture}{bars(scores)}</td>"
 
 
 def clip_table(label, prompts, rows):
@@ -66,7 +76,8 @@ def clip_table(label, prompts, rows):
     heads = "".join(f'<th scope="col">{world.prompt_text(prompt)}</th>' for prompt in prompts)
     body = "".join(f'<tr{kind}><th scope="row">{head}</th>{cells}</tr>' for kind, head, cells in rows)
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{label}"><table class="clips">'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{label}">'
+        f'<table class="clips" style="--n: {len(prompts)}">'
         f"<thead><tr><td></td>{heads}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
@@ -75,9 +86,10 @@ def steered(weights, model, reward):
     return steer(model, reward, weights, NRG_SCALE, NRG_EPS, NRG_INTERVAL)
 
 
-def gallery(prompts, args, device):
+def gallery(args, device):
     """(table, CSS): a row a method of GALLERY, all on the same noise."""
     videos, rows = [], []
+    prompts = PROMPTS[:GALLERY_COLUMNS]
     for key, (title, said, source) in GALLERY.items():
         path = next((p for p in (args.work / source, WEIGHTS / f"{key}.pt") if p.exists()), None)
         head = f"{title}<small>{said}</small>"
@@ -90,43 +102,45 @@ def gallery(prompts, args, device):
         if key == "nrg":
             reward, _ = load_noisy_reward(WEIGHTS / "nrg.pt", model)
             model, guidance = steered((1, 1, 1), model, reward.to(device))
-        videos.append(sample_prompts(model, words, prompts, NOISE_SEED, device, guidance=guidance))
-        scores = world.oracle(videos[-1], prompts)
-        mean = " ".join(f"{n} {figure(v)}" for n, v in zip(DIMENSIONS, scores.mean(0).tolist()))
-        start = len(prompts) * (len(videos) - 1)
-        cells = [
-            clip("shown", start + i, f"{title}: {world.prompt_text(prompts[i])}", scores[i].tolist())
-            for i in range(len(prompts))
-        ]
-        rows.append(("", f"{head}<small>mean {mean}</small>", "".join(cells)))
+        video = sample_prompts(model, words, PROMPTS, NOISE_SEED, device, guidance=guidance)
+        scores, cells = world.oracle(video, PROMPTS), ""
+        for i, prompt in enumerate(prompts):
+            label = f"{title}: {world.prompt_text(prompt)}"
+            cells += clip("shown", len(videos) * len(prompts) + i, label, scores[i].tolist())
+        videos.append(video[: len(prompts)])
+        rows.append(("", head + average(scores), cells))
     return clip_table("Clips, a row a method, a column a prompt", prompts, rows), sheet("shown", torch.cat(videos))
 
 
-def sliders(prompts, device):
+def sliders(device):
     """Parts of the page: three sliders, the clips that they choose among, sampled here, and their true scores."""
     base, words = load_velocity(WEIGHTS / "base.pt")
     reward, _ = load_noisy_reward(WEIGHTS / "nrg.pt", base)
     base, reward = base.to(device), reward.to(device)
-    every = list(itertools.product(VALUES, repeat=3))
-    videos = []
+    prompts, every = PROMPTS[:SLIDER_COLUMNS], list(itertools.product(VALUES, repeat=3))
+    videos, scores = [], []
     for weights in progress_bar("sampling for the sliders", "weights")(every):
         model, guidance = steered(weights, base, reward)
-        videos.append(sample_prompts(model, words, prompts, NOISE_SEED, device, guidance=guidance))
-    scores = torch.stack([world.oracle(video, prompts) for video in videos]).tolist()  # (weights, prompts, 3)
-    rows, parts, plain, first = [], {}, every.index((0, 0, 0)), every.index((1, 1, 1))
-    names = [world.prompt_text(prompt) for prompt in prompts]
-    for kind, head, at in (("", "Without guidance", plain), (' id="guided"', "With these weights", first)):
-        cells = "".join(clip(f"p{i}", at, f"{head}: {name}", scores[at][i]) for i, name in enumerate(names))
-        rows.append((kind, head, cells))
-    parts["grid"] = clip_table("Clips without guidance and with the weights chosen above", prompts, rows)
+        video = sample_prompts(model, words, PROMPTS, NOISE_SEED, device, guidance=guidance)
+        videos.append(video[: len(prompts)])
+        scores.append(world.oracle(video, PROMPTS))
+    rows, names, plain = [], [world.prompt_text(prompt) for prompt in prompts], every.index((0, 0, 0))
+    for kind, head, at in (("", "Without guidance", plain), (' id="guided"', "With these weights", len(every) - 1)):
+        clips = (clip(f"p{i}", at, f"{head}: {name}", scores[at][i].tolist()) for i, name in enumerate(names))
+        rows.append((kind, head + average(scores[at]), "".join(clips)))
     marks = "".join(f"<span>{value}</span>".replace("-", "−") for value in VALUES)
-    parts["sliders"] = "".join(
-        f'<div class="{n.lower()}"><label for="w{n}">{n} <span>{MEANING[n]}</span> <b>1</b></label>'
-        f'<input id="w{n}" type="range" max="{len(VALUES) - 1}" value="{VALUES.index(1)}" aria-valuetext="1">'
+    controls = "".join(
+        f'<div class="{n.lower()}"><label for="w{n}"><span>{n} <small>{MEANING[n]}</small></span> '
+        f'<b aria-hidden="true">{VALUES[-1]}</b></label><input id="w{n}" type="range" max="{len(VALUES) - 1}" '
+        f'value="{len(VALUES) - 1}" aria-valuetext="{VALUES[-1]}">'
         f'<div class="marks" aria-hidden="true">{marks}</div></div>'
         for n in DIMENSIONS
     )
-    rounded = [[[round(v, 3) for v in one] for one in at] for at in scores]
-    parts["data"] = json.dumps({"values": VALUES, "prompts": names, "plain": plain, "scores": rounded})
-    parts["sheets"] = "".join(sheet(f"p{i}", torch.stack([v[i] for v in videos])) for i in range(len(names)))
-    return parts
+    shown = [[[round(v, 3) for v in clip] for clip in table[: len(prompts)].tolist()] for table in scores]
+    means = [[round(v, 3) for v in table.mean(0).tolist()] for table in scores]
+    return {
+        "sliders": controls,
+        "grid": clip_table("Clips without guidance and with the weights chosen above", prompts, rows),
+        "data": json.dumps({"values": VALUES, "plain": plain, "shown": shown, "means": means}),
+        "sheets": "".join(sheet(f"p{i}", torch.stack([v[i] for v in videos])) for i in range(len(prompts))),
+    }
