@@ -35,7 +35,10 @@ OPEN = {"align": 2}  # tables shown at once, 1 of the other studies; the others 
 def write(args, device, studies):
     """Writes args.out/report.html; returns lines that say what is in it."""
     found = {name: gather(name, study, args, device) for name, study in studies.items()}
-    parts = {"cards": cards(found), "judges": judges(found["align"]["rows"]), "curves": training_curves(args)}
+    parts = {}
+    for name, study in studies.items():  # first: it finds rows that lack something
+        parts[f"status_{name}"], parts[f"body_{name}"] = section(name, study, found[name], args)
+    parts |= {"cards": cards(found), "judges": judges(found["align"]["rows"]), "curves": training_curves(args)}
     parts["key"] = "".join(f'<span><i class="{n.lower()}"></i>{n}, {MEANING[n]}</span>' for n in DIMENSIONS)
     parts |= sliders(device)
     parts["gallery"], shown = gallery(args, device)
@@ -43,8 +46,6 @@ def write(args, device, studies):
     titles = {"clips": "Clips", "steer": "Sliders", "align": "Alignment", "beta": "Beta and drift"}
     titles |= {"nrg": "Guidance", "reward": "VideoReward", "unified": "On a line"}
     parts["nav"] = "".join(f'<li><a href="#{name}">{title}</a></li>' for name, title in titles.items())
-    for name, study in studies.items():
-        parts[f"status_{name}"], parts[f"body_{name}"] = section(name, study, found[name], args)
     parts["provenance"] = provenance(found)
     page = re.sub(r"{{(\w+)}}", lambda match: parts[match[1]], TEMPLATE.read_text(encoding="utf-8"))
     try:
@@ -88,8 +89,8 @@ def section(name, study, found, args):
     if not rows:
         text = f"Not run yet. <code>python evaluate.py {name}</code> makes the tables and curves that belong here."
         return '<span class="status none">not run yet</span>', f'<p class="note">{text}</p>'
-    seeds = len({row["seed"] for row in rows})
     try:
+        seeds = len({row["seed"] for row in rows})
         result = study.report(argparse.Namespace(**{**vars(args), "seeds": seeds}), rows)
     except (KeyError, TypeError) as error:
         raise BadInput(f"{args.out / name}.json: rows of another version ({error}); run the study again") from None
