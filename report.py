@@ -17,8 +17,6 @@ import statistics
 from html import escape
 from pathlib import Path
 
-import torch
-
 from common import BadInput
 from compare import mean_and_spread, over_seeds
 from evaluate_align import METHODS
@@ -38,7 +36,8 @@ def write(args, device, studies):
     parts = {}
     for name, study in studies.items():  # first: it finds rows that lack something
         parts[f"status_{name}"], parts[f"body_{name}"] = section(name, study, found[name], args)
-    parts |= {"cards": cards(found), "judges": judges(found["align"]["rows"]), "curves": training_curves(args)}
+    parts["body_align"] = judges(found["align"]["rows"]) + parts["body_align"]
+    parts |= {"cards": cards(found), "curves": training_curves(args), "provenance": provenance(found)}
     parts["key"] = "".join(f'<span><i class="{n.lower()}"></i>{n}, {MEANING[n]}</span>' for n in DIMENSIONS)
     parts |= sliders(device)
     parts["gallery"], shown = gallery(args, device)
@@ -46,7 +45,6 @@ def write(args, device, studies):
     titles = {"clips": "Clips", "steer": "Sliders", "align": "Alignment", "beta": "Beta and drift"}
     titles |= {"nrg": "Guidance", "reward": "VideoReward", "unified": "On a line"}
     parts["nav"] = "".join(f'<li><a href="#{name}">{title}</a></li>' for name, title in titles.items())
-    parts["provenance"] = provenance(found)
     page = re.sub(r"{{(\w+)}}", lambda match: parts[match[1]], TEMPLATE.read_text(encoding="utf-8"))
     try:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -94,17 +92,15 @@ def section(name, study, found, args):
         result = study.report(argparse.Namespace(**{**vars(args), "seeds": seeds}), rows)
     except (KeyError, TypeError) as error:
         raise BadInput(f"{args.out / name}.json: rows of another version ({error}); run the study again") from None
-    charts = "".join(map(svg, itertools.chain(*result["pictures"].values())))
+    charts = "".join(f'<div class="charts">{"".join(map(svg, here))}</div>' for here in result["pictures"].values())
     introduction, findings, tables = tables_of(result["markdown"])
     shown, folded = tables[: OPEN.get(name, 1)], tables[OPEN.get(name, 1) :]
-    body = f'<div class="charts">{charts}</div><p class="soft">{introduction}</p>'
+    body = f'{charts}<p class="soft">{introduction}</p>'
     body += "".join(f"<h3>{escape(title)}</h3>{text}" for title, text in findings + shown)
     body += "".join(f"<details><summary>{escape(title)}</summary>{text}</details>" for title, text in folded)
     if done == jobs:
         return f'<span class="status done">{seeds} seeds</span>', body
-    note = f"{done} of {jobs} jobs are done. A dash is not measured yet; ± 0.00 may stand for a single seed."
-    status = f'<span class="status part">running: {done} of {jobs} jobs</span>'
-    return status, f'<p class="note">{note}</p>' + body
+    return f'<span class="status part">unfinished: {done} of {jobs} jobs</span>', body
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -177,7 +173,7 @@ def table(title, head, rows, kind=""):
         cells = [f'<th scope="row">{escape(row[0])}</th>', *(cell(text, win) for text, win in zip(row[1:], wins[1:]))]
         body += f"<tr>{''.join(cells)}</tr>"
     head = f"<tr>{upper}</tr>" + (f"<tr>{lower}</tr>" if lower else "")
-    label = escape(title, quote=True)
+    label = escape(title)
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="Table: {label}"><table class="{kind}">'
         f"<thead>{head}</thead><tbody>{body}</tbody></table></div>"
@@ -229,7 +225,7 @@ def judges(rows):
             for x, value, kind in ((96, "0", "grid"), (171, "0.5", "level"), (246, "1", "grid"))
         )
         heads = '<text class="true" x="262" y="12">oracle</text><text class="learned" x="308" y="12">learned</text>'
-        label = escape(f"Win rates over the base model in {name}. " + "; ".join(said), quote=True)
+        label = escape(f"Win rates over the base model in {name}. " + "; ".join(said))
         figures += (
             f'<figure class="judges"><figcaption>{name}: win rate, in truth and as learned</figcaption>'
             f'<svg viewBox="0 0 346 148" role="img" aria-label="{label}">{scale}{heads}{marks}</svg></figure>'
@@ -247,7 +243,7 @@ def provenance(found):
         if facts:
             rows.append([name, *(str(facts.get(key, "")) for key in ("command", "commit", "torch", "device"))])
         elif here["rows"]:
-            rows.append([name, f"unfinished: {here['done']} of {here['jobs']} jobs", "", torch.__version__, ""])
+            rows.append([name, f"unfinished: {here['done']} of {here['jobs']} jobs", "", "", ""])
     if not rows:
         return "<p>No study has been run yet.</p>"
     return table("where the figures come from", ["study", "command", "commit", "torch", "device"], rows)
@@ -272,7 +268,7 @@ def training_curves(args):
         ("drift from the reference", "drift", None),
     ):
         charts.append(Chart(title, [curve(m, here, column) for m, here in dpo.items()], "step", column, level=level))
-    sides = [(f"{method}, {side}", here, side[0]) for method, here in dpo.items() for side in ("winner", "loser")]
+    sides = [(f"{method[4:]}, {side}", here, side[0]) for method, here in dpo.items() for side in ("winner", "loser")]
     series = [curve(name, here, f"error_{side}", f"ref_error_{side}") for name, here, side in sides]
     charts.append(Chart("error over the reference's", series, "step", "mean square", level=0.0))
     series = [curve(method, runs[method], "error") for method in ("sft", "rwr")]

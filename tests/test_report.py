@@ -152,10 +152,14 @@ def test_studies_that_are_missing_or_unfinished_are_named(page):
     text = Outline(page.path.read_text()).text
     for name in ("nrg", "reward", "unified"):
         assert "not run yet" in text[name] and f"python evaluate.py {name}" in text[name]
-    assert "running: 1 of 28 jobs" in text["beta"]  # two seeds of two methods: six betas and a long run
-    assert "2 seeds" in text["align"] and "running" not in text["align"]
+    assert "unfinished: 1 of 28 jobs" in text["beta"]  # two seeds of two methods: six betas and a long run
+    assert "2 seeds" in text["align"] and "unfinished" not in text["align"]
     assert text["clips"].count("Not trained yet") == 2  # SFT and RWR
-    assert [line.split(maxsplit=1)[1] for line in page.lines[:3]] == ["not run yet", "2 seeds", "running: 1 of 28 jobs"]
+    assert [line.split(maxsplit=1)[1] for line in page.lines[:3]] == [
+        "not run yet",
+        "2 seeds",
+        "unfinished: 1 of 28 jobs",
+    ]
     assert "abc&lt;b&gt;" in page.path.read_text()
 
 
@@ -176,7 +180,9 @@ def test_figures_are_the_means_of_the_rows(page):
 
 
 def test_curves_are_medians_of_windows_then_means_of_seeds(page):
-    figure = re.search(r"<figure[^>]*><figcaption>dpo-constant: loss by time.*?</figure>", page.path.read_text())[0]
+    figure = re.search(r"<figure[^>]*><figcaption><span>dpo-constant: loss by time.*?</figure>", page.path.read_text())[
+        0
+    ]
     (points,) = json.loads(re.search('data-points="(.*?)"', figure)[1].replace("&quot;", '"'))
     # 20 windows of two steps; the first: 0, 1 and 2, 3 have medians 0.5 and 2.5, their mean is 1.5, their sd sqrt 2
     assert len(points) == 20 and points[0][2:] == ["1", "1.5 ± 1.4"] and points[-1][2:] == ["39", "39.5 ± 1.4"]
