@@ -60,14 +60,15 @@ def write(args, device, studies):
 
 
 def gather(name, study, args, device):
-    """Rows of a study and how far it is: {"rows", "done", "jobs", "facts": of a finished study}."""
-    path, jobs = args.out / f"{name}.json", study.jobs(args, device)
+    """Rows of a study and how far it is: {"rows", "done", "jobs", "place": their path, "facts": if finished}."""
+    path, folder, jobs = args.out / f"{name}.json", args.work / study.folder(args), study.jobs(args, device)
     if path.exists():
         facts = read(path, dict)
-        return {"rows": facts.pop("rows", []), "done": len(jobs), "jobs": len(jobs), "facts": facts}
-    paths = [args.work / study.folder(args) / f"{job}.json" for job in jobs]
+        return {"rows": facts.pop("rows", []), "done": len(jobs), "jobs": len(jobs), "place": path, "facts": facts}
+    paths = [folder / f"{job}.json" for job in jobs]
     groups = [read(path, list) for path in paths if path.exists()]
-    return {"rows": [row for group in groups for row in group], "done": len(groups), "jobs": len(jobs), "facts": {}}
+    rows = [row for group in groups for row in group]
+    return {"rows": rows, "done": len(groups), "jobs": len(jobs), "place": folder, "facts": {}}
 
 
 def read(path, kind):
@@ -91,7 +92,7 @@ def section(name, study, found, args):
         seeds = len({row["seed"] for row in rows})
         result = study.report(argparse.Namespace(**{**vars(args), "seeds": seeds}), rows)
     except (KeyError, TypeError) as error:
-        raise BadInput(f"{args.out / name}.json: rows of another version ({error}); run the study again") from None
+        raise BadInput(f"{found['place']}: rows of another version ({error}); run the study again") from None
     charts = "".join(f'<div class="charts">{"".join(map(svg, here))}</div>' for here in result["pictures"].values())
     introduction, findings, tables = tables_of(result["markdown"])
     shown, folded = tables[: OPEN.get(name, 1)], tables[OPEN.get(name, 1) :]
@@ -145,12 +146,13 @@ def tables_of(markdown):
     introduction, findings, tables = "", [], []
     for part in re.split("^## ", "\n".join(markdown), flags=re.MULTILINE):
         title, *lines = (line for line in part.splitlines() if line)
+        title = title.removeprefix("# ").replace("nan", "–")
         introduction += escape(" ".join(line for line in lines if line[0] != "|"))
         cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line[0] == "|"]
         if cells and "finds" in title:
             findings.append((title, table(title, cells[0], cells[2:], "findings")))
         elif cells:
-            tables.append((title.removeprefix("# "), table(title, cells[0], cells[2:])))
+            tables.append((title, table(title, cells[0], cells[2:])))
     return introduction, findings, tables
 
 
@@ -170,6 +172,8 @@ def table(title, head, rows, kind=""):
     upper = upper if lower else upper.replace(' rowspan="2"', "")
     body = ""
     for row in rows:
+        if kind == "findings" and any("nan" in text for text in row):  # it cannot be said yet
+            row = [row[0], *["nan"] * (len(row) - 1)]
         cells = [f'<th scope="row">{escape(row[0])}</th>', *(cell(text, win) for text, win in zip(row[1:], wins[1:]))]
         body += f"<tr>{''.join(cells)}</tr>"
     head = f"<tr>{upper}</tr>" + (f"<tr>{lower}</tr>" if lower else "")

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 
+import evaluate
+import evaluate_unified
 import report
 import report_clips
 import world
@@ -211,6 +213,33 @@ def test_a_sheet_holds_a_clip_a_row_and_a_frame_a_column():
     assert np.abs(there - to_pixels(videos[2])[1]).max() <= 3  # 6 bits of 8
 
 
+def test_any_part_of_a_study_can_be_shown(tmp_path):
+    histogram = [0.0] * (len(evaluate_unified.EDGES) - 1)
+    columns = [f"{n}_{kind}" for n in (*DIMENSIONS, "Overall") for kind in ("with", "without", "ties")]
+    first = {
+        "reward": {"model": "random", "split": "validation", "fraction": 1.0, **dict.fromkeys(columns, 0.375)},
+        "nrg": {"study": "accuracy", "variant": "clean", "t": 0.2, **dict.fromkeys(DIMENSIONS, 0.375)},
+        "unified": {"method": "rwr", "distance": 0.375, "mean": 0.0, "right": 0.0, "histogram": histogram},
+    }
+    shown = {
+        "reward": "0.375 <small>± 0.000</small>",
+        "nrg": "0.38 <small>± 0.00</small>",
+        "unified": "0.375 <small>± 0.000</small>",
+    }
+    for name, row in first.items():
+        found = {"rows": [{**row, "seed": 0}], "done": 1, "jobs": 9, "place": tmp_path}
+        status, body = report.section(name, STUDIES[name], found, arguments(tmp_path))
+        assert "unfinished: 1 of 9 jobs" in status and shown[name] in body and "nan" not in body
+        assert ">yes<" not in body and ">no<" not in body  # no finding before there are figures
+
+
+def test_the_command_names_a_damaged_file(tmp_path, monkeypatch):
+    (tmp_path / "unified.json").write_text("[]")
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "report", "--device=cpu", f"--out={tmp_path}"])
+    with pytest.raises(BadInput, match=r"unified\.json: not written by evaluate\.py"):
+        evaluate.main()
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"rows": [1]}', json.dumps({"rows": [LACKING]})])
 def test_damaged_results_are_named_in_one_line(tmp_path, content):
     args = arguments(tmp_path)
@@ -319,13 +348,20 @@ def test_the_sliders_change_clips_and_figures_by_keyboard(browser):
     assert rows == ["0"] * 6 and weak != strong and now != said and weak[3:7] in now  # "VQ 0.61MQ ..."
 
 
-def test_a_chart_is_read_by_arrow_keys(browser):
+def test_a_chart_is_read_by_arrow_keys_and_pointer(browser):
     legend = "return document.querySelector('#align figure[data-points] .legend b').textContent"
     assert browser.run(legend) == "39.5 ± 1.4"
     browser.press("#align figure[data-points] > svg", RIGHT)
     assert browser.run(legend) == "1.5 ± 1.4"
     browser.run("document.activeElement.blur()")
     assert browser.run(legend) == "39.5 ± 1.4"
+    left, top = browser.run("""
+        const svg = document.querySelector("#align figure[data-points] > svg");
+        svg.scrollIntoView({block: "center", behavior: "instant"});
+        const box = svg.getBoundingClientRect();
+        return [box.left + 0.15 * box.width, box.top + box.height / 2];""")
+    browser.tools("Input.dispatchMouseEvent", type="mouseMoved", x=left, y=top)
+    assert browser.run(legend) == "1.5 ± 1.4"  # 44 + 8 of 340 wide is the first point
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
