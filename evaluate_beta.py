@@ -118,4 +118,4 @@ def report(args, rows):
             true = [(value - TRUE_MEAN[i].item()) / TRUE_STD[i].item() for value in true]
             series = [("videoreward", away, learned, None), ("oracle", away, true, None)]
             runs.append(Chart(f"{method}: {name}", series, "drift from the reference", "z-score"))
-    return {"rows": rows, "markdown": lines, "pictures": {"beta_sweep": sweeps, "beta_long": runs}}
+    return {"rows": rows, "markdown": lines, "pictures": {"beta_long": runs, "beta_sweep": sweeps}}

@@ -272,9 +272,9 @@ def training_curves(args):
         ("drift from the reference", "drift", None),
     ):
         charts.append(Chart(title, [curve(m, here, column) for m, here in dpo.items()], "step", column, level=level))
-    sides = [(f"{method[4:]}, {side}", here, side[0]) for method, here in dpo.items() for side in ("winner", "loser")]
-    series = [curve(name, here, f"error_{side}", f"ref_error_{side}") for name, here, side in sides]
-    charts.append(Chart("error over the reference's", series, "step", "mean square", level=0.0))
+    for method, here in dpo.items():
+        series = [curve(side, here, f"error_{side[0]}", f"ref_error_{side[0]}") for side in ("winner", "loser")]
+        charts.append(Chart(f"{method}: error over the reference's", series, "step", "mean square", level=0.0))
     series = [curve(method, runs[method], "error") for method in ("sft", "rwr")]
     charts.append(Chart("SFT and RWR", series, "step", "flow-matching error"))
     drawn = "".join(map(svg, charts))
