@@ -88,9 +88,11 @@ def section(name, study, found, args):
     if not rows:
         text = f"Not run yet. <code>python evaluate.py {name}</code> makes the tables and curves that belong here."
         return '<span class="status none">not run yet</span>', f'<p class="note">{text}</p>'
+    told = re.search(r"--eval-pairs[= ](\d+)", found["facts"].get("command", ""))  # a table's title says it
     try:
         seeds = len({row["seed"] for row in rows})
-        result = study.report(argparse.Namespace(**{**vars(args), "seeds": seeds}), rows)
+        said = {"seeds": seeds, "eval_pairs": int(told[1]) if told else args.eval_pairs}
+        result = study.report(argparse.Namespace(**{**vars(args), **said}), rows)
     except (KeyError, TypeError) as error:
         raise BadInput(f"{found['place']}: rows of another version ({error}); run the study again") from None
     charts = "".join(f'<div class="charts">{"".join(map(svg, here))}</div>' for here in result["pictures"].values())
@@ -235,9 +237,9 @@ def judges(rows):
             f'<svg viewBox="0 0 346 148" role="img" aria-label="{label}">{scale}{heads}{marks}</svg></figure>'
         )
     text = (
-        "Standard prompts, CFG 1, aligned 1:1:1. ● what the oracle says, ○ what VideoReward says: the longer the line,"
+        "Standard prompts, CFG 1, aligned 1:1:1. ● the oracle, ○ VideoReward: a long line is where the two judges part."
     )
-    return f'<p class="soft">{text} the further the two judges part.</p><div class="charts">{figures}</div>'
+    return f'<p class="soft">{text}</p><div class="charts">{figures}</div>'
 
 
 def provenance(found):
