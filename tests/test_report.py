@@ -221,13 +221,10 @@ def test_any_part_of_a_study_can_be_shown(tmp_path):
         "nrg": {"study": "accuracy", "variant": "clean", "t": 0.2, **dict.fromkeys(DIMENSIONS, 0.375)},
         "unified": {"method": "rwr", "distance": 0.375, "mean": 0.0, "right": 0.0, "histogram": histogram},
     }
-    shown = {
-        "reward": "0.375 <small>± 0.000</small>",
-        "nrg": "0.38 <small>± 0.00</small>",
-        "unified": "0.375 <small>± 0.000</small>",
-    }
+    shown = {"reward": "validation, 77 pairs (ties: VQ –", "nrg": "0.38 <small>", "unified": "0.375 <small>"}
+    facts = {"place": tmp_path, "facts": {"command": "evaluate.py reward --eval-pairs 77"}}
     for name, row in first.items():
-        found = {"rows": [{**row, "seed": 0}], "done": 1, "jobs": 9, "place": tmp_path}
+        found = {"rows": [{**row, "seed": 0}], "done": 1, "jobs": 9, **facts}
         status, body = report.section(name, STUDIES[name], found, arguments(tmp_path))
         assert "unfinished: 1 of 9 jobs" in status and shown[name] in body and "nan" not in body
         assert ">yes<" not in body and ">no<" not in body  # no finding before there are figures
