@@ -133,7 +133,7 @@ class Pairs:
 
     def sides(self, index):
         """Videos A and B of pairs `index` (B,)."""
-        return self.clips(index, torch.zeros_like(index)), self.clips(index, torch.ones_like(index))
+        return self.clips(index.repeat(2), torch.arange(2).repeat_interleave(len(index))).chunk(2)
 
     def batch(self, index):
         video_a, video_b = self.sides(index)

@@ -192,7 +192,7 @@ def _mask(shape, centre, radius, size):
     scale = radius[..., None, None].clamp(min=1e-3)
     x = (grid[None, :] - centre[..., 0, None, None]) / scale
     y = (grid[:, None] - centre[..., 1, None, None]) / scale
-    return (0.5 - DISTANCE[shape](*torch.broadcast_tensors(x, y)) * scale * size).clamp(0, 1)
+    return (0.5 - DISTANCE[shape](x, y) * (scale * size)).clamp(0, 1)
 
 
 def _paths(clips):
@@ -218,11 +218,11 @@ def render(clips, size=32):
     sigma = (MAX_BLUR * clips.severity[:, 0, None, None]).clamp(min=1e-4)
     kernel = torch.softmax(-0.5 * (distance / sigma) ** 2, -1)[:, None]  # (B, 1, H, H)
     mask = kernel @ mask @ kernel.transpose(-1, -2)
-    mask = mask * (1 - MAX_FADE * clips.severity[:, 1, None, None, None])
-    colour = PALETTE[clips.shown[:, 0]][:, :, None, None, None]  # (B, 3, 1, 1, 1)
-    video = GROUND + mask[:, None] * (colour - GROUND)  # (B, 3, T, H, W)
-    video = video + MAX_HAZE * clips.severity[:, 2, None, None, None, None] * (HAZE - video)
-    return video * 2 - 1
+    # the object stands out by `colour` from a grey `ground`: it fades, then haze covers both, then [0, 1] -> [-1, 1]
+    fade, haze = MAX_FADE * clips.severity[:, 1, None], MAX_HAZE * clips.severity[:, 2, None]  # (B, 1) each
+    colour = 2 * (1 - haze) * (1 - fade) * (PALETTE[clips.shown[:, 0]] - GROUND)  # (B, 3)
+    ground = 2 * ((1 - haze) * GROUND + haze * HAZE) - 1  # (B, 1)
+    return torch.addcmul(ground[..., None, None, None], mask[:, None], colour[..., None, None, None])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
