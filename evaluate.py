@@ -94,14 +94,19 @@ def commit():
         return ""
 
 
+def facts(device):
+    """What a result's file says of where it came from."""
+    command = " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    return {"command": command, "commit": commit(), "torch": torch.__version__, "device": str(device)}
+
+
 def save(study, result, out, device):
     """Writes `result` {"rows", "markdown", "pictures": {name: list of Chart}} as out/study.json, .md and PNGs."""
-    command = " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
-    facts = {"command": command, "commit": commit(), "torch": torch.__version__, "device": str(device)}
-    note = f"`{command}`, commit {facts['commit']}, torch {facts['torch']}, {facts['device']}"
+    source = facts(device)
+    note = "`{command}`, commit {commit}, torch {torch}, {device}".format(**source)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / f"{study}.json").write_text(json.dumps({**facts, "rows": result["rows"]}, indent=1) + "\n")
+        (out / f"{study}.json").write_text(json.dumps({**source, "rows": result["rows"]}, indent=1) + "\n")
         (out / f"{study}.md").write_text("\n".join([*result["markdown"], "", note, ""]))
         for name, charts in result["pictures"].items():
             plot.save(out / f"{name}.png", charts)

@@ -132,9 +132,9 @@ def mlp(dim):
     return nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
 
-def remade(function, *inputs):
+def remade(function, *inputs, when=True):
     """function(*inputs); for backward only the inputs are kept, all else is then made again."""
-    if not torch.is_grad_enabled():
+    if not (when and torch.is_grad_enabled()):
         return function(*inputs)
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
@@ -146,7 +146,8 @@ def modulated(norm, x, shift, scale):
 class Block(nn.Module):
     """Attention and MLP, each shifted, scaled and gated by the condition c (adaLN-zero: at the start the identity).
 
-    What is cheap to make is made again in backward: 18 numbers a channel of each token are kept for it, not 24."""
+    In training, what is cheap to make is made again in backward: 18 numbers a channel of each token are kept for it,
+    not 24. Frozen weights need less and nothing is made twice."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -157,11 +158,12 @@ class Block(nn.Module):
         self.modulation = nn.Linear(dim, 6 * dim)
 
     def forward(self, x, c, table, plan=None):
+        trained = self.modulation.weight.requires_grad
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None].chunk(6, -1)  # (B, 1, d) each
-        inner = self.attn(remade(modulated, self.norm1, x, shift1, scale1), table, plan=plan)  # (B, N, d)
+        inner = self.attn(remade(modulated, self.norm1, x, shift1, scale1, when=trained), table, plan=plan)  # (B, N, d)
         x = torch.addcmul(x, gate1, inner)
-        inner = self.mlp[0](remade(modulated, self.norm2, x, shift2, scale2))
-        return torch.addcmul(x, gate2, remade(self.mlp[1:], inner))  # (B, N, d)
+        inner = self.mlp[0](remade(modulated, self.norm2, x, shift2, scale2, when=trained))
+        return torch.addcmul(x, gate2, remade(self.mlp[1:], inner, when=trained))  # (B, N, d)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -140,3 +140,23 @@ def test_config_survives_json_and_bad_sizes_are_refused():
         replace(SMALL, patch=(2, 8, 5))
     with pytest.raises(BadInput, match="heads"):
         replace(SMALL, heads=5)
+
+
+def test_tiles_that_see_everything_are_full_attention():
+    torch.manual_seed(0)
+    full = scrambled(replace(SMALL, size=32))
+    tiled = VideoTransformer(replace(full.config, attention="tile:1,2,2/9,9,9"))
+    tiled.load_state_dict(full.state_dict())
+    x, t, y = torch.randn(2, *full.config.video_shape), torch.tensor([0.2, 0.9]), torch.tensor([[1, 2, 0], [3, 0, 0]])
+    assert torch.allclose(tiled(x, t, y), full(x, t, y), atol=1e-5)
+
+
+def test_a_token_outside_the_window_has_no_influence():
+    torch.manual_seed(0)
+    network = scrambled(ModelConfig(frames=1, size=32, patch=(1, 4, 4), dim=32, depth=1, heads=2, vocab=8, max_text=3,
+                                    attention="tile:1,2,2/1,1,1"))  # fmt: skip
+    x, y = torch.randn(1, 3, 1, 32, 32), torch.tensor([[1, 2, 0]])
+    moved = x.clone()
+    moved[..., :8, :8] += 1.0  # the first box: 2 x 2 tokens of 4 x 4 pixels
+    change = (network(moved, torch.tensor([0.5]), y) - network(x, torch.tensor([0.5]), y)).abs().amax((0, 1, 2)) > 1e-6
+    assert change[:8, :8].all() and change.sum() == 64

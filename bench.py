@@ -1,0 +1,316 @@
+"""Every performance ratio in one run, beside its floor: what costs how much, and against what.
+
+    python bench.py                  all of it; `--only attention` for one part
+    python bench.py --json FILE      also as JSON
+
+Variants of one ratio take turns in one process and the median counts, so that a busy machine slows all alike. On a CPU
+the clock is the process's own time on one thread; on a GPU it is the device's. The rate of matrix products, against
+which a training step is held, is measured in the same run. Times are of this machine, ratios should carry over.
+"""
+
+import json
+import math
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from attention import attention, choose, cpu_has_bf16, plan_mask, tile_plan
+from common import BadInput, Parser, pick_device, run
+from data import step_rng
+from evaluate import facts
+from evaluate_nrg import costs
+from flow_dpo import flow_dpo_step
+from flow_rwr import flow_rwr_step
+from model import PRESETS, ModelConfig, VideoTransformer, freeze_trunk, share_trunk
+from tasks import TASKS
+from train import arguments
+
+# The size of the published comparison: 256 video tokens, width 256
+MEDIUM = ModelConfig(frames=4, size=32, channels=16, patch=(1, 4, 4), dim=256, depth=4, heads=4)
+
+
+def clock(device):
+    """Seconds: of this process on a CPU, of the wall once the device is idle."""
+    if device.type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def medians(ways, device, rounds=7):
+    """{name: median seconds} of {name: function}, which take turns; one round before does not count."""
+    seconds = {name: [] for name in ways}
+    for i in range(rounds + 1):
+        for name, function in ways.items():
+            begun = clock(device)
+            function()
+            if i:
+                seconds[name].append(clock(device) - begun)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def product(device, dtype, size=1024):
+    """(function, FLOPs) of a matrix product of the shape of a model's: 4096 tokens."""
+    a, b = (torch.randn(n, size, device=device, dtype=dtype) for n in (4096, size))
+    return lambda: a @ b, 2 * 4096 * size * size
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def step_flops(config, batch):
+    """Multiplications and additions of a training step: backward is twice forward. Elementwise work is not counted."""
+    words, video = config.max_text, math.prod(config.grid)
+    tokens, volume = words + video, config.channels * math.prod(config.patch)
+    block = tokens * 24 * config.dim**2 + 4 * tokens**2 * config.dim + 12 * config.dim**2
+    ends = 4 * video * volume * config.dim + 10 * config.dim**2
+    return 3 * batch * (config.depth * block + ends)
+
+
+def awake(config, device):
+    """A model whose blocks are not the identity, as after some training."""
+    torch.manual_seed(0)
+    model = VideoTransformer(config).to(device)
+    for value in model.parameters():
+        if not value.any():
+            torch.nn.init.normal_(value, std=0.02)
+    return model
+
+
+def clips(config, count, device):
+    """(x0, x0', y): two sets of clips and their prompts."""
+    y = torch.ones(count, config.max_text, dtype=torch.int64, device=device)
+    return *torch.randn(2, count, *config.video_shape).to(device), y
+
+
+def stepper(model, loss):
+    """A whole step of loss() -> (loss, logs): forward, backward, AdamW."""
+    trained = [value for value in model.parameters() if value.requires_grad]
+    optimizer = torch.optim.AdamW(trained, 1e-5, fused=True)
+
+    def step():
+        loss()[0].backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def training(device):
+    """The step against matrix products, and what checkpointing costs."""
+    rows = []
+    kinds = {"float32": torch.float32} | ({"bfloat16": torch.bfloat16} if has_bf16(device) else {})
+    for name, config, batch in (("nano", PRESETS["nano"], 32), ("d256, 256 tokens", MEDIUM, 8)):
+        for kind, dtype in kinds.items():
+            model, (x0, _, y) = awake(config, device), clips(config, batch, device)
+            weight = torch.ones(batch, device=device)
+
+            def loss(model=model, x0=x0, y=y, weight=weight, dtype=dtype):
+                with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+                    return flow_rwr_step(model, x0, y, weight, step_rng(0, 0))
+
+            step = stepper(model, loss)
+
+            def checkpointed(model=model, step=step):
+                model.checkpointed = True
+                step()
+                model.checkpointed = False
+
+            multiply, flops = product(device, dtype)
+            ways = {"product": multiply, "step": step, "checkpointed": checkpointed}
+            took = medians(ways, device)
+            share = step_flops(config, batch) / took["step"] / (flops / took["product"])
+            rate = flops / took["product"] / 1e9
+            rows.append((f"{name}, {kind}: share of the matrix rate ({rate:,.0f} GFLOP/s)", share, 1.0))
+            rows.append((f"{name}, {kind}: checkpointed / not", took["checkpointed"] / took["step"], 4 / 3))
+    return rows
+
+
+def has_bf16(device):
+    return cpu_has_bf16() if device.type == "cpu" else device.type == "cuda"
+
+
+def alignment(device):
+    """A step of each algorithm against SFT on both clips of as many pairs."""
+    config, count = replace(MEDIUM, depth=6), 4
+    x0_w, x0_l, y = clips(config, count, device)
+    both, prompts, ones = torch.cat((x0_w, x0_l)), torch.cat((y, y)), torch.ones(2 * count, device=device)
+    full, frozen, reference = awake(config, device), awake(config, device), awake(config, device)
+    freeze_trunk(frozen, 2)
+    reference.requires_grad_(False)
+    shared = share_trunk(frozen, reference, 2)
+    weight = torch.rand(2 * count, device=device) + 0.5
+
+    def dpo(policy, together=None):
+        pair = x0_w, x0_l, y, 100.0
+        return stepper(policy, lambda: flow_dpo_step(policy, reference, *pair, step_rng(0, 0), both=together))
+
+    def regression(weight):
+        return stepper(full, lambda: flow_rwr_step(full, both, prompts, weight, step_rng(0, 0)))
+
+    ways = {"SFT": regression(ones), "RWR": regression(weight), "DPO": dpo(full), "shared": dpo(frozen, shared)}
+    took = medians(ways, device)
+    names = {"RWR": ("RWR", 1.0), "DPO": ("DPO, reference online", 4 / 3), "shared": ("DPO, 2 of 6 blocks shared", 1.0)}
+    return [(f"{name} / SFT on both clips", took[way] / took["SFT"], floor) for way, (name, floor) in names.items()]
+
+
+def outside(device):
+    """What a step spends outside forward, backward and optimiser, for each algorithm's default batch."""
+    rows = []
+    for algo in ("pretrain", "reward", "nrg", "rwr", "dpo"):
+        args = arguments(["--algo", algo, "--pairs", "256", "--eval-pairs", "8"])
+        task = TASKS[algo](args, device)
+        trained = [value for value in task.model.parameters() if value.requires_grad]
+        optimizer = torch.optim.AdamW(trained, 1e-5, fused=True)
+        state = {}
+
+        def data(task=task, state=state):
+            state["batch"] = {name: value.to(device) for name, value in task.batch(0, step_rng(0, 0)).items()}
+
+        def learn(task=task, state=state):
+            state["loss"], state["logs"] = task.loss(state["batch"], step_rng(0, 0))
+            state["loss"].backward()
+
+        def clip_and_log(trained=trained, state=state):
+            state["logs"]["grad_norm"] = torch.nn.utils.clip_grad_norm_(trained, 1.0).item()
+            json.dumps(state["logs"])
+
+        def update(optimizer=optimizer):
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        took = medians({"data": data, "learn": learn, "log": clip_and_log, "update": update}, device)
+        rows.append((f"{algo}: data, clipping, logs / step", (took["data"] + took["log"]) / sum(took.values()), 0.0))
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention
+
+
+def forward_backward(q, k, v, **settings):
+    def both():
+        x = [tensor.requires_grad_(True) for tensor in (q, k, v)]
+        out = attention(*x, **settings)
+        torch.autograd.grad(out, x, out.detach())
+
+    return both
+
+
+def dense(device):
+    """`auto` against the best backend."""
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        slow = set()
+        for count in (64, 128, 256, 512, 1024, 2048, 4096):
+            q, k, v = torch.randn(3, max(1, 1024 // count), 4, count, 64, device=device, dtype=dtype)
+            backends = {"naive", "sdpa", *(["sdpa32"] if dtype == torch.bfloat16 else [])} - slow
+            if device.type == "cuda":
+                backends |= {"triton"}
+            took = medians({name: forward_backward(q, k, v, backend=name) for name in sorted(backends)}, device, 5)
+            best = min(took, key=took.get)
+            slow |= {name for name in took if took[name] > 3 * took[best]}  # not tried on longer ones
+            mine = choose(q)
+            name = f"{str(dtype)[6:]}, {count} tokens: auto ({mine}) / best ({best})"
+            rows.append((name, took[mine] / took[best], 1.0))
+    return rows
+
+
+def tiles(device):
+    """Sliding tiles: dense time / their time, as a share of what the density promises."""
+    rows = []
+    plans = [("tile:2,8,8/1,1,1", (8, 16, 16)), ("tile:2,8,8/3,1,1", (16, 16, 16)), ("tile:4,8,8/1,1,1", (16, 16, 16))]
+    plans += [("tile:4,4,4/1,2,3", (16, 16, 16)), ("tile:2,8,8/3,2,1", (16, 16, 16))]
+    for text, grid in plans:
+        plan, count = tile_plan(text, grid, 0, device), math.prod(grid)
+        density = plan_mask(plan, count).float().mean().item()
+        q, k, v = torch.randn(3, 1, 4, count, 64, device=device)
+        ways = {"dense": forward_backward(q, k, v), "tile": forward_backward(q, k, v, plan=plan)}
+        took = medians(ways, device, 3)
+        name = f"{text}, {count} tokens, density {density:.2f}, {choose(q, plan)}: speed-up x density"
+        rows.append((name, took["dense"] / took["tile"] * density, 1.0))
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling and memory
+
+
+def sampling(device):
+    """Guidance against a plain step and a step with CFG."""
+    took = {row["method"]: row["seconds"] for row in costs(None, device)}
+    read, depth = 2, PRESETS["nano"].depth
+    return [
+        ("CFG / plain", took["CFG"] / took["plain"], 2.0),
+        ("NRG, shared trunk / plain", took["NRG, shared trunk"] / took["plain"], 1 + read / depth),
+        ("NRG, shared trunk / CFG", took["NRG, shared trunk"] / took["CFG"], (1 + read / depth) / 2),
+        ("NRG, own trunk / plain", took["NRG, own trunk"] / took["plain"], 1 + 2 * read / depth),
+    ]
+
+
+def saved_numbers(config, checkpointed, batch=2):
+    """Numbers that one more block keeps for backward, for each channel of each token."""
+    kept = []
+    for depth in (2, 4):
+        model, (x0, _, y) = awake(replace(config, depth=depth), torch.device("cpu")), clips(config, batch, "cpu")
+        model.checkpointed = checkpointed
+        weights = {value.untyped_storage().data_ptr() for value in (*model.parameters(), *model.buffers())}
+        storages = {}
+
+        def pack(x, weights=weights, storages=storages):
+            storage = x.untyped_storage()
+            if storage.data_ptr() not in weights:
+                storages[storage.data_ptr()] = storage.nbytes(), x  # x is held, so that no other takes its place
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            model(x0, torch.rand(batch), y)
+        kept.append(sum(size for size, _ in storages.values()))
+    tokens = batch * (config.max_text + math.prod(config.grid))
+    return (kept[1] - kept[0]) / 2 / 4 / tokens / config.dim
+
+
+def memory(device):
+    """What a block keeps for backward, counted on the CPU."""
+    names = {False: "numbers a channel, token and block", True: "the same, checkpointed"}
+    return [(name, saved_numbers(MEDIUM, checkpointed), float(checkpointed)) for checkpointed, name in names.items()]
+
+
+PARTS = {
+    "training": training,
+    "alignment": alignment,
+    "outside": outside,
+    "dense": dense,
+    "tiles": tiles,
+    "sampling": sampling,
+    "memory": memory,
+}
+
+
+def main():
+    parser = Parser("Measures what costs how much, as ratios beside their floors.")
+    parser.add_argument("--only", choices=PARTS, action="append", help="this part alone; may be repeated")
+    parser.add_argument("--json", type=Path, help="file to write")
+    parser.add_argument("--device", default="auto", help="auto (cuda, mps, cpu) or a torch device")
+    args = parser.parse_args()
+    device = pick_device(args.device)
+    torch.set_num_threads(1)
+    rows = []
+    for part in args.only or PARTS:
+        print(f"\n{part}: {PARTS[part].__doc__.splitlines()[0]}")
+        for name, value, floor in PARTS[part](device):
+            print(f"  {name:68} {value:6.3f}   ({floor:.2f})", flush=True)
+            rows.append({"part": part, "name": name, "value": value, "floor": floor})
+    if args.json:
+        try:
+            args.json.write_text(json.dumps({**facts(device), "rows": rows}, indent=1) + "\n")
+        except OSError as error:
+            raise BadInput(f"cannot write {args.json}: {error.strerror}") from None
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,57 @@
+"""What bench.py counts: operations, what is kept for backward; and its command."""
+
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import bench
+import common
+import model
+from model import ModelConfig, VideoTransformer
+
+SMALL = ModelConfig(frames=4, size=16, patch=(1, 4, 4), dim=64, depth=2, heads=2, max_text=4)
+
+
+def test_the_formula_counts_what_torch_counts(monkeypatch):
+    naive = model.attention
+    monkeypatch.setattr(model, "attention", lambda *qkv: naive(*qkv, backend="naive"))  # the fused one is not counted
+    network, (x0, _, y) = VideoTransformer(SMALL), bench.clips(SMALL, 3, "cpu")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(x0, torch.rand(3), y)
+    assert 3 * counter.get_total_flops() == bench.step_flops(SMALL, 3)
+
+
+def test_a_block_keeps_at_most_20_numbers_a_channel_and_checkpointed_its_input():
+    assert bench.saved_numbers(SMALL, checkpointed=False) <= 20
+    assert bench.saved_numbers(SMALL, checkpointed=True) <= 1.5
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_gradients_are_those_of_blocks_that_keep_everything(checkpointed, monkeypatch):
+    network, (x0, _, y) = bench.awake(replace(SMALL, depth=3), torch.device("cpu")), bench.clips(SMALL, 2, "cpu")
+
+    def gradients():
+        out = network(x0, torch.tensor([0.3, 0.8]), y)
+        return torch.autograd.grad(out.square().mean(), list(network.parameters()))
+
+    network.checkpointed = checkpointed
+    found = gradients()
+    network.checkpointed = False
+    monkeypatch.setattr(model, "remade", lambda function, *inputs, when: function(*inputs))
+    for here, there in zip(found, gradients()):
+        assert torch.equal(here, there)
+
+
+def test_the_command_writes_json(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "MEDIUM", SMALL)
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--only", "memory", "--json", str(tmp_path / "bench.json")])
+    threads = torch.get_num_threads()
+    common.run(bench.main)
+    torch.set_num_threads(threads)
+    result = json.loads((tmp_path / "bench.json").read_text())
+    assert result["command"].startswith("python bench.py --only memory") and len(result["rows"]) == 2
+    assert "checkpointed" in capsys.readouterr().out
