@@ -8,6 +8,7 @@ guidance scale; README, "Settings, and why", says what was chosen here.
 """
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import imageio.v3 as imageio
@@ -101,6 +102,7 @@ def main():
     parser.add_argument("--n", type=int, default=4, help="clips")
     parser.add_argument("--steps", type=int, default=STEPS, help="Euler steps")
     parser.add_argument("--cfg", type=float, default=CFG, help="scale of classifier-free guidance; 1 = off")
+    parser.add_argument("--attention", help="full, or tile:T,H,W for sliding tiles (default: as the model was trained)")
     parser.add_argument("--seed", type=int, default=0, help="one seed, one set of clips, on every device")
     parser.add_argument("--out", type=Path, default=Path("out/sample"), help="folder to write to")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
@@ -127,6 +129,8 @@ def main():
     interval = numbers("--nrg-interval", args.nrg_interval, "0,0.9")
     device = pick_device(args.device)
     model, words = load_velocity(args.ckpt)
+    if args.attention:
+        model.config = replace(model.config, attention=args.attention)
     try:
         y = Vocabulary(words).encode([args.prompt] * args.n, model.config.max_text)
         attributes = world.prompt_attributes([args.prompt] * args.n)
