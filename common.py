@@ -6,7 +6,7 @@ A checkpoint is one torch file, a dict of plain values and tensors that loads wi
     kind     "velocity" (a VideoTransformer), "reward" (a VideoReward) or "noisy reward" (a NoisyReward)
     config   the model's config as a dict          vocabulary   list of words, in the order of their ids
     model    state dict, any float dtype           step         training steps done
-    and while training: ema, optimizer, settings (the flags), trained (the adapters, under LoRA)
+    and while training: ema, optimizer, settings (the flags), trained and averaged (the adapters, under LoRA)
 """
 
 import argparse
@@ -16,7 +16,9 @@ import os
 import pickle
 import re
 import sys
+import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -24,6 +26,7 @@ from tqdm import tqdm
 
 FORMAT = 1
 WEIGHTS = Path(__file__).parent / "weights"
+FIRST = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started, if it did
 
 
 class BadInput(Exception):
@@ -70,11 +73,15 @@ def keep_freed_memory():
 
 
 def run(main):
-    """Runs a command: bad input ends it with one line and exit status 2, Ctrl-C with 130."""
+    """Runs a command: bad input ends it with one line and exit status 2, Ctrl-C with 130.
+
+    Of many processes all meet the same fault, or one does; torchrun ends the others once one has ended. So process 0
+    speaks at once, and the others if they are still there a while later."""
     keep_freed_memory()
     try:
         main()
     except BadInput as error:
+        time.sleep(0 if FIRST else 5)
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -84,7 +91,9 @@ def run(main):
 
 def progress_bar(name, unit):
     """A tqdm for a list or an iterator of `total` items, for functions that take a progress argument."""
-    return lambda items, total=None: tqdm(items, name, total, unit=unit, leave=False, dynamic_ncols=True)
+    return lambda items, total=None: tqdm(
+        items, name, total, unit=unit, leave=False, dynamic_ncols=True, disable=not FIRST
+    )
 
 
 def pick_device(name="auto"):
@@ -98,8 +107,17 @@ def pick_device(name="auto"):
     return torch.device(name)
 
 
+def fsync_folder(path):
+    """Puts the names in a folder on the disk, where the system can."""
+    if os.name == "posix":
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+
+
 def save_checkpoint(path, state):
-    """Writes `state` so that `path` is at every moment either the old file or the whole new one."""
+    """Writes `state` so that `path` is at every moment either the old file or the whole new one. BadInput if it cannot
+    be written; the old file stays."""
     path = Path(path)
     temporary = path.with_suffix(".tmp")
     try:
@@ -109,9 +127,12 @@ def save_checkpoint(path, state):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise BadInput(f"cannot write {path}: {error.strerror}") from None
+        fsync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a write that failed
+        with suppress(OSError):
+            temporary.unlink()
+        fault = getattr(error, "strerror", None) or "the disk is full, or a limit on the size of files was met"
+        raise BadInput(f"cannot write {path}: {fault}") from None
 
 
 def load_checkpoint(path, kind=None):

@@ -60,11 +60,12 @@ def learned_scores(reward, words, videos, prompts, device="cpu"):
 
 def score_table(names, scores, learned=None):
     """Lines of a table: each model's mean true scores (the first is the base), then the win rates of the others over it
-    by the oracle and by VideoReward. names: list of str; scores, learned: lists of (N, 3)."""
+    by the oracle and by VideoReward. names: list of str; scores, learned: lists of (N, 3). Without scores, where no
+    oracle knows the clips, VideoReward's z-scores stand in their place."""
     head = "".join(f"{dimension:>7}" for dimension in DIMENSIONS)
-    lines = [f"{'':24}{head}"]
-    for name, score in zip(names, scores):
-        lines.append(f"{name + ', true score':24}" + "".join(f"{value:7.2f}" for value in score.mean(0).tolist()))
+    lines, kind = [f"{'':24}{head}"], "true score" if scores else "z-score"
+    for name, score in zip(names, scores or learned):
+        lines.append(f"{f'{name}, {kind}':24}" + "".join(f"{value:7.2f}" for value in score.mean(0).tolist()))
     for judge, table in (("oracle", scores), ("VideoReward", learned)):
         for name, score in zip(names[1:], table[1:] if table else []):
             wins = win_rate(score, table[0]).tolist()

@@ -24,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -32,8 +33,9 @@ from common import BadInput, Parser, progress_bar, run
 from model import ModelConfig
 from pairs_csv import PATHS, Pair, write_pairs
 from pairs_csv import read_pairs as read_pairs
+from parts import draw
 from reward import DIMENSIONS, INVALID
-from video import FPS, cached_clip, write_video
+from video import FPS, cached_clip, is_latent, read_latent, write_video
 
 PAD, UNKNOWN = "<pad>", "<unk>"
 TOY_WORDS = [PAD, "a", "moving", *world.COLOURS, *world.SHAPES, *world.DIRECTIONS]
@@ -95,7 +97,7 @@ def step_rng(seed, step):
 def drop_prompts(y, probability, rng):
     """Replaces whole prompts by "no prompt" for classifier-free guidance; outside the model, so that a policy and its
     reference always drop the same ones."""
-    return torch.where(torch.rand(len(y), 1, generator=rng) < probability, torch.zeros_like(y), y)
+    return torch.where(draw(torch.rand, (len(y), 1), rng) < probability, torch.zeros_like(y), y)
 
 
 def _draw_prompts(count, splits, rng):
@@ -103,12 +105,14 @@ def _draw_prompts(count, splits, rng):
     return prompts[torch.randint(len(prompts), (count,), generator=rng)]
 
 
-def clip_batch(config, vocabulary, count, rng):
-    """A batch of rendered clips from all twelve generators for pretraining, drawn anew."""
+def clip_batch(config, vocabulary, count, part):
+    """A part of a batch of `count` rendered clips from all twelve generators for pretraining, drawn anew."""
+    rng, here = part.source, part.cut(torch.arange(count))
     prompt = _draw_prompts(count, ("train", "validation"), rng)
     generator = torch.randint(len(world.GENERATORS), (count,), generator=rng)
     clips = world.draw_clips(prompt, generator, rng, config.frames)
-    return {"video": world.render(clips, config.size), "y": vocabulary.encode_attributes(prompt, config.max_text)}
+    y = vocabulary.encode_attributes(prompt[here], config.max_text)
+    return {"video": world.render(clips[here], config.size), "y": y}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -181,7 +185,7 @@ def annotated_pairs(count, splits, seed, config, vocabulary, progress=lambda chu
 
 
 def disk_pairs(rows, csv_path, config, vocabulary, cache, skipped=None, progress=lambda videos, total: videos):
-    """The Pair `rows` of a CSV as Pairs. Decodes their videos once, into the folder `cache`.
+    """The Pair `rows` of a CSV as Pairs. Decodes their videos once, into the folder `cache`; latents are read in place.
 
     BadInput names the line and column of a video that cannot be used; with a list `skipped` its pairs are left out and
     the fault's text is appended."""
@@ -195,9 +199,14 @@ def disk_pairs(rows, csv_path, config, vocabulary, cache, skipped=None, progress
     def decode(path):
         where, frames = videos[path]
         try:
-            cached_clip(root / path, cache, config.frames, config.size, said=frames)
+            if is_latent(path):
+                shape = read_latent(root / path).shape
+            else:
+                shape = tuple(cached_clip(root / path, cache, config.frames, config.size, said=frames).shape)
+            if shape != config.video_shape:
+                raise ValueError(f"has shape {shape}; the model takes {config.video_shape}")
         except ValueError as error:
-            return path, f"{where}: video {path} {error}"
+            return path, f"{where}: {'latent' if is_latent(path) else 'video'} {path} {error}"
         except OSError as error:
             raise BadInput(f"cannot keep clips in {cache}: {error.strerror}; name a folder by --cache") from None
         return path, None
@@ -215,12 +224,22 @@ def disk_pairs(rows, csv_path, config, vocabulary, cache, skipped=None, progress
     if not rows:
         raise BadInput(f"{csv_path}: no pair is left, all were skipped; the first: {skipped[0]}")
 
-    def clips(index, side):
-        paths = [rows[i].paths[s] for i, s in zip(index.tolist(), side.tolist())]
-        video = torch.stack([cached_clip(root / path, cache, config.frames, config.size) for path in paths])
-        return video.float() / 127.5 - 1
+    def clip(path):
+        try:
+            if is_latent(path):
+                return torch.from_numpy(read_latent(root / path).astype(np.float32))
+            return cached_clip(root / path, cache, config.frames, config.size).float() / 127.5 - 1
+        except (OSError, ValueError) as error:
+            fault = getattr(error, "strerror", None) or error
+            raise BadInput(f"{root / path}: cannot be read any more ({fault}); put it back and --resume") from None
 
-    y = vocabulary.encode([row.prompt for row in rows], config.max_text)
+    def clips(index, side):
+        return torch.stack([clip(rows[i].paths[s]) for i, s in zip(index.tolist(), side.tolist())])
+
+    try:
+        y = vocabulary.encode([row.prompt for row in rows], config.max_text)
+    except ValueError as error:
+        raise BadInput(f"{csv_path}: {error}; --init must be a model of this data") from None
     label, overall = torch.tensor([row.label for row in rows]), torch.tensor([row.overall for row in rows])
     mos = torch.tensor([row.mos or (0.0,) * 6 for row in rows]).reshape(-1, 2, 3)
     return Pairs(y, clips, label=label, mos=mos, overall=overall)

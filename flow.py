@@ -7,6 +7,8 @@ beta, a reward temperature or a learning rate means the same at every video size
 
 import torch
 
+from parts import draw
+
 # Most of a clip is ground, so its structure is decided at t close to 1. Drawing t with shift 4 towards noise, and
 # stepping the sampler likewise, raised text alignment from .45 to .56 after 1,000 steps of a prototype of this model.
 TIME_SHIFT = 4.0
@@ -35,8 +37,9 @@ def shift_time(t, shift):
 
 
 def draw_time(count, rng, shift=TIME_SHIFT, normal=False):
-    """Training times (count,): uniform (the paper's appendix C) or logit-normal(0, 1), then shifted."""
-    t = torch.sigmoid(torch.randn(count, generator=rng)) if normal else torch.rand(count, generator=rng)
+    """Training times (count,): uniform (the paper's appendix C) or logit-normal(0, 1), then shifted. `rng`, here and
+    below: a CPU torch.Generator, or a Part of a batch (parts.py)."""
+    t = torch.sigmoid(draw(torch.randn, (count,), rng)) if normal else draw(torch.rand, (count,), rng)
     return shift_time(t, shift)
 
 
@@ -47,4 +50,4 @@ def time_bin(t):
 
 def draw_noise(x0, rng):
     """Noise like x0. Drawn on the CPU and moved: one seed, one noise, on every device."""
-    return torch.randn(x0.shape, generator=rng).to(x0.device)
+    return draw(torch.randn, x0.shape, rng).to(x0.device)

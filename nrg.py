@@ -178,7 +178,9 @@ def load_noisy_reward(path, *bases):
     return load_model(path, "noisy reward", NoisyReward, NoisyRewardConfig, trunk)
 
 
-def noisy_reward_step(reward, x0_a, x0_b, y, label, rng, shift=1.0, contrast=0.0, shared=True):
+def noisy_reward_step(
+    reward, x0_a, x0_b, y, label, rng, shift=1.0, contrast=0.0, shared=True, valid=None, other_y=None
+):
     """One step on pairs x0_a, x0_b (B, ...) with prompts y (B, S) and labels (B, 3) -> (loss, logs).
 
     Both clips of a pair get the same noise and t, assuming that noise keeps their order (section 4.4); the loss is
@@ -187,15 +189,17 @@ def noisy_reward_step(reward, x0_a, x0_b, y, label, rng, shift=1.0, contrast=0.0
     pair's, by Bradley-Terry as well. Preferences tell little about prompts: they compare clips of the same one.
 
     The logs hold the accuracy in each dimension, and once more for each quarter of t, as "VQ/t0" (the cleanest) to
-    "VQ/t3"; and `contrast`, how often the own prompt is preferred, an equal one counting one half."""
+    "VQ/t3"; and `contrast`, how often the own prompt is preferred, an equal one counting one half.
+
+    For a part of a batch (parts.py): `valid` (B,) is what bt_loss takes, `other_y` (B, S) the next pairs' prompts."""
     t = draw_time(len(y), rng, shift).to(x0_a.device)
     x1 = draw_noise(x0_a, rng)
     x_t = torch.cat((interpolate(x0_a, x1, t), interpolate(x0_b, x1 if shared else draw_noise(x0_b, rng), t)))
     a, b = reward(x_t, torch.cat((t, t)), torch.cat((y, y))).chunk(2)  # (B, 3) each
-    loss = bt_loss(a, b, label)
+    loss = bt_loss(a, b, label, valid)
     logs = {"loss": loss.item()}
     if contrast:
-        other = reward(x_t[: len(y)], t, y.roll(1, 0))
+        other = reward(x_t[: len(y)], t, y.roll(1, 0) if other_y is None else other_y)
         margin = (a - other)[:, DIMENSIONS.index("TA")]
         loss = loss - contrast * F.logsigmoid(margin).mean()
         logs["contrast"] = ((margin > 0).float() + 0.5 * (margin == 0)).mean().item()

@@ -1,6 +1,6 @@
 """Preference pairs on disk: the public CSV schema of VideoAlign, one row a pair, its videos beside it (section 3.1).
 
-    path_A, path_B                              video files, relative to the CSV's folder
+    path_A, path_B                              video files or latents (video.py), relative to the CSV's folder
     prompt                                      text
     VQ, MQ, TA                                  A, B, same or invalid
     fps_A, num_frames_A, fps_B, num_frames_B    numbers; the videos' own are used, and a video with fewer frames refused
@@ -18,6 +18,7 @@ from pathlib import Path
 
 from common import BadInput
 from reward import DIMENSIONS, INVALID
+from video import latent_file
 
 LABELS = {"A": 1, "B": -1, "same": 0, "invalid": INVALID}
 NAMES = {value: name for name, value in LABELS.items()}
@@ -117,7 +118,7 @@ def _parse(csv_path, line, header, row):
         return value
 
     def video(name):
-        path = (folder / cell[name]).resolve()
+        path = (folder / latent_file(cell[name])[0]).resolve()
         if not cell[name] or not path.is_relative_to(folder.resolve()):
             raise BadInput(f"{where}, column {name}: path {cell[name]!r} does not lie in the data folder {folder}")
         if not path.is_file():

@@ -31,14 +31,21 @@ THETA = 5.0  # section 3.2: how often ties occur; 1 would mean never
 # Losses: r_a, r_b (...) scores, label (...) int: 1 A better, -1 B better, 0 tie, INVALID ignored
 
 
-def _mean_over(loss, mask):
-    """Mean over the entries of `mask` alone: what is masked changes neither the scale nor the gradient of the rest."""
-    return torch.where(mask, loss, 0.0).sum() / mask.sum().clamp(min=1)
+def _mean_over(loss, mask, valid):
+    """Mean over the entries of `mask` alone: what is masked changes neither the scale nor the gradient of the rest.
+    `valid` (B,), for a part of a batch: the whole batch's number of such entries for a row (parts.valid_rows)."""
+    count = mask.sum().clamp(min=1) if valid is None else valid.sum()
+    return torch.where(mask, loss, 0.0).sum() / count
 
 
-def bt_loss(r_a, r_b, label):
+def decided(label):
+    """Which labels name a better clip."""
+    return label.abs() == 1
+
+
+def bt_loss(r_a, r_b, label, valid=None):
     """Bradley-Terry: -log sigma(r_w - r_l), over decided pairs only; scalar."""
-    return _mean_over(F.softplus(-label * (r_a - r_b)), label.abs() == 1)
+    return _mean_over(F.softplus(-label * (r_a - r_b)), decided(label), valid)
 
 
 def btt_probabilities(delta, theta=THETA):
@@ -51,20 +58,20 @@ def btt_probabilities(delta, theta=THETA):
     return a, b, (theta**2 - 1) * a * b  # Eq. 1, third case
 
 
-def btt_loss(r_a, r_b, label, theta=THETA):
+def btt_loss(r_a, r_b, label, theta=THETA, valid=None):
     """Eq. 2: -log of the probability of what the annotators said, over valid pairs; scalar."""
     delta = r_a - r_b
     log_a, log_b = F.logsigmoid(delta - math.log(theta)), F.logsigmoid(-delta - math.log(theta))
     log_tie = log_a + log_b + math.log(theta**2 - 1)
     log_likelihood = torch.where(label == 0, log_tie, torch.where(label == 1, log_a, log_b))
-    return _mean_over(-log_likelihood, label != INVALID)
+    return _mean_over(-log_likelihood, label != INVALID, valid)
 
 
-def regression_loss(r, mos):
+def regression_loss(r, mos, valid=None):
     """Mean squared error against mean opinion scores, target mos - 3 (section 3.2's baseline); mos 0 is missing.
 
     Any shape, e.g. (B, 2, 3) for both clips of a pair; scalar, the mean over the scores that are there."""
-    return _mean_over((r - (mos - 3)).square(), mos != 0)
+    return _mean_over((r - (mos - 3)).square(), mos != 0, valid)
 
 
 def caption_loss(logits, y):
@@ -84,8 +91,7 @@ def caption_loss(logits, y):
 
 def accuracy_without_ties(delta, label):
     """Share of decided pairs whose difference has the right sign; 0 is wrong. nan without such pairs."""
-    decided = label.abs() == 1
-    return (torch.sign(delta) == label)[decided].float().mean().item()
+    return (torch.sign(delta) == label)[decided(label)].float().mean().item()
 
 
 def accuracies_without_ties(delta, label):

@@ -1,6 +1,7 @@
 """What each algorithm trains: a model, a batch for each step, a loss, and the table at the end.
 
-`train.py` runs any of these tasks in one loop. A task's batch and loss depend on the step's random generator alone.
+`train.py` runs any of these tasks in one loop. A task's batch and loss depend on the step's random generator alone, and
+each process and micro-batch works on its part of it (parts.py).
 
     pretrain   the video model by flow matching on clips of all twelve generators            section 4.1
     reward     VideoReward on pairs that annotators compared, toy or on disk                 section 3
@@ -12,7 +13,7 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -20,27 +21,16 @@ import torch
 import world
 from common import WEIGHTS, BadInput, progress_bar
 from compare import learned_scores, prompt_set, sample_prompts, score_table
-from data import (
-    Vocabulary,
-    annotated_pairs,
-    clip_batch,
-    disk_pairs,
-    drop_prompts,
-    read_pairs,
-    split_words,
-    step_rng,
-    toy_pairs,
-    vocabulary_of,
-)
+from data import Vocabulary, clip_batch, drop_prompts, toy_pairs
 from flow import draw_noise, draw_time, flow_error, interpolate
 from flow_dpo import flow_dpo_step
 from flow_rwr import flow_rwr_step, rwr_weights
 from model import PRESETS, VideoTransformer, add_lora, freeze_trunk, load_velocity, merge_lora, share_trunk
 from nrg import noisy_reward_on, noisy_reward_step, stored
+from parts import valid_rows
 from reward import (
     DIMENSIONS,
     INVALID,
-    RewardConfig,
     VideoReward,
     accuracies_without_ties,
     accuracy_with_ties,
@@ -48,12 +38,12 @@ from reward import (
     bt_loss,
     btt_loss,
     caption_loss,
+    decided,
     load_reward,
     regression_loss,
 )
-from sample import CFG, write_gif, write_sheet
-
-MOST_WORDS = 128  # of a real prompt; the paper's are about 100 words long
+from sample import CFG, sample_many, write_gif, write_sheet
+from sources import disk_data, epoch_index, reward_config, toy_data
 
 
 @dataclass
@@ -63,8 +53,8 @@ class Task:
     kind: str  # of its checkpoint: "velocity" or "reward"
     model: torch.nn.Module  # the one that is trained
     vocabulary: Vocabulary
-    batch: Callable  # (step, rng) -> dict of tensors on the CPU
-    loss: Callable  # (batch, rng) -> (loss, logs)
+    batch: Callable  # (step, part) -> dict of tensors on the CPU, of this part of the batch
+    loss: Callable  # (batch, part) -> (loss, logs); the mean over the parts is the whole batch's loss
     shown: tuple  # names of the logs in the progress bar
     finish: Callable  # (model, out) -> lines to print; may write files and set buffers of the model
     adapted: bool = False  # whether LoRA is in the model; checkpoints then hold the merged weights and the adapters
@@ -80,21 +70,31 @@ class Task:
 
 
 def pretrain_task(args, device):
-    vocabulary = Vocabulary()
+    if args.data:
+        vocabulary, config, pairs, _, _ = disk_data(args, held_out=False)
+    else:
+        vocabulary = Vocabulary()
+        config = replace(PRESETS[args.preset], vocab=len(vocabulary.words))
     torch.manual_seed(args.seed)
-    model = VideoTransformer(replace(PRESETS[args.preset], vocab=len(vocabulary.words))).to(device)
+    model = VideoTransformer(config).to(device)
 
-    def batch(step, rng):
-        made = clip_batch(model.config, vocabulary, args.batch, rng)
-        return {**made, "y": drop_prompts(made["y"], args.label_dropout, rng)}
+    def batch(step, part):
+        if args.data:
+            index = part.cut(epoch_index(2 * len(pairs), args.batch, step, args.seed))
+            made = {"video": pairs.clips(index // 2, index % 2), "y": pairs.y[index // 2]}
+        else:
+            made = clip_batch(model.config, vocabulary, args.batch, part)
+        return {**made, "y": drop_prompts(made["y"], args.label_dropout, part)}
 
-    def loss(batch, rng):
+    def loss(batch, part):
         x0 = batch["video"]
-        t = draw_time(len(x0), rng, args.time_shift, normal=True).to(device)
-        error = flow_error(model, x0, draw_noise(x0, rng), t, batch["y"]).mean()
+        t = draw_time(len(x0), part, args.time_shift, normal=True).to(device)
+        error = flow_error(model, x0, draw_noise(x0, part), t, batch["y"]).mean()
         return error, {"loss": error.item()}
 
     def finish(model, out):
+        if args.data:
+            return ["no closing table: the oracle knows the toy world alone; sample.py --ckpt shows clips"]
         prompts = prompt_set(args.eval_prompts, "train", "validation", "hard")
         lines = []
         for cfg in (1.0, CFG):
@@ -112,31 +112,40 @@ def pretrain_task(args, device):
 
 
 def reward_task(args, device):
-    vocabulary, config, pairs, held, held_name = disk_data(args) if args.data else toy_data(args)
+    if args.data:
+        vocabulary, config, pairs, judged, held_name = disk_data(args)
+    else:
+        vocabulary = Vocabulary()
+        config = replace(PRESETS[args.preset], vocab=len(vocabulary.words))
+        pairs, held, held_name = toy_data(args, config, vocabulary)
+        judged = held()
     torch.manual_seed(args.seed)
-    model = VideoReward(config).to(device)
+    model = VideoReward(reward_config(args, config)).to(device)
+    rated, counts = LOSSES[args.loss]
 
-    def batch(step, rng):
-        return pairs.batch(epoch_index(len(pairs), args.batch, step, args.seed))
+    def batch(step, part):
+        index = epoch_index(len(pairs), args.batch, step, args.seed)
+        valid = valid_rows(counts(pairs.label[index], pairs.mos[index]), part)
+        return {**pairs.batch(part.cut(index)), "valid": valid}
 
-    def loss(batch, rng):
+    def loss(batch, part):
         y = batch["y"].repeat(2, 1)
         scores, words = model.scores_and_words(torch.cat((batch["video_a"], batch["video_b"])), y)  # (2B, 3)
         a, b = scores.chunk(2)
         label = batch["label"]
-        preference = LOSSES[args.loss](a, b, batch)
+        preference = rated(a, b, batch)
         caption = caption_loss(words, y)
         right = accuracies_without_ties(a - b, label)
         logs = {"loss": preference.item(), "caption": caption.item()}
         return preference + args.caption * caption, logs | {name: v for name, v in right.items() if v == v}
 
     def finish(model, out):
-        scores = pair_scores(model, held, device)  # (N, 2, 3)
+        scores = pair_scores(model, judged, device)  # (N, 2, 3)
         model.mean.copy_(scores.mean((0, 1)))
         model.std.copy_(scores.std((0, 1)).clamp(min=1e-6))
-        lines = [f"{len(held)} {held_name} (accuracy without ties, with ties; share of ties):"]
+        lines = [f"{len(judged)} {held_name} (accuracy without ties, with ties; share of ties):"]
         for i, name in enumerate(DIMENSIONS):
-            delta, label = scores[:, 0, i] - scores[:, 1, i], held.label[:, i]
+            delta, label = scores[:, 0, i] - scores[:, 1, i], judged.label[:, i]
             with_ties, _ = accuracy_with_ties(delta, label)
             ties = (label == 0).sum().item() / max(1, (label != INVALID).sum().item())
             lines.append(f"  {name}  {accuracy_without_ties(delta, label):.3f}  {with_ties:.3f}  {ties:.3f}")
@@ -145,60 +154,20 @@ def reward_task(args, device):
     return Task("reward", model, vocabulary, batch, loss, ("loss", *DIMENSIONS), finish)
 
 
-LOSSES = {  # of scores a, b (B, 3) and a batch of pairs
-    "btt": lambda a, b, batch: btt_loss(a, b, batch["label"]),
-    "bt": lambda a, b, batch: bt_loss(a, b, batch["label"]),
-    "regression": lambda a, b, batch: regression_loss(torch.stack((a, b), 1), batch["mos"]),
+LOSSES = {  # of scores a, b (B, 3) and a batch of pairs; and which of its labels or ratings count
+    "btt": (
+        lambda a, b, batch: btt_loss(a, b, batch["label"], valid=batch["valid"]),
+        lambda label, mos: label != INVALID,
+    ),
+    "bt": (
+        lambda a, b, batch: bt_loss(a, b, batch["label"], batch["valid"]),
+        lambda label, mos: decided(label),
+    ),
+    "regression": (
+        lambda a, b, batch: regression_loss(torch.stack((a, b), 1), batch["mos"], batch["valid"]),
+        lambda label, mos: mos != 0,
+    ),
 }
-
-
-def reward_config(args, vocabulary, words):
-    """Of the preset, three quarters of its width and two thirds of its depth."""
-    preset = PRESETS[args.preset]
-    sizes = {field.name: getattr(preset, field.name) for field in fields(preset)}
-    sizes |= {"vocab": len(vocabulary.words), "max_text": words}
-    sizes |= {"dim": preset.dim * 3 // 4, "depth": preset.depth * 2 // 3}
-    return RewardConfig(**sizes, separate=args.tokens == "separate")
-
-
-def toy_data(args):
-    """(vocabulary, config, pairs to train on, pairs of unseen prompts, their name), the toy world's."""
-    vocabulary = Vocabulary()
-    config = reward_config(args, vocabulary, PRESETS[args.preset].max_text)
-    bar = progress_bar("annotators look at the pairs", "x64 pairs")
-    pairs = annotated_pairs(args.pairs, ["train"], args.seed, config, vocabulary, bar)
-    held = annotated_pairs(args.eval_pairs, ["validation"], args.seed + 1, config, vocabulary)
-    return vocabulary, config, pairs, held, "validation pairs, prompts never seen in training"
-
-
-def disk_data(args):
-    """The same from --data and --val; without --val a tenth of the prompts is held out."""
-    skipped = [] if args.skip_bad else None
-    rows = read_pairs(args.data, skipped)
-    if args.loss == "regression" and not any(any(row.mos) for row in rows):
-        raise BadInput(f"{args.data}: --loss regression needs ratings, the columns MOS_A_VQ to MOS_B_TA")
-    prompts = sorted({row.prompt for row in rows})
-    vocabulary = vocabulary_of(prompts)
-    longest = max(len(split_words(prompt)) for prompt in prompts)
-    config = reward_config(args, vocabulary, min(longest, MOST_WORDS))
-
-    def load(rows, path):
-        bar = progress_bar(f"decoding {path.name}", "video")
-        return disk_pairs(rows, path, config, vocabulary, args.cache, skipped, bar)
-
-    if args.val:
-        train_rows, held = rows, load(read_pairs(args.val, skipped), args.val)
-        name = f"pairs of {args.val}"
-    else:
-        order = torch.randperm(len(prompts), generator=step_rng(args.seed, -1)).tolist()
-        out = {prompts[i] for i in order[: max(1, len(prompts) // 10)]} if len(prompts) > 1 else set()
-        train_rows = [row for row in rows if row.prompt not in out]
-        held = load([row for row in rows if row.prompt in out] or rows, args.data)
-        name = "pairs of prompts held out of training" if out else "training pairs, all there are of one prompt"
-    pairs = load(train_rows, args.data)
-    if skipped:
-        print(f"skipped {len(skipped)} rows or videos: {skipped[0]}" + ("; ..." if skipped[1:] else ""))
-    return vocabulary, config, pairs, held, name
 
 
 @torch.no_grad()
@@ -216,21 +185,26 @@ def nrg_task(args, device):
     torch.manual_seed(args.seed)
     model = noisy_reward_on(base, args.read, args.trunk == "frozen").to(device)
     vocabulary = Vocabulary(words)
-    bar = progress_bar("annotators look at the pairs", "x64 pairs")
-    pairs = annotated_pairs(args.pairs, ["train"], args.seed, base.config, vocabulary, bar)
+    if args.data:
+        _, _, pairs, judged, held_name = disk_data(args, (words, base.config))
+    else:
+        pairs, toy_held, held_name = toy_data(args, base.config, vocabulary)
 
-    def batch(step, rng):
-        return pairs.batch(epoch_index(len(pairs), args.batch, step, args.seed))
+    def batch(step, part):
+        index = epoch_index(len(pairs), args.batch, step, args.seed)
+        valid, others = valid_rows(decided(pairs.label[index]), part), part.cut(pairs.y[index].roll(1, 0))
+        return {**pairs.batch(part.cut(index)), "valid": valid, "other_y": others}
 
-    def loss(batch, rng):
-        pair = batch["video_a"], batch["video_b"], batch["y"], batch["label"]
-        return noisy_reward_step(model, *pair, rng, args.time_shift, args.contrast, args.pair_noise == "shared")
+    def loss(batch, part):
+        pair = (batch[name] for name in ("video_a", "video_b", "y", "label"))
+        settings = args.time_shift, args.contrast, args.pair_noise == "shared"
+        return noisy_reward_step(model, *pair, part, *settings, batch["valid"], batch["other_y"])
 
     def finish(model, out):
-        held = annotated_pairs(args.eval_pairs, ["validation"], args.seed + 1, base.config, vocabulary)
+        held = judged if args.data else toy_held()
         scores = noisy_scores(model, held, device, args.eval_seed)
         model.std.copy_(torch.cat(list(scores.values())).std((0, 1)).clamp(min=1e-6))
-        lines = [f"{len(held)} validation pairs, prompts never seen in training, accuracy without ties at each t:"]
+        lines = [f"{len(held)} {held_name}, accuracy without ties at each t:"]
         for t, here in scores.items():
             right = accuracies_without_ties(here[:, 0] - here[:, 1], held.label)
             lines.append(f"  t {t:.2f}  " + "  ".join(f"{n} {v:.3f}" for n, v in right.items()))
@@ -256,17 +230,17 @@ def dpo_task(args, device):
     base, policy, vocabulary, pairs, total, finish = alignment(args, device)
     better, worse = ranked(total)
 
-    def batch(step, rng):
-        chosen = epoch_index(len(better), args.batch, step, args.seed)
+    def batch(step, part):
+        chosen = part.cut(epoch_index(len(better), args.batch, step, args.seed))
         (index, win), lose = better[chosen].T, worse[chosen, 1]
-        y = drop_prompts(pairs.y[index], args.label_dropout, rng)
+        y = drop_prompts(pairs.y[index], args.label_dropout, part)
         return {"winner": pairs.clips(index, win), "loser": pairs.clips(index, lose), "y": y}
 
     both = share_trunk(policy, base, args.freeze) if args.freeze else None
 
-    def loss(batch, rng):
+    def loss(batch, part):
         pair = batch["winner"], batch["loser"], batch["y"]
-        return flow_dpo_step(policy, base, *pair, args.beta, rng, args.schedule, args.time_shift, both)
+        return flow_dpo_step(policy, base, *pair, args.beta, part, args.schedule, args.time_shift, both)
 
     return Task("velocity", policy, vocabulary, batch, loss, ("loss", "accuracy"), finish, args.lora_rank > 0)
 
@@ -287,14 +261,14 @@ def sft_task(args, device):
 def weighted_task(args, policy, vocabulary, pairs, chosen, weight, finish):
     """The flow-matching loss on clips `chosen` (N, 2: pair, side) with weights (N,): two for each pair of DPO's."""
 
-    def batch(step, rng):
-        here = epoch_index(len(chosen), 2 * args.batch, step, args.seed)
+    def batch(step, part):
+        here = part.cut(epoch_index(len(chosen), 2 * args.batch, step, args.seed))
         index, side = chosen[here].T
-        y = drop_prompts(pairs.y[index], args.label_dropout, rng)
+        y = drop_prompts(pairs.y[index], args.label_dropout, part)
         return {"video": pairs.clips(index, side), "y": y, "weight": weight[here]}
 
-    def loss(batch, rng):
-        return flow_rwr_step(policy, batch["video"], batch["y"], batch["weight"], rng, args.time_shift)
+    def loss(batch, part):
+        return flow_rwr_step(policy, batch["video"], batch["y"], batch["weight"], part, args.time_shift)
 
     return Task("velocity", policy, vocabulary, batch, loss, ("loss", "effective_samples"), finish, args.lora_rank > 0)
 
@@ -325,6 +299,8 @@ def alignment(args, device):
     policy = policy.to(device)  # adapters are drawn on the CPU
 
     def finish(policy, out):
+        if args.data:
+            return learned_table((base, policy), reward, pairs, args, device)
         prompts = prompt_set(args.eval_prompts, "train", "validation", "hard")
         lines = []
         for cfg in (CFG, 1.0):  # the pictures are made at CFG 1, where only the alignment differs
@@ -344,7 +320,16 @@ def alignment(args, device):
         texts = "; ".join(world.prompt_text(prompt) for prompt in prompts[shown])
         return [*lines, f"wrote {out / name}.gif and .png (CFG 1): {texts}"]
 
-    pairs, scores = scored_pairs(args.pairs, args.seed, *paths, device)
+    if args.data:
+        if reward.config.video_shape != base.config.video_shape or reward.config.max_text != base.config.max_text:
+            raise BadInput("--reward and --init take clips or prompts of other sizes; train both on the same --data")
+        _same_words(words, reward_words)
+        _, _, pairs, _, _ = disk_data(args, (words, base.config), held_out=False)
+        scores = pair_scores(
+            reward.normalised, pairs, device, progress_bar("VideoReward scores the pairs", "x64 pairs")
+        )
+    else:
+        pairs, scores = scored_pairs(args.pairs, args.seed, *paths, device)
     weights = torch.tensor(args.align) / sum(map(abs, args.align))  # 1:1:1 is r = (r_VQ + r_MQ + r_TA) / 3
     return base, policy, Vocabulary(words), pairs, scores @ weights, finish
 
@@ -356,11 +341,32 @@ def scored_pairs(count, seed, init, reward, device):
     Offline and once, as in the paper: clips of the twelve generators, none of the policy's own."""
     base, words = load_velocity(init)
     reward, reward_words = load_reward(reward)
-    if reward_words != words:
-        raise BadInput("--reward and --init know different words; use a reward and a base model of the same data")
+    _same_words(words, reward_words)
     pairs, _ = toy_pairs(count, ["train"], seed, base.config, Vocabulary(words))
     bar = progress_bar("VideoReward scores the pairs", "x64 pairs")
     return pairs, pair_scores(reward.to(device).normalised, pairs, device, bar)
+
+
+def _same_words(words, reward_words):
+    if reward_words != words:
+        raise BadInput("--reward and --init know different words; use a reward and a base model of the same data")
+
+
+@torch.no_grad()
+def learned_table(models, reward, pairs, args, device):
+    """The closing table where there is no oracle: VideoReward on samples of base and policy for prompts of the data."""
+    y = pairs.y.unique(dim=0)[: args.eval_prompts]
+    rng, shape = torch.Generator().manual_seed(args.eval_seed), models[0].config.video_shape
+    x1, lines = torch.randn(len(y), *shape, generator=rng), []
+    for cfg in (CFG, 1.0):
+        bar, learned = progress_bar(f"sampling at CFG {cfg:g}", "batch"), []
+        for model in models:
+            videos = sample_many(model, x1.to(device), y.to(device), bar, cfg=cfg)
+            parts = zip(videos.split(64), y.to(device).split(64))
+            learned.append(torch.cat([reward.normalised(*part).cpu() for part in parts]))
+        table = score_table(("base", args.algo), None, learned)
+        lines += [f"{len(y)} prompts of {args.data}, the same noise for both, CFG {cfg:g}", *table, ""]
+    return lines[:-1]
 
 
 def ranked(total):
@@ -368,13 +374,3 @@ def ranked(total):
     index = torch.nonzero(total[:, 0] != total[:, 1])[:, 0]
     side = (total[index, 1] > total[index, 0]).long()
     return torch.stack((index, side), 1), torch.stack((index, 1 - side), 1)
-
-
-def epoch_index(count, batch, step, seed):
-    """Indices (batch,) of step `step` in epochs that are each a new permutation of `count` items."""
-    position = torch.arange(step * batch, (step + 1) * batch)
-    index = torch.empty_like(position)
-    for epoch in (position // count).unique().tolist():
-        here = position // count == epoch
-        index[here] = torch.randperm(count, generator=step_rng(seed, -1 - epoch))[position[here] % count]
-    return index

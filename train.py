@@ -5,27 +5,44 @@
     python train.py --algo pretrain     the base model from nothing (flow matching, section 4.1)
     python train.py --algo reward       VideoReward from nothing (section 3.2)
     python train.py --algo nrg          the noise-aware reward for guidance, on the base model's first blocks (4.4)
+    torchrun --nproc_per_node 8 train.py --algo pretrain --preset large --fsdp       on eight GPUs (distributed.py)
 
-All that is random in step n comes from the seed and n, so a run that was stopped and resumed ends at the same bits.
+All that is random in step n comes from the seed and n, so a run that was stopped and resumed (checkpoint.py) ends at
+the same bits, and one that is spread over processes or micro-batches (parts.py) takes the same steps.
 """
 
 import argparse
 import copy
 import json
+import math
 import signal
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from common import BadInput, Parser, load_checkpoint, numbers, pick_device, run, save_checkpoint
+from checkpoint import (
+    averaged,
+    facts,
+    gathered,
+    interrupted_run,
+    newest,
+    open_log,
+    refuse_used,
+    restore,
+    save_shards,
+    save_whole,
+    write_log,
+)
+from common import BadInput, Parser, numbers, run, save_checkpoint
 from data import step_rng
+from distributed import accumulating, launched, own, rank, size, spread, start_process, stop_process, together, whole
 from flow import TIME_SHIFT
 from flow_dpo import SCHEDULES
 from model import PRESETS
+from parts import Part
 from tasks import LOSSES, TASKS
 
 # A flag left out takes its algorithm's value here; README, "Settings, and why", compares them with the paper's.
@@ -47,76 +64,87 @@ WARMUP = 100  # steps, or a tenth of a shorter run
 def train(task, args, device, state=None):
     """Trains task.model to args.steps, on from `state` if there is one. Returns lines that say how it ended.
 
-    SIGINT and SIGTERM save and exit with status 130; a loss that is not finite stops the run before it is used."""
-    model = task.model
+    SIGINT and SIGTERM save and exit with status 130; a loss or gradient that is not finite stops the run before it is
+    used. Under torchrun every process calls this with the same arguments, and process 0 returns the lines."""
+    model, first = task.model, rank() == 0
+    spare = copy.deepcopy(model).cpu() if args.fsdp and first else None  # whole again at the end
+    loss_of = spread(task, device, args.fsdp)
     trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
     optimizer = torch.optim.AdamW(
         trained.values(), args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=device.type != "mps"
     )
-    average = copy.deepcopy(model).requires_grad_(False).eval() if args.ema else None
-    last, metrics = args.out / "last.pt", args.out / "metrics.jsonl"
+    average = {name: value.detach().clone() for name, value in trained.items()} if args.ema else {}
     start = restore(state, trained, average, optimizer) if state else 0
+    kept = f"{newest(args.out)} is the last good state" if state else "nothing was saved yet"
 
-    def save(step):
-        state = {"kind": task.kind, "config": asdict(model.config), "vocabulary": task.vocabulary.words, "step": step}
-        state |= {"model": task.stored(task.plain(model)), "settings": settled(args)}
-        state |= {"trained": {name: value.detach() for name, value in trained.items()}} if task.adapted else {}
-        state |= {"ema": average.state_dict()} if average is not None else {}
-        save_checkpoint(last, state | {"optimizer": optimizer.state_dict()})
+    def save(step, **final):
+        nonlocal kept
+        write = save_shards if args.fsdp else save_whole
+        write(args, task, step, trained, average, optimizer, **final)
+        kept = f"{newest(args.out)}, after step {step - 1}, is the last good state"
 
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        kept = metrics.read_text().splitlines()[:start] if start and metrics.exists() else []
-        metrics.write_text("".join(line + "\n" for line in kept))
-    except OSError as error:
-        raise BadInput(f"cannot write to {args.out}: {error.strerror}") from None
+    every, learned = (sum(map(torch.numel, values)) for values in (model.parameters(), trained.values()))
+    log = open_log(args.out, start, 4 * (every + (3 if args.ema else 2) * learned))
     stopped = []
     signals = signal.SIGINT, signal.SIGTERM
     handlers = [signal.signal(number, lambda *_: stopped.append(True)) for number in signals]
-    bar = tqdm(total=args.steps, initial=start, desc=args.algo, dynamic_ncols=True)
+    bar = tqdm(total=args.steps, initial=start, desc=args.algo, dynamic_ncols=True, disable=not first)
     try:
-        with open(metrics, "a") as log, bar:
+        with log, bar:
             for step in range(start, args.steps):
                 rng = step_rng(args.seed, step)
-                batch = {name: value.to(device) for name, value in task.batch(step, rng).items()}
-                loss, logs = task.loss(batch, rng)
-                if not torch.isfinite(loss):
-                    raise BadInput(
-                        f"loss is {loss.item()} at step {step}, seed {args.seed}; {last} is the last good state"
-                    )
-                loss.backward()
-                logs["grad_norm"] = torch.nn.utils.clip_grad_norm_(trained.values(), 1.0).item()
+                part = Part(rng, rank(), size())
+                batch = {name: value.to(device) for name, value in task.batch(step, part).items()}
+                made = []
+                for micro in part.split(args.accum):
+                    here = {name: micro.cut(value) for name, value in batch.items()}
+                    with accumulating(loss_of, last=micro.index == args.accum - 1):
+                        loss, logs = loss_of(here, micro)
+                        (loss / args.accum).backward()
+                    made.append((loss.item(), logs))
+                norm = whole(torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)).item()
+                loss, logs, stop = together(made, bool(stopped))
+                if not math.isfinite(loss) or not math.isfinite(norm):
+                    what = f"loss is {loss}, its gradient's norm {norm} at step {step}"
+                    raise BadInput(f"{what} (--seed {args.seed}, the batch's {rng.initial_seed()}); {kept}")
                 for group in optimizer.param_groups:
                     group["lr"] = args.lr * schedule(step, args.steps, args.decay)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-                if average is not None:
+                if average:
                     memory = min(args.ema, (step + 1) / (step + 10))  # short at the start
-                    new = [value.detach() for value in model.parameters()]
-                    torch._foreach_lerp_(list(average.parameters()), new, 1 - memory)
-                log.write(json.dumps({"step": step, **logs}) + "\n")
+                    new = [own(value.detach()) for value in trained.values()]
+                    torch._foreach_lerp_([own(value) for value in average.values()], new, 1 - memory)
+                logs["grad_norm"] = norm
+                saving = stop or (step + 1) % args.save_every == 0 or step + 1 == args.steps
+                write_log(log, json.dumps({"step": step, **logs}) + "\n", args.out, sync=saving)
                 bar.set_postfix({name: f"{logs[name]:.3f}" for name in task.shown if name in logs}, refresh=False)
                 bar.update()
-                if stopped or (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-                    log.flush()
+                if saving:
                     save(step + 1)
-                if stopped:
+                if stop:
                     bar.close()
-                    print(f"stopped after step {step + 1}; --resume continues from {last}")
+                    if first:
+                        print(f"stopped after step {step + 1}; --resume continues from {newest(args.out)}")
                     sys.exit(130)
     finally:
         for number, handler in zip(signals, handlers):
             signal.signal(number, handler)
 
-    final = task.plain(average if average is not None else model).eval()
+    final = gathered(model, average, spare) if args.fsdp else averaged(model, average)
+    if not first:
+        return []
+    final = task.plain(final.to(device)).eval()
     lines = task.finish(final, args.out)
-    save(args.steps)  # with what finish measured, the reward's z-score constants
+    last, alone = args.out / "last.pt", {**facts(task, args.steps), "model": task.stored(final)}
+    if args.fsdp:
+        save_checkpoint(last, alone)
+    else:
+        save(args.steps, final=final)  # with what finish measured, the reward's z-score constants
     if args.export:
-        weights = {name: value.half() for name, value in task.stored(final).items()}
-        state = {"kind": task.kind, "config": asdict(model.config), "vocabulary": task.vocabulary.words}
-        save_checkpoint(args.export, state | {"step": args.steps, "model": weights})
+        save_checkpoint(args.export, alone | {"model": {name: value.half() for name, value in alone["model"].items()}})
         lines.append(f"wrote {args.export}")
-    return [*lines, f"wrote {metrics}", f"wrote {last}"]
+    return [*lines, f"wrote {args.out / 'metrics.jsonl'}", f"wrote {last}"]
 
 
 def schedule(step, steps, decay):
@@ -124,39 +152,6 @@ def schedule(step, steps, decay):
     warmup = min(WARMUP, max(1, steps // 10))
     rise = min(1.0, (step + 1) / warmup)
     return rise * min(1.0, (steps - step) / (decay * steps)) if decay else rise
-
-
-# Flags that a resumed run may change
-UNSETTLED = {"resume", "out", "cache", "save_every", "device", "export", "eval_prompts", "eval_pairs", "eval_seed"}
-
-
-def settled(args):
-    return {name: str(value) for name, value in vars(args).items() if name not in UNSETTLED}
-
-
-def interrupted_run(args):
-    """The checkpoint that --resume goes on from. BadInput if there is none, or if its run had other settings."""
-    path = args.out / "last.pt"
-    state = load_checkpoint(path)
-    if "optimizer" not in state:
-        raise BadInput(f"{path}: weights without the optimiser's state; it can be used with --init, not with --resume")
-    for name, value in settled(args).items():
-        was = state["settings"].get(name)
-        if was != value:
-            raise BadInput(f"--resume: --{name.replace('_', '-')} was {was} in {path}, now {value}; use the same")
-    return state
-
-
-def restore(state, trained, average, optimizer):
-    """Loads a run's state; returns the step it had reached."""
-    source = state.get("trained", state["model"])
-    with torch.no_grad():
-        for name, value in trained.items():
-            value.copy_(source[name])
-    optimizer.load_state_dict(state["optimizer"])
-    if average is not None:
-        average.load_state_dict(state["ema"])
-    return state["step"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -192,6 +187,8 @@ def arguments(argv=None):
         group.add_argument(f"--{name}", type=kind, default=default, help=f"{text} (default: {values})")
     group.add_argument("--seed", type=int, default=0, help="of weights, data, noise and times")
     group.add_argument("--device", default="auto", help="auto (cuda, mps, cpu) or a torch device")
+    group.add_argument("--accum", type=int, default=1, help="micro-batches that a process cuts its batch into")
+    group.add_argument("--fsdp", action="store_true", help="under torchrun: shard the model, not only the batch")
 
     group = parser.add_argument_group("flow matching")
     group.add_argument(
@@ -230,9 +227,13 @@ def arguments(argv=None):
         "--trunk", choices=("frozen", "trained"), default="frozen", help="nrg: whether these blocks stay the base's"
     )
 
-    group = parser.add_argument_group("real data (reward)")
-    group.add_argument("--data", type=Path, help="CSV of pairs in VideoAlign's format (default: the toy world)")
-    group.add_argument("--val", type=Path, help="CSV to validate on (default: a tenth of the prompts, held out)")
+    group = parser.add_argument_group("real data")
+    group.add_argument(
+        "--data", type=Path, help="CSV of pairs of videos or latents, in VideoAlign's format (default: the toy world)"
+    )
+    group.add_argument(
+        "--val", type=Path, help="reward, nrg: CSV to validate on (default: a tenth of the prompts, held out)"
+    )
     group.add_argument("--cache", type=Path, default=Path("out/clips"), help="folder that keeps decoded clips")
     group.add_argument("--skip-bad", action="store_true", help="go on without rows that have a fault, and count them")
 
@@ -249,7 +250,7 @@ def arguments(argv=None):
     for name, value in DEFAULTS[args.algo].items():
         if not hasattr(args, name):
             setattr(args, name, value)
-    for name in ("steps", "batch", "save_every", "eval_prompts", "eval_pairs"):
+    for name in ("steps", "batch", "accum", "save_every", "eval_prompts", "eval_pairs"):
         if getattr(args, name) < 1:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     if args.time_shift is None:
@@ -266,8 +267,6 @@ def arguments(argv=None):
         raise BadInput("--align 0,0,0: at least one weight must not be 0")
     if args.caption is None:
         args.caption = 0.0 if args.data else 1.0  # measured on the toy alone, whose vocabulary is 17 words
-    if args.data and args.algo != "reward":
-        raise BadInput(f"--data: --algo {args.algo} trains on the toy world only; --algo reward reads videos")
     for name in ("caption", "contrast"):
         if not 0 <= getattr(args, name) < float("inf"):
             raise BadInput(f"--{name} {getattr(args, name)}: must be 0 or a positive number")
@@ -278,16 +277,30 @@ def arguments(argv=None):
 
 def main():
     args = arguments()
-    device = pick_device(args.device)
+    device = start_process(args.device)
+    parts = size() * args.accum
+    if args.batch % parts:
+        raise BadInput(
+            f"--batch {args.batch}: must be a multiple of {parts}, {size()} processes x --accum {args.accum}"
+        )
+    if args.fsdp and not launched():
+        raise BadInput("--fsdp: shards over the processes of torchrun; start with torchrun --nproc_per_node N train.py")
     begun = time.perf_counter()
+    refuse_used(args)
     state = interrupted_run(args) if args.resume else None
     task = TASKS[args.algo](args, device)
     count = sum(p.numel() for p in task.model.parameters())
     trained = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
-    print(f"{args.algo}: {count / 1e6:.2f} M parameters, {trained / 1e6:.2f} M trained, float32 on {device}, ", end="")
-    print(f"{args.steps} steps of {args.batch}, lr {args.lr:g}, seed {args.seed}")
+    where = f"{device}" if size() == 1 else f"{size()} processes on {device.type}"
+    if rank() == 0:
+        print(
+            f"{args.algo}: {count / 1e6:.2f} M parameters, {trained / 1e6:.2f} M trained, float32 on {where}, ", end=""
+        )
+        print(f"{args.steps} steps of {args.batch}, lr {args.lr:g}, seed {args.seed}")
     lines = train(task, args, device, state)
-    print("\n".join(["", *lines, f"{(time.perf_counter() - begun) / 60:.1f} minutes"]))
+    if rank() == 0:
+        print("\n".join(["", *lines, f"{(time.perf_counter() - begun) / 60:.1f} minutes"]))
+    stop_process()
 
 
 if __name__ == "__main__":

@@ -7,11 +7,17 @@ from; training then reads only the clips of its batch, and a decoding that was s
     sample_frames   mp4 -> uint8 (n, H, W, 3), n by the length of the video
     fit             -> uint8 (3, frames, size, size), the middle of it
     cached_clip     both, once
+    read_latent     a clip that an autoencoder encoded before: an array, taken as it is
+
+A latent is a .npy or .npz file with one float array (C, T, H, W); or, as "shard.npy:12", row 12 of an .npy file with
+(N, C, T, H, W). An .npy is mapped into memory, so that of a shard of any size only the rows of a batch are read.
 """
 
 import hashlib
 import os
 import tempfile
+import zipfile
+import zlib
 from pathlib import Path
 
 import imageio.v2 as imageio
@@ -68,6 +74,37 @@ def write_video(path, video, fps=FPS, zoom=4):
     frames = ((video.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0)
     frames = frames.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2).numpy()
     imageio.mimwrite(path, list(frames), format="FFMPEG", fps=fps, quality=9, macro_block_size=1)
+
+
+def is_latent(path):
+    """Whether a path of a CSV names a latent, not a video."""
+    return latent_file(path)[0].lower().endswith((".npy", ".npz"))
+
+
+def latent_file(path):
+    """ "shard.npy:12" -> ("shard.npy", 12); any other path -> (path, None)."""
+    name, colon, row = path.rpartition(":")
+    return (name, int(row)) if colon and name.lower().endswith(".npy") and row.isdecimal() else (path, None)
+
+
+def read_latent(path):
+    """The array (C, T, H, W) of a latent; of a .npy without reading it yet. ValueError: no such array; OSError."""
+    name, row = latent_file(str(path))
+    try:
+        array = np.load(name, mmap_mode="r", allow_pickle=False)
+        if isinstance(array, np.lib.npyio.NpzFile):
+            with array:
+                array = array[array.files[0]]
+    except (ValueError, EOFError, IndexError, KeyError, zipfile.BadZipFile, zlib.error):
+        raise ValueError("cannot be read as one array") from None
+    if array.dtype.kind != "f":
+        raise ValueError(f"holds {array.dtype}, not floating-point numbers")
+    if array.ndim != (4 if row is None else 5):
+        wanted = "(C, T, H, W)" if row is None else "(N, C, T, H, W)"
+        raise ValueError(f"has shape {array.shape}; {wanted} is needed")
+    if row is not None and row >= len(array):
+        raise ValueError(f"is row {row} of a shard of {len(array)}")
+    return array if row is None else array[row]
 
 
 def cached_clip(path, folder, length, size, fps=FPS, said=0):

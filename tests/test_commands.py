@@ -263,7 +263,9 @@ def test_bad_sampling_flags_are_refused_in_one_line(command, tmp_path, flags, wo
         (["--time-shift", "0"], "--time-shift 0.0: must be a positive number"),
         (["--algo", "nrg", "--read", "7"], "--read 7: this base model has 6 blocks"),
         (["--algo", "nrg", "--contrast", "-1"], "--contrast -1.0"),
-        (["--data", "pairs.csv"], "--algo reward reads videos"),
+        (["--data", "pairs.csv"], "pairs.csv: cannot be read"),
+        (["--accum", "3"], "--batch 2: must be a multiple of 3"),
+        (["--fsdp"], "--fsdp: shards over the processes of torchrun"),
         (["--algo", "reward", "--data", "nowhere.csv"], "nowhere.csv: cannot be read"),
     ],
 )

@@ -289,6 +289,3 @@ def test_training_on_disk_data_ends_with_what_was_skipped(rows, tmp_path, export
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, ratings), "--out", str(tmp_path / "run2")])
     with pytest.raises(BadInput, match="needs ratings"):
         train.main()
-    monkeypatch.setattr(sys, "argv", ["train.py", "--data", str(path)])
-    with pytest.raises(BadInput, match="--algo dpo trains on the toy world only"):
-        train.main()
