@@ -101,7 +101,7 @@ def spread(task, device, sharded):
             if isinstance(module, Block | RewardBlock):
                 fully_shard(module, mesh=mesh, mp_policy=policy)
         return fully_shard(loss, mesh=mesh, mp_policy=policy)
-    return DistributedDataParallel(loss, broadcast_buffers=False) if size() > 1 else loss
+    return DistributedDataParallel(loss) if size() > 1 else loss
 
 
 def accumulating(loss, last):

@@ -1,0 +1,94 @@
+"""Runs of train.py on tiny models, in processes forked from this one: they need no start of Python and torch."""
+
+import os
+import signal
+import socket
+import sys
+import traceback
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+import common
+import model
+import reward
+import train
+from data import Vocabulary
+
+TINY = model.ModelConfig(dim=32, depth=3, heads=2, vocab=len(Vocabulary().words))
+
+
+def tiny_checkpoints(folder):
+    """Flags that name a tiny random base model and reward in `folder`."""
+    torch.manual_seed(0)
+    sizes = {"dim": 24, "depth": 2, "heads": 2, "vocab": TINY.vocab}
+    made = {"velocity": model.VideoTransformer(TINY), "reward": reward.VideoReward(reward.RewardConfig(**sizes))}
+    for kind, network in made.items():
+        facts = {"kind": kind, "config": asdict(network.config), "vocabulary": Vocabulary().words, "step": 0}
+        common.save_checkpoint(folder / f"{kind}.pt", {**facts, "model": network.state_dict()})
+    return [f"--init={folder / 'velocity.pt'}", f"--reward={folder / 'reward.pt'}"]
+
+
+def fork(function, *args, output=os.devnull, **environment):
+    """Starts function(*args) in a process of its own; its id. It ends with the function's SystemExit, 1 for a fault."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        os.environ.update(environment)
+        handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(handle, 1)
+        os.dup2(handle, 2)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # not a test's capture
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        torch.set_num_threads(1)  # a pool of threads does not survive a fork
+        model.PRESETS["nano"] = TINY
+        function(*args)
+        status = 0
+    except SystemExit as stop:
+        status = stop.code or 0
+    except BaseException:
+        os.write(2, traceback.format_exc().encode())
+    finally:
+        sys.stdout.flush()
+        os._exit(status)
+
+
+def ended(child):
+    """The exit status of a process, minus the signal's number where one ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def command(*flags):
+    """train.py with these flags, as from a shell."""
+    sys.argv = ["train.py", *map(str, flags), "--device=cpu", "--eval-prompts=2", "--eval-pairs=8"]
+    common.FIRST = os.environ.get("RANK", "0") == "0"
+    common.run(train.main)
+
+
+def together(function, cases, output=os.devnull, ranks=2):
+    """function(*case) for each of `cases` in `ranks` processes as torchrun starts them; their exit statuses."""
+    free = [socket.socket() for _ in cases]
+    for each in free:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in free]
+    for each in free:
+        each.close()
+
+    def all_cases():
+        for port, case in zip(ports, cases):  # a meeting place for each, as process 0 leaves the last one later
+            os.environ["MASTER_PORT"] = str(port)
+            function(*case)
+
+    shared = {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(ranks)}
+    children = [fork(all_cases, output=output, **shared, RANK=str(i), LOCAL_RANK=str(i)) for i in range(ranks)]
+    return [ended(child) for child in children]
+
+
+def weights(out):
+    """The trained weights in a run's last.pt: the averaged ones where it has them."""
+    state = common.load_checkpoint(Path(out) / "last.pt")
+    return state.get("ema") or state["model"]

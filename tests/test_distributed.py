@@ -1,0 +1,163 @@
+"""Two processes on one CPU, by gloo: DDP, FSDP and accumulation take the very steps of one process."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from forked import command, ended, fork, tiny_checkpoints, together, weights
+
+import checkpoint
+import common
+from flow import draw_noise, draw_time
+from parts import Part, valid_rows
+
+ALGORITHMS = ("pretrain", "reward", "nrg", "sft", "rwr", "dpo")
+# Nothing but rounding reaches these, and Adam makes a step of a rounding error: a score's constant cancels in a pair's
+# difference, and a constant in a query's logits in their softmax. It shows in the scores' mean, which is no weight.
+NO_GRADIENT = re.compile(r"scores\.\d\.2\.bias|key\.bias|head\.bias|mean|std")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Folder/way/algorithm: the same five steps in four ways."""
+    folder = tmp_path_factory.mktemp("runs")
+    files = tiny_checkpoints(folder)
+
+    def flags(way, algo, *more):
+        what = [f"--algo={algo}", *files, "--steps=5", "--batch=4", "--lr=1e-4", "--pairs=24", "--beta=20"]
+        return [*what, f"--out={folder / way / algo}", *more]
+
+    log = folder / "log"
+    for way, more in {"one": [], "accum": ["--accum=2"]}.items():
+        for algo in ALGORITHMS:
+            assert ended(fork(command, *flags(way, algo, *more), output=log)) == 0, log.read_text()
+    for way, more in {"ddp": ["--accum=2"], "fsdp": ["--fsdp", "--save-every=3"]}.items():
+        done = together(command, [flags(way, algo, *more) for algo in ALGORITHMS], output=log)
+        assert done == [0, 0], log.read_text()
+    return folder
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+@pytest.mark.parametrize("way", ["accum", "ddp", "fsdp"])
+def test_every_way_takes_the_same_steps(runs, way, algo):
+    start, one, other = runs / "velocity.pt", weights(runs / "one" / algo), weights(runs / way / algo)
+    assert one.keys() == other.keys()
+    furthest = max((one[name] - other[name]).abs().max().item() for name in one if not NO_GRADIENT.match(name))
+    assert furthest < (1e-6 if way == "accum" else 1e-5)
+    if algo in ("sft", "rwr", "dpo"):  # and they are steps
+        before = common.load_checkpoint(start)["model"]
+        assert max((one[name] - before[name]).abs().max().item() for name in one) > 1e-4
+    logs = [(runs / name / algo / "metrics.jsonl").read_text().splitlines() for name in ("one", way)]
+    losses = [[json.loads(line)["loss"] for line in lines] for lines in logs]
+    assert len(losses[0]) == 5 and losses[1] == pytest.approx(losses[0], abs=1e-5)
+
+
+def test_shards_resume_to_the_same_bits_and_the_model_comes_out_whole(runs, tmp_path):
+    """From step 3 of a run of 5, and against the run that was not stopped."""
+    whole = runs / "fsdp" / "dpo"
+    assert [path.name for path in whole.glob("shards*")] == ["shards-5"]  # step 3's went when step 5's was whole
+    files = [f"--init={runs / 'velocity.pt'}", f"--reward={runs / 'reward.pt'}", "--fsdp", "--ema=0.9"]
+    flags = ["--algo=dpo", *files, "--batch=4", "--lr=1e-4", "--pairs=24", "--steps=5"]
+
+    def stopped():
+        """SIGTERM reaches one of the two, in step 2."""
+        import os
+        import signal
+
+        import train
+
+        honest = train.step_rng
+
+        def stops(seed, step):
+            if step == 2 and os.environ["RANK"] == "1":
+                signal.raise_signal(signal.SIGTERM)
+            return honest(seed, step)
+
+        train.step_rng = stops
+        command(*flags, f"--out={tmp_path / 'parts'}")
+
+    log = tmp_path / "log"
+    assert together(command, [(*flags, f"--out={tmp_path / 'whole'}")], output=log) == [0, 0], log.read_text()
+    assert together(stopped, [()], output=log) == [130, 130], log.read_text()
+    assert "stopped after step 3" in log.read_text()
+    assert [path.name for path in (tmp_path / "parts").iterdir() if path.is_dir()] == ["shards-3"]
+    resumed = together(command, [(*flags, f"--out={tmp_path / 'parts'}", "--resume")], output=log)
+    assert resumed == [0, 0], log.read_text()
+    one, other = (weights(tmp_path / name) for name in ("whole", "parts"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    logs = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "parts")]
+    assert logs[0] == logs[1] and len(logs[0].splitlines()) == 5
+    # without --fsdp it is not this run
+    log.unlink()
+    assert ended(fork(command, *flags[:3], *flags[4:], f"--out={tmp_path / 'parts'}", "--resume", output=log)) == 2
+    assert len(log.read_text().splitlines()) == 1 and "--fsdp was True" in log.read_text()
+
+
+class Hostile:
+    def __reduce__(self):
+        return open, ("executed", "w")
+
+
+def test_an_index_of_shards_that_would_run_code_is_refused(runs, tmp_path, monkeypatch):
+    import pickle
+
+    import torch.distributed.checkpoint as dcp
+
+    monkeypatch.chdir(tmp_path)
+    tensors = {"model.a": torch.arange(3.0)}
+    dcp.save(tensors, checkpoint_id=tmp_path / "shards-1", no_dist=True)
+    empty = {"model.a": torch.zeros(3)}
+    checkpoint.load_shards(tmp_path / "shards-1", empty)
+    assert torch.equal(empty["model.a"], tensors["model.a"])
+    index = tmp_path / "shards-1" / ".metadata"
+    whole = index.read_bytes()
+    for content in (pickle.dumps(Hostile()), whole[: len(whole) // 2], b"", b"text"):
+        index.write_bytes(content)
+        with pytest.raises(common.BadInput, match="cannot be read as shards"):
+            checkpoint.load_shards(tmp_path / "shards-1", empty)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_torchrun_from_a_shell(runs, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    flags = ["--algo=sft", f"--init={runs / 'velocity.pt'}", f"--reward={runs / 'reward.pt'}", "--steps=2", "--batch=4"]
+    short = ["--pairs=8", "--eval-prompts=2", "--device=cpu", f"--out={tmp_path}"]
+    shell = [*launcher, "train.py", *flags, *short]
+    done = subprocess.run(shell, capture_output=True, text=True, cwd=common.WEIGHTS.parent)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("2 processes on cpu") == 1 and done.stdout.count(f"wrote {tmp_path / 'last.pt'}") == 1
+    assert done.stderr.count("sft: 100%") >= 1 and (tmp_path / "last.pt").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_a_part_draws_the_slice_of_the_whole(processes):
+    """Draws of 6 clips: t, noise, noise again, cut for processes and then for two micro-batches each."""
+    x0 = torch.zeros(6, 2, 3)
+    rng = torch.Generator().manual_seed(7)
+    whole = [draw_time(6, rng, 3.0), draw_noise(x0, rng), draw_noise(x0, rng)]
+    found = [[], [], []]
+    for rank in range(processes):
+        part = Part(torch.Generator().manual_seed(7), rank, processes)
+        count = 1 if processes == 2 else 2  # 3 clips a process do not halve
+        for micro in part.split(count):
+            mine = micro.cut(part.cut(x0))
+            drawn = draw_time(len(mine), micro, 3.0), draw_noise(mine, micro), draw_noise(mine, micro)
+            for kept, value in zip(found, drawn):
+                kept.append(value)
+    assert all(torch.equal(torch.cat(kept), wanted) for kept, wanted in zip(found, whole))
+
+
+def test_valid_rows_divide_a_masked_mean_by_hand():
+    mask = torch.tensor([[True, True, True], [True, False, False], [False] * 3, [True, False, False]])  # 5 of 12
+    halves = [valid_rows(mask, Part(None, i, 2)) for i in range(2)]
+    assert [half.tolist() for half in halves] == [[1.25, 1.25]] * 2  # each half divides by 2.5, its mean number
+    value = torch.arange(12.0).reshape(4, 3)  # valid: 0 1 2 | 3 | 9, mean 3
+    sums = [torch.where(m, v, 0.0).sum() for m, v in zip(mask.chunk(2), value.chunk(2))]  # 6 and 9
+    assert sum(s / half.sum() for s, half in zip(sums, halves)) / 2 == 3.0
+    assert valid_rows(torch.zeros(4, 3, dtype=torch.bool), Part(None)).sum() == 1  # nothing is divided by 0
