@@ -16,6 +16,7 @@ import reward
 import train
 from data import Vocabulary
 
+torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # imports a second's worth of torch, once for all children
 TINY = model.ModelConfig(dim=32, depth=3, heads=2, vocab=len(Vocabulary().words))
 
 
@@ -54,6 +55,7 @@ def fork(function, *args, output=os.devnull, **environment):
         os.write(2, traceback.format_exc().encode())
     finally:
         sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(status)
 
 

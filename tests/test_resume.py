@@ -1,0 +1,226 @@
+"""Bad days: the trainer is killed, the disk is full, the folder is taken, the numbers are not finite."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import time
+from collections import namedtuple
+
+import pytest
+import torch
+from forked import command, ended, fork
+
+import checkpoint
+import common
+import train
+from common import BadInput
+
+RUN = ["--algo=pretrain", "--batch=2", "--steps=40", "--ema=0.9"]
+
+
+def same(a, b):
+    """Equal to the last bit, through dicts and lists."""
+    if torch.is_tensor(a):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b))
+    return a == b
+
+
+def kill(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def dies_in(module, name, call, half=False):
+    """Has the process killed at the `call`-th call of module.name; `half` of a write is done by then."""
+    honest, calls = getattr(module, name), []
+
+    def dying(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            if half:
+                args[1].write(b"PK\3\4 the first part of a checkpoint")
+                args[1].flush()
+            kill()
+        return honest(*args, **kwargs)
+
+    setattr(module, name, dying)
+
+
+# Moments in and around a save, each met on purpose: before the write, in it, written but not on the disk, on the disk
+# but not named, named but the folder's entry not on the disk; and the log's line before all of these.
+MOMENTS = {
+    "log": lambda call: dies_in(train, "write_log", call),
+    "before the save": lambda call: dies_in(checkpoint, "save_checkpoint", call),
+    "in the save": lambda call: dies_in(torch, "save", call, half=True),
+    "at fsync": lambda call: dies_in(os, "fsync", call),
+    "before the rename": lambda call: dies_in(os, "replace", call),
+    "after the rename": lambda call: dies_in(common, "fsync_folder", call),
+}
+
+
+def test_killed_25_times_and_resumed_each_time_the_run_ends_at_the_same_bits(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    begun = time.monotonic()
+    assert ended(fork(command, *RUN, f"--out={whole}", "--save-every=1000")) == 0
+    seconds = time.monotonic() - begun
+
+    def run(moment):
+        """The user's command, which dies at `moment`: a name and a call, or at no chosen one."""
+        if moment:
+            MOMENTS[moment[0]](moment[1])
+        resume = ["--resume"] if (parts / "last.pt").exists() else []
+        command(*RUN, f"--out={parts}", "--save-every=3", *resume)
+
+    rng = random.Random(0)
+    chosen = [(name, call) for name in MOMENTS for call in (1, 2)]
+    moments = [*chosen, *[None] * (25 - len(chosen))]
+    rng.shuffle(moments)
+    reached, died = 0, 0
+    for moment in moments:
+        child = fork(run, moment)
+        if not moment:
+            time.sleep(rng.uniform(0, seconds / 4))
+            os.kill(child, signal.SIGKILL)
+        status = ended(child)
+        if status == 0:  # the run had come to its end: once more from the start
+            assert same(*(common.load_checkpoint(folder / "last.pt") for folder in (whole, parts)))
+            shutil.rmtree(parts)
+            reached = 0
+            continue
+        assert status == -signal.SIGKILL
+        died += 1
+        if (parts / "last.pt").exists():  # whole, whatever was going on
+            step = common.load_checkpoint(parts / "last.pt")["step"]
+            assert step >= reached
+            reached = step
+    assert died >= 20
+    assert ended(fork(run, None)) == 0
+    assert same(*(common.load_checkpoint(folder / "last.pt") for folder in (whole, parts)))
+    logs = [(folder / "metrics.jsonl").read_text() for folder in (whole, parts)]
+    assert logs[0] == logs[1] and [json.loads(line)["step"] for line in logs[0].splitlines()] == list(range(40))
+    assert not list(parts.glob("*.tmp"))
+
+
+def test_the_log_is_cut_in_place_to_the_checkpoint(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1}\n{"step": 2}\n{"st')  # killed in a write
+    with checkpoint.open_log(tmp_path, 2, 0) as log:
+        checkpoint.write_log(log, '{"step": 2, "again": 1}\n', tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 0}\n{"step": 1}\n{"step": 2, "again": 1}\n'
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def refused(tmp_path):
+    """Runs train.py, which must end with one line and status 2; the line."""
+
+    def run(*flags, prepare=lambda: None, out=tmp_path / "run"):
+        def main():
+            prepare()
+            command(*RUN, f"--out={out}", *flags)
+
+        log = tmp_path / "log"
+        log.unlink(missing_ok=True)
+        status = ended(fork(main, output=log))
+        error = [line for line in log.read_text().splitlines() if "error:" in line]
+        assert status == 2 and len(error) == 1 and "Traceback" not in log.read_text(), log.read_text()
+        return error[0]
+
+    return run
+
+
+def test_a_folder_that_holds_a_run_is_refused_and_left_alone(refused, tmp_path):
+    assert ended(fork(command, *RUN, f"--out={tmp_path / 'run'}", "--steps=2")) == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    assert "last.pt: a run is there already; continue it by --resume" in refused()
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+
+def test_a_folder_that_another_run_is_writing_is_refused(refused, tmp_path):
+    with checkpoint.open_log(tmp_path / "run", 0, 0) as log:
+        log.write("a line of the other\n")
+        log.flush()
+        assert "another run is writing there" in refused()
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == "a line of the other\n"
+
+
+def test_too_little_room_is_told_before_the_first_step(refused, tmp_path):
+    # tiny: 89,000 parameters and Adam's two moments are 1.1 MB, and two such files stand side by side
+    def full():
+        disk = namedtuple("disk", "total used free")
+        shutil.disk_usage = lambda path: disk(10**9, 10**9 - 10**6, 10**6)
+
+    assert "0.00 GB free" in refused(prepare=full)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""
+
+
+def test_a_disk_that_fills_up_stops_the_run_and_keeps_the_last_checkpoint(refused, tmp_path):
+    """No file may grow beyond 100 kB from the second save on, as if there was no more room."""
+
+    def fills():
+        honest, calls = checkpoint.save_checkpoint, []
+
+        def save(*args):
+            calls.append(1)
+            if len(calls) == 2:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+            honest(*args)
+
+        checkpoint.save_checkpoint = save
+
+    assert "cannot write" in refused("--save-every=3", prepare=fills)
+    assert common.load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 3
+    assert [path.name for path in (tmp_path / "run").iterdir() if path.suffix == ".tmp"] == []
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_numbers_that_are_not_finite_stop_the_run_before_they_are_used(refused, tmp_path, what):
+    def poison():
+        honest = train.spread
+
+        def spread(task, device, sharded):
+            whole, calls = task.loss, []
+
+            def loss(batch, part):
+                value, logs = whole(batch, part)
+                calls.append(1)
+                if len(calls) == 8:  # step 7; the gradient of sqrt(0 x) is not a number, its value is 0
+                    value = value * float("nan") if what == "loss" else value + (value * 0).sqrt()
+                return value, logs
+
+            task.loss = loss
+            return honest(task, device, sharded)
+
+        train.spread = spread
+
+    line = refused("--save-every=3", "--seed=5", prepare=poison)
+    seed = (5 * 1_000_003 + 7) * 2 + 1  # data.step_rng
+    assert "at step 7 (--seed 5" in line and f"the batch's {seed}" in line
+    assert "last.pt, after step 5, is the last good state" in line
+    state = common.load_checkpoint(tmp_path / "run" / "last.pt")
+    assert state["step"] == 6 and all(torch.isfinite(value).all() for value in state["model"].values())
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 7  # 0 to 6, nothing of step 7
+
+
+def test_a_checkpoint_of_other_sizes_is_not_resumed(tmp_path):
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    names = dict(model.named_parameters())
+    good = {"step": 4, "optimizer": optimizer.state_dict(), "model": {k: v.detach() + 1 for k, v in names.items()}}
+    assert checkpoint.restore(good, names, {}, optimizer) == 4
+    for spoiled in (
+        {"model": {"weight": torch.zeros(2, 3)}},
+        {"model": {"weight": torch.zeros(3, 2), "bias": torch.zeros(2)}},
+        {"optimizer": {"state": {}, "param_groups": []}},
+        {"optimizer": 3},
+        {"model": []},
+    ):
+        with pytest.raises(BadInput, match="does not hold the state of this model's training"):
+            checkpoint.restore({**good, **spoiled, "path": tmp_path / "last.pt"}, names, {}, optimizer)
