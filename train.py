@@ -43,6 +43,7 @@ from flow import TIME_SHIFT
 from flow_dpo import SCHEDULES
 from model import PRESETS
 from parts import Part
+from plan import plan
 from tasks import LOSSES, TASKS
 
 # A flag left out takes its algorithm's value here; README, "Settings, and why", compares them with the paper's.
@@ -190,6 +191,9 @@ def arguments(argv=None):
     group.add_argument("--accum", type=int, default=1, help="micro-batches that a process cuts its batch into")
     group.add_argument("--fsdp", action="store_true", help="under torchrun: shard the model, not only the batch")
 
+    group.add_argument("--plan", type=int, help="print what this training takes on so many GPUs, and do nothing")
+    group.add_argument("--flops", type=float, default=4e14, help="of --plan: FLOP/s that a GPU sustains")
+
     group = parser.add_argument_group("flow matching")
     group.add_argument(
         "--time-shift", type=float, help="of t towards noise (default: 4, nrg 1); 1 = none, 0 = clean clips (nrg alone)"
@@ -250,13 +254,13 @@ def arguments(argv=None):
     for name, value in DEFAULTS[args.algo].items():
         if not hasattr(args, name):
             setattr(args, name, value)
-    for name in ("steps", "batch", "accum", "save_every", "eval_prompts", "eval_pairs"):
-        if getattr(args, name) < 1:
+    for name in ("steps", "batch", "accum", "save_every", "eval_prompts", "eval_pairs", "plan"):
+        if (value := getattr(args, name)) is not None and value < 1:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     if args.time_shift is None:
         args.time_shift = 1.0 if args.algo == "nrg" else TIME_SHIFT
     clean = args.algo == "nrg" and args.time_shift == 0
-    for name in ("lr", "beta", "temperature", *(() if clean else ("time_shift",))):
+    for name in ("lr", "beta", "temperature", "flops", *(() if clean else ("time_shift",))):
         if not 0 < getattr(args, name) < float("inf"):
             raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: must be a positive number")
     for name in ("decay", "ema", "label_dropout"):
@@ -277,6 +281,9 @@ def arguments(argv=None):
 
 def main():
     args = arguments()
+    if args.plan:
+        print("\n".join(plan(args)))
+        return
     device = start_process(args.device)
     parts = size() * args.accum
     if args.batch % parts:

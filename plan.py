@@ -1,0 +1,105 @@
+"""What a training will take, before it takes it: python train.py --plan 8 --algo pretrain --preset large --fsdp
+
+Nothing is allocated: the model is built on torch's meta device, whose tensors have shapes and no memory. The rest are
+formulas, with d the width, N the tokens of a clip (words and patches), and everything in float32:
+
+    parameters     counted on the meta model; of them 18 d^2 a block: 4 attention, 8 MLP, 6 modulation
+    FLOPs          (an addition is one, a multiplication another) forward, a clip: a block 24 d^2 + 4 N d a token and
+                   12 d^2 for its modulation, the two patch layers 4 d C (patch volume) a token. Backward: twice that
+                   for weights that are trained, once where the gradient only passes (under LoRA), never in a frozen
+                   trunk. dpo adds the reference's forward, of a shared trunk only once.
+    weights        4 bytes each; in dpo the reference's as well
+    gradients      4 bytes each that is trained
+    optimiser      8 bytes each that is trained, AdamW's two moments; and 4 for the average, with --ema
+    gathered       --fsdp divides the three above by the processes, but holds whole, weights and gradients, two blocks
+                   and what lies outside the blocks; and dpo's reference, which is not sharded
+    activations    what backward needs: SAVED d floats a token and block; with checkpointing, where a block keeps its
+                   input alone and computes the rest again, KEPT d floats, and one block's SAVED d
+
+Left out: what the allocator wastes, workspaces of kernels, and the clips and noise of a batch.
+"""
+
+import math
+
+import torch
+
+from common import BadInput
+from model import PRESETS, VideoTransformer, add_lora, freeze_trunk
+
+# Attention: the norm's input, its output and that shifted, 3; q, k and v in one, 3; q and k normed, 2, and turned, 2;
+# the kernel's output, that with the heads side by side, and after the last layer, 3. MLP: again 3, the hidden layer
+# before and after GELU, 4 + 4, and the output, 1.
+SAVED = 3 + 3 + 2 + 2 + 3 + 3 + 4 + 4 + 1
+KEPT = 1
+CLIPS = {"pretrain": 1, "sft": 2, "rwr": 2, "dpo": 2}  # a row of the batch
+
+
+def tokens(config):
+    return config.max_text + math.prod(config.grid)
+
+
+def planned_model(args):
+    """The model on the meta device, with what will not be trained frozen."""
+    with torch.device("meta"):
+        model = VideoTransformer(PRESETS[args.preset])
+    if args.algo == "pretrain":
+        return model
+    return add_lora(model, args.lora_rank, skip=args.freeze) if args.lora_rank else freeze_trunk(model, args.freeze)
+
+
+def step_flops(config, args):
+    """FLOPs of one step, all processes together."""
+    d, n = config.dim, tokens(config)
+    block = n * (24 * d**2 + 4 * n * d) + 12 * d**2
+    patches = math.prod(config.grid) * 4 * d * config.channels * math.prod(config.patch)
+    whole, trunk = config.depth * block + patches, args.freeze * block + patches / 2
+    if args.algo == "pretrain":
+        return args.batch * 3 * whole
+    tail = whole - trunk if args.freeze else whole
+    reference = tail if args.algo == "dpo" else 0
+    return CLIPS[args.algo] * args.batch * (whole + (1 if args.lora_rank else 2) * tail + reference)
+
+
+def memory(model, args, processes):
+    """{part: bytes} in one process."""
+    config = model.config
+    every = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    block = sum(p.numel() for p in model.blocks[-1].parameters())
+    blocks = sum(any(p.requires_grad for p in block.parameters()) for block in model.blocks)
+    share = processes if args.fsdp else 1
+    parts = {
+        "weights": 4 * every / share + 4 * every * (args.algo == "dpo"),
+        "gradients": 4 * trained / share,
+        "optimiser": (12 if args.ema else 8) * trained / share,
+        "gathered": 8 * (every - (config.depth - 2) * block) if args.fsdp else 0,
+    }
+    clips = CLIPS[args.algo] * args.batch / processes / args.accum
+    floats = clips * tokens(config) * config.dim
+    parts["activations"] = 4 * floats * SAVED * blocks
+    parts["activations, checkpointed"] = 4 * floats * (KEPT * blocks + SAVED)
+    return parts
+
+
+def plan(args):
+    """Lines: what `args` will take on args.plan processes, each of args.flops FLOP/s. BadInput for what is not planned.
+
+    Sizes are those of --preset, whatever --init and --data say."""
+    if args.algo not in CLIPS:
+        raise BadInput(f"--plan: knows the video model's trainings, {', '.join(CLIPS)}, not --algo {args.algo}")
+    model = planned_model(args)
+    config, parts = model.config, memory(model, args, args.plan)
+    every, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad >= least) for least in (False, True))
+    flops = step_flops(config, args)
+    lines = [f"{args.algo}, {args.preset}: {every / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained, "]
+    lines[0] += f"{config.depth} blocks, {tokens(config)} tokens a clip"
+    way = "FSDP" if args.fsdp else "DDP" if args.plan > 1 else "alone"
+    lines.append(f"a step: {CLIPS[args.algo] * args.batch} clips, {flops:.3g} FLOPs")
+    lines.append(f"memory of each of {args.plan} ({way}; GiB):")
+    lines += [f"  {name:32}{size / 2**30:8.2f}" for name, size in parts.items()]
+    fixed = sum(size for name, size in parts.items() if "activations" not in name)
+    for name in ("activations", "activations, checkpointed"):
+        lines.append(f"  total, {name:25}{(fixed + parts[name]) / 2**30:8.2f}")
+    seconds = 1000 * flops / args.plan / args.flops
+    lines.append(f"1,000 steps at {args.flops:.3g} FLOP/s each: {seconds / 3600:.2f} hours; checkpointing adds a third")
+    return lines
