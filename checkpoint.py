@@ -205,6 +205,12 @@ def _read_run(path):
         raise BadInput(f"{path}: its run.json is missing or damaged; remove the folder to start anew") from None
 
 
+def _like(value, wanted):
+    if value.shape != wanted.shape:
+        raise ValueError(f"a tensor of {tuple(value.shape)} where {tuple(wanted.shape)} is needed")
+    return value
+
+
 def restore(state, trained, average, optimizer):
     """Loads a run's state into its tensors; returns the step it had reached."""
     path = state.get("path", "the checkpoint")
@@ -216,8 +222,11 @@ def restore(state, trained, average, optimizer):
         with torch.no_grad():
             for source, tensors in sources.items():
                 for name, value in tensors.items():
-                    value.copy_(state[source][name])
+                    value.copy_(_like(state[source][name], value))
         optimizer.load_state_dict(state["optimizer"])
+        for value in trained.values():
+            for key in ("exp_avg", "exp_avg_sq"):
+                _like(optimizer.state[value][key], value)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise BadInput(f"{path}: does not hold the state of this model's training ({error})".split("\n")[0]) from None
     return state["step"]

@@ -13,9 +13,9 @@ import argparse
 import ctypes
 import math
 import os
-import pickle
 import re
 import sys
+import tempfile
 import time
 import warnings
 from contextlib import suppress
@@ -143,30 +143,46 @@ def load_checkpoint(path, kind=None):
             f"{path}: no such checkpoint; train one with `python train.py`, or leave the flag out to use weights/"
         )
     try:
-        with warnings.catch_warnings(action="ignore"):  # of odd pickles: they are refused in the one line below
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError, KeyError):
+        with open(path, "rb") as file, warnings.catch_warnings(action="ignore"):  # of odd pickles, refused below
+            if file.read(4) != b"PK\3\4":  # what torch wrote before it wrote zip files; its lengths are not checked
+                raise ValueError
+            file.seek(0)
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception:  # a damaged file can make torch raise anything, and nothing else happens here
         raise BadInput(
             f"{path}: not a checkpoint that can be read safely (damaged, or not written by train.py)"
         ) from None
     if not isinstance(state, dict) or not {"format", "kind", "config", "model", "vocabulary"} <= state.keys():
         raise BadInput(f"{path}: not a checkpoint of this project (it lacks format, kind, config, model or vocabulary)")
-    if state["format"] != FORMAT:
+    if not isinstance(state["format"], int) or state["format"] != FORMAT:
         raise BadInput(f"{path}: checkpoint format {state['format']}, but this version reads format {FORMAT}")
+    if not isinstance(state["vocabulary"], list) or not all(isinstance(word, str) for word in state["vocabulary"]):
+        raise BadInput(f"{path}: its vocabulary is not a list of words")
     if kind and state["kind"] != kind:
         raise BadInput(f"{path}: holds a {state['kind']} model, but a {kind} model is needed here")
     return state
 
 
-def fill(model, weights, path):
-    """Loads a state dict into `model`, in the model's own dtype. BadInput names the first tensor that does not fit."""
+def check_fit(model, weights, path):
+    """BadInput that names the first tensor of a state dict that does not fit `model`, which may be a meta one."""
     own = model.state_dict()
-    for name in own.keys() | weights.keys():
+    for name in [*own, *weights]:
+        value = weights.get(name)
         if name not in weights or name not in own:
             where = "lacks" if name not in weights else "has an unknown"
             raise BadInput(f"{path}: {where} tensor {name!r}; it belongs to another kind or version of model")
-        if own[name].shape != weights[name].shape:
-            shapes = f"{tuple(weights[name].shape)} in the file, {tuple(own[name].shape)} in the model"
+        if not torch.is_tensor(value) or not value.is_floating_point() or value.layout != torch.strided:
+            raise BadInput(f"{path}: {name!r} is no tensor of floating-point numbers")
+        if own[name].shape != value.shape or value.untyped_storage().nbytes() < value.nbytes:
+            shapes = f"{tuple(value.shape)} in the file, {tuple(own[name].shape)} in the model"
             raise BadInput(f"{path}: tensor {name!r} has another shape: {shapes}")
-    model.load_state_dict(weights)
-    return model
+
+
+def check_writable(folder, flag):
+    """Makes a folder and sees that files can be written there. BadInput, which names the flag, if not."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise BadInput(f"{flag}: cannot write to {folder}: {error.strerror}") from None

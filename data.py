@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 import world
 from common import BadInput, Parser, progress_bar, run
+from distributed import rank, wait
 from model import ModelConfig
 from pairs_csv import PATHS, Pair, write_pairs
 from pairs_csv import read_pairs as read_pairs
@@ -211,6 +212,8 @@ def disk_pairs(rows, csv_path, config, vocabulary, cache, skipped=None, progress
             raise BadInput(f"cannot keep clips in {cache}: {error.strerror}; name a folder by --cache") from None
         return path, None
 
+    if rank():
+        wait()  # process 0 decodes for all; the others then find it done
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for path, fault in progress(pool.map(decode, videos), len(videos)):
             if fault and skipped is None:
@@ -218,6 +221,8 @@ def disk_pairs(rows, csv_path, config, vocabulary, cache, skipped=None, progress
                 raise BadInput(fault)
             if fault:
                 faults[path] = fault
+    if not rank():
+        wait()
     if faults:
         skipped.extend(faults.values())
     rows = [row for row in rows if not faults.keys() & set(row.paths)]

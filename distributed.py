@@ -33,6 +33,11 @@ def launched():
     return "LOCAL_RANK" in os.environ
 
 
+def restarted():
+    """Whether torchrun started this process again, after a fault (--max-restarts)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
 def start_process(name):
     """Joins the processes that torchrun started, if it did; the torch.device of this one."""
     if launched() and name in ("auto", "cuda") and torch.cuda.is_available():
@@ -57,6 +62,12 @@ def rank():
 
 def size():
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def wait():
+    """Until every process has come here."""
+    if size() > 1:
+        dist.barrier()
 
 
 def everyone(value):

@@ -27,7 +27,7 @@ import evaluate_reward
 import evaluate_unified
 import plot
 import report
-from common import BadInput, Parser, pick_device, run
+from common import BadInput, Parser, check_writable, pick_device, run
 
 STUDIES = {
     "reward": evaluate_reward,
@@ -51,7 +51,7 @@ def work_through(jobs, folder):
     """Runs `jobs`, {name: function that returns rows}; keeps the rows of each in `folder`/name.json. -> {name: rows}.
 
     A job that another process holds is left to it; None is returned if such jobs are not done at the end."""
-    folder.mkdir(parents=True, exist_ok=True)
+    check_writable(folder, "--work")
     bar = tqdm(jobs.items(), desc=folder.name, unit="job", dynamic_ncols=True)
     for name, job in bar:
         done = folder / f"{name}.json"
@@ -129,6 +129,7 @@ def main():
         if (value := getattr(args, name)) is not None and value < 1:
             raise BadInput(f"--{name.replace('_', '-')} {value}: must be at least 1")
     device = pick_device(args.device)
+    check_writable(args.out, "--out")
     if args.study == "report":
         print("\n".join(report.write(args, device, STUDIES)))
         return

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from attention import attention, rms_norm, rope_table, rotate, still_table, tile_plan
-from common import BadInput, fill, load_checkpoint
+from common import BadInput, check_fit, load_checkpoint
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Config
@@ -52,11 +52,19 @@ class ModelConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "patch", tuple(self.patch))
+        for name in ("frames", "size", "channels", "dim", "depth", "heads", "vocab", "max_text"):
+            value, most = getattr(self, name), 512 if name == "depth" else 2**20  # so that no file asks for terabytes
+            if type(value) is not int or not 1 <= value <= most:
+                raise BadInput(f"model config: {name} {value!r} must be a whole number from 1 to {most}")
+        if [type(side) for side in self.patch] != [int] * 3 or min(self.patch) < 1 or math.prod(self.patch) > 4096:
+            raise BadInput(f"model config: patch {self.patch} must be three whole numbers, of 4096 pixels at most")
         for name, side in zip(("frames", "size", "size"), self.patch):
             if getattr(self, name) % side:
                 raise BadInput(f"model config: {name} {getattr(self, name)} is not a multiple of the patch's {side}")
         if self.dim % self.heads or (self.dim // self.heads) % 2:
             raise BadInput(f"model config: dim {self.dim} over {self.heads} heads must be a whole, even head size")
+        if math.prod(self.grid) > 2**20:
+            raise BadInput(f"model config: {math.prod(self.grid)} patches in a clip; at most {2**20} can be used")
         tile_plan(self.attention, self.grid, self.max_text, torch.device("cpu"))  # BadInput if they do not fit
 
     @property
@@ -364,11 +372,19 @@ def load_model(path, kind, network, config=ModelConfig, more=lambda config: {}):
     more(config) gives tensors that are not in the file."""
     state = load_checkpoint(path, kind)
     try:
-        model = network(config(**state["config"]))
-    except TypeError:
+        with torch.device("meta"):  # nothing is allocated before the file has shown that it holds so much
+            blank = network(config(**state["config"]))
+        weights = (state.get("ema") or state["model"]) | more(blank.config)
+    except BadInput as error:
+        raise error if str(path) in str(error) else BadInput(f"{path}: {error}") from None
+    except (TypeError, ValueError, RuntimeError, ArithmeticError, AttributeError):
         raise BadInput(f"{path}: its config does not describe a {network.__name__}") from None
-    weights = (state.get("ema") or state["model"]) | more(model.config)
-    return fill(model, weights, path).eval(), state["vocabulary"]
+    check_fit(blank, weights, path)
+    if len(state["vocabulary"]) > blank.config.vocab:
+        raise BadInput(f"{path}: {len(state['vocabulary'])} words, but its model knows {blank.config.vocab}")
+    model = network(blank.config)
+    model.load_state_dict(weights)
+    return model.eval(), state["vocabulary"]
 
 
 def load_velocity(path):

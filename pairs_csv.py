@@ -62,7 +62,10 @@ def read_pairs(csv_path, skipped=None):
         raise BadInput(f"{csv_path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         before = content[: error.start].decode("utf-8-sig").split("\n")
-        header, field_number = before[0].split(","), len(next(csv.reader([before[-1] + "?"])))
+        try:
+            header, field_number = before[0].split(","), len(next(csv.reader([before[-1].strip("\r") + "?"])))
+        except csv.Error:  # no row at all
+            header, field_number = [""], 1
         where = f"line {len(before)}, column {header[min(field_number, len(header)) - 1].strip() or 1}"
         byte = content[error.start]
         raise BadInput(f"{csv_path}, {where}: byte {byte:#x} is not UTF-8; save the file as UTF-8") from None

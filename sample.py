@@ -8,6 +8,7 @@ guidance scale; README, "Settings, and why", says what was chosen here.
 """
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -132,8 +133,10 @@ def main():
     if args.attention:
         model.config = replace(model.config, attention=args.attention)
     try:
-        y = Vocabulary(words).encode([args.prompt] * args.n, model.config.max_text)
-        attributes = world.prompt_attributes([args.prompt] * args.n)
+        vocabulary = Vocabulary(words)
+        y = vocabulary.encode([args.prompt] * args.n, model.config.max_text)
+        # a vocabulary of real prompts asks for what the oracle does not know: no scores
+        attributes = None if vocabulary.open else world.prompt_attributes([args.prompt] * args.n)
     except ValueError as error:
         raise BadInput(str(error)) from None
     x1 = torch.randn(args.n, *model.config.video_shape, generator=torch.Generator().manual_seed(args.seed))
@@ -151,22 +154,28 @@ def main():
     videos, scores = [], []
     for model, cfg, guidance in runs.values():
         videos.append(sample_many(model, x1, y, steps=args.steps, cfg=cfg, guidance=guidance).cpu())
-        scores.append(world.oracle(videos[-1], attributes))
+        scores += [] if attributes is None else [world.oracle(videos[-1], attributes)]
 
-    name = args.prompt.lower().replace(" ", "-") + "-nrg" * (args.nrg is not None) + "-compared" * args.compare
+    name = re.sub(r"[^\w]+", "-", args.prompt.lower())[:80]
+    name += "-nrg" * (args.nrg is not None) + "-compared" * args.compare
+    latent = model.config.channels != 3
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        write_gif(args.out / f"{name}.gif", videos)
-        write_sheet(args.out / f"{name}.png", torch.stack(videos, 1).flatten(0, 1))  # a clip's versions together
+        if latent:
+            np.save(args.out / f"{name}.npy", torch.stack(videos).numpy())  # (runs, clips, C, T, H, W)
+        else:
+            write_gif(args.out / f"{name}.gif", videos)
+            write_sheet(args.out / f"{name}.png", torch.stack(videos, 1).flatten(0, 1))  # a clip's versions together
     except OSError as error:
         raise BadInput(f"cannot write to {args.out}: {error.strerror}") from None
     width = max(map(len, runs))
-    print(f"true scores of {args.prompt!r}\n{'':{width}} {'clip':>4} {'VQ':>6} {'MQ':>6} {'TA':>6}")
+    if scores:
+        print(f"true scores of {args.prompt!r}\n{'':{width}} {'clip':>4} {'VQ':>6} {'MQ':>6} {'TA':>6}")
     for label, table in zip(runs, scores):
         for i, row in [*enumerate(table.tolist()), ("mean", table.mean(0).tolist())]:
             print(f"{label:{width}} {i:>4} " + " ".join(f"{value:6.2f}" for value in row))
     order = f"; rows: {', '.join(runs)}" if len(runs) > 1 else ""
-    print(f"wrote {args.out / name}.gif and .png{order}")
+    print(f"wrote {args.out / name}{'.npy' if latent else '.gif and .png'}{order}")
 
 
 if __name__ == "__main__":

@@ -36,9 +36,21 @@ from checkpoint import (
     save_whole,
     write_log,
 )
-from common import BadInput, Parser, numbers, run, save_checkpoint
+from common import BadInput, Parser, check_writable, numbers, run, save_checkpoint
 from data import step_rng
-from distributed import accumulating, launched, own, rank, size, spread, start_process, stop_process, together, whole
+from distributed import (
+    accumulating,
+    launched,
+    own,
+    rank,
+    restarted,
+    size,
+    spread,
+    start_process,
+    stop_process,
+    together,
+    whole,
+)
 from flow import TIME_SHIFT
 from flow_dpo import SCHEDULES
 from model import PRESETS
@@ -85,6 +97,8 @@ def train(task, args, device, state=None):
         kept = f"{newest(args.out)}, after step {step - 1}, is the last good state"
 
     every, learned = (sum(map(torch.numel, values)) for values in (model.parameters(), trained.values()))
+    if args.export and first:
+        check_writable(args.export.parent, "--export")
     log = open_log(args.out, start, 4 * (every + (3 if args.ema else 2) * learned))
     stopped = []
     signals = signal.SIGINT, signal.SIGTERM
@@ -293,6 +307,7 @@ def main():
     if args.fsdp and not launched():
         raise BadInput("--fsdp: shards over the processes of torchrun; start with torchrun --nproc_per_node N train.py")
     begun = time.perf_counter()
+    args.resume = args.resume or (restarted() and newest(args.out) is not None)
     refuse_used(args)
     state = interrupted_run(args) if args.resume else None
     task = TASKS[args.algo](args, device)

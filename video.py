@@ -16,6 +16,7 @@ A latent is a .npy or .npz file with one float array (C, T, H, W); or, as "shard
 import hashlib
 import os
 import tempfile
+import threading
 import zipfile
 import zlib
 from pathlib import Path
@@ -26,6 +27,7 @@ import torch
 import torch.nn.functional as F
 
 FPS = 2.0  # section 5.1 and appendix I; the video's own duration decides how many frames that is
+HEADERS = threading.Lock()  # numpy reads an array's header by ast, where threads of Python 3.11 disturb each other
 LEAST = 4  # frames of a shorter video, as in the published reward model
 
 
@@ -87,14 +89,21 @@ def latent_file(path):
     return (name, int(row)) if colon and name.lower().endswith(".npy") and row.isdecimal() else (path, None)
 
 
+def _load(path):
+    """The array of a .npy, mapped into memory, or the first one of a .npz."""
+    with HEADERS:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if isinstance(array, np.lib.npyio.NpzFile):
+            with array:
+                array = array[array.files[0]]
+        return array
+
+
 def read_latent(path):
     """The array (C, T, H, W) of a latent; of a .npy without reading it yet. ValueError: no such array; OSError."""
     name, row = latent_file(str(path))
     try:
-        array = np.load(name, mmap_mode="r", allow_pickle=False)
-        if isinstance(array, np.lib.npyio.NpzFile):
-            with array:
-                array = array[array.files[0]]
+        array = _load(name)
     except (ValueError, EOFError, IndexError, KeyError, zipfile.BadZipFile, zlib.error):
         raise ValueError("cannot be read as one array") from None
     if array.dtype.kind != "f":
@@ -117,7 +126,7 @@ def cached_clip(path, folder, length, size, fps=FPS, said=0):
     key = repr((str(path), facts.st_size, facts.st_mtime_ns, length, size, fps))
     kept = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npy"
     if kept.exists():
-        return torch.from_numpy(np.load(kept))
+        return torch.from_numpy(np.array(_load(kept)))
     clip = fit(sample_frames(path, fps, said), length, size)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp", delete=False) as file:

@@ -94,3 +94,14 @@ def weights(out):
     """The trained weights in a run's last.pt: the averaged ones where it has them."""
     state = common.load_checkpoint(Path(out) / "last.pt")
     return state.get("ema") or state["model"]
+
+
+def same(a, b):
+    """Equal to the last bit, through dicts and lists."""
+    if torch.is_tensor(a):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b))
+    return a == b

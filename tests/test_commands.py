@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import same
 
 import common
 import data
@@ -37,17 +38,6 @@ def command(monkeypatch, capsys):
         return status, captured.out, captured.err
 
     return run
-
-
-def same(a, b):
-    """Equal to the last bit, through dicts and lists."""
-    if torch.is_tensor(a):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b))
-    return a == b
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -183,6 +173,12 @@ def bad_files(folder):
     (folder / "truncated.pt").write_bytes(whole[: len(whole) // 2])
     (folder / "text.pt").write_text("not a checkpoint")
     (folder / "hostile.pt").write_bytes(pickle.dumps(Hostile()))
+    torch.save({**state, "step": Hostile()}, folder / "hostile zip.pt")
+    torch.save({**state, "config": {**state["config"], "depth": 10**9}}, folder / "deep.pt")
+    torch.save({**state, "vocabulary": ["a"] * 1000}, folder / "words.pt")
+    torch.save({**state, "model": {**state["model"], "places": 3}}, folder / "number.pt")
+    wide = {**state["model"], "places": torch.zeros(1, 1).expand(state["model"]["places"].shape)}
+    torch.save({**state, "model": wide}, folder / "expanded.pt")
     torch.save([1, 2, 3], folder / "list.pt")
     torch.save({**state, "format": 99}, folder / "format.pt")
     torch.save({**state, "config": {**state["config"], "dim": 64}}, folder / "shape.pt")
@@ -197,6 +193,11 @@ CHECKPOINTS = {
     "truncated.pt": "not a checkpoint",
     "text.pt": "not a checkpoint",
     "hostile.pt": "not a checkpoint",
+    "hostile zip.pt": "not a checkpoint",
+    "deep.pt": "depth 1000000000 must be a whole number from 1 to 512",
+    "words.pt": "1000 words",
+    "number.pt": "'places' is no tensor",
+    "expanded.pt": "tensor 'places' has another shape",
     "list.pt": "not a checkpoint",
     "format.pt": "format 99",
     "shape.pt": "another shape",
@@ -317,6 +318,12 @@ def test_resuming_with_other_settings_or_from_mere_weights_is_refused(command, t
 
 def test_a_folder_that_cannot_be_written_is_named(command, tmp_path):
     (tmp_path / "file").write_text("in the way")
+    for flags in (["--work", tmp_path / "file" / "x"], ["--work", tmp_path / "work", "--out", tmp_path / "file"]):
+        status, _, error = command(evaluate, "unified", *flags)
+        refused(status, error, f"{flags[-2]}: cannot write to {flags[-1]}")
+    pretrain = ["--algo", "pretrain", *TINY, "--out", tmp_path / "out"]
+    status, _, error = command(train, *pretrain, "--export", tmp_path / "file" / "x.pt")
+    refused(status, error, "--export: cannot write to")
     status, _, error = command(train, "--algo", "pretrain", *TINY, "--out", tmp_path / "file")
     refused(status, error, "cannot write")
     status, _, error = command(sample, "--n", "1", "--steps", "1", "--out", tmp_path / "file")

@@ -1,7 +1,10 @@
 """Two processes on one CPU, by gloo: DDP, FSDP and accumulation take the very steps of one process."""
 
 import json
+import os
+import pickle
 import re
+import signal
 import subprocess
 import sys
 
@@ -57,6 +60,14 @@ def test_every_way_takes_the_same_steps(runs, way, algo):
     assert len(losses[0]) == 5 and losses[1] == pytest.approx(losses[0], abs=1e-5)
 
 
+def fork_restarted(flags, out, log):
+    def restart():
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"
+        command(*flags, f"--out={out}")
+
+    return together(restart, [()], output=log)
+
+
 def test_shards_resume_to_the_same_bits_and_the_model_comes_out_whole(runs, tmp_path):
     """From step 3 of a run of 5, and against the run that was not stopped."""
     whole = runs / "fsdp" / "dpo"
@@ -66,11 +77,6 @@ def test_shards_resume_to_the_same_bits_and_the_model_comes_out_whole(runs, tmp_
 
     def stopped():
         """SIGTERM reaches one of the two, in step 2."""
-        import os
-        import signal
-
-        import train
-
         honest = train.step_rng
 
         def stops(seed, step):
@@ -92,6 +98,10 @@ def test_shards_resume_to_the_same_bits_and_the_model_comes_out_whole(runs, tmp_
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     logs = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "parts")]
     assert logs[0] == logs[1] and len(logs[0].splitlines()) == 5
+    # started again by torchrun with the very same flags it goes on, here at its end
+    again = fork_restarted(flags, tmp_path / "parts", log)
+    assert again == [0, 0], log.read_text()
+    assert (tmp_path / "parts" / "metrics.jsonl").read_text() == logs[0]
     # without --fsdp it is not this run
     log.unlink()
     assert ended(fork(command, *flags[:3], *flags[4:], f"--out={tmp_path / 'parts'}", "--resume", output=log)) == 2
@@ -104,10 +114,6 @@ class Hostile:
 
 
 def test_an_index_of_shards_that_would_run_code_is_refused(runs, tmp_path, monkeypatch):
-    import pickle
-
-    import torch.distributed.checkpoint as dcp
-
     monkeypatch.chdir(tmp_path)
     tensors = {"model.a": torch.arange(3.0)}
     dcp.save(tensors, checkpoint_id=tmp_path / "shards-1", no_dist=True)

@@ -11,7 +11,7 @@ from collections import namedtuple
 
 import pytest
 import torch
-from forked import command, ended, fork
+from forked import command, ended, fork, same
 
 import checkpoint
 import common
@@ -19,17 +19,6 @@ import train
 from common import BadInput
 
 RUN = ["--algo=pretrain", "--batch=2", "--steps=40", "--ema=0.9"]
-
-
-def same(a, b):
-    """Equal to the last bit, through dicts and lists."""
-    if torch.is_tensor(a):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b))
-    return a == b
 
 
 def kill(*_, **__):

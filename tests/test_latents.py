@@ -1,0 +1,175 @@
+"""Pre-encoded latents as data, and a CSV of one's own for every algorithm."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from forked import command, ended, fork, weights
+
+import data
+import sample
+import train
+import video
+from common import BadInput
+from data import disk_pairs, vocabulary_of
+from model import ModelConfig
+from pairs_csv import Pair, read_pairs, write_pairs
+
+SHAPE = 5, 4, 6, 6  # channels, frames, height, width
+PROMPTS = ["a red circle moving left", "A cat jumps over the dog", "the sea"]
+
+
+@pytest.fixture
+def latents(tmp_path):
+    """A folder with six pairs of latents in all three forms: their CSV, and the arrays by path."""
+    rng = np.random.default_rng(0)
+    arrays = {}
+    shard = rng.standard_normal((4, *SHAPE)).astype(np.float16)
+    np.save(tmp_path / "shard.npy", shard)
+    arrays |= {f"shard.npy:{i}": shard[i] for i in range(4)}
+    for i in range(4):
+        arrays[f"{i}.npy"] = rng.standard_normal(SHAPE).astype(np.float32)
+        np.save(tmp_path / f"{i}.npy", arrays[f"{i}.npy"])
+        arrays[f"{i}.npz"] = rng.standard_normal(SHAPE)
+        np.savez_compressed(tmp_path / f"{i}.npz", latent=arrays[f"{i}.npz"])
+    names = list(arrays)
+    labels = [(1, -1, 0), (0, 0, 1), (-1, 1, 1), (1, 1, -1), (0, -1, 1), (-1, 0, 0)]
+    numbers = 2.0, 4.0, 2.0, 4.0
+    rows = [Pair(names[i], names[-1 - i], PROMPTS[i % 3], labels[i], *numbers, line=i + 2) for i in range(6)]
+    write_pairs(rows, tmp_path / "pairs.csv")
+    return tmp_path / "pairs.csv", arrays
+
+
+def test_latents_are_read_as_they_are_and_mapped(latents):
+    path, arrays = latents
+    rows = read_pairs(path)
+    assert [row.path_a for row in rows[:3]] == ["shard.npy:0", "shard.npy:1", "shard.npy:2"]
+    for name, array in arrays.items():
+        assert np.array_equal(video.read_latent(path.parent / name), array)
+    assert isinstance(video.read_latent(path.parent / "shard.npy:3"), np.memmap)
+    vocabulary = vocabulary_of(PROMPTS)
+    config = ModelConfig(channels=5, frames=4, size=6, patch=(2, 3, 3), vocab=len(vocabulary.words))
+    pairs = disk_pairs(rows, path, config, vocabulary, path.parent / "cache")
+    a, b = pairs.sides(torch.tensor([4, 1]))
+    assert torch.equal(a, torch.stack([torch.tensor(arrays[rows[i].path_a]).float() for i in (4, 1)]))
+    assert torch.equal(b, torch.stack([torch.tensor(arrays[rows[i].path_b]).float() for i in (4, 1)]))
+    assert not (path.parent / "cache").exists()  # nothing is copied
+
+
+def test_a_path_with_a_row():
+    assert video.latent_file("a/shard.npy:12") == ("a/shard.npy", 12)
+    for plain in ("a.npy", "a.npz:3", "clip:3", "a.npy:", "a.npy:-1", "C:a.mp4"):
+        assert video.latent_file(plain) == (plain, None)
+    assert video.is_latent("a.NPY") and video.is_latent("s.npy:0") and not video.is_latent("npy.mp4")
+
+
+def text(name):
+    def make(folder):
+        (folder / "bad.npy").write_text("no array")
+
+    return make, "bad.npy cannot be read as one array"
+
+
+def saved(array, said, name="bad.npy"):
+    def make(folder):
+        np.save(folder / name, array)
+
+    return make, said
+
+
+FAULTS = {
+    "text": text("bad.npy"),
+    "integers": saved(np.zeros(SHAPE, np.int64), "holds int64, not floating-point numbers"),
+    "three": saved(np.zeros(SHAPE[1:], np.float32), "has shape (4, 6, 6); (C, T, H, W) is needed"),
+    "other": saved(np.zeros((5, 4, 6, 8), np.float32), "has shape (5, 4, 6, 8); the model takes (5, 4, 6, 6)"),
+    "objects": saved(np.array([{}], object), "cannot be read as one array"),
+    "row": (lambda folder: None, "is row 4 of a shard of 4"),
+    "video": (lambda folder: (folder / "bad.mp4").touch(), "cannot be decoded"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_bad_latents_name_line_and_column(latents, fault):
+    path, _ = latents
+    make, said = FAULTS[fault]
+    make(path.parent)
+    bad = {"row": "shard.npy:4", "video": "bad.mp4"}.get(fault, "bad.npy")
+    rows = [*read_pairs(path)]
+    rows[3] = replace(rows[3], path_b=bad)
+    vocabulary = vocabulary_of(PROMPTS)
+    config = ModelConfig(channels=5, frames=4, size=6, patch=(2, 3, 3), vocab=len(vocabulary.words))
+    with pytest.raises(BadInput) as error:
+        disk_pairs(rows, path, config, vocabulary, path.parent / "cache")
+    assert "line 5, column path_B" in str(error.value) and said in str(error.value)
+    skipped = []
+    assert len(disk_pairs(rows, path, config, vocabulary, path.parent / "cache", skipped)) == 5 and len(skipped) == 1
+
+
+def test_a_clip_that_goes_away_during_training_ends_in_one_line(latents, tmp_path):
+    path, _ = latents
+    rows = read_pairs(path)
+    vocabulary = vocabulary_of(PROMPTS)
+    config = ModelConfig(channels=5, frames=4, size=6, patch=(2, 3, 3), vocab=len(vocabulary.words))
+    pairs = disk_pairs(rows, path, config, vocabulary, path.parent / "cache")
+    (path.parent / "shard.npy").unlink()
+    with pytest.raises(BadInput, match="shard.npy:0: cannot be read any more .No such file"):
+        pairs.sides(torch.tensor([0]))
+
+
+def test_every_algorithm_trains_on_latents(latents, tmp_path, monkeypatch, capsys):
+    """From nothing to an aligned model: pretrain and reward, then nrg, sft, rwr and dpo on these two."""
+    path, _ = latents
+    log = tmp_path / "log"
+
+    def run(algo, *flags):
+        import forked
+
+        forked.TINY = replace(forked.TINY, patch=(2, 2, 2))  # for a clip of 4 x 6 x 6
+        shared = [
+            f"--algo={algo}",
+            f"--data={path}",
+            f"--out={tmp_path / algo}",
+            "--steps=3",
+            "--batch=4",
+            "--freeze=1",
+        ]
+        log.unlink(missing_ok=True)
+        assert ended(fork(command, *shared, *flags, output=log)) == 0, log.read_text()
+        lines = (tmp_path / algo / "metrics.jsonl").read_text().splitlines()
+        assert len(lines) == 3 and all(np.isfinite(json.loads(line)["loss"]) for line in lines)
+        return log.read_text()
+
+    assert "the oracle knows the toy world alone" in run("pretrain")
+    made = weights(tmp_path / "pretrain")
+    assert made["patch_in.weight"].shape[1] == 5 * 8  # channels times the patch's volume
+    assert "pairs of prompts held out of training" in run("reward")
+    models = [f"--init={tmp_path / 'pretrain' / 'last.pt'}", f"--reward={tmp_path / 'reward' / 'last.pt'}"]
+    assert "pairs of prompts held out of training, accuracy" in run("nrg", models[0])
+    for algo in ("sft", "rwr", "dpo"):
+        out = run(algo, *models)
+        assert f"{algo} wins, VideoReward" in out and "base, z-score" in out and "oracle" not in out
+    changed = weights(tmp_path / "dpo")
+    assert any(not torch.equal(changed[name], made[name]) for name in made)
+    flags = ["--ckpt", tmp_path / "dpo" / "last.pt", "--prompt", "A cat / in space", "--n", 2, "--steps", 2]
+    monkeypatch.setattr("sys.argv", ["sample.py", *map(str, flags), "--out", str(tmp_path / "samples")])
+    sample.main()
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'samples' / 'a-cat-in-space'}.npy\n"
+    assert np.load(tmp_path / "samples" / "a-cat-in-space.npy").shape == (1, 2, *SHAPE)
+
+
+def test_a_base_model_of_other_words_or_sizes_is_refused(latents, tmp_path):
+    path, _ = latents
+    args = train.arguments(["--algo=nrg", f"--data={path}", f"--cache={tmp_path / 'cache'}"])
+    with pytest.raises(BadInput, match=r"has shape \(5, 4, 6, 6\); the model takes \(3, 8, 32, 32\)"):
+        train.TASKS["nrg"](args, torch.device("cpu"))
+
+
+def test_exported_toy_pairs_align_the_shipped_model(tmp_path, capsys, monkeypatch):
+    data.export(tmp_path / "toy", 4, seed=3)
+    flags = ["--algo=dpo", f"--data={tmp_path / 'toy' / 'train.csv'}", f"--cache={tmp_path / 'cache'}", "--steps=1"]
+    short = ["--batch=2", "--eval-prompts=2", "--device=cpu", f"--out={tmp_path / 'run'}"]
+    monkeypatch.setattr("sys.argv", ["train.py", *flags, *short])
+    train.main()
+    assert "dpo wins, VideoReward" in capsys.readouterr().out
