@@ -20,6 +20,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -46,8 +47,12 @@ def start_process(name):
     if launched():
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        # long enough for process 0 to write a large checkpoint while the others wait
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
+        store, number, count = next(rendezvous("env://"))
+        # after a restart the launcher's store still has the addresses of the processes before
+        store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        hour = timedelta(hours=1)  # long enough for process 0 to write a large checkpoint while the others wait
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=hour)
     return device
 
 

@@ -10,11 +10,14 @@ import sys
 
 import pytest
 import torch
-from forked import command, ended, fork, tiny_checkpoints, together, weights
+import torch.distributed.checkpoint as dcp
+from forked import TINY, command, ended, fork, tiny_checkpoints, together, weights
 
 import checkpoint
 import common
+import train
 from flow import draw_noise, draw_time
+from model import PRESETS
 from parts import Part, valid_rows
 
 ALGORITHMS = ("pretrain", "reward", "nrg", "sft", "rwr", "dpo")
@@ -58,6 +61,19 @@ def test_every_way_takes_the_same_steps(runs, way, algo):
     logs = [(runs / name / algo / "metrics.jsonl").read_text().splitlines() for name in ("one", way)]
     losses = [[json.loads(line)["loss"] for line in lines] for lines in logs]
     assert len(losses[0]) == 5 and losses[1] == pytest.approx(losses[0], abs=1e-5)
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_each_process_makes_its_own_slice_of_the_batch(runs, monkeypatch, algo):
+    monkeypatch.setitem(PRESETS, "nano", TINY)
+    files = [f"--init={runs / 'velocity.pt'}", f"--reward={runs / 'reward.pt'}"]
+    args = train.arguments([f"--algo={algo}", *files, "--steps=5", "--batch=4", "--pairs=24", "--device=cpu"])
+    task = train.TASKS[algo](args, torch.device("cpu"))
+    whole, *halves = (task.batch(3, Part(train.step_rng(0, 3), i, n)) for i, n in ((0, 1), (0, 2), (1, 2)))
+    rows = 8 if algo in ("sft", "rwr") else 4
+    for name, value in whole.items():
+        assert len(value) == rows and all(len(half[name]) == rows // 2 for half in halves)
+        assert torch.equal(torch.cat([half[name] for half in halves]), value)
 
 
 def fork_restarted(flags, out, log):
