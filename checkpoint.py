@@ -86,15 +86,12 @@ def _lock(log, out):
         pass  # a file system without locks
 
 
-def write_log(log, line, out, sync=False):
-    """Appends a line; with `sync` everything so far is on the disk afterwards. BadInput if the disk is full."""
-    try:
-        log.write(line)
-        if sync and not rank():
-            log.flush()
-            os.fsync(log.fileno())
-    except OSError as error:
-        raise BadInput(f"cannot write to {out / 'metrics.jsonl'}: {error.strerror}; --resume continues") from None
+def write_log(log, line, sync=False):
+    """Appends a line; with `sync` everything so far is on the disk afterwards. OSError if that is full."""
+    log.write(line)
+    if sync and not rank():
+        log.flush()
+        os.fsync(log.fileno())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -226,7 +223,7 @@ def restore(state, trained, average, optimizer):
         optimizer.load_state_dict(state["optimizer"])
         for value in trained.values():
             for key in ("exp_avg", "exp_avg_sq"):
-                _like(optimizer.state[value][key], value)
+                _like(optimizer.state[value].get(key, value), value)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise BadInput(f"{path}: does not hold the state of this model's training ({error})".split("\n")[0]) from None
     return state["step"]

@@ -57,6 +57,8 @@ def start_process(name):
 
 
 def stop_process():
+    """Leaves the others, once all are ready: process 0 has the closing table to make."""
+    wait()
     if dist.is_initialized():
         dist.destroy_process_group()
 

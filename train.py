@@ -132,7 +132,7 @@ def train(task, args, device, state=None):
                     torch._foreach_lerp_([own(value) for value in average.values()], new, 1 - memory)
                 logs["grad_norm"] = norm
                 saving = stop or (step + 1) % args.save_every == 0 or step + 1 == args.steps
-                write_log(log, json.dumps({"step": step, **logs}) + "\n", args.out, sync=saving)
+                write_log(log, json.dumps({"step": step, **logs}) + "\n", sync=saving)
                 bar.set_postfix({name: f"{logs[name]:.3f}" for name in task.shown if name in logs}, refresh=False)
                 bar.update()
                 if saving:
@@ -142,6 +142,8 @@ def train(task, args, device, state=None):
                     if first:
                         print(f"stopped after step {step + 1}; --resume continues from {newest(args.out)}")
                     sys.exit(130)
+    except OSError as error:  # of the log, at the latest when it is closed
+        raise BadInput(f"cannot write {args.out / 'metrics.jsonl'}: {error.strerror}; {kept}") from None
     finally:
         for number, handler in zip(signals, handlers):
             signal.signal(number, handler)

@@ -1,5 +1,6 @@
 """Bad days: the trainer is killed, the disk is full, the folder is taken, the numbers are not finite."""
 
+import copy
 import json
 import os
 import random
@@ -11,14 +12,15 @@ from collections import namedtuple
 
 import pytest
 import torch
-from forked import command, ended, fork, same
+from forked import command, ended, fork, same, tiny_checkpoints
 
 import checkpoint
 import common
 import train
 from common import BadInput
+from model import load_velocity
 
-RUN = ["--algo=pretrain", "--batch=2", "--steps=40", "--ema=0.9"]
+RUN = ["--algo=pretrain", "--batch=2", "--steps=24", "--ema=0.9"]
 
 
 def kill(*_, **__):
@@ -92,14 +94,14 @@ def test_killed_25_times_and_resumed_each_time_the_run_ends_at_the_same_bits(tmp
     assert ended(fork(run, None)) == 0
     assert same(*(common.load_checkpoint(folder / "last.pt") for folder in (whole, parts)))
     logs = [(folder / "metrics.jsonl").read_text() for folder in (whole, parts)]
-    assert logs[0] == logs[1] and [json.loads(line)["step"] for line in logs[0].splitlines()] == list(range(40))
+    assert logs[0] == logs[1] and [json.loads(line)["step"] for line in logs[0].splitlines()] == list(range(24))
     assert not list(parts.glob("*.tmp"))
 
 
 def test_the_log_is_cut_in_place_to_the_checkpoint(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1}\n{"step": 2}\n{"st')  # killed in a write
     with checkpoint.open_log(tmp_path, 2, 0) as log:
-        checkpoint.write_log(log, '{"step": 2, "again": 1}\n', tmp_path)
+        checkpoint.write_log(log, '{"step": 2, "again": 1}\n')
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 0}\n{"step": 1}\n{"step": 2, "again": 1}\n'
 
 
@@ -169,6 +171,39 @@ def test_a_disk_that_fills_up_stops_the_run_and_keeps_the_last_checkpoint(refuse
     assert [path.name for path in (tmp_path / "run").iterdir() if path.suffix == ".tmp"] == []
 
 
+def test_a_log_that_cannot_grow_stops_the_run_as_well(refused, tmp_path):
+    def fills():
+        honest = train.write_log
+
+        def write(log, line, sync=False):
+            if '"step": 4' in line:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))  # what is told must still find room
+                line = line.rstrip() + " " * 10_000 + "\n"
+            honest(log, line, sync)
+
+        train.write_log = write
+
+    line = refused("--save-every=3", prepare=fills)
+    assert "cannot write" in line and "last.pt, after step 2, is the last good state" in line
+    assert common.load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 3
+
+
+def test_adapters_with_averaged_weights_can_be_sampled_and_resumed(tmp_path):
+    out = tmp_path / "run"
+    flags = ["--algo=dpo", *tiny_checkpoints(tmp_path), "--lora-rank=2", "--ema=0.9", "--batch=2", "--pairs=8"]
+    flags += ["--freeze=1", "--steps=3", f"--out={out}"]
+    assert ended(fork(command, *flags)) == 0
+    model, _ = load_velocity(out / "last.pt")
+    state, base = (common.load_checkpoint(path) for path in (out / "last.pt", tmp_path / "velocity.pt"))
+    name = "blocks.2.attn.qkv"
+    up, down = state["averaged"][f"{name}.up"], state["averaged"][f"{name}.down"]
+    assert up.any() and not torch.equal(up, state["trained"][f"{name}.up"])
+    merged = base["model"][f"{name}.weight"] + 2 * up @ down  # alpha is twice the rank
+    assert torch.allclose(model.blocks[2].attn.qkv.weight, merged, atol=1e-7)
+    assert ended(fork(command, *flags, "--resume")) == 0
+    assert same(common.load_checkpoint(out / "last.pt"), state)
+
+
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_numbers_that_are_not_finite_stop_the_run_before_they_are_used(refused, tmp_path, what):
     def poison():
@@ -201,6 +236,10 @@ def test_numbers_that_are_not_finite_stop_the_run_before_they_are_used(refused, 
 def test_a_checkpoint_of_other_sizes_is_not_resumed(tmp_path):
     model = torch.nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    other = copy.deepcopy(optimizer.state_dict())
+    other["state"][0]["exp_avg"] = torch.zeros(2, 1)
     names = dict(model.named_parameters())
     good = {"step": 4, "optimizer": optimizer.state_dict(), "model": {k: v.detach() + 1 for k, v in names.items()}}
     assert checkpoint.restore(good, names, {}, optimizer) == 4
@@ -208,6 +247,7 @@ def test_a_checkpoint_of_other_sizes_is_not_resumed(tmp_path):
         {"model": {"weight": torch.zeros(2, 3)}},
         {"model": {"weight": torch.zeros(3, 2), "bias": torch.zeros(2)}},
         {"optimizer": {"state": {}, "param_groups": []}},
+        {"optimizer": other},
         {"optimizer": 3},
         {"model": []},
     ):
