@@ -26,6 +26,8 @@ def tiny_checkpoints(folder):
     sizes = {"dim": 24, "depth": 2, "heads": 2, "vocab": TINY.vocab}
     made = {"velocity": model.VideoTransformer(TINY), "reward": reward.VideoReward(reward.RewardConfig(**sizes))}
     for kind, network in made.items():
+        for value in network.parameters():  # new blocks do nothing, as their gates are 0; after this they do
+            value.data += 0.05 * torch.randn(value.shape)
         facts = {"kind": kind, "config": asdict(network.config), "vocabulary": Vocabulary().words, "step": 0}
         common.save_checkpoint(folder / f"{kind}.pt", {**facts, "model": network.state_dict()})
     return [f"--init={folder / 'velocity.pt'}", f"--reward={folder / 'reward.pt'}"]
