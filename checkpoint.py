@@ -162,8 +162,6 @@ def save_shards(args, task, step, trained, average, optimizer):
             file.flush()
             os.fsync(file.fileno())
         fsync_folder(unfinished)
-        if done.exists():  # the last step's, once more
-            return
         unfinished.rename(done)
         fsync_folder(args.out)
         for old in args.out.glob("shards-[0-9]*"):
@@ -173,7 +171,7 @@ def save_shards(args, task, step, trained, average, optimizer):
         raise BadInput(f"cannot write {done}: {error.strerror}") from None
     except dcp.api.CheckpointException as error:
         fault = next(iter(error.failures.values()))[0]
-        raise BadInput(f"cannot write {done}: {fault}") from None
+        raise BadInput(f"cannot write {done}: {fault}".split("\n")[0]) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ A run must not depend on how its batches were cut. Two rules make it so:
 
     what is random    is drawn for the whole batch by every process, which then keeps its own slice: the noise of clip
                       17 is the same on one GPU and on eight. It costs the CPU time of the whole batch's noise once a
-                      step, some .1 s for 30 M numbers.
+                      step: .24 s for 30 M numbers on one core.
     losses            of the parts average to the loss of the whole batch. Parts are of equal size, so a mean over
                       clips does; a mean over the valid labels alone divides by the number a part has on average.
 """
