@@ -121,10 +121,15 @@ def _parse(csv_path, line, header, row):
         return value
 
     def video(name):
-        path = (folder / latent_file(cell[name])[0]).resolve()
+        try:
+            path = (folder / latent_file(cell[name])[0]).resolve()
+            found = path.is_file()
+        except (OSError, ValueError) as error:  # a name too long, or with a zero byte
+            fault = getattr(error, "strerror", None) or error
+            raise BadInput(f"{where}, column {name}: {cell[name][:40]!r} is no path ({fault})") from None
         if not cell[name] or not path.is_relative_to(folder.resolve()):
             raise BadInput(f"{where}, column {name}: path {cell[name]!r} does not lie in the data folder {folder}")
-        if not path.is_file():
+        if not found:
             raise BadInput(f"{where}, column {name}: no video {cell[name]!r} in {folder}")
         return cell[name]
 

@@ -1,5 +1,6 @@
 """Runs of train.py on tiny models, in processes forked from this one: they need no start of Python and torch."""
 
+import gc
 import os
 import signal
 import socket
@@ -40,6 +41,7 @@ def fork(function, *args, output=os.devnull, **environment):
     if child:
         return child
     status = 1
+    gc.freeze()  # what the parent made is left alone: collecting it would copy every page of it
     try:
         os.environ.update(environment)
         handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

@@ -222,6 +222,8 @@ FAULTS = [
     (spoil("TA", "C"), "line 3, column TA: unknown label 'C'; known: A, B, same, invalid"),
     (spoil("path_A", "../a.mp4"), "line 3, column path_A: path '../a.mp4' does not lie in the data folder"),
     (spoil("path_A", "/etc/hosts"), "line 3, column path_A: path '/etc/hosts' does not lie in"),
+    (spoil("path_A", "a\0.mp4"), "line 3, column path_A: 'a\\x00.mp4' is no path (embedded null byte)"),
+    (spoil("path_A", "a" * 5000), "line 3, column path_A: 'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa' is no path"),
     (spoil("path_B", "none.mp4"), "line 3, column path_B: no video 'none.mp4'"),
     (spoil("prompt", " ... "), "line 3, column prompt: '...' has no words"),
     (spoil("fps_A", "fast"), "line 3, column fps_A: 'fast' is no number"),
