@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from common import BadInput
+from common import BadInput, has_bf16
 
 BACKENDS = ("auto", "naive", "sdpa", "sdpa32", "tiled", "gather", "triton")
 TILE = 64  # tokens of a block where there is no plan
@@ -159,16 +159,10 @@ def choose(q, plan=None):
         fits = plan.tile in (16, 32, 64, 128) and q.shape[-1] in (16, 32, 64, 128)
         return "triton" if q.is_cuda and fits and importlib.util.find_spec("triton") else "gather"
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        if not cpu_has_bf16():  # the fused kernel's backward is then 3 to 6 times slower than in float32
+        if not has_bf16(q.device):  # the fused kernel's backward is then 3 to 6 times slower than in float32
             return "sdpa32"
         return "naive" if q.shape[-2] <= 1024 else "sdpa"  # sdpa took 1.4 to 3.7 times as long on a Zen 4
     return "sdpa"
-
-
-def cpu_has_bf16():
-    """Whether this CPU multiplies bfloat16 matrices in hardware; without, float32 is 30 times as fast."""
-    features = torch.cpu.get_capabilities()
-    return any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def gather(q, k, v, plan):

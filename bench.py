@@ -17,14 +17,15 @@ from pathlib import Path
 
 import torch
 
-from attention import attention, choose, cpu_has_bf16, plan_mask, tile_plan
-from common import BadInput, Parser, pick_device, run
+from attention import attention, choose, plan_mask, tile_plan
+from common import BadInput, Parser, has_bf16, pick_device, run
 from data import step_rng
 from evaluate import facts
 from evaluate_nrg import costs
 from flow_dpo import flow_dpo_step
 from flow_rwr import flow_rwr_step
 from model import PRESETS, ModelConfig, VideoTransformer, freeze_trunk, share_trunk
+from parts import Part
 from tasks import TASKS
 from train import arguments
 
@@ -130,10 +131,6 @@ def training(device):
     return rows
 
 
-def has_bf16(device):
-    return cpu_has_bf16() if device.type == "cpu" else device.type == "cuda"
-
-
 def alignment(device):
     """A step of each algorithm against SFT on both clips of as many pairs."""
     config, count = replace(MEDIUM, depth=6), 4
@@ -169,10 +166,10 @@ def outside(device):
         state = {}
 
         def data(task=task, state=state):
-            state["batch"] = {name: value.to(device) for name, value in task.batch(0, step_rng(0, 0)).items()}
+            state["batch"] = {name: value.to(device) for name, value in task.batch(0, Part(step_rng(0, 0))).items()}
 
         def learn(task=task, state=state):
-            state["loss"], state["logs"] = task.loss(state["batch"], step_rng(0, 0))
+            state["loss"], state["logs"] = task.loss(state["batch"], Part(step_rng(0, 0)))
             state["loss"].backward()
 
         def clip_and_log(trained=trained, state=state):

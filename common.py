@@ -107,6 +107,14 @@ def pick_device(name="auto"):
     return torch.device(name)
 
 
+def has_bf16(device):
+    """Whether a device multiplies bfloat16 matrices in hardware. A CPU that does not is 30 times as fast in float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    features = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
 def fsync_folder(path):
     """Puts the names in a folder on the disk, where the system can."""
     if os.name == "posix":

@@ -99,25 +99,32 @@ def together(made, stop):
 
 
 class Loss(nn.Module):
-    """forward(batch, part) is the task's loss; holds the model that is trained, so that DDP or FSDP finds it."""
+    """forward(batch, part) is the task's loss; holds the model that is trained, so that DDP or FSDP finds it.
 
-    def __init__(self, task):
+    bf16: matrices are multiplied in bfloat16; weights, sums and errors stay float32."""
+
+    def __init__(self, task, bf16):
         super().__init__()
-        self.model, self.task = task.model, task
+        self.model, self.task, self.bf16 = task.model, task, bf16
 
     def forward(self, batch, part):
-        return self.task.loss(batch, part)
+        device = next(iter(batch.values())).device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self.bf16):
+            return self.task.loss(batch, part)
 
 
-def spread(task, device, sharded):
+def spread(task, device, sharded, compiled, bf16):
     """The module to call for the loss, in all processes alike."""
-    loss = Loss(task)
+    loss = Loss(task, bf16)
+    blocks = [module for module in task.model.modules() if isinstance(module, Block | RewardBlock)]
+    if compiled:
+        for block in blocks:  # one by one: as fast as the whole model, and all alike are compiled once
+            block.compile()
     if sharded:
         mesh = init_device_mesh(device.type, (size(),))
         policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # times and rotary tables must stay float32
-        for module in task.model.modules():
-            if isinstance(module, Block | RewardBlock):
-                fully_shard(module, mesh=mesh, mp_policy=policy)
+        for block in blocks:
+            fully_shard(block, mesh=mesh, mp_policy=policy)
         return fully_shard(loss, mesh=mesh, mp_policy=policy)
     return DistributedDataParallel(loss) if size() > 1 else loss
 

@@ -19,8 +19,7 @@ enters and leaves by its lowest frequencies at the start, and the last layer has
 import copy
 import math
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
@@ -250,8 +249,7 @@ class VideoTransformer(nn.Module):
             words, video = table.split((plan.words, len(plan.order)), 1)
             table = torch.cat((words, video[:, plan.order]), 1)
         for block in self.blocks[start:stop]:
-            run = partial(remade, block) if self.checkpointed else block
-            hidden = run(hidden, condition, table, plan)
+            hidden = remade(block, hidden, condition, table, plan, when=self.checkpointed)
         return hidden
 
     def plan(self, device):
@@ -387,6 +385,8 @@ def load_model(path, kind, network, config=ModelConfig, more=lambda config: {}):
     return model.eval(), state["vocabulary"]
 
 
-def load_velocity(path):
-    """(VideoTransformer, words) of a checkpoint."""
-    return load_model(path, "velocity", VideoTransformer)
+def load_velocity(path, attention=None):
+    """(VideoTransformer, words) of a checkpoint, with another `attention` than it was trained with if one is named."""
+    model, words = load_model(path, "velocity", VideoTransformer)
+    model.config = replace(model.config, attention=attention or model.config.attention)
+    return model, words

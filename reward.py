@@ -21,7 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from attention import rope_table, still_table
-from model import Attention, ModelConfig, load_model, low_pass, mlp, patchify
+from model import Attention, ModelConfig, load_model, low_pass, mlp, patchify, remade
 
 DIMENSIONS = ("VQ", "MQ", "TA")
 INVALID = -100  # a label that counts for nothing
@@ -194,6 +194,7 @@ class VideoReward(nn.Module):
             (rope_table(config.grid, head_dim), still_table(config.max_text + len(self.tokens), head_dim)), 1
         )
         self.register_buffer("table", table, persistent=False)
+        self.checkpointed = False  # as VideoTransformer's
         self.register_buffer("mean", torch.zeros(3))
         self.register_buffer("std", torch.ones(3))
         nn.init.normal_(self.words.weight, std=0.5)
@@ -210,7 +211,7 @@ class VideoReward(nn.Module):
         blind = len(self.tokens) - 1  # how many stand left of the prompt: VQ and MQ, or none
         x = torch.cat((video, tokens[:, :blind], self.words(y) + self.places, tokens[:, blind:]), 1)
         for block in self.blocks:
-            x = block(x, self.table, count + blind)
+            x = remade(block, x, self.table, count + blind, when=self.checkpointed)
         x = self.norm(x)  # (B, N + 2 + S + 1, d), or (B, N + S + 1, d)
         words = self.caption(x[:, :count].mean(1))  # (B, vocab), from video tokens, which cannot see the prompt
         scores = self.head(torch.cat((x[:, count : count + blind], x[:, -1:]), 1))  # (B, 3, 1), or (B, 1, 3)

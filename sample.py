@@ -9,7 +9,6 @@ guidance scale; README, "Settings, and why", says what was chosen here.
 
 import math
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import imageio.v3 as imageio
@@ -129,9 +128,7 @@ def main():
         raise BadInput(f"--nrg-eps {args.nrg_eps}: must be 0 or a positive number")
     interval = numbers("--nrg-interval", args.nrg_interval, "0,0.9")
     device = pick_device(args.device)
-    model, words = load_velocity(args.ckpt)
-    if args.attention:
-        model.config = replace(model.config, attention=args.attention)
+    model, words = load_velocity(args.ckpt, args.attention)
     try:
         vocabulary = Vocabulary(words)
         y = vocabulary.encode([args.prompt] * args.n, model.config.max_text)

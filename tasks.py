@@ -76,7 +76,7 @@ def pretrain_task(args, device):
         vocabulary = Vocabulary()
         config = replace(PRESETS[args.preset], vocab=len(vocabulary.words))
     torch.manual_seed(args.seed)
-    model = VideoTransformer(config).to(device)
+    model = VideoTransformer(replace(config, attention=args.attention or "full")).to(device)
 
     def batch(step, part):
         if args.data:
@@ -181,7 +181,7 @@ def pair_scores(model, pairs, device, progress=lambda chunks: chunks):
 
 
 def nrg_task(args, device):
-    base, words = load_velocity(args.init or WEIGHTS / "base.pt")
+    base, words = load_velocity(args.init or WEIGHTS / "base.pt", args.attention)
     torch.manual_seed(args.seed)
     model = noisy_reward_on(base, args.read, args.trunk == "frozen").to(device)
     vocabulary = Vocabulary(words)
@@ -291,7 +291,7 @@ def alignment(args, device):
     """The frozen base, the policy that starts from it, its vocabulary, pairs scored by VideoReward, and the comparison
     of the two that ends a run."""
     paths = args.init or WEIGHTS / "base.pt", args.reward or WEIGHTS / "reward.pt"
-    (base, words), (reward, reward_words) = load_velocity(paths[0]), load_reward(paths[1])
+    (base, words), (reward, reward_words) = load_velocity(paths[0], args.attention), load_reward(paths[1])
     base, reward = base.to(device).requires_grad_(False), reward.to(device).requires_grad_(False)
     policy = copy.deepcopy(base).requires_grad_(True)
     torch.manual_seed(args.seed)

@@ -36,7 +36,7 @@ from checkpoint import (
     save_whole,
     write_log,
 )
-from common import BadInput, Parser, check_writable, numbers, run, save_checkpoint
+from common import BadInput, Parser, check_writable, has_bf16, numbers, run, save_checkpoint
 from data import step_rng
 from distributed import (
     accumulating,
@@ -81,7 +81,10 @@ def train(task, args, device, state=None):
     used. Under torchrun every process calls this with the same arguments, and process 0 returns the lines."""
     model, first = task.model, rank() == 0
     spare = copy.deepcopy(model).cpu() if args.fsdp and first else None  # whole again at the end
-    loss_of = spread(task, device, args.fsdp)
+    for module in model.modules():
+        if hasattr(module, "checkpointed"):
+            module.checkpointed = args.grad_checkpoint
+    loss_of = spread(task, device, args.fsdp, args.compile, in_bf16(args, device))
     trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
     optimizer = torch.optim.AdamW(
         trained.values(), args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=device.type != "mps"
@@ -171,6 +174,10 @@ def schedule(step, steps, decay):
     return rise * min(1.0, (steps - step) / (decay * steps)) if decay else rise
 
 
+def in_bf16(args, device):
+    return args.precision == "bfloat16" or (args.precision == "auto" and has_bf16(device))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 
@@ -188,6 +195,7 @@ def arguments(argv=None):
     group = parser.add_argument_group("what to train")
     group.add_argument("--algo", choices=TASKS, default="dpo", help="algorithm")
     group.add_argument("--preset", choices=PRESETS, default="nano", help="size of a model trained from nothing")
+    group.add_argument("--attention", help="full, or tile:T,H,W for sliding tiles (default: full, or as --init has it)")
     group.add_argument("--init", type=Path, help="base model to align, in dpo also the reference (weights/base.pt)")
     group.add_argument("--reward", type=Path, help="VideoReward that scores the pairs (weights/reward.pt)")
 
@@ -204,6 +212,14 @@ def arguments(argv=None):
         group.add_argument(f"--{name}", type=kind, default=default, help=f"{text} (default: {values})")
     group.add_argument("--seed", type=int, default=0, help="of weights, data, noise and times")
     group.add_argument("--device", default="auto", help="auto (cuda, mps, cpu) or a torch device")
+    group.add_argument(
+        "--precision",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="of matrix products; auto = bfloat16 where the device has instructions for it. Weights are float32",
+    )
+    group.add_argument("--compile", action="store_true", help="each block by torch.compile: for a GPU, not for a CPU")
+    group.add_argument("--grad-checkpoint", action="store_true", help="keep a block's input alone for backward")
     group.add_argument("--accum", type=int, default=1, help="micro-batches that a process cuts its batch into")
     group.add_argument("--fsdp", action="store_true", help="under torchrun: shard the model, not only the batch")
 
@@ -282,6 +298,8 @@ def arguments(argv=None):
     for name in ("decay", "ema", "label_dropout"):
         if not 0 <= getattr(args, name) <= 1:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: must lie between 0 and 1")
+    if args.attention and args.algo == "reward":
+        raise BadInput("--attention: of the video model; VideoReward sees all tokens at once")
     args.align = numbers("--align", args.align, "1,1,1")
     if not any(args.align):
         raise BadInput("--align 0,0,0: at least one weight must not be 0")
@@ -315,10 +333,11 @@ def main():
     task = TASKS[args.algo](args, device)
     count = sum(p.numel() for p in task.model.parameters())
     trained = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
+    kind = "bfloat16" if in_bf16(args, device) else "float32"
     where = f"{device}" if size() == 1 else f"{size()} processes on {device.type}"
     if rank() == 0:
         print(
-            f"{args.algo}: {count / 1e6:.2f} M parameters, {trained / 1e6:.2f} M trained, float32 on {where}, ", end=""
+            f"{args.algo}: {count / 1e6:.2f} M parameters, {trained / 1e6:.2f} M trained, {kind} on {where}, ", end=""
         )
         print(f"{args.steps} steps of {args.batch}, lr {args.lr:g}, seed {args.seed}")
     lines = train(task, args, device, state)

@@ -16,7 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the project's modules, from wherever this is started
 
-from common import BadInput, Parser, fill, numbers, pick_device, progress_bar, run
+from common import BadInput, Parser, check_fit, numbers, pick_device, progress_bar, run
 from data import step_rng
 from examples import latents, wan_model
 from examples.wan_model import WanReward, velocity
@@ -122,7 +122,9 @@ def draw(wan, pairs, args):
     runs = {"plain": None}
     if args.nrg:
         tensors, _ = wan_model.read_safetensors(args.reward)
-        reward = fill(WanReward(wan), tensors, args.reward).to(pairs.device).requires_grad_(False)
+        reward = WanReward(wan).to(pairs.device).requires_grad_(False)
+        check_fit(reward, tensors, args.reward)
+        reward.load_state_dict(tensors)
         runs["guided"] = guide(reward, args.nrg, args.nrg_scale, NRG_EPS, NRG_INTERVAL)
     for name, guidance in runs.items():
         x0 = sample(velocity(wan), x1, y, args.steps, args.cfg, null, guidance, args.shift)

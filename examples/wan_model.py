@@ -13,7 +13,7 @@ from diffusers import WanTransformer3DModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from common import BadInput, fill
+from common import BadInput, check_fit
 from model import LoRALinear, lora_disabled
 from nrg import RewardHead
 
@@ -56,7 +56,10 @@ def load_transformer(path):
     tensors = {}
     for part in sorted(folder.glob("diffusion_pytorch_model*.safetensors")):
         tensors |= read_safetensors(part)[0]
-    return fill(WanTransformer3DModel.from_config(config), tensors, folder)
+    wan = WanTransformer3DModel.from_config(config)
+    check_fit(wan, tensors, folder)
+    wan.load_state_dict(tensors)
+    return wan
 
 
 def write_tiny(path):

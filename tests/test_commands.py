@@ -140,6 +140,40 @@ def test_a_stopped_run_resumes_to_the_same_bits(command, monkeypatch, tmp_path, 
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+def test_checkpointed_blocks_train_to_the_same_bits(command, tmp_path):
+    flags = ["--algo", "dpo", *TINY, "--steps", 2]
+    for name, more in (("kept", []), ("remade", ["--grad-checkpoint"])):
+        status, _, error = command(train, *flags, *more, "--out", tmp_path / name)
+        assert status == 0, error
+    logs = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("kept", "remade")]
+    assert logs[0] == logs[1]
+
+
+def test_bfloat16_is_said_and_near_float32(command, tmp_path):
+    losses = []
+    for precision in ("float32", "bfloat16"):
+        flags = ["--algo", "sft", *TINY, "--steps", 2, "--precision", precision]
+        status, out, error = command(train, *flags, "--out", tmp_path / precision)
+        assert status == 0, error
+        assert f", {precision} on cpu, 2 steps" in out
+        losses.append(json.loads((tmp_path / precision / "metrics.jsonl").read_text().splitlines()[0])["loss"])
+    assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+def test_sliding_tiles_are_trained_kept_and_sampled(command, tmp_path):
+    tiles = "tile:1,2,2/2,1,1"
+    status, _, error = command(train, "--algo", "sft", *TINY, "--attention", tiles, "--out", tmp_path)
+    assert status == 0, error
+    assert common.load_checkpoint(tmp_path / "last.pt")["config"]["attention"] == tiles
+    flags = ["--ckpt", tmp_path / "last.pt", "--n", 1, "--steps", 2, "--out", tmp_path]
+    tables = []
+    for more in ([], ["--attention", tiles], ["--attention", "full"]):
+        status, out, error = command(sample, *flags, *more)
+        assert status == 0, error
+        tables.append((tmp_path / "a-red-circle-moving-left.png").read_bytes())
+    assert tables[0] == tables[1] != tables[2]
+
+
 def test_dpo_ends_with_a_table_and_pictures_and_its_result_can_be_sampled(command, tmp_path):
     status, out, error = command(train, "--algo", "dpo", *TINY, "--out", tmp_path)
     assert status == 0, error
@@ -259,6 +293,8 @@ def test_bad_sampling_flags_are_refused_in_one_line(command, tmp_path, flags, wo
         (["--resume"], "no such checkpoint"),
         (["--speed", "9"], "--speed"),
         (["--align", "0,0,0"], "at least one weight"),
+        (["--algo", "reward", "--attention", "full"], "VideoReward sees all tokens"),
+        (["--attention", "tile:1,3,2"], "does not divide the grid of (4, 4, 4) tokens"),
         (["--align", "1,1"], "3 numbers with commas between are needed"),
         (["--align", "1,nan,1"], "3 numbers with commas between are needed"),
         (["--time-shift", "0"], "--time-shift 0.0: must be a positive number"),
