@@ -26,6 +26,7 @@ from flow_dpo import flow_dpo_step
 from flow_rwr import flow_rwr_step
 from model import PRESETS, ModelConfig, VideoTransformer, freeze_trunk, share_trunk
 from parts import Part
+from plan import step_flops
 from tasks import TASKS
 from train import arguments
 
@@ -61,15 +62,6 @@ def product(device, dtype, size=1024):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
-
-
-def step_flops(config, batch):
-    """Multiplications and additions of a training step: backward is twice forward. Elementwise work is not counted."""
-    words, video = config.max_text, math.prod(config.grid)
-    tokens, volume = words + video, config.channels * math.prod(config.patch)
-    block = tokens * 24 * config.dim**2 + 4 * tokens**2 * config.dim + 12 * config.dim**2
-    ends = 4 * video * volume * config.dim + 10 * config.dim**2
-    return 3 * batch * (config.depth * block + ends)
 
 
 def awake(config, device):
@@ -124,7 +116,11 @@ def training(device):
             multiply, flops = product(device, dtype)
             ways = {"product": multiply, "step": step, "checkpointed": checkpointed}
             took = medians(ways, device)
-            share = step_flops(config, batch) / took["step"] / (flops / took["product"])
+            share = (
+                step_flops(config, arguments(["--algo=pretrain", f"--batch={batch}"]))
+                / took["step"]
+                / (flops / took["product"])
+            )
             rate = flops / took["product"] / 1e9
             rows.append((f"{name}, {kind}: share of the matrix rate ({rate:,.0f} GFLOP/s)", share, 1.0))
             rows.append((f"{name}, {kind}: checkpointed / not", took["checkpointed"] / took["step"], 4 / 3))

@@ -95,7 +95,7 @@ def test_activations_with_checkpointing(monkeypatch):
 @pytest.mark.parametrize("flags", [[], ["--algo=dpo", "--freeze=2"], ["--algo=sft", "--freeze=0"]])
 def test_flops_are_those_that_torch_counts(monkeypatch, flags):
     """torch's counter leaves out the fused kernel on CPUs; with plain products it counts all."""
-    monkeypatch.setattr(attention, "_choose", lambda q, k: "naive")
+    monkeypatch.setattr(attention, "choose", lambda q, plan: "naive")
     torch.manual_seed(0)
     args = arguments("--preset=nano", "--batch=3", *flags)
     network = VideoTransformer(PRESETS["nano"])
