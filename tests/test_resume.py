@@ -209,7 +209,7 @@ def test_numbers_that_are_not_finite_stop_the_run_before_they_are_used(refused, 
     def poison():
         honest = train.spread
 
-        def spread(task, device, sharded):
+        def spread(task, device, *how):
             whole, calls = task.loss, []
 
             def loss(batch, part):
@@ -220,7 +220,7 @@ def test_numbers_that_are_not_finite_stop_the_run_before_they_are_used(refused, 
                 return value, logs
 
             task.loss = loss
-            return honest(task, device, sharded)
+            return honest(task, device, *how)
 
         train.spread = spread
 
