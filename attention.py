@@ -158,10 +158,11 @@ def choose(q, plan=None):
     if plan is not None:
         fits = plan.tile in (16, 32, 64, 128) and q.shape[-1] in (16, 32, 64, 128)
         return "triton" if q.is_cuda and fits and importlib.util.find_spec("triton") else "gather"
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        if not has_bf16(q.device):  # the fused kernel's backward is then 3 to 6 times slower than in float32
-            return "sdpa32"
-        return "naive" if q.shape[-2] <= 1024 else "sdpa"  # sdpa took 1.4 to 3.7 times as long on a Zen 4
+    if q.device.type == "cpu":
+        if q.dtype == torch.bfloat16 and not has_bf16(q.device):
+            return "sdpa32"  # the fused kernel's backward takes 3 to 6 times as long in bfloat16
+        short = 1024 if q.dtype == torch.bfloat16 else 80  # bfloat16 on a Zen 4: sdpa takes 1.4 to 3.7 times as long
+        return "naive" if q.shape[-2] <= short else "sdpa"
     return "sdpa"
 
 

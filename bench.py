@@ -200,7 +200,7 @@ def dense(device):
     for dtype in (torch.float32, torch.bfloat16):
         slow = set()
         for count in (64, 128, 256, 512, 1024, 2048, 4096):
-            q, k, v = torch.randn(3, max(1, 1024 // count), 4, count, 64, device=device, dtype=dtype)
+            q, k, v = torch.randn(3, max(1, 2048 // count), count, 4, 64, device=device, dtype=dtype).transpose(2, 3)
             backends = {"naive", "sdpa", *(["sdpa32"] if dtype == torch.bfloat16 else [])} - slow
             if device.type == "cuda":
                 backends |= {"triton"}

@@ -153,8 +153,8 @@ def modulated(norm, x, shift, scale):
 class Block(nn.Module):
     """Attention and MLP, each shifted, scaled and gated by the condition c (adaLN-zero: at the start the identity).
 
-    In training, what is cheap to make is made again in backward: 18 numbers a channel of each token are kept for it,
-    not 24. Frozen weights need less and nothing is made twice."""
+    In training, what is cheap to make is made again in backward: with the fused attention 18 numbers a channel of each
+    token are kept for it, not 24. Frozen weights need less and nothing is made twice."""
 
     def __init__(self, dim, heads):
         super().__init__()

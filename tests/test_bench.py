@@ -12,7 +12,7 @@ import common
 import model
 from model import ModelConfig
 
-SMALL = ModelConfig(frames=4, size=16, patch=(1, 4, 4), dim=64, depth=2, heads=2, max_text=4)
+SMALL = ModelConfig(frames=4, size=24, patch=(1, 4, 4), dim=64, depth=2, heads=2, max_text=4)  # 148 tokens
 
 
 def test_a_block_keeps_at_most_20_numbers_a_channel_and_checkpointed_its_input():
