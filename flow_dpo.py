@@ -5,9 +5,9 @@
 
 Winner w and loser l share the noise and t, and pass the policy in one forward; the reference is frozen. The derivation
 from Diffusion-DPO gives beta_t = beta (1 - t)^2, since a noise error is (1 - t)^2 times a velocity error; the paper
-recommends beta_t = beta, and so do our measurements: beta scales the gradient, too, so with (1 - t)^2 hardly anything
-is learned at high noise, where the layout of a clip is decided, and all of it in the last strokes (README, "Choosing
-beta").
+recommends beta_t = beta, and so do our measurements. With (1 - t)^2 both the gradient and the pull to the reference are
+weak at high noise, where the layout of a clip is decided: the policy first learns textures at small t, later it drifts
+away at large t (README, "Choosing beta").
 
 beta multiplies errors that are means over a clip's elements (the paper's pseudo-code writes sums, its beta = 500 only
 makes sense for means). A larger beta keeps the policy closer to the reference: a smaller difference of errors then

@@ -342,7 +342,7 @@ def main():
         print(f"{args.steps} steps of {args.batch}, lr {args.lr:g}, seed {args.seed}")
     lines = train(task, args, device, state)
     if rank() == 0:
-        print("\n".join(["", *lines, f"{(time.perf_counter() - begun) / 60:.1f} minutes"]))
+        print("\n".join(["", *lines]) + f" in {(time.perf_counter() - begun) / 60:.1f} minutes")
     stop_process()
 
 

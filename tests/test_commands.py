@@ -116,7 +116,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(command, monkeypatch, tmp_path, 
     flags = ["--algo", algo, *TINY, *(["--pairs", 40] if algo == "reward" else [])]
     status, out, error = command(train, *flags, "--out", tmp_path / "whole")
     assert status == 0, error
-    assert str(tmp_path / "whole" / "last.pt") in out.splitlines()[-2]
+    assert str(tmp_path / "whole" / "last.pt") in out.splitlines()[-1]
 
     honest = train.step_rng
 
