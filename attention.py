@@ -31,6 +31,7 @@ from common import BadInput, has_bf16
 
 BACKENDS = ("auto", "naive", "sdpa", "sdpa32", "tiled", "gather", "triton")
 TILE = 64  # tokens of a block where there is no plan
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Plans: who sees whom
@@ -157,7 +158,7 @@ def choose(q, plan=None):
     """The fastest backend for the device, dtype and length."""
     if plan is not None:
         fits = plan.tile in (16, 32, 64, 128) and q.shape[-1] in (16, 32, 64, 128)
-        return "triton" if q.is_cuda and fits and importlib.util.find_spec("triton") else "gather"
+        return "triton" if q.is_cuda and fits and HAS_TRITON else "gather"
     if q.device.type == "cpu":
         if q.dtype == torch.bfloat16 and not has_bf16(q.device):
             return "sdpa32"  # the fused kernel's backward takes 3 to 6 times as long in bfloat16
@@ -301,7 +302,7 @@ tile_attention.register_autograd(_gradients, setup_context=_keep)
 
 def kernels():
     """The module of the Triton kernels. ValueError without Triton."""
-    if importlib.util.find_spec("triton") is None:
+    if not HAS_TRITON:
         raise ValueError("attention backend 'triton' needs the package triton, which comes with CUDA builds of torch")
     import attention_triton
 

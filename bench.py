@@ -10,15 +10,13 @@ which a training step is held, is measured in the same run. Times are of this ma
 
 import json
 import math
-import statistics
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from attention import attention, choose, plan_mask, tile_plan
-from common import BadInput, Parser, has_bf16, pick_device, run
+from common import BadInput, Parser, has_bf16, medians, pick_device, run
 from data import step_rng
 from evaluate import facts
 from evaluate_nrg import costs
@@ -32,26 +30,6 @@ from train import arguments
 
 # The size of the published comparison: 256 video tokens, width 256
 MEDIUM = ModelConfig(frames=4, size=32, channels=16, patch=(1, 4, 4), dim=256, depth=4, heads=4)
-
-
-def clock(device):
-    """Seconds: of this process on a CPU, of the wall once the device is idle."""
-    if device.type == "cpu":
-        return time.process_time()
-    torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def medians(ways, device, rounds=7):
-    """{name: median seconds} of {name: function}, which take turns; one round before does not count."""
-    seconds = {name: [] for name in ways}
-    for i in range(rounds + 1):
-        for name, function in ways.items():
-            begun = clock(device)
-            function()
-            if i:
-                seconds[name].append(clock(device) - begun)
-    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def product(device, dtype, size=1024):

@@ -14,6 +14,7 @@ import ctypes
 import math
 import os
 import re
+import statistics
 import sys
 import tempfile
 import time
@@ -113,6 +114,26 @@ def has_bf16(device):
         return torch.cuda.is_bf16_supported(including_emulation=False)
     features = torch.cpu.get_capabilities() if device.type == "cpu" else {}
     return any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def clock(device):
+    """Seconds: of this process on a CPU, of the wall once the device is idle."""
+    if device.type == "cpu":
+        return time.process_time()
+    torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
+def medians(ways, device, rounds=7):
+    """{name: median seconds} of {name: function}, which take turns; one round before does not count."""
+    seconds = {name: [] for name in ways}
+    for i in range(rounds + 1):
+        for name, function in ways.items():
+            begun = clock(device)
+            function()
+            if i:
+                seconds[name].append(clock(device) - begun)
+    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def fsync_folder(path):

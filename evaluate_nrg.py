@@ -11,14 +11,12 @@ are VideoReward and the oracle; the noise-aware reward that guides was trained o
     cost        seconds a sampling step
 """
 
-import statistics
-import time
 from functools import partial
 
 import torch
 
 import train
-from common import WEIGHTS
+from common import WEIGHTS, medians
 from compare import over_seeds
 from data import Vocabulary, annotated_pairs
 from evaluate_align import JUDGES, base_scores, judge, rows_of, settings_for
@@ -133,15 +131,13 @@ def costs(args, device, rounds=9):
     y = torch.ones(16, model.config.max_text, dtype=torch.int64, device=device)
     ways = {"plain": (model, 1.0, None), "CFG": (model, CFG, None)}
     ways |= {"NRG, shared trunk": (shared, 1.0, guidance), "NRG, own trunk": (model, 1.0, own)}
-    seconds = {way: [] for way in ways}
-    clock = time.process_time if device.type == "cpu" else time.perf_counter
-    for _ in range(rounds):
-        for way, (velocity, cfg, steering) in ways.items():
-            begun = clock()
-            sample(velocity, x1, y, steps=4, cfg=cfg, guidance=steering).cpu()
-            seconds[way].append(clock() - begun)
+    runs = {
+        way: partial(sample, velocity, x1, y, steps=4, cfg=cfg, guidance=steering)
+        for way, (velocity, cfg, steering) in ways.items()
+    }
     return [
-        {"study": "cost", "method": way, "seed": 0, "seconds": statistics.median(s) / 4} for way, s in seconds.items()
+        {"study": "cost", "method": way, "seed": 0, "seconds": seconds / 4}
+        for way, seconds in medians(runs, device, rounds).items()
     ]
 
 
