@@ -109,6 +109,13 @@ def steered_rows(variant, seed, args, device):
     return rows
 
 
+def classifier_free(args, device):
+    """Table 5's row for comparison: the base model with CFG over the base model without."""
+    base = base_scores(args, device, SETS, (1.0, CFG))
+    with_cfg, without = ({f"large {CFG:g}": base[f"large {cfg:g}"]} for cfg in (CFG, 1.0))
+    return rows_of(with_cfg, without, study="weights", method=f"CFG {CFG:g}, no NRG", variant="none", seed=0)
+
+
 def accuracy_rows(reward, variant, seed, args, device):
     """Accuracy without ties on pairs of prompts never seen in training, at several times."""
     base, words = load_velocity(WEIGHTS / "base.pt")
@@ -146,7 +153,7 @@ def folder(args):
 
 
 def jobs(args, device):
-    made = {"cost": partial(costs, args, device)}
+    made = {"cost": partial(costs, args, device), "cfg": partial(classifier_free, args, device)}
     for variant in VARIANTS:
         for seed in range(args.seeds):
             made[f"{variant.replace(' ', '-')}-{seed}"] = partial(steered_rows, variant, seed, args, device)
@@ -181,9 +188,8 @@ def report(args, rows):
         f"and mean true scores; mean ± sd over {args.seeds} rewards. Scale {NRG_SCALE:g}, eps {NRG_EPS:g}, guided for"
     ]
     lines += ["t from {:g} to {:g}.".format(*NRG_INTERVAL)]
-    lines += table(
-        "Table 5: weights VQ:MQ:TA", {name_of(w): {"study": "weights", "method": name_of(w)} for w in TABLE_5}
-    )
+    methods = [*map(name_of, TABLE_5), f"CFG {CFG:g}, no NRG"]
+    lines += table("Table 5: weights VQ:MQ:TA", {name: {"study": "weights", "method": name} for name in methods})
     alone = [name_of(tuple(w * (i == k) for k in range(3))) for i in range(3) for w in RISING]
     lines += table("Each weight alone", {name: {"study": "one", "method": name} for name in alone})
     sweep = {f"scale {f * NRG_SCALE:g}": {"study": "scale", "scale": f * NRG_SCALE} for f in SCALES}
