@@ -170,19 +170,22 @@ def choose(q, plan=None):
 def gather(q, k, v, plan):
     """Sliding tiles by copying: each box of queries gets the words and the boxes of keys it sees, side by side.
 
-    All boxes see equally many, so that one dense call of (B * heads * boxes) small problems does the work."""
+    All boxes see equally many, so that one dense call of B * heads * boxes small problems does the work: of one head
+    each, as the kernel's outputs and gradients then lie in memory as they are read, which saves a tenth."""
     b, heads, count, d = q.shape
     words, first = plan.words, -(-plan.words // plan.tile)
     near = plan.keys[first:, first : plan.counts[-1]] - first  # (boxes, window); the first in each list are the words
 
     def seen(x):
-        """(B, heads, N, d) -> (B * heads, boxes, words + window * tile, d)"""
+        """(B, heads, N, d) -> (B * heads * boxes, 1, words + window * tile, d)"""
         x = x.reshape(b * heads, count, d)
         boxes = x[:, words:].reshape(b * heads, -1, plan.tile * d)  # (B * heads, boxes, tile * d)
         copied = boxes.index_select(1, near.flatten()).reshape(b * heads, len(near), -1, d)
-        return torch.cat((x[:, None, :words].expand(-1, len(near), -1, -1), copied), 2) if words else copied
+        if words:
+            copied = torch.cat((x[:, None, :words].expand(-1, len(near), -1, -1), copied), 2)
+        return copied.reshape(-1, 1, words + near.shape[1] * plan.tile, d)
 
-    boxes = q[:, :, words:].reshape(b * heads, len(near), plan.tile, d)
+    boxes = q[:, :, words:].reshape(-1, 1, plan.tile, d)
     video = F.scaled_dot_product_attention(boxes, seen(k), seen(v)).reshape(b, heads, -1, d)
     return torch.cat((F.scaled_dot_product_attention(q[:, :, :words], k, v), video), 2) if words else video
 
