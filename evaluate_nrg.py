@@ -7,6 +7,7 @@ are VideoReward and the oracle; the noise-aware reward that guides was trained o
     one         each weight alone, rising: does it move its own dimension?
     scale       w of Eq. 11; and the interval of t that is guided
     reward      trained on clean clips, with the trunk trained, without the loss on prompts; pair accuracy by noise
+    told        which attributes the reward's TA can tell, by noise
     on top      of CFG, and of a policy aligned by Flow-DPO
     cost        seconds a sampling step
 """
@@ -16,10 +17,12 @@ from functools import partial
 import torch
 
 import train
+import world
 from common import WEIGHTS, medians
-from compare import over_seeds
-from data import Vocabulary, annotated_pairs
-from evaluate_align import JUDGES, base_scores, judge, rows_of, settings_for
+from compare import over_seeds, prompt_set
+from data import Vocabulary, annotated_pairs, step_rng
+from evaluate_align import ATTRIBUTES, JUDGES, base_scores, judge, rows_of, settings_for
+from flow import draw_noise, interpolate
 from model import load_velocity
 from nrg import guide, load_noisy_reward, noisy_reward_on, steer
 from plot import Chart
@@ -31,6 +34,7 @@ SETS = {"large": 256}
 TABLE_5 = ((0, 0, 1), (0.1, 0.1, 0.8), (0.1, 0.1, 0.6), (0.5, 0.5, 0), (1, 1, 1))
 RISING = (0.5, 1, 2)
 SCALES = (0.25, 0.5, 2, 4)  # times the default
+TOLD_AT = (0.0, 0.4, 0.6, 0.8, 0.9, 0.95)
 VARIANTS = {
     "noised": [],
     "clean": ["--time-shift=0"],
@@ -127,6 +131,32 @@ def accuracy_rows(reward, variant, seed, args, device):
     return rows
 
 
+@torch.no_grad()
+def told_apart(seed, args, device):
+    """How often TA prefers the prompt that a clean clip shows to one with another colour, shape or direction, by noise:
+    what the default reward, trained by `steered_rows`, can steer by."""
+    base, words = load_velocity(WEIGHTS / "base.pt")
+    reward = load_noisy_reward(args.work / "nrg" / f"noised-{seed}" / "last.pt", base)[0].to(device)
+    rng, prompts = step_rng(98765, 0), prompt_set(min(256, args.eval_pairs), "validation")
+    x0 = world.render(world.draw_clips(prompts, torch.zeros_like(prompts[:, 0]), rng, clean=True)).to(device)
+    x1, rows = draw_noise(x0, rng), []
+    for now in TOLD_AT:
+        t = torch.full((len(x0),), now, device=device)
+        x_t = interpolate(x0, x1, t)
+
+        def alignment(prompts, x_t=x_t, t=t):
+            y = Vocabulary(words).encode_attributes(prompts, base.config.max_text).to(device)
+            return reward(x_t, t, y)[:, DIMENSIONS.index("TA")]
+
+        row = {"study": "told", "method": "nrg", "variant": "noised", "seed": seed, "t": now}
+        for i, choices in enumerate(world.CHOICES):
+            other = prompts.clone()
+            other[:, i] = (other[:, i] + torch.randint(1, choices, (len(prompts),), generator=rng)) % choices
+            row[ATTRIBUTES[i]] = (alignment(prompts) > alignment(other)).float().mean().item()
+        rows.append(row)
+    return rows
+
+
 def costs(args, device, rounds=9):
     """Median CPU or wall seconds of 4 sampling steps of 16 clips, the four ways taken in turn."""
     model, _ = load_velocity(WEIGHTS / "base.pt")
@@ -157,6 +187,8 @@ def jobs(args, device):
     for variant in VARIANTS:
         for seed in range(args.seeds):
             made[f"{variant.replace(' ', '-')}-{seed}"] = partial(steered_rows, variant, seed, args, device)
+    for seed in range(args.seeds):
+        made[f"told-{seed}"] = partial(told_apart, seed, args, device)
     return made
 
 
@@ -170,11 +202,12 @@ def report(args, rows):
     def cells(columns, **wanted):
         return " | ".join("{:.2f} ± {:.2f}".format(*figure(column, **wanted)) for column in columns)
 
-    scores = [f"{n}_score" for n in DIMENSIONS]
-    head = "| | " + " | ".join(f"{by} {n}" for by in JUDGES for n in DIMENSIONS) + " | true VQ | true MQ | true TA |"
+    scores = [*(f"{n}_score" for n in DIMENSIONS), *ATTRIBUTES]
+    head = "| | " + " | ".join([f"{by} {n}" for by in JUDGES for n in DIMENSIONS] + [f"true {n}" for n in DIMENSIONS])
+    head += " | " + " | ".join(ATTRIBUTES) + " |"
 
     def table(title, wanted_of):
-        lines = ["", f"## {title}", "", head, "|---|" + "---|" * 9]
+        lines = ["", f"## {title}", "", head, "|---|" + "---|" * 12]
         for name, wanted in wanted_of.items():
             wins = [cells(DIMENSIONS, judge=by, **wanted) for by in JUDGES]
             lines.append(f"| {name} | {' | '.join(wins)} | {cells(scores, judge='oracle', **wanted)} |")
@@ -187,7 +220,11 @@ def report(args, rows):
     lines += [
         f"and mean true scores; mean ± sd over {args.seeds} rewards. Scale {NRG_SCALE:g}, eps {NRG_EPS:g}, guided for"
     ]
-    lines += ["t from {:g} to {:g}.".format(*NRG_INTERVAL)]
+    lines += [
+        "t from {:g} to {:g}. colour, shape, direction: the share of clips that have the right one.".format(
+            *NRG_INTERVAL
+        )
+    ]
     methods = [*map(name_of, TABLE_5), f"CFG {CFG:g}, no NRG"]
     lines += table("Table 5: weights VQ:MQ:TA", {name: {"study": "weights", "method": name} for name in methods})
     alone = [name_of(tuple(w * (i == k) for k in range(3))) for i in range(3) for w in RISING]
@@ -222,6 +259,16 @@ def report(args, rows):
             lines.append(
                 f"| {variant}, {n} | " + " | ".join(f"{m:.2f} ± {sd:.2f}" for m, sd in curves[variant, n]) + " |"
             )
+
+    lines += [
+        "",
+        "## Own prompt preferred to one with another colour, shape or direction (clean clips, unseen prompts)",
+        "",
+    ]
+    lines += ["| | " + " | ".join(f"t {t:g}" for t in TOLD_AT) + " |", "|---|" + "---|" * len(TOLD_AT)]
+    for name in ATTRIBUTES:
+        told = [figure(name, study="told", t=t) for t in TOLD_AT]
+        lines.append(f"| {name} | " + " | ".join(f"{m:.2f} ± {sd:.2f}" for m, sd in told) + " |")
 
     seconds = {row["method"]: row["seconds"] for row in rows if row["study"] == "cost"}
     lines += ["", "## Cost of a sampling step", "", "| | to a plain step | to a CFG step |", "|---|---|---|"]

@@ -160,7 +160,11 @@ def test_nrg_study_from_end_to_end(tmp_path, monkeypatch):
     assert {row["method"] for row in noised if row["study"] == "weights"} == {"nrg-0:0:1", "nrg-1:1:1"}
     assert {row["method"] for row in noised if row["study"] == "one"} == {"nrg-1:0:0", "nrg-0:1:0", "nrg-0:0:1"}
     assert {row["variant"] for row in rows if row["study"] == "reward"} == {"clean", "trained trunk", "no contrast"}
-    assert all(0 <= row[name] <= 1 for row in rows if row["study"] != "cost" for name in ("VQ", "MQ", "TA"))
+    assert all(
+        0 <= row[name] <= 1 for row in rows if row["study"] not in ("cost", "told") for name in ("VQ", "MQ", "TA")
+    )
+    told = [row for row in rows if row["study"] == "told"]
+    assert len(told) == 6 and all(0 <= row[name] <= 1 for row in told for name in ("colour", "shape", "direction"))
     costs = {row["method"]: row["seconds"] for row in rows if row["study"] == "cost"}
     assert costs["plain"] < costs["NRG, own trunk"] and costs["NRG, shared trunk"] < costs["NRG, own trunk"]
     assert "## Table 5" in text and "| dpo+nrg-1:1:1, CFG 2 |" in text
