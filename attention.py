@@ -15,6 +15,8 @@ everything sees them.
 
 `tiled` and `triton` are one custom op, which torch.compile traces. Their backward, like sdpa's, can not be
 differentiated again and says so; a gradient penalty needs `naive`.
+
+Of its generator's attention the paper says that it is spatial, then 3D (appendix D); here it is 3D alone.
 """
 
 import importlib.util
@@ -51,7 +53,8 @@ class TilePlan(NamedTuple):
 
 
 def parse_attention(text):
-    """ "full" -> None; "tile:T,H,W" or "tile:T,H,W/t,h,w" -> (tokens of a box, window in boxes; 3,3,3 if not given)."""
+    """ "full" -> None; "tile:T,H,W" or "tile:T,H,W/t,h,w" -> (tokens of a box, window in boxes; 3,3,3 if not given).
+    BadInput for any other text."""
     if text == "full":
         return None
     three = r"(\d+),(\d+),(\d+)"
@@ -238,41 +241,29 @@ def tiled_backward(grad, q, k, v, out, lse, keys, counts, words, tile):
     return [x.to(q.dtype) for x in grads]
 
 
-@torch.library.custom_op("videoreward::tile_attention", mutates_args=())
-def tile_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    keys: torch.Tensor,
-    counts: torch.Tensor,
-    queries: torch.Tensor,
-    query_counts: torch.Tensor,
-    words: int,
-    tile: int,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention over the blocks of a plan, by backend "tiled" or "triton": -> (output, log-sum-exp)."""
+# What both operators take after their tensors: a plan's lists and sizes, and the backend
+LISTS = "Tensor keys, Tensor counts, Tensor queries, Tensor query_counts, int words, int tile, str backend"
+
+
+@torch.library.custom_op(
+    "videoreward::tile_attention",
+    mutates_args=(),
+    schema=f"(Tensor q, Tensor k, Tensor v, {LISTS}) -> (Tensor, Tensor)",
+)
+def tile_attention(q, k, v, keys, counts, queries, query_counts, words, tile, backend):
+    """Attention over the blocks of a plan, by backend "tiled" or "triton": -> (output, log-sum-exp). The lists from the
+    keys' side are for the backward."""
     if backend == "triton":
         return kernels().forward(q, k, v, keys, counts, words, tile)
     return tiled_forward(q, k, v, keys, counts, words, tile)
 
 
-@torch.library.custom_op("videoreward::tile_attention_backward", mutates_args=())
-def tile_attention_backward(
-    grad: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    keys: torch.Tensor,
-    counts: torch.Tensor,
-    queries: torch.Tensor,
-    query_counts: torch.Tensor,
-    words: int,
-    tile: int,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+@torch.library.custom_op(
+    "videoreward::tile_attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {LISTS}) -> (Tensor, Tensor, Tensor)",
+)
+def tile_attention_backward(grad, q, k, v, out, lse, keys, counts, queries, query_counts, words, tile, backend):
     """Gradients of q, k and v. It has no derivative of its own: a second backward raises."""
     if backend == "triton":
         lists = keys, counts, queries, query_counts
@@ -327,8 +318,8 @@ def rope_table(grid, head_dim, theta=100.0):
 
     A pair of channels turns by an angle proportional to the token's frame, row or column, so that a logit depends on
     how far apart two tokens are. Of a head's pairs a quarter turns with the frame and three eighths each with row and
-    column. theta is the longest wavelength over 2 pi, in tokens: 100, not the 10,000 of text, as a clip has a few dozen
-    tokens a side."""
+    column. No wavelength is longer than 2 pi theta tokens: theta is 100, not the 10,000 of text, as a clip has a few
+    dozen tokens a side."""
     pairs = head_dim // 2
     split = (pairs - 2 * (pairs * 3 // 8), pairs * 3 // 8, pairs * 3 // 8)
     positions = torch.meshgrid(*(torch.arange(n, dtype=torch.float32) for n in grid), indexing="ij")
