@@ -1,4 +1,4 @@
-"""Two models on the same prompts and noise: true scores, learned scores, win rates (paper, section 5.1, "automatic").
+"""Two models on the same prompts and noise: true scores, learned scores, win rates (paper, section 5.2, "automatic").
 
 The paper judges its aligned models by the reward they were aligned with. Here a second judge, the oracle, says what is
 true; where the two part ways, the policy has learned the reward's mistakes.

@@ -1,4 +1,4 @@
-"""Flow matching: the path from data to noise, its error, and when to look (paper, section 4.1, appendix D).
+"""Flow matching: the path from data to noise, its error, and training times (paper, section 4.1, appendices B to D).
 
 Conventions: x0 data at t = 0, x1 standard normal noise at t = 1, v = x1 - x0. Nothing here knows a model: a velocity
 model is any callable v = model(x_t, t, y). All errors are means over everything but the batch, in float32, so that a
@@ -22,7 +22,7 @@ def interpolate(x0, x1, t):
 
 
 def flow_error(model, x0, x1, t, y):
-    """||v - v_model(x_t, t, y)||^2 of each sample, as a mean over its elements: (B,) float32."""
+    """||v - v_model(x_t, t, y)||^2 of each sample (section 4.1), as a mean over its elements: (B,) float32."""
     return mean_square(model(interpolate(x0, x1, t), t, y), x1 - x0)
 
 

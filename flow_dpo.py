@@ -4,10 +4,10 @@
                                   - (|v^l - v(x_t^l)|^2 - |v^l - v_ref(x_t^l)|^2) ] )                            Eq. 6
 
 Winner w and loser l share the noise and t, and pass the policy in one forward; the reference is frozen. The derivation
-from Diffusion-DPO gives beta_t = beta (1 - t)^2, since a noise error is (1 - t)^2 times a velocity error; the paper
-recommends beta_t = beta, and so do our measurements. With (1 - t)^2 both the gradient and the pull to the reference are
-weak at high noise, where the layout of a clip is decided: the policy first learns textures at small t, later it drifts
-away at large t (README, "Choosing beta").
+from Diffusion-DPO (Eq. 4) gives beta_t = beta (1 - t)^2, since a noise error is (1 - t)^2 times a velocity error
+(Eq. 5); the paper recommends beta_t = beta, and so do our measurements. With (1 - t)^2 both the gradient and the pull
+to the reference are weak at high noise, where the layout of a clip is decided: the policy first learns textures at
+small t, later it drifts away at large t (README, "Choosing beta").
 
 beta multiplies errors that are means over a clip's elements (the paper's pseudo-code writes sums, its beta = 500 only
 makes sense for means). A larger beta keeps the policy closer to the reference: a smaller difference of errors then
@@ -29,10 +29,10 @@ def flow_dpo_loss(err_w, err_l, ref_err_w, ref_err_l, t, beta, schedule="constan
     mean of Eq. 6's bracket with its sign turned; the four mean errors. ValueError for an unknown schedule."""
     if schedule not in SCHEDULES:
         raise ValueError(f"unknown schedule {schedule!r}; known: {', '.join(SCHEDULES)}")
-    beta_t = beta * (1 - t) ** 2 if schedule == "(1-t)^2" else beta
+    beta_t = beta * (1 - t) ** 2 if schedule == "(1-t)^2" else beta  # derived (Eq. 5), or as advised
     margin = (err_l - ref_err_l) - (err_w - ref_err_w)  # (B,)
-    logit = beta_t / 2 * margin  # Eq. 6
-    loss = -F.logsigmoid(logit).mean()
+    logit = beta_t / 2 * margin  # (B,)
+    loss = -F.logsigmoid(logit).mean()  # Eq. 6
     with torch.no_grad():
         logs = {
             "loss": loss.item(),
@@ -47,7 +47,7 @@ def flow_dpo_loss(err_w, err_l, ref_err_w, ref_err_l, t, beta, schedule="constan
 
 
 def flow_dpo_step(policy, reference, x0_w, x0_l, y, beta, rng, schedule="constant", shift=1.0, both=None):
-    """One step on pairs x0_w, x0_l (B, ...) with prompts y (B, S) -> (loss, logs). `rng` is a CPU torch.Generator.
+    """One step on pairs x0_w, x0_l (B, ...) with prompts y (B, S) -> (loss, logs). `rng` as in draw_time.
 
     t is uniform, as in appendix C, then shifted towards noise by `shift` (1 = not). `both`, if given, is called in
     place of policy and reference: (x_t, t, y) -> their two velocities, for models that share their first blocks.

@@ -31,7 +31,7 @@ def effective_samples(weight):
 
 
 def flow_rwr_step(policy, x0, y, weight, rng, shift=1.0):
-    """One step on clips x0 (B, ...) with prompts y (B, S) and weights (B,) -> (loss, logs). `rng`: CPU torch.Generator.
+    """One step on clips x0 (B, ...) with prompts y (B, S) and weights (B,) -> (loss, logs). `rng` as in draw_time.
 
     t is uniform, then shifted towards noise by `shift` (1 = not), as in Flow-DPO."""
     t = draw_time(len(y), rng, shift).to(x0.device)

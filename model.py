@@ -9,7 +9,7 @@ Conventions, here and everywhere in this code base:
 
 Text tokens and video tokens form one sequence with full self-attention; every block is modulated by the time and the
 pooled prompt (adaLN-zero). The paper's generator is a closed 1 B latent model with separate spatial and 3D attention
-and a T5 encoder; at this size one block type and words as tokens do, and only the five letters v, x, t, y, B remain.
+and a T5 encoder; at this size one block type and words as tokens do.
 
 The last layer predicts x0 and the model returns v = (x_t - x0_hat) / t: a token (128 channels) cannot carry a patch of
 noise (384 numbers), as a network that outputs v has to; clean patches are far simpler. For the same reason a patch
@@ -35,7 +35,7 @@ from common import BadInput, check_fit, load_checkpoint
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of a VideoTransformer. `patch` divides (frames, size, size); a third of the depth or less can be shared."""
+    """Sizes of a VideoTransformer; `patch` divides (frames, size, size). BadInput for sizes that do not go together."""
 
     frames: int = 8
     size: int = 32  # height and width
@@ -76,9 +76,10 @@ class ModelConfig:
         return self.channels, self.frames, self.size, self.size
 
 
+# `base` has 131 M parameters and 2,048 video tokens, `large` 1,032 M, the paper's scale, and 4,096; both for latents.
 PRESETS = {
-    "nano": ModelConfig(),  # 2 M parameters, 64 tokens: a CPU
-    "small": ModelConfig(frames=16, size=64, dim=384, depth=12, heads=6),  # 34 M, 512 tokens: one GPU
+    "nano": ModelConfig(),  # 2 M parameters, 64 video tokens: a CPU
+    "small": ModelConfig(frames=16, size=64, dim=384, depth=12, heads=6),  # 33 M, 512 tokens: one GPU
     "base": ModelConfig(frames=8, size=32, channels=16, patch=(1, 2, 2), dim=768, depth=12, heads=12, max_text=64),
     "large": ModelConfig(frames=16, size=32, channels=16, patch=(1, 2, 2), dim=1536, depth=24, heads=24, max_text=128),
 }
@@ -266,9 +267,9 @@ class VideoTransformer(nn.Module):
         return (x_t - x0_hat) / t.clamp(min=self.config.t_floor)[:, None, None, None, None]
 
     def forward(self, x_t, t, y):
-        hidden, condition = self.embed(x_t, t, y)
-        hidden = self.run(hidden, condition, 0, len(self.blocks))
-        return self.head(hidden, condition, x_t, t)
+        hidden, condition = self.embed(x_t, t, y)  # (B, S + N, d), (B, d)
+        hidden = self.run(hidden, condition, 0, len(self.blocks))  # (B, S + N, d)
+        return self.head(hidden, condition, x_t, t)  # (B, C, T, H, W)
 
     def features(self, x_t, t, y, depth):
         """Hidden states (B, S + N, d) after the first `depth` blocks: what a noise-aware reward reads (section 4.4)."""
@@ -305,7 +306,8 @@ def share_trunk(policy, reference, blocks):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# LoRA (paper, Table 10: rank 64, alpha 128, on the q, k, v and output projections of attention)
+# LoRA (paper, Table 10: rank 64, alpha 128, on the q, k, v and output projections of attention). Here q, k and v are
+# one layer and have one adapter.
 
 
 class LoRALinear(nn.Module):
@@ -333,7 +335,7 @@ class LoRALinear(nn.Module):
 def add_lora(model, rank, alpha=None, skip=0):
     """Freezes `model` and adds trainable adapters to its attention, in place; alpha: 2 rank unless given (Table 10).
     The first `skip` blocks stay without: a trunk to share. BadInput outside 0..depth - 1."""
-    freeze_trunk(model, skip)
+    freeze_trunk(model, skip)  # for its BadInput
     model.requires_grad_(False)
     for block in model.blocks[skip:]:
         block.attn.qkv = LoRALinear(block.attn.qkv, rank, alpha or 2 * rank)
@@ -367,7 +369,7 @@ def merge_lora(model):
 
 def load_model(path, kind, network, config=ModelConfig, more=lambda config: {}):
     """A checkpoint's network in eval mode and float32, its averaged weights where it has them, and its vocabulary.
-    more(config) gives tensors that are not in the file."""
+    more(config) gives tensors that are not in the file. BadInput names what does not fit."""
     state = load_checkpoint(path, kind)
     try:
         with torch.device("meta"):  # nothing is allocated before the file has shown that it holds so much

@@ -2,14 +2,15 @@
 
     v~(x_t) = v(x_t) - w t / (1 - t) grad_x r(x_t, t, y)                                                         Eq. 11
 
-samples from p_ref exp(r)^w without any training of the generator. The minus is right: a step goes against v, so it
-climbs r. Guidance comes after classifier-free guidance, and its gradient passes through the reward alone.
+aims at p_ref exp(r)^w (Eq. 10) without any training of the generator. The minus is right: a step goes against v, so it
+climbs r. Guidance comes after classifier-free guidance, and its gradient passes through the reward alone. The form of
+appendix B that replaces p_ref in part (Eq. 21) is left out; the paper's experiments do not use it either.
 
 The reward reads what the sampler sees, a clip with noise on it, so it is trained on such clips: both of a pair with
 the same noise and t, by Bradley-Terry. It is the base model's embedding and first blocks, frozen, under a small head;
-a policy that kept these blocks then runs them once for its velocity and for the reward (`SharedTrunk`). The paper says
-"a few early layers" and no more of the network; pooling, head and number of blocks here are our choice, measured in
-README. Guidance and loss know no model class: a reward is any r = reward(x_t, t, y).
+a policy that kept these blocks then runs them once for its velocity and for the reward (`SharedTrunk`). The paper
+trains the blocks too (Table 11), calls them "a few early layers" and says no more of the network; pooling, head and
+number of blocks here are our choice. Guidance and loss know no model class: a reward is any r = reward(x_t, t, y).
 
 For exactly the tilted density, r(x_t, t) must be the value of what is still to come, log E[exp(w r(x0)) | x_t] / w; its
 gradient falls to 0 like 1 - t at the noise, so that t / (1 - t) times it stays finite. A learned reward need not, hence
@@ -56,7 +57,7 @@ def guide(reward, weights, scale=1.0, eps=0.0, interval=(0.0, 1.0), gradient=rew
         active = (now >= interval[0]) & (now <= interval[1]) & (1 - now + eps > 0)
         if scale == 0 or not any(weights) or not active.any():
             return v
-        factor = torch.where(active, scale * now / (1 - now + eps).clamp(min=1e-12), 0.0)
+        factor = torch.where(active, scale * now / (1 - now + eps), 0.0)
         return v - factor * gradient(reward, x_t, t, y, weights)  # Eq. 11
 
     return guided
@@ -90,7 +91,7 @@ def fingerprint(model, blocks):
     """16 hex digits that tell whether two models have their embedding and first `blocks` blocks in common."""
     digest = hashlib.sha256()
     for name, value in sorted(trunk_tensors(model, blocks).items()):
-        digest.update(name.encode() + value.detach().cpu().half().numpy().tobytes())
+        digest.update(name.encode() + value.detach().cpu().half().numpy().tobytes())  # weights are shipped as float16
     return digest.hexdigest()[:16]
 
 
@@ -183,10 +184,12 @@ def noisy_reward_step(
 ):
     """One step on pairs x0_a, x0_b (B, ...) with prompts y (B, S) and labels (B, 3) -> (loss, logs).
 
-    Both clips of a pair get the same noise and t, assuming that noise keeps their order (section 4.4); the loss is
-    Bradley-Terry, which leaves ties out. t is uniform, then shifted towards noise by `shift` (1 = not; 0: t = 0, clean
-    clips). `contrast` weighs a second loss, not in the paper: that clip A suits its own prompt better than the next
-    pair's, by Bradley-Terry as well. Preferences tell little about prompts: they compare clips of the same one.
+    Both clips of a pair get the same noise and t, assuming that noise keeps their order (section 4.4); `shared` False
+    gives each a noise of its own. The loss is Bradley-Terry, which leaves ties out. t is uniform, then shifted towards
+    noise by `shift` (1 = not; 0: t = 0, clean clips). `rng` as in draw_time.
+
+    `contrast` weighs a second loss, not in the paper: that clip A suits its own prompt better than the next pair's, by
+    Bradley-Terry as well. Preferences tell little about prompts: they compare clips of the same one.
 
     The logs hold the accuracy in each dimension, and once more for each quarter of t, as "VQ/t0" (the cleanest) to
     "VQ/t3"; and `contrast`, how often the own prompt is preferred, an equal one counting one half.

@@ -6,7 +6,8 @@ The tokens left of the bar see only each other, those right of it see everything
 cannot know the prompt, and TA sees video and prompt. In the paper the causal mask of a vision-language model does this
 (Qwen2-VL-2B, the special tokens placed before and after the prompt); here a small transformer trained from nothing
 reads pixels, and a second loss on the prompt's words stands in for what a pretrained model knows. One linear layer,
-shared by the three tokens, turns their last hidden states into scores, as in the paper.
+shared by the three tokens, turns their last hidden states into scores, as in the paper, where it has no bias; here it
+has one, which cancels in every difference.
 
 Trained on pairs with the Bradley-Terry model with ties (BTT, Eq. 1-2), which needs no threshold and learns from ties.
 A reward has no zero and no unit of its own: pairs fix differences only. `normalised` gives z-scores over the validation
@@ -32,7 +33,9 @@ THETA = 5.0  # section 3.2: how often ties occur; 1 would mean never
 
 
 def _mean_over(loss, mask, valid):
-    """Mean over the entries of `mask` alone: what is masked changes neither the scale nor the gradient of the rest.
+    """Mean over the entries of `mask` alone: what is masked changes neither the scale nor the gradient of the rest. The
+    published code divides by the number of all entries.
+
     `valid` (B,), for a part of a batch: the whole batch's number of such entries for a row (parts.valid_rows)."""
     count = mask.sum().clamp(min=1) if valid is None else valid.sum()
     return torch.where(mask, loss, 0.0).sum() / count
@@ -54,7 +57,7 @@ def btt_probabilities(delta, theta=THETA):
     Eq. 1 as printed has theta at the winner's own term in its first case; the three then do not sum to one (0.83 at
     delta 1, 0.40 at delta 3). This is the form that does."""
     a = torch.sigmoid(delta - math.log(theta))  # Eq. 1: e^{r_A} / (e^{r_A} + theta e^{r_B})
-    b = torch.sigmoid(-delta - math.log(theta))
+    b = torch.sigmoid(-delta - math.log(theta))  # Eq. 1, second case
     return a, b, (theta**2 - 1) * a * b  # Eq. 1, third case
 
 
@@ -68,7 +71,8 @@ def btt_loss(r_a, r_b, label, theta=THETA, valid=None):
 
 
 def regression_loss(r, mos, valid=None):
-    """Mean squared error against mean opinion scores, target mos - 3 (section 3.2's baseline); mos 0 is missing.
+    """Mean squared error against mean opinion scores, section 3.2's baseline: the target is mos - 3, as in the
+    published code; mos 0 is missing.
 
     Any shape, e.g. (B, 2, 3) for both clips of a pair; scalar, the mean over the scores that are there."""
     return _mean_over((r - (mos - 3)).square(), mos != 0, valid)
@@ -103,7 +107,8 @@ def accuracy_with_ties(delta, label):
     """Three-class accuracy after tie calibration (Deutsch et al. 2023): a tie is predicted where |delta| <= threshold,
     and the threshold is the observed |delta| with the best accuracy on these very pairs. -> (accuracy, threshold).
 
-    All pairs with the same |delta| change sides together; the published sweep counts them one by one and overstates."""
+    All pairs with the same |delta| change sides together; the published sweep counts them one by one and can
+    overstate."""
     valid = label != INVALID
     delta, label = delta[valid], label[valid]
     if not len(delta):

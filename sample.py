@@ -34,7 +34,7 @@ def sample(model, x1, y, steps=STEPS, cfg=1.0, null=None, guidance=None, shift=T
     """Noise x1 (B, C, T, H, W) and prompts y (B, S) -> videos x0.
 
     cfg 1 is the conditional model alone; otherwise v = v_null + cfg (v_y - v_null), with `null` the ids of no prompt
-    (default: zeros). guidance(v, x_t, t, y) -> v is applied after CFG (paper, section 4.4). ValueError if steps < 1."""
+    (default: zeros). guidance(v, x_t, t, y) -> v is applied after CFG (appendix C). ValueError if steps < 1."""
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
     null = torch.zeros_like(y) if null is None else null
