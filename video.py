@@ -1,8 +1,9 @@
 """Video files: frames at a constant interval, the model's size, and a cache of what was decoded (paper, section 5.1).
 
 VideoReward looks at 2 frames a second of any video: a constant interval, so that speed means the same in every clip,
-not a constant number of frames. Decoded clips are kept as small uint8 files, one a video, named by what they were made
-from; training then reads only the clips of its batch, and a decoding that was stopped goes on where it was.
+not a constant number of frames. The paper keeps a frame's proportions, at up to 448 x 448 pixels; here its middle
+square is taken, at the model's size. Decoded clips are kept as small uint8 files, one a video, named by what they were
+made from; training then reads only the clips of its batch, and a decoding that was stopped goes on where it was.
 
     sample_frames   mp4 -> uint8 (n, H, W, 3), n by the length of the video
     fit             -> uint8 (3, frames, size, size), the middle of it
@@ -31,20 +32,20 @@ HEADERS = threading.Lock()  # numpy reads an array's header by ast, where thread
 LEAST = 4  # frames of a shorter video, as in the published reward model
 
 
-def frame_positions(count, duration, fps=FPS):
-    """Which of `count` frames to look at: duration * fps of them to the next even number, at least 4, at most all,
+def frame_positions(count, duration):
+    """Which of `count` frames to look at: FPS a second of duration, to the next even number, at least 4, at most all,
     evenly from the first to the last. int64 array."""
-    wanted = max(LEAST, 2 * round(duration * fps / 2))
+    wanted = max(LEAST, 2 * round(duration * FPS / 2))
     return np.linspace(0, count - 1, min(wanted, count)).round().astype(np.int64)
 
 
-def sample_frames(path, fps=FPS, said=0):
-    """Frames of a video at `fps`: uint8 (n, H, W, 3), read one by one. ValueError: not a video, fewer than two frames,
+def sample_frames(path, said=0):
+    """Frames of a video at FPS: uint8 (n, H, W, 3), read one by one. ValueError: not a video, fewer than two frames,
     or fewer than 19 of 20 of the number it was `said` to have: a file that was cut off often decodes without error."""
     try:
         with imageio.get_reader(path, format="FFMPEG") as reader:
             rate, count = reader.get_meta_data()["fps"], reader.count_frames()
-            positions = frame_positions(count, count / rate, fps) if count > 1 and rate > 0 else []
+            positions = frame_positions(count, count / rate) if count > 1 and rate > 0 else []
             wanted = set(positions)
             taken = {i: frame for i, frame in enumerate(reader) if i in wanted}
     except (OSError, RuntimeError, ValueError, KeyError, IndexError, StopIteration):
@@ -71,11 +72,11 @@ def fit(frames, length, size):
     return video.transpose(0, 1).round().byte().contiguous()
 
 
-def write_video(path, video, fps=FPS, zoom=4):
+def write_video(path, video, zoom=4):
     """Writes a clip (3, T, H, W) in [-1, 1] as mp4, a pixel as zoom x zoom: H.264 halves the resolution of colour."""
     frames = ((video.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0)
     frames = frames.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2).numpy()
-    imageio.mimwrite(path, list(frames), format="FFMPEG", fps=fps, quality=9, macro_block_size=1)
+    imageio.mimwrite(path, list(frames), format="FFMPEG", fps=FPS, quality=9, macro_block_size=1)
 
 
 def is_latent(path):
@@ -116,18 +117,18 @@ def read_latent(path):
     return array if row is None else array[row]
 
 
-def cached_clip(path, folder, length, size, fps=FPS, said=0):
+def cached_clip(path, folder, length, size, said=0):
     """The clip of a video as uint8 (3, length, size, size), from `folder` if it was decoded before.
 
     The file there is named by the video's path, size and time of change: a changed video is decoded again. ValueError
     as in sample_frames; OSError if `folder` cannot be written."""
     path, folder = Path(path).resolve(), Path(folder)
     facts = path.stat()
-    key = repr((str(path), facts.st_size, facts.st_mtime_ns, length, size, fps))
+    key = repr((str(path), facts.st_size, facts.st_mtime_ns, length, size, FPS))
     kept = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npy"
     if kept.exists():
         return torch.from_numpy(np.array(_load(kept)))
-    clip = fit(sample_frames(path, fps, said), length, size)
+    clip = fit(sample_frames(path, said), length, size)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp", delete=False) as file:
         np.save(file, clip.numpy())
