@@ -1,11 +1,12 @@
 """Every performance ratio in one run, beside its floor: what costs how much, and against what.
 
-    python bench.py                  all of it; `--only attention` for one part
+    python bench.py                  all of it; `--only dense` for one part
     python bench.py --json FILE      also as JSON
 
 Variants of one ratio take turns in one process and the median counts, so that a busy machine slows all alike. On a CPU
-the clock is the process's own time on one thread; on a GPU it is the device's. The rate of matrix products, against
-which a training step is held, is measured in the same run. Times are of this machine, ratios should carry over.
+the clock is the process's own time on one thread; on a GPU it is the wall's, once the device is idle. The rate of
+matrix products, against which a training step is held, is measured in the same run. Times are of this machine, ratios
+should carry over.
 """
 
 import json
@@ -28,7 +29,7 @@ from plan import step_flops
 from tasks import TASKS
 from train import arguments
 
-# The size of the published comparison: 256 video tokens, width 256
+# Between the presets: 256 video tokens, width 256
 MEDIUM = ModelConfig(frames=4, size=32, channels=16, patch=(1, 4, 4), dim=256, depth=4, heads=4)
 
 
