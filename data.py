@@ -4,10 +4,10 @@
     python data.py table                what the annotators said of them: ties, agreement, ratings of each generator
     python train.py --algo reward --data DIR/train.csv          trains on any data set in that format
 
-A batch is a dict of tensors, made without a loop over samples and fixed by (seed, step) alone: an interrupted run that
-resumes at step n sees exactly the batches it would have seen.
+A batch is a dict of tensors, fixed by (seed, step) alone: an interrupted run that resumes at step n sees exactly the
+batches it would have seen.
 
-    base model   {"video" (B, 3, T, H, W), "y" (B, S)}
+    base model   {"video" (B, C, T, H, W), "y" (B, S)}
     pairs        {"video_a", "video_b", "y", "label" (B, 3), "mos" (B, 2, 3)}
                  label 1: A is better, -1: B, 0: tie, INVALID: no label; mos: ratings of A and B from 1 to 5, 0: none
 

@@ -63,8 +63,7 @@ def work_through(jobs, folder):
             temporary = done.with_suffix(".tmp")
             temporary.write_text(json.dumps(rows))
             os.replace(temporary, done)
-    left = [name for name in jobs if not (folder / f"{name}.json").exists()]
-    if left:
+    if not all((folder / f"{name}.json").exists() for name in jobs):
         return None
     return {name: json.loads((folder / f"{name}.json").read_text()) for name in jobs}
 

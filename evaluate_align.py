@@ -2,7 +2,8 @@
 
 Every method starts from the same base model and takes the same number of clips of the same pairs, relabelled once by
 VideoReward: 1:1:1 by the mean of its three z-scores (Table 3), or by TA alone (Table 4). The judges are VideoReward,
-the paper's own, which these policies were trained to please, and the oracle, which says what is true.
+the paper's own, which these policies were trained to please, and the oracle, which says what is true and stands for the
+paper's human evaluation (Fig. 5).
 
     set        prompts                                                      in the paper
     standard   256: those that the base model was trained on, in turn       VBench

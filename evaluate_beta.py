@@ -19,7 +19,7 @@ from reward import DIMENSIONS
 from tasks import TASKS
 from world import TRUE_MEAN, TRUE_STD
 
-BETAS = (10, 30, 100, 300, 1000, 3000)
+BETAS = (10, 30, 100, 300, 1000, 3000)  # the paper's: 100 to 8000
 SCHEDULES = ("dpo-constant", "dpo-schedule")
 SETS = {"standard": 128, "hard": 96}
 CFGS = (1.0,)

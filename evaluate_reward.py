@@ -2,8 +2,8 @@
 
 Every model is trained by train.py's own task on labels of the toy's annotators and judged on pairs whose prompts it
 never saw: "validation", the split that also gives its z-score constants, and "benchmark", combinations of words that no
-model here ever sees (the stand-in for VideoGen-RewardBench, with an Overall label). Two rows need no training: random
-scores, and the oracle, whose accuracy is the ceiling: labels are noisy, and ties depend on people.
+model here ever sees (the stand-in for VideoGen-RewardBench, with an Overall label; GenAI-Bench has none). Two rows need
+no training: random scores, and the oracle, whose accuracy is the ceiling: labels are noisy, and ties depend on people.
 """
 
 import math

@@ -5,10 +5,12 @@ each process and micro-batch works on its part of it (parts.py).
 
     pretrain   the video model by flow matching on clips of all twelve generators            section 4.1
     reward     VideoReward on pairs that annotators compared, toy or on disk                 section 3
-    sft        the video model on the winners of pairs that VideoReward ranked               section 5.1
+    sft        the video model on the winners of pairs that VideoReward ranked               section 5.2
     rwr        the video model on both clips of these pairs, weighted by their reward        section 4.3
     nrg        a small head on the base model's first blocks, on noised pairs, by BT         section 4.4
     dpo        the video model on these pairs, against its frozen start                      section 4.2
+
+Alignment drops prompts for CFG as pretraining does (--label-dropout); the paper does not say whether its own does.
 """
 
 import copy
@@ -50,7 +52,7 @@ from sources import disk_data, epoch_index, reward_config, toy_data
 class Task:
     """What the loop needs to know of an algorithm."""
 
-    kind: str  # of its checkpoint: "velocity" or "reward"
+    kind: str  # of its checkpoint (common.py)
     model: torch.nn.Module  # the one that is trained
     vocabulary: Vocabulary
     batch: Callable  # (step, part) -> dict of tensors on the CPU, of this part of the batch
@@ -259,7 +261,8 @@ def sft_task(args, device):
 
 
 def weighted_task(args, policy, vocabulary, pairs, chosen, weight, finish):
-    """The flow-matching loss on clips `chosen` (N, 2: pair, side) with weights (N,): two for each pair of DPO's."""
+    """The flow-matching loss on clips `chosen` (N, 2: pair, side) with weights (N,): two for each pair of DPO's,
+    so SFT sees a winner twice as often as DPO does."""
 
     def batch(step, part):
         here = part.cut(epoch_index(len(chosen), 2 * args.batch, step, args.seed))
@@ -336,7 +339,7 @@ def alignment(args, device):
 
 @lru_cache(maxsize=1)  # a study aligns many policies on the same pairs
 def scored_pairs(count, seed, init, reward, device):
-    """Pairs, and VideoReward's z-scores of both clips of each (N, 2, 3) (section 5.1).
+    """Pairs, and VideoReward's z-scores of both clips of each (N, 2, 3) (section 5.2).
 
     Offline and once, as in the paper: clips of the twelve generators, none of the policy's own."""
     base, words = load_velocity(init)

@@ -58,7 +58,9 @@ from parts import Part
 from plan import plan
 from tasks import LOSSES, TASKS
 
-# A flag left out takes its algorithm's value here; README, "Settings, and why", compares them with the paper's.
+# A flag left out takes its algorithm's value here. The paper tunes pretrained models, by Adam: VideoReward at 2e-6 and
+# batch 32, the noise-aware reward at 5e-6 and batch 144, both for 2 epochs (Table 11); sft, rwr and dpo at 5e-6 and
+# batch 64 for one epoch (Table 10). README, "Settings, and why", has more.
 DEFAULTS = {
     "pretrain": {"steps": 6000, "batch": 32, "lr": 2.5e-3, "decay": 0.4, "ema": 0.999},
     "reward": {"steps": 900, "batch": 32, "lr": 1e-3, "decay": 0.2, "ema": 0.0},
@@ -183,20 +185,17 @@ def in_bf16(args, device):
 
 
 def arguments(argv=None):
-    """The flags of a command line, all algorithms' defaults filled in."""
+    """The flags of a command line, the algorithm's defaults filled in."""
     parser = Parser(
         "Trains one algorithm; writes last.pt, metrics.jsonl and pictures to --out. "
         "Where no checkpoint is named, the shipped weights/ are used."
     )
 
-    def by_algorithm(name):
-        return argparse.SUPPRESS, ", ".join(f"{algo} {values[name]}" for algo, values in DEFAULTS.items())
-
     group = parser.add_argument_group("what to train")
     group.add_argument("--algo", choices=TASKS, default="dpo", help="algorithm")
     group.add_argument("--preset", choices=PRESETS, default="nano", help="size of a model trained from nothing")
     group.add_argument("--attention", help="full, or tile:T,H,W for sliding tiles (default: full, or as --init has it)")
-    group.add_argument("--init", type=Path, help="base model to align, in dpo also the reference (weights/base.pt)")
+    group.add_argument("--init", type=Path, help="base model to align; dpo's reference, nrg's trunk (weights/base.pt)")
     group.add_argument("--reward", type=Path, help="VideoReward that scores the pairs (weights/reward.pt)")
 
     group = parser.add_argument_group("how long and how fast")
@@ -208,8 +207,8 @@ def arguments(argv=None):
         "ema": (float, "memory of the averaged weights; 0 = none"),
     }
     for name, (kind, text) in helps.items():
-        default, values = by_algorithm(name)
-        group.add_argument(f"--{name}", type=kind, default=default, help=f"{text} (default: {values})")
+        values = ", ".join(f"{algo} {defaults[name]}" for algo, defaults in DEFAULTS.items())
+        group.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=f"{text} (default: {values})")
     group.add_argument("--seed", type=int, default=0, help="of weights, data, noise and times")
     group.add_argument("--device", default="auto", help="auto (cuda, mps, cpu) or a torch device")
     group.add_argument(
@@ -279,7 +278,7 @@ def arguments(argv=None):
     group.add_argument("--export", type=Path, help="also write the final weights here, alone and as float16")
     group.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
     group.add_argument("--eval-prompts", type=int, default=192, help="prompts of the closing table")
-    group.add_argument("--eval-pairs", type=int, default=1000, help="reward: validation pairs")
+    group.add_argument("--eval-pairs", type=int, default=1000, help="reward, nrg: validation pairs")
     group.add_argument("--eval-seed", type=int, default=1234, help="noise of the closing table")
 
     args = parser.parse_args(argv)
