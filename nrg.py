@@ -250,12 +250,13 @@ class SharedTrunk:
 
 
 def steer(policy, reward, weights, scale, eps, interval=(0.0, 1.0)):
-    """(velocity model, guidance) to sample with; they share their first blocks where these are equal to the last bit,
-    otherwise the reward runs its own. Weights or a scale of 0 leave the policy alone."""
+    """(velocity model, guidance) to sample with; they share their first blocks where these are equal to the last bit
+    and attend alike, otherwise the reward runs its own. Weights or a scale of 0 leave the policy alone."""
     if scale == 0 or not any(weights):
         return policy, None
     own, others = trunk_tensors(reward.trunk, reward.config.read), trunk_tensors(policy, reward.config.read)
     same = own.keys() == others.keys() and all(torch.equal(own[name], others[name]) for name in own)
+    same = same and reward.config.attention == policy.config.attention
     shared = SharedTrunk(policy, reward) if same else policy
     gradient = shared.gradient if same else reward_gradient
     return shared, guide(reward.requires_grad_(False), weights, scale, eps, interval, gradient)

@@ -1,7 +1,7 @@
 """Flow-NRG's guidance: against closed forms, and what it must leave alone."""
 
 import copy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -235,6 +235,16 @@ def test_a_policy_with_another_trunk_does_not_share_it():
     assert isinstance(steer(later, reward, **settings)[0], SharedTrunk)
     model, guidance = steer(earlier, reward, **settings)
     assert model is earlier
+    v = model(x, t, y)
+    assert torch.equal(guidance(v, x, t, y), guide(reward, **settings)(v, x, t, y))
+
+
+def test_a_policy_with_other_attention_does_not_share_its_trunk():
+    base, (x, t, y) = small_model(), inputs()
+    reward, policy = noisy_reward_on(base, 2), copy.deepcopy(base)
+    policy.config = replace(CONFIG, attention="tile:1,1,1/1,1,1")  # a video token sees itself and the words
+    settings = dict(weights=[1.0, 1.0, 1.0], scale=1.0, eps=0.1)
+    model, guidance = steer(policy, reward, **settings)
     v = model(x, t, y)
     assert torch.equal(guidance(v, x, t, y), guide(reward, **settings)(v, x, t, y))
 
