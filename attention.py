@@ -158,7 +158,7 @@ def attention(q, k, v, plan=None, backend="auto"):
 
 
 def choose(q, plan=None):
-    """The fastest backend for the device, dtype and length."""
+    """The fastest backend for the device, dtype, length and plan."""
     if plan is not None:
         fits = plan.tile in (16, 32, 64, 128) and q.shape[-1] in (16, 32, 64, 128)
         return "triton" if q.is_cuda and fits and HAS_TRITON else "gather"

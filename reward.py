@@ -160,6 +160,8 @@ class Stem(nn.Module):
 
 
 class RewardBlock(nn.Module):
+    """Attention and MLP; the first `context` tokens see only each other."""
+
     def __init__(self, dim, heads):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)

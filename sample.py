@@ -97,7 +97,7 @@ def write_sheet(path, videos, zoom=3):
 
 def main():
     parser = Parser("Samples clips of one prompt and prints their true scores (1 is a clean clip, 0 a bad one).")
-    parser.add_argument("--prompt", default="a red circle moving left", help="words known to the model, 8 at most")
+    parser.add_argument("--prompt", default="a red circle moving left", help="words that the model knows")
     parser.add_argument("--ckpt", type=Path, default=WEIGHTS / "base.pt", help="weights of a video model")
     parser.add_argument("--n", type=int, default=4, help="clips")
     parser.add_argument("--steps", type=int, default=STEPS, help="Euler steps")

@@ -104,7 +104,7 @@ def train(task, args, device, state=None):
     every, learned = (sum(map(torch.numel, values)) for values in (model.parameters(), trained.values()))
     if args.export and first:
         check_writable(args.export.parent, "--export")
-    log = open_log(args.out, start, 4 * (every + (3 if args.ema else 2) * learned))
+    log = open_log(args.out, start, 4 * (every + (3 if args.ema else 2) * learned))  # weights, AdamW's two, averages
     stopped = []
     signals = signal.SIGINT, signal.SIGTERM
     handlers = [signal.signal(number, lambda *_: stopped.append(True)) for number in signals]

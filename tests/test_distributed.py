@@ -130,7 +130,7 @@ class Hostile:
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_an_index_of_shards_that_would_run_code_is_refused(runs, tmp_path, monkeypatch):
+def test_an_index_of_shards_that_would_run_code_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tensors = {"model.a": torch.arange(3.0)}
     dcp.save(tensors, checkpoint_id=tmp_path / "shards-1", no_dist=True)

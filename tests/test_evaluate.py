@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import imageio.v3 as imageio
 import numpy as np
@@ -18,8 +17,6 @@ import evaluate_reward
 import plot
 from common import BadInput
 from data import Pairs
-
-ROOT = Path(evaluate.__file__).parent
 
 
 def test_a_stopped_study_goes_on_and_keeps_what_it_has(tmp_path):

@@ -107,7 +107,7 @@ def test_bad_latents_name_line_and_column(latents, fault):
     assert len(disk_pairs(rows, path, config, vocabulary, path.parent / "cache", skipped)) == 5 and len(skipped) == 1
 
 
-def test_a_clip_that_goes_away_during_training_ends_in_one_line(latents, tmp_path):
+def test_a_clip_that_goes_away_during_training_ends_in_one_line(latents):
     path, _ = latents
     rows = read_pairs(path)
     vocabulary = vocabulary_of(PROMPTS)
