@@ -1,0 +1,72 @@
+"""Reading the README files: sections, tables, what stands in backticks, and commands."""
+
+import re
+import shlex
+from itertools import groupby
+from pathlib import Path
+
+import common
+
+ROOT = Path(common.__file__).parent
+
+FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.M | re.S)
+COMMAND = re.compile(r" *(?:\$ )?((?:\w+=\S* +)*(?:python|torchrun|pip) .*|for \w+ in .*)")
+
+
+def prose(doc):
+    return FENCE.sub("", (ROOT / doc).read_text())
+
+
+def spans(text):
+    """What stands in backticks."""
+    return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", text)]
+
+
+def sections(text):
+    """{heading: text below it}"""
+    _, *parts = re.split(r"^#+ +(.*)\n", text, flags=re.M)
+    return dict(zip(parts[::2], parts[1::2]))
+
+
+def tables(text):
+    """Lists of rows, lists of cells; the head is the first."""
+    for block in re.findall(r"(?:^\|.*\n){2,}", text, re.M):
+        head, _, *rows = [re.split(r" *(?<!\\)\| *", line)[1:-1] for line in block.splitlines()]
+        yield [head, *rows]
+
+
+def commands(text):
+    """[(words of a command, lines of output below it)] without pip's; a loop is run once, with its first value."""
+    found, values = [], {}
+    for line in text.replace("\\\n", " ").splitlines():
+        if not (match := COMMAND.fullmatch(line)):
+            for _, output in found[-1:]:
+                output.append(line)
+            continue
+        lexer = shlex.shlex(match[1], posix=True, punctuation_chars=";&|")  # which leaves comments out
+        lexer.whitespace_split = True
+        for between, words in groupby(lexer, {";", "&&", "&", "|", "do", "done"}.__contains__):
+            words = [re.sub(r"\$\{?(\w+)\}?", lambda name: values.get(name[1], name[0]), word) for word in words]
+            while words and re.match(r"\w+=", words[0]):
+                del words[0]  # a variable of the environment
+            if words[0] == "for":
+                values[words[1]] = words[3]
+            elif not between and words[0] != "pip":
+                found.append((words, []))
+    return found
+
+
+def fenced(doc):
+    """{heading: commands in the fences below it}"""
+    text, found = (ROOT / doc).read_text(), {}
+    for fence in FENCE.finditer(text):
+        if fence[1] in ("", "sh", "bash", "console") and (inside := commands(fence[2])):
+            *_, heading = sections(FENCE.sub("", text[: fence.start()]))
+            found.setdefault(heading, []).extend(inside)
+    return found
+
+
+def all_commands(doc):
+    """Every command of a file once, as text."""
+    found = [*sum(fenced(doc).values(), []), *(one for span in spans(prose(doc)) for one in commands(span))]
+    return dict.fromkeys(shlex.join(words) for words, _ in found)
