@@ -6,17 +6,14 @@ import shlex
 import sys
 from contextlib import suppress
 from itertools import product
-from pathlib import Path
 from unittest import mock
 
-import numpy as np
 import pytest
 from readme import ROOT, all_commands, commands, fenced, prose, sections, spans, tables
 from torch.distributed import run as torchrun
 
 import common
 import train
-from pairs_csv import Pair, write_pairs
 
 DOCS = ("README.md", "weights/README.md", "examples/README.md")
 
@@ -25,6 +22,7 @@ SHRUNK = {
     "train.py": "--steps 2 --batch 2 --pairs 8 --eval-prompts 2 --eval-pairs 10 --device cpu",
     "sample.py": "--steps 2 --n 2 --device cpu",
     "data.py": "--pairs 10",
+    "examples/toy_latents.py": "--pairs 8",
 }
 ELSEWHERE = {  # or by these tests
     "torchrun .*train.py": [
@@ -55,6 +53,10 @@ for s in 3 4; do
     assert commands(text) == [(a, ["said"]), (b, []), (c, [])]
 
 
+def module_of(script):
+    return importlib.import_module(script.removesuffix(".py").replace("/", "."))
+
+
 def parser_of(module):
     """The parser that a script's main fills."""
     with mock.patch.object(common.Parser, "parse_args", autospec=True, side_effect=InterruptedError) as parse:
@@ -73,9 +75,9 @@ def test_a_command_is_accepted(doc, command):
         assert flags[0] == "pytest" and all(is_there(flag) for flag in flags if "/" in flag)
         return
     assert is_there(script)
-    if script.startswith("examples/"):
+    if script == "examples/wan.py":
         pytest.importorskip("diffusers")
-    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    module = module_of(script)
     flags = ["1" if re.fullmatch(r"[A-Z]+|<.*>", flag) else flag for flag in flags if flag != "..."]  # N, DIR
     with suppress(SystemExit):  # of --help; a bad flag is BadInput
         if flags:
@@ -97,25 +99,15 @@ def test_each_command_in_a_fence_is_run_by_a_test():
         assert all(map(is_there, elsewhere(words)))
 
 
-def write_latents(path):
-    """Eight pairs of random latents in a CSV."""
-    path.parent.mkdir(exist_ok=True)
-    np.save(path.parent / "shard.npy", np.random.default_rng(0).standard_normal((16, 12, 8, 16, 16), np.float32))
-    clips = [(f"shard.npy:{i}", f"shard.npy:{i + 8}") for i in range(8)]
-    write_pairs([Pair(*both, f"prompt {both[0]}", (1, -1, 0), 2.0, 8.0, 2.0, 8.0) for both in clips], path)
-
-
 @pytest.mark.parametrize("heading", [h for h, part in fenced("README.md").items() if any(here(w) for w, _ in part)])
 def test_the_commands_of_a_section_run_one_after_the_other(heading, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for words, output in fenced("README.md")[heading]:
         if not here(words):
             continue
-        if "--data" in words and not (data := Path(words[words.index("--data") + 1])).exists():
-            write_latents(data)
         planned = "--plan" in words  # takes no time, and always says the same
         monkeypatch.setattr(sys, "argv", words[1:] + SHRUNK[words[1]].split() * (not planned))
-        importlib.import_module(words[1].removesuffix(".py")).main()
+        module_of(words[1]).main()
         said = capsys.readouterr().out.splitlines()
         assert said == output if planned else said
 
