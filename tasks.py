@@ -323,9 +323,11 @@ def alignment(args, device):
         texts = "; ".join(world.prompt_text(prompt) for prompt in prompts[shown])
         return [*lines, f"wrote {out / name}.gif and .png (CFG 1): {texts}"]
 
+    if reward.config.video_shape != base.config.video_shape or reward.config.max_text != base.config.max_text:
+        raise BadInput(
+            "--reward and --init take clips or prompts of other sizes; train both with the same --preset or --data"
+        )
     if args.data:
-        if reward.config.video_shape != base.config.video_shape or reward.config.max_text != base.config.max_text:
-            raise BadInput("--reward and --init take clips or prompts of other sizes; train both on the same --data")
         _same_words(words, reward_words)
         _, _, pairs, _, _ = disk_data(args, (words, base.config), held_out=False)
         scores = pair_scores(

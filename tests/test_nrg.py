@@ -104,16 +104,21 @@ def test_the_unified_view_knows_its_truth(monkeypatch):
     x = torch.linspace(-6, 8, 140_001, dtype=torch.float64)
     log_p = torch.logsumexp(-0.5 * ((x[:, None] - evaluate_unified.MEANS.double()) / evaluate_unified.STD) ** 2, 1)
     p = torch.softmax(log_p + x / evaluate_unified.BETA, 0)
-    share, mean = evaluate_unified.truth()
+    share, mean, quantiles = evaluate_unified.truth()
     assert mean == pytest.approx((p * x).sum().item(), abs=1e-4)
     edges = evaluate_unified.EDGES
     inside = p[(x >= edges[40].item()) & (x < edges[41].item())].sum().item()
     assert share[40].item() == pytest.approx(inside, abs=1e-4)
+    tenth = x[torch.searchsorted(p.cumsum(0), torch.tensor(0.1, dtype=torch.float64))].item()
+    assert quantiles[len(quantiles) // 10].item() == pytest.approx(tenth, abs=2e-3)
     monkeypatch.setattr(evaluate_unified, "SAMPLES", 4000)
     reference, exact = (evaluate_unified.judged(name, 0)[0] for name in ("reference", "nrg-exact"))
     assert reference["mean"] == pytest.approx(0.0, abs=0.08) and exact["mean"] == pytest.approx(mean, abs=0.05)
     # the mean moves by .92, all of it mass moved to the right: so far is p_ref from p*
     assert reference["distance"] == pytest.approx(mean, abs=0.08) and exact["distance"] < 0.05
+    # samples that all lie at 8, far from any bin, are 8 - mean away
+    monkeypatch.setattr(evaluate_unified, "model_of", lambda *_: (lambda x, t, y: (x - 8) / t[:, None], None))
+    assert evaluate_unified.judged("", 0)[0]["distance"] == pytest.approx(8 - mean, abs=0.01)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
