@@ -108,9 +108,8 @@ def test_a_reward_of_another_video_size_is_refused(command, tmp_path):
     flags = ["--ckpt", tmp_path / "short.pt", "--nrg", "1,1,1", "--out", tmp_path / "out"]
     status, _, error = command(sample, *flags)
     refused(status, error, "another video size")
-    status, _, error = command(
-        train, "--algo", "dpo", *TINY, "--init", tmp_path / "short.pt", "--out", tmp_path / "out"
-    )
+    flags = ["--algo", "dpo", *TINY, "--freeze", 0, "--init", tmp_path / "short.pt", "--out", tmp_path / "out"]
+    status, _, error = command(train, *flags)
     refused(status, error, "other sizes; train both with the same --preset")
     assert not (tmp_path / "out").exists()
 
