@@ -13,6 +13,7 @@ are VideoReward and the oracle; the noise-aware reward that guides was trained o
 """
 
 from functools import partial
+from itertools import product
 
 import torch
 
@@ -34,7 +35,7 @@ SETS = {"large": 256}
 TABLE_5 = ((0, 0, 1), (0.1, 0.1, 0.8), (0.1, 0.1, 0.6), (0.5, 0.5, 0), (1, 1, 1))
 RISING = (0.5, 1, 2)
 SCALES = (0.25, 0.5, 2, 4)  # times the default
-TOLD_AT = (0.0, 0.4, 0.6, 0.8, 0.9, 0.95)
+TOLD_AT, TOLD_BY = (0.0, 0.4, 0.6, 0.8, 0.9, 0.95), ("noised", "trained trunk")
 VARIANTS = {
     "noised": [],
     "clean": ["--time-shift=0"],
@@ -47,9 +48,14 @@ def name_of(weights):
     return "nrg-" + ":".join(f"{w:g}" for w in weights)
 
 
+def kept(variant, seed, args):
+    """Where the reward of a variant is kept."""
+    return args.work / "nrg" / f"{variant.replace(' ', '-')}-{seed}"
+
+
 def reward_of(variant, seed, args, device):
     """The noise-aware reward of a variant, trained here."""
-    out = args.work / "nrg" / f"{variant.replace(' ', '-')}-{seed}"
+    out = kept(variant, seed, args)
     settings = settings_for(["--algo=nrg", *VARIANTS[variant], f"--seed={seed}"], out, args)
     train.train(TASKS["nrg"](settings, device), settings, device)
     base, _ = load_velocity(WEIGHTS / "base.pt")
@@ -132,11 +138,11 @@ def accuracy_rows(reward, variant, seed, args, device):
 
 
 @torch.no_grad()
-def told_apart(seed, args, device):
+def told_apart(variant, seed, args, device):
     """How often TA prefers the prompt that a clean clip shows to one with another colour, shape or direction, by noise:
-    what the default reward, trained by `steered_rows`, can steer by."""
+    what a reward, trained by `steered_rows`, can steer by."""
     base, words = load_velocity(WEIGHTS / "base.pt")
-    reward = load_noisy_reward(args.work / "nrg" / f"noised-{seed}" / "last.pt", base)[0].to(device)
+    reward = load_noisy_reward(kept(variant, seed, args) / "last.pt", base)[0].to(device)
     rng, prompts = step_rng(98765, 0), prompt_set(min(256, args.eval_pairs), "validation")
     x0 = world.render(world.draw_clips(prompts, torch.zeros_like(prompts[:, 0]), rng, clean=True)).to(device)
     x1, rows = draw_noise(x0, rng), []
@@ -148,7 +154,7 @@ def told_apart(seed, args, device):
             y = Vocabulary(words).encode_attributes(prompts, base.config.max_text).to(device)
             return reward(x_t, t, y)[:, DIMENSIONS.index("TA")]
 
-        row = {"study": "told", "method": "nrg", "variant": "noised", "seed": seed, "t": now}
+        row = {"study": "told", "method": "nrg", "variant": variant, "seed": seed, "t": now}
         for i, choices in enumerate(world.CHOICES):
             other = prompts.clone()
             other[:, i] = (other[:, i] + torch.randint(1, choices, (len(prompts),), generator=rng)) % choices
@@ -187,8 +193,8 @@ def jobs(args, device):
     for variant in VARIANTS:
         for seed in range(args.seeds):
             made[f"{variant.replace(' ', '-')}-{seed}"] = partial(steered_rows, variant, seed, args, device)
-    for seed in range(args.seeds):
-        made[f"told-{seed}"] = partial(told_apart, seed, args, device)
+    for variant, seed in product(TOLD_BY, range(args.seeds)):
+        made[f"told-{variant.replace(' ', '-')}-{seed}"] = partial(told_apart, variant, seed, args, device)
     return made
 
 
@@ -266,9 +272,9 @@ def report(args, rows):
         "",
     ]
     lines += ["| | " + " | ".join(f"t {t:g}" for t in TOLD_AT) + " |", "|---|" + "---|" * len(TOLD_AT)]
-    for name in ATTRIBUTES:
-        told = [figure(name, study="told", t=t) for t in TOLD_AT]
-        lines.append(f"| {name} | " + " | ".join(f"{m:.2f} ± {sd:.2f}" for m, sd in told) + " |")
+    for variant, name in product(TOLD_BY, ATTRIBUTES):
+        told = [figure(name, study="told", variant=variant, t=t) for t in TOLD_AT]
+        lines.append(f"| {variant}, {name} | " + " | ".join(f"{m:.2f} ± {sd:.2f}" for m, sd in told) + " |")
 
     seconds = {row["method"]: row["seconds"] for row in rows if row["study"] == "cost"}
     lines += ["", "## Cost of a sampling step", "", "| | to a plain step | to a CFG step |", "|---|---|---|"]

@@ -161,7 +161,7 @@ def test_nrg_study_from_end_to_end(tmp_path, monkeypatch):
         0 <= row[name] <= 1 for row in rows if row["study"] not in ("cost", "told") for name in ("VQ", "MQ", "TA")
     )
     told = [row for row in rows if row["study"] == "told"]
-    assert len(told) == 6 and all(0 <= row[name] <= 1 for row in told for name in ("colour", "shape", "direction"))
+    assert len(told) == 12 and all(0 <= row[name] <= 1 for row in told for name in ("colour", "shape", "direction"))
     costs = {row["method"]: row["seconds"] for row in rows if row["study"] == "cost"}
     assert costs["plain"] < costs["NRG, own trunk"] and costs["NRG, shared trunk"] < costs["NRG, own trunk"]
     assert "## Table 5" in text and "| dpo+nrg-1:1:1, CFG 2 |" in text

@@ -9,6 +9,7 @@ import pytest
 from readme import ROOT, prose, tables
 
 import evaluate_beta
+import evaluate_nrg
 from compare import over_seeds
 from evaluate_align import ALIGNED, JUDGES, METHODS
 from evaluate_reward import MODELS
@@ -69,3 +70,16 @@ def test_figures_of_the_reward():
         for cell, name in zip(cells, (*DIMENSIONS, "Overall"), strict=True):
             for text, ties in zip(cell.split(" / "), ("with", "without"), strict=True):
                 check(text, figure(f"{name}_{ties}", model=which(label, models)))
+
+
+def test_figures_of_guidance():
+    figure = figures_of("nrg", study="weights")
+    _, _, *rows = next(rows for rows in tables(prose("README.md")) if rows[0][0] == "VQ : MQ : TA")
+    assert len(rows) == len(evaluate_nrg.TABLE_5) + 1
+    for label, *cells in rows:
+        guided = ":" in label
+        method = "nrg-" + ":".join(f"{float(w):g}" for w in label.split(":")) if guided else "CFG 2, no NRG"
+        wanted = [figure(name, method=method, judge=by) for by in JUDGES for name in DIMENSIONS]
+        wanted += [figure(f"{name}_score", method=method, judge="oracle") for name in DIMENSIONS]
+        for cell, value in zip(cells, wanted, strict=True):
+            check(cell, value)
