@@ -25,7 +25,7 @@ from nrg import load_noisy_reward, steer
 STEPS = 20
 CFG = 2.0
 # Reward guidance, on rewards of unit spread. Above t = 0.9 the learned gradient does not vanish as the exact one does:
-# guided there as well, motion suffered (1:1:1, scale 3: MQ .66 instead of .76, TA .62 and .65, VQ 1.00 and .85).
+# guided there as well, motion suffered (results/nrg.md, 1:1:1: MQ .49 instead of .76, TA .51 and .56, VQ .99 and .91).
 NRG_SCALE, NRG_EPS, NRG_INTERVAL = 4.0, 0.1, (0.0, 0.9)
 
 
