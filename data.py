@@ -77,6 +77,10 @@ class Vocabulary:
             y[i, : len(words)] = torch.tensor([self.ids[word] for word in words])
         return y
 
+    def decode(self, y):
+        """Ids (S,) of one prompt -> its text."""
+        return " ".join(self.words[word] for word in y if word)
+
     def encode_attributes(self, attributes, length):
         """Attributes (B, 3) of toy prompts -> ids (B, length), the same as encode of their texts, without the texts."""
         y = torch.zeros(len(attributes), length, dtype=torch.int64)
@@ -327,7 +331,7 @@ def _toy_row(name, i, pairs, vocabulary, frames):
     benchmark = name == "benchmark"
     return Pair(
         *paths,
-        " ".join(vocabulary.words[word] for word in pairs.y[i] if word),
+        vocabulary.decode(pairs.y[i]),
         tuple(pairs.label[i].tolist()),
         *(FPS, float(frames)) * 2,
         mos=() if benchmark else tuple(round(value, 4) for value in pairs.mos[i].flatten().tolist()),

@@ -48,14 +48,14 @@ def name_of(weights):
     return "nrg-" + ":".join(f"{w:g}" for w in weights)
 
 
-def kept(variant, seed, args):
-    """Where the reward of a variant is kept."""
-    return args.work / "nrg" / f"{variant.replace(' ', '-')}-{seed}"
+def reward_name(variant, seed):
+    """Of a variant's reward: its job, and its folder in --work."""
+    return f"{variant.replace(' ', '-')}-{seed}"
 
 
 def reward_of(variant, seed, args, device):
     """The noise-aware reward of a variant, trained here."""
-    out = kept(variant, seed, args)
+    out = args.work / "nrg" / reward_name(variant, seed)
     settings = settings_for(["--algo=nrg", *VARIANTS[variant], f"--seed={seed}"], out, args)
     train.train(TASKS["nrg"](settings, device), settings, device)
     base, _ = load_velocity(WEIGHTS / "base.pt")
@@ -142,23 +142,23 @@ def told_apart(variant, seed, args, device):
     """How often TA prefers the prompt that a clean clip shows to one with another colour, shape or direction, by noise:
     what a reward, trained by `steered_rows`, can steer by."""
     base, words = load_velocity(WEIGHTS / "base.pt")
-    reward = load_noisy_reward(kept(variant, seed, args) / "last.pt", base)[0].to(device)
+    reward = load_noisy_reward(args.work / "nrg" / reward_name(variant, seed) / "last.pt", base)[0].to(device)
     rng, prompts = step_rng(98765, 0), prompt_set(min(256, args.eval_pairs), "validation")
     x0 = world.render(world.draw_clips(prompts, torch.zeros_like(prompts[:, 0]), rng, clean=True)).to(device)
-    x1, rows = draw_noise(x0, rng), []
-    for now in TOLD_AT:
+    x1, rows, vocabulary = draw_noise(x0, rng), [], Vocabulary(words)
+
+    def alignment(now, prompts):
         t = torch.full((len(x0),), now, device=device)
-        x_t = interpolate(x0, x1, t)
+        y = vocabulary.encode_attributes(prompts, base.config.max_text).to(device)
+        return reward(interpolate(x0, x1, t), t, y)[:, DIMENSIONS.index("TA")]
 
-        def alignment(prompts, x_t=x_t, t=t):
-            y = Vocabulary(words).encode_attributes(prompts, base.config.max_text).to(device)
-            return reward(x_t, t, y)[:, DIMENSIONS.index("TA")]
-
+    for now in TOLD_AT:
+        own = alignment(now, prompts)
         row = {"study": "told", "method": "nrg", "variant": variant, "seed": seed, "t": now}
         for i, choices in enumerate(world.CHOICES):
             other = prompts.clone()
             other[:, i] = (other[:, i] + torch.randint(1, choices, (len(prompts),), generator=rng)) % choices
-            row[ATTRIBUTES[i]] = (alignment(prompts) > alignment(other)).float().mean().item()
+            row[ATTRIBUTES[i]] = (own > alignment(now, other)).float().mean().item()
         rows.append(row)
     return rows
 
@@ -190,11 +190,10 @@ def folder(args):
 
 def jobs(args, device):
     made = {"cost": partial(costs, args, device), "cfg": partial(classifier_free, args, device)}
-    for variant in VARIANTS:
-        for seed in range(args.seeds):
-            made[f"{variant.replace(' ', '-')}-{seed}"] = partial(steered_rows, variant, seed, args, device)
+    for variant, seed in product(VARIANTS, range(args.seeds)):
+        made[reward_name(variant, seed)] = partial(steered_rows, variant, seed, args, device)
     for variant, seed in product(TOLD_BY, range(args.seeds)):
-        made[f"told-{variant.replace(' ', '-')}-{seed}"] = partial(told_apart, variant, seed, args, device)
+        made[f"told-{reward_name(variant, seed)}"] = partial(told_apart, variant, seed, args, device)
     return made
 
 
@@ -209,11 +208,10 @@ def report(args, rows):
         return " | ".join("{:.2f} ± {:.2f}".format(*figure(column, **wanted)) for column in columns)
 
     scores = [*(f"{n}_score" for n in DIMENSIONS), *ATTRIBUTES]
-    head = "| | " + " | ".join([f"{by} {n}" for by in JUDGES for n in DIMENSIONS] + [f"true {n}" for n in DIMENSIONS])
-    head += " | " + " | ".join(ATTRIBUTES) + " |"
+    columns = [*(f"{by} {n}" for by in (*JUDGES, "true") for n in DIMENSIONS), *ATTRIBUTES]
 
     def table(title, wanted_of):
-        lines = ["", f"## {title}", "", head, "|---|" + "---|" * 12]
+        lines = ["", f"## {title}", "", f"| | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
         for name, wanted in wanted_of.items():
             wins = [cells(DIMENSIONS, judge=by, **wanted) for by in JUDGES]
             lines.append(f"| {name} | {' | '.join(wins)} | {cells(scores, judge='oracle', **wanted)} |")
@@ -226,11 +224,8 @@ def report(args, rows):
     lines += [
         f"and mean true scores; mean ± sd over {args.seeds} rewards. Scale {NRG_SCALE:g}, eps {NRG_EPS:g}, guided for"
     ]
-    lines += [
-        "t from {:g} to {:g}. colour, shape, direction: the share of clips that have the right one.".format(
-            *NRG_INTERVAL
-        )
-    ]
+    low, high = NRG_INTERVAL
+    lines += [f"t from {low:g} to {high:g}. colour, shape, direction: the share of clips that have the right one."]
     methods = [*map(name_of, TABLE_5), f"CFG {CFG:g}, no NRG"]
     lines += table("Table 5: weights VQ:MQ:TA", {name: {"study": "weights", "method": name} for name in methods})
     alone = [name_of(tuple(w * (i == k) for k in range(3))) for i in range(3) for w in RISING]

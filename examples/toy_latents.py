@@ -18,6 +18,7 @@ from common import BadInput, Parser, check_writable, run
 from data import Vocabulary, annotated_pairs
 from model import ModelConfig
 from pairs_csv import Pair, write_pairs
+from video import FPS
 
 
 def encode(video):
@@ -45,9 +46,9 @@ def main():
         Pair(
             f"shard-0.npy:{2 * i}",
             f"shard-0.npy:{2 * i + 1}",
-            " ".join(vocabulary.words[word] for word in pairs.y[i] if word),
+            vocabulary.decode(pairs.y[i]),
             tuple(pairs.label[i].tolist()),
-            *(2.0, float(config.frames)) * 2,
+            *(FPS, float(config.frames)) * 2,
         )
         for i in range(args.pairs)
     ]
