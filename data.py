@@ -168,9 +168,10 @@ def draw_pairs(count, splits, seed, frames):
 def toy_pairs(count, splits, seed, config, vocabulary):
     """`count` pairs of rendered clips, without labels, and the attributes (count, 3) of their prompts."""
     a, b = draw_pairs(count, splits, seed, config.frames)
+    both = world.join(a, b)
 
     def clips(index, side):
-        return world.render(world.choose(side == 0, a[index], b[index]), config.size)
+        return world.render(both[index + side * count], config.size)
 
     y = vocabulary.encode_attributes(a.prompt, config.max_text)
     return Pairs(y, clips, torch.stack((a.generator, b.generator), 1)), a.prompt

@@ -133,10 +133,9 @@ class Clips:
         return Clips(*(getattr(self, field.name)[index] for field in fields(self)))
 
 
-def choose(mask, a, b):
-    """Clips that are a's where mask (B,) is true and b's elsewhere."""
-    pairs = ((getattr(a, field.name), getattr(b, field.name)) for field in fields(Clips))
-    return Clips(*(torch.where(mask.reshape(-1, *[1] * (x.dim() - 1)), x, y) for x, y in pairs))
+def join(a, b):
+    """The clips of a, then those of b."""
+    return Clips(*(torch.cat((getattr(a, field.name), getattr(b, field.name))) for field in fields(Clips)))
 
 
 def draw_clips(prompt, generator, rng, frames=8, clean=False):
@@ -209,15 +208,17 @@ def _paths(clips):
 def render(clips, size=32):
     """Clips -> videos (B, 3, T, size, size) float32 in [-1, 1]."""
     centre, radius = _paths(clips)
-    mask = torch.empty(*radius.shape, size, size)  # (B, T, H, W)
+    count, frames = radius.shape
+    mask = torch.empty(count, size, frames, size)  # (B, H, T, W), so that the blur takes two plain matrix products
     for shape in range(len(SHAPES)):
         which = clips.shown[:, 1] == shape
-        mask[which] = _mask(shape, centre[which], radius[which], size)
+        mask[which] = _mask(shape, centre[which], radius[which], size).transpose(1, 2)
     # a Gaussian blur is one small matrix on each side of the picture
     distance = (torch.arange(size)[:, None] - torch.arange(size)[None]) / size  # (H, H)
     sigma = (MAX_BLUR * clips.severity[:, 0, None, None]).clamp(min=1e-4)
-    kernel = torch.softmax(-0.5 * (distance / sigma) ** 2, -1)[:, None]  # (B, 1, H, H)
-    mask = kernel @ mask @ kernel.transpose(-1, -2)
+    kernel = torch.softmax(-0.5 * (distance / sigma) ** 2, -1)  # (B, H, H)
+    mask = (kernel @ mask.flatten(2)).reshape(count, -1, size) @ kernel.transpose(1, 2)  # (B, H * T, W)
+    mask = mask.reshape(count, size, frames, size).transpose(1, 2)  # (B, T, H, W)
     # the object stands out by `colour` from a grey `ground`: it fades, then haze covers both, then [0, 1] -> [-1, 1]
     fade, haze = MAX_FADE * clips.severity[:, 1, None], MAX_HAZE * clips.severity[:, 2, None]  # (B, 1) each
     colour = 2 * (1 - haze) * (1 - fade) * (PALETTE[clips.shown[:, 0]] - GROUND)  # (B, 3)

@@ -115,14 +115,13 @@ def test_generators_are_two_eras_whose_dimensions_do_not_covary():
     assert (covariance - covariance.diag().diag()).abs().max().item() < 1e-6
 
 
-def test_drawing_is_reproducible_and_choosing_mixes():
+def test_drawing_is_reproducible_and_joined_clips_stay_what_they_were():
     prompt = world.split_prompts("train")[:6]
     draws = [world.draw_clips(prompt, torch.arange(6), torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
     videos = [world.render(draw) for draw in draws]
     assert torch.equal(videos[0], videos[1]) and not torch.equal(videos[0], videos[2])
-    mask = torch.tensor([True, False, True, False, False, True])
-    mixed = world.render(world.choose(mask, draws[0], draws[2]))
-    assert torch.equal(mixed[mask], videos[0][mask]) and torch.equal(mixed[~mask], videos[2][~mask])
+    mixed = world.render(world.join(draws[0], draws[2])[torch.tensor([2, 6, 11, 0])])
+    assert torch.equal(mixed[[0, 3]], videos[0][[2, 0]]) and torch.equal(mixed[[1, 2]], videos[2][[0, 5]])
 
 
 def test_annotators_agree_on_clear_pairs_and_call_small_differences_ties():
