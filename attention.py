@@ -68,6 +68,7 @@ def parse_attention(text):
 
 
 @lru_cache
+@torch.inference_mode(False)  # a plan made while sampling serves the next training, too
 def tile_plan(text, grid, words, device):
     """The TilePlan of `text` for video tokens on `grid` = (T, H, W) after `words` words; None for "full".
 
@@ -104,6 +105,7 @@ def _lists(sees):
 
 
 @lru_cache
+@torch.inference_mode(False)
 def dense_plan(queries, keys, device):
     """The plan of "full" for so many tokens: blocks of TILE, each of which sees all."""
     sees = torch.ones(-(-queries // TILE), -(-keys // TILE), dtype=torch.bool)

@@ -39,12 +39,14 @@ def sample(model, x1, y, steps=STEPS, cfg=1.0, null=None, guidance=None, shift=T
         raise ValueError(f"steps must be at least 1, not {steps}")
     null = torch.zeros_like(y) if null is None else null
     clock = shift_time(torch.linspace(1, 0, steps + 1), shift).tolist()  # t = 1 ... 0
+    mode = torch.inference_mode if guidance is None else torch.no_grad  # guidance may differentiate what is kept
     x = x1
     for now, then in zip(clock[:-1], clock[1:]):
         t = torch.full((len(x),), now, device=x.device)
-        if cfg != 1.0:
-            v_null = model(x, t, null)
-        v = model(x, t, y)  # last, as guidance may use what this call leaves behind (nrg.SharedTrunk)
+        with mode():
+            if cfg != 1.0:
+                v_null = model(x, t, null)
+            v = model(x, t, y)  # last, as guidance may use what this call leaves behind (nrg.SharedTrunk)
         if cfg != 1.0:
             v = v_null + cfg * (v - v_null)
         if guidance is not None:

@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
+from attention import tile_plan
 from common import BadInput
 from model import (
     PRESETS,
@@ -18,6 +19,7 @@ from model import (
     patchify,
     unpatchify,
 )
+from sample import sample
 
 SMALL = ModelConfig(frames=4, size=16, patch=(2, 8, 8), dim=32, depth=3, heads=2, vocab=8, max_text=3)
 
@@ -160,3 +162,13 @@ def test_a_token_outside_the_window_has_no_influence():
     moved[..., :8, :8] += 1.0  # the first box: 2 x 2 tokens of 4 x 4 pixels
     change = (network(moved, torch.tensor([0.5]), y) - network(x, torch.tensor([0.5]), y)).abs().amax((0, 1, 2)) > 1e-6
     assert change[:8, :8].all() and change.sum() == 64
+
+
+def test_sampling_leaves_nothing_behind_that_training_cannot_use():
+    network = scrambled(replace(SMALL, size=32, attention="tile:1,2,2/1,1,1"))
+    y = torch.tensor([[1, 2, 0]])
+    tile_plan.cache_clear()  # so that the plan is made while sampling, in inference mode
+    clip = sample(network, torch.randn(1, *network.config.video_shape), y, steps=2)
+    assert not clip.is_inference() and not clip.requires_grad
+    network(clip, torch.tensor([0.5]), y).sum().backward()
+    assert network.patch_in.weight.grad.abs().sum() > 0
