@@ -1,4 +1,4 @@
-"""Attention: one function over a plan (dense, or sliding tiles), a few backends, and the rotary positions of a video.
+"""Attention: one function over a plan (dense, or sliding tiles), and a few backends.
 
     naive    softmax(q k^T / sqrt(d)) v in three plain operations; keeps N x N numbers; can be differentiated twice
     sdpa     torch's fused kernel: the fastest dense one
@@ -303,43 +303,3 @@ def kernels():
     import attention_triton
 
     return attention_triton
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Positions
-
-
-def rms_norm(x, weight, eps=1e-6):
-    """x / rms(x) * weight over the last dimension, in float32: qk-norm, which bounds the logits, with one weight for
-    each channel of a head."""
-    return F.rms_norm(x.float(), (x.shape[-1],), weight.float(), eps).to(x.dtype)
-
-
-def rope_table(grid, head_dim, theta=100.0):
-    """Cosines and sines (2, T*H*W, head_dim // 2) for tokens in (t, h, w) order on `grid` = (T, H, W).
-
-    A pair of channels turns by an angle proportional to the token's frame, row or column, so that a logit depends on
-    how far apart two tokens are. Of a head's pairs a quarter turns with the frame and three eighths each with row and
-    column. No wavelength is longer than 2 pi theta tokens: theta is 100, not the 10,000 of text, as a clip has a few
-    dozen tokens a side."""
-    pairs = head_dim // 2
-    split = (pairs - 2 * (pairs * 3 // 8), pairs * 3 // 8, pairs * 3 // 8)
-    positions = torch.meshgrid(*(torch.arange(n, dtype=torch.float32) for n in grid), indexing="ij")
-    angles = []
-    for count, position in zip(split, positions):
-        frequency = theta ** -(torch.arange(count, dtype=torch.float32) / max(count, 1))
-        angles.append(position.flatten()[:, None] * frequency)
-    angles = torch.cat(angles, 1)  # (N, pairs)
-    return torch.stack((angles.cos(), angles.sin()))
-
-
-def still_table(count, head_dim):
-    """The table (2, count, head_dim // 2) of tokens without a place: they are not turned."""
-    return torch.stack((torch.ones(count, head_dim // 2), torch.zeros(count, head_dim // 2)))
-
-
-def rotate(x, table):
-    """Turns x (B, N, heads, head_dim) by `table` (2, N, head_dim // 2); channel i pairs with i + head_dim / 2."""
-    cos, sin = table.to(x.dtype)[:, :, None]  # (N, 1, head_dim // 2) each
-    a, b = x.chunk(2, -1)
-    return torch.cat((torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(a * sin, b, cos)), -1)

@@ -26,8 +26,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from attention import attention, rms_norm, rope_table, rotate, still_table, tile_plan
+from attention import attention, tile_plan
 from common import BadInput, check_fit, load_checkpoint
+from positions import norm_and_turn, rope_table, still_table
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Config
@@ -112,8 +113,9 @@ def time_features(t, dim):
 
 
 class Attention(nn.Module):
-    """Multi-head attention with qk-norm and RoPE. With `context` = n the first n tokens see only each other and the
-    rest see all: two unmasked calls, which every kernel does fast, in place of one with a mask."""
+    """Multi-head attention with qk-norm and RoPE, from queries, keys and values on: forward(self.qkv(x), table). With
+    `context` = n the first n tokens see only each other and the rest see all: two unmasked calls, which every kernel
+    does fast, in place of one with a mask."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -123,17 +125,17 @@ class Attention(nn.Module):
         self.q_norm = nn.Parameter(torch.ones(dim // heads))
         self.k_norm = nn.Parameter(torch.ones(dim // heads))
 
-    def forward(self, x, table, context=None, plan=None):
-        b, n, d = x.shape
-        q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, -1).unbind(2)  # (B, N, heads, head_dim) each
-        q, k = rotate(rms_norm(q, self.q_norm), table), rotate(rms_norm(k, self.k_norm), table)
+    def forward(self, qkv, table, context=None, plan=None):
+        b, n, _ = qkv.shape
+        q, k, v = qkv.reshape(b, n, 3, self.heads, -1).unbind(2)  # (B, N, heads, head_dim) each
+        q, k = norm_and_turn(q, self.q_norm, table), norm_and_turn(k, self.k_norm, table)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, N, head_dim) each
         if context is None:
             mixed = attention(q, k, v, plan)  # (B, heads, N, head_dim)
         else:
             inner = attention(q[:, :, :context], k[:, :, :context], v[:, :, :context])
             mixed = torch.cat((inner, attention(q[:, :, context:], k, v)), 2)
-        return self.out(mixed.transpose(1, 2).reshape(b, n, d))  # (B, N, d)
+        return self.out(mixed.transpose(1, 2).reshape(b, n, -1))  # (B, N, d)
 
 
 def mlp(dim):
@@ -147,15 +149,15 @@ def remade(function, *inputs, when=True):
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
-def modulated(norm, x, shift, scale):
-    return torch.addcmul(shift, norm(x), 1 + scale)
+def modulated(norm, linear, x, shift, scale):
+    return linear(torch.addcmul(shift, norm(x), 1 + scale))
 
 
 class Block(nn.Module):
     """Attention and MLP, each shifted, scaled and gated by the condition c (adaLN-zero: at the start the identity).
 
-    In training, what is cheap to make is made again in backward: with the fused attention 18 numbers a channel of each
-    token are kept for it, not 24. Frozen weights need less and nothing is made twice."""
+    In training, a norm and what it gives a linear layer are made again in backward: with the fused attention 18 numbers
+    a channel of each token are kept for it, not 22. Frozen weights need less and nothing is made twice."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -168,10 +170,10 @@ class Block(nn.Module):
     def forward(self, x, c, table, plan=None):
         trained = self.modulation.weight.requires_grad
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None].chunk(6, -1)  # (B, 1, d) each
-        inner = self.attn(remade(modulated, self.norm1, x, shift1, scale1, when=trained), table, plan=plan)  # (B, N, d)
-        x = torch.addcmul(x, gate1, inner)
-        inner = self.mlp[0](remade(modulated, self.norm2, x, shift2, scale2, when=trained))
-        return torch.addcmul(x, gate2, remade(self.mlp[1:], inner, when=trained))  # (B, N, d)
+        qkv = remade(modulated, self.norm1, self.attn.qkv, x, shift1, scale1, when=trained)  # (B, N, 3 d)
+        x = torch.addcmul(x, gate1, self.attn(qkv, table, plan=plan))  # (B, N, d)
+        inner = remade(modulated, self.norm2, self.mlp[0], x, shift2, scale2, when=trained)  # (B, N, 4 d)
+        return torch.addcmul(x, gate2, self.mlp[1:](inner))  # (B, N, d)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -21,8 +21,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from attention import rope_table, still_table
 from model import Attention, ModelConfig, load_model, low_pass, mlp, patchify, remade
+from positions import rope_table, still_table
 
 DIMENSIONS = ("VQ", "MQ", "TA")
 INVALID = -100  # a label that counts for nothing
@@ -170,7 +170,7 @@ class RewardBlock(nn.Module):
         self.mlp = mlp(dim)
 
     def forward(self, x, table, context):
-        x = x + self.attn(self.norm1(x), table, context)
+        x = x + self.attn(self.attn.qkv(self.norm1(x)), table, context)
         return x + self.mlp(self.norm2(x))
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from attention import attention, blocks, parse_attention, plan_mask, rms_norm, rope_table, rotate, tile_plan
+from attention import attention, blocks, parse_attention, plan_mask, tile_plan
 from common import BadInput
 
 CPU = torch.device("cpu")
@@ -149,22 +149,3 @@ def test_a_wrong_attention_is_refused(text):
 def test_a_box_that_does_not_divide_the_grid_is_refused():
     with pytest.raises(BadInput, match=r"\(2, 3, 4\) does not divide the grid of \(4, 8, 8\)"):
         tile_plan("tile:2,3,4", (4, 8, 8), 0, CPU)
-
-
-def test_rotations_keep_lengths_and_make_products_relative():
-    table = rope_table((3, 4, 5), 16)
-    assert table.shape == (2, 60, 8)
-    torch.manual_seed(0)
-    q, k = torch.randn(2, 16)
-    turned_q, turned_k = (rotate(x.expand(1, 60, 1, 16), table)[0, :, 0] for x in (q, k))
-    assert torch.allclose(turned_q.norm(dim=-1), q.norm().expand(60), atol=1e-5)
-    products = (turned_q @ turned_k.T).reshape(3, 4, 5, 3, 4, 5)
-    # one step in t, h or w is the same step anywhere
-    assert torch.allclose(products[0, 1, 2, 1, 3, 3], products[1, 0, 1, 2, 2, 2], atol=1e-4)
-    assert not torch.allclose(products[0, 1, 2, 1, 3, 3], products[0, 1, 2, 1, 3, 2], atol=1e-2)
-
-
-def test_rms_norm_by_hand():
-    # rms of (3, 4) is sqrt(12.5)
-    out = rms_norm(torch.tensor([3.0, 4.0]), torch.tensor([1.0, 2.0]))
-    assert out.tolist() == pytest.approx([3 / 12.5**0.5, 8 / 12.5**0.5], rel=1e-5)
