@@ -72,8 +72,26 @@ def stepper(model, loss):
     return step
 
 
+def bare(config, batch, device, dtype):
+    """The linear layers and the attention of a step's blocks, forward and backward, and nothing between them."""
+    n, d = batch * (config.max_text + math.prod(config.grid)), config.dim
+    shapes = (d, 3 * d), (d, d), (d, 4 * d), (4 * d, d)
+    layers = [(torch.randn(n, a), torch.randn(n, b), torch.randn(b, a)) for a, b in shapes]
+    layers = [tuple(x.to(device, dtype) for x in layer) for layer in layers]
+    q, k, v = torch.randn(3, batch, config.heads, n // batch, d // config.heads, device=device, dtype=dtype)
+    attend = forward_backward(q, k, v)
+
+    def blocks():
+        for _ in range(config.depth):
+            attend()
+            for x, grad, weight in layers:
+                x @ weight.T, grad @ weight, grad.T @ x
+
+    return blocks
+
+
 def training(device):
-    """The step against matrix products, and what checkpointing costs."""
+    """The step against matrix products, what its layers alone would take of it, and what checkpointing costs."""
     rows = []
     kinds = {"float32": torch.float32} | ({"bfloat16": torch.bfloat16} if has_bf16(device) else {})
     for name, config, batch in (("nano", PRESETS["nano"], 32), ("d256, 256 tokens", MEDIUM, 8)):
@@ -93,12 +111,14 @@ def training(device):
                 model.checkpointed = False
 
             multiply, flops = product(device, dtype)
-            ways = {"product": multiply, "step": step, "checkpointed": checkpointed}
+            alone = bare(config, batch, device, dtype)
+            ways = {"product": multiply, "step": step, "checkpointed": checkpointed, "bare": alone}
             took = medians(ways, device)
             rate = flops / took["product"]
             needed = step_flops(config, arguments(["--algo=pretrain", f"--batch={batch}"]))
             share = needed / took["step"] / rate
             rows.append((f"{name}, {kind}: share of the matrix rate ({rate / 1e9:,.0f} GFLOP/s)", share, 1.0))
+            rows.append((f"{name}, {kind}: linear layers and attention alone / step", took["bare"] / took["step"], 1.0))
             rows.append((f"{name}, {kind}: checkpointed / not", took["checkpointed"] / took["step"], 4 / 3))
     return rows
 

@@ -206,10 +206,11 @@ def noisy_reward_step(
         margin = (a - other)[:, DIMENSIONS.index("TA")]
         loss = loss - contrast * F.logsigmoid(margin).mean()
         logs["contrast"] = ((margin > 0).float() + 0.5 * (margin == 0)).mean().item()
-    logs |= accuracies_without_ties(a - b, label)
+    delta, label, t = (a - b).detach().cpu(), label.cpu(), t.cpu()  # so that the logs wait for the device but once
+    logs |= accuracies_without_ties(delta, label)
     for i in range(TIME_BINS):
         here = time_bin(t) == i
-        logs |= {f"{name}/t{i}": value for name, value in accuracies_without_ties((a - b)[here], label[here]).items()}
+        logs |= {f"{name}/t{i}": value for name, value in accuracies_without_ties(delta[here], label[here]).items()}
     return loss, {name: value for name, value in logs.items() if value == value}  # nan: no such pair
 
 

@@ -208,8 +208,7 @@ def _paths(clips):
 def render(clips, size=32):
     """Clips -> videos (B, 3, T, size, size) float32 in [-1, 1]."""
     centre, radius = _paths(clips)
-    count, frames = radius.shape
-    mask = torch.empty(count, size, frames, size)  # (B, H, T, W), so that the blur takes two plain matrix products
+    mask = torch.empty(len(clips), size, radius.shape[1], size)  # (B, H, T, W): the blur is two plain matrix products
     for shape in range(len(SHAPES)):
         which = clips.shown[:, 1] == shape
         mask[which] = _mask(shape, centre[which], radius[which], size).transpose(1, 2)
@@ -217,8 +216,8 @@ def render(clips, size=32):
     distance = (torch.arange(size)[:, None] - torch.arange(size)[None]) / size  # (H, H)
     sigma = (MAX_BLUR * clips.severity[:, 0, None, None]).clamp(min=1e-4)
     kernel = torch.softmax(-0.5 * (distance / sigma) ** 2, -1)  # (B, H, H)
-    mask = (kernel @ mask.flatten(2)).reshape(count, -1, size) @ kernel.transpose(1, 2)  # (B, H * T, W)
-    mask = mask.reshape(count, size, frames, size).transpose(1, 2)  # (B, T, H, W)
+    mask = (kernel @ mask.flatten(2)).reshape(len(clips), -1, size) @ kernel.transpose(1, 2)  # (B, H * T, W)
+    mask = mask.unflatten(1, (size, -1)).transpose(1, 2)  # (B, T, H, W)
     # the object stands out by `colour` from a grey `ground`: it fades, then haze covers both, then [0, 1] -> [-1, 1]
     fade, haze = MAX_FADE * clips.severity[:, 1, None], MAX_HAZE * clips.severity[:, 2, None]  # (B, 1) each
     colour = 2 * (1 - haze) * (1 - fade) * (PALETTE[clips.shown[:, 0]] - GROUND)  # (B, 3)
