@@ -236,7 +236,7 @@ class SharedTrunk:
             hidden, condition = policy.embed(x, t, y)
             hidden = policy.run(hidden, condition, 0, self.read)
         self.last = x_t, y, x, hidden, condition
-        with torch.no_grad():
+        with torch.inference_mode():
             hidden = policy.run(hidden.detach(), condition, self.read, len(policy.blocks))
             return policy.head(hidden, condition, x_t, t)
 
