@@ -124,16 +124,19 @@ def clock(device):
     return time.perf_counter()
 
 
-def medians(ways, device, rounds=7):
-    """{name: median seconds} of {name: function}, which take turns; one round before does not count."""
-    seconds = {name: [] for name in ways}
-    for i in range(rounds + 1):
-        for name, function in ways.items():
+def medians(ways, device, rounds=11):
+    """{name: median seconds} of {name: function}, which take turns; one round before does not count. Medians are taken
+    of shares of a round's time, so that a round in which the machine was slow leaves their ratios alone."""
+    seconds = []
+    for _ in range(rounds + 1):
+        seconds.append([])
+        for function in ways.values():
             begun = clock(device)
             function()
-            if i:
-                seconds[name].append(clock(device) - begun)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+            seconds[-1].append(clock(device) - begun)
+    totals = [sum(one) for one in seconds[1:]]
+    shares = zip(*([value / total for value in one] for one, total in zip(seconds[1:], totals)))
+    return {name: statistics.median(share) * statistics.median(totals) for name, share in zip(ways, shares)}
 
 
 def fsync_folder(path):

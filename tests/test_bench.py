@@ -45,3 +45,12 @@ def test_the_command_writes_json(tmp_path, monkeypatch, capsys):
     result = json.loads((tmp_path / "bench.json").read_text())
     assert result["command"].startswith("python bench.py --only memory") and len(result["rows"]) == 2
     assert "checkpointed" in capsys.readouterr().out
+
+
+def test_a_slow_round_leaves_ratios_alone(monkeypatch):
+    # a and b take 1 and 2 s, then 10 and 20, then 2 and 4.2, after a round that does not count
+    took = [9.0, 9.0, 1.0, 2.0, 10.0, 20.0, 2.0, 4.2]
+    times = iter([time for seconds in took for time in (0.0, seconds)])
+    monkeypatch.setattr(common, "clock", lambda device: next(times))
+    found = common.medians({"a": lambda: None, "b": lambda: None}, torch.device("cpu"), rounds=3)
+    assert found == pytest.approx({"a": 6.2 / 3, "b": 2 * 6.2 / 3})  # shares 1/3 and 2/3 of the middle round's time
