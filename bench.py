@@ -200,7 +200,7 @@ def dense(device):
             backends = {"naive", "sdpa", *(["sdpa32"] if dtype == torch.bfloat16 else [])} - slow
             if device.type == "cuda":
                 backends |= {"triton"}
-            took = medians({name: forward_backward(q, k, v, backend=name) for name in sorted(backends)}, device, 5)
+            took = medians({name: forward_backward(q, k, v, backend=name) for name in sorted(backends)}, device, 9)
             best = min(took, key=took.get)
             slow |= {name for name in took if took[name] > 3 * took[best]}  # not tried on longer ones
             mine = choose(q)
@@ -219,7 +219,7 @@ def tiles(device):
         density = plan_mask(plan, count).float().mean().item()
         q, k, v = torch.randn(3, 1, 4, count, 64, device=device)
         ways = {"dense": forward_backward(q, k, v), "tile": forward_backward(q, k, v, plan=plan)}
-        took = medians(ways, device, 3)
+        took = medians(ways, device, 9)
         name = f"{text}, {count} tokens, density {density:.2f}, {choose(q, plan)}: speed-up x density"
         rows.append((name, took["dense"] / took["tile"] * density, 1.0))
     return rows

@@ -124,7 +124,7 @@ def clock(device):
     return time.perf_counter()
 
 
-def medians(ways, device, rounds=11):
+def medians(ways, device, rounds=21):
     """{name: median seconds} of {name: function}, which take turns; one round before does not count. Medians are taken
     of shares of a round's time, so that a round in which the machine was slow leaves their ratios alone."""
     seconds = []
