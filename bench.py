@@ -172,7 +172,8 @@ def outside(device):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-        took = medians({"data": data, "learn": learn, "log": clip_and_log, "update": update}, device)
+        ways = {"data": data, "learn": learn, "log": clip_and_log, "update": update}
+        took = medians(ways, device, ordered=True)
         rows.append((f"{algo}: data, clipping, logs / step", (took["data"] + took["log"]) / sum(took.values()), 0.0))
     return rows
 

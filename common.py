@@ -13,6 +13,7 @@ import argparse
 import ctypes
 import math
 import os
+import random
 import re
 import statistics
 import sys
@@ -124,19 +125,21 @@ def clock(device):
     return time.perf_counter()
 
 
-def medians(ways, device, rounds=21):
+def medians(ways, device, rounds=21, ordered=False):
     """{name: median seconds} of {name: function}, which take turns; one round before does not count. Medians are taken
-    of shares of a round's time, so that a round in which the machine was slow leaves their ratios alone."""
+    of shares of a round's time, so that a round in which the machine was slow leaves their ratios alone. Every round
+    has another order unless `ordered`: what ran before decides where tensors lie in memory, which is worth 4 %."""
     seconds = []
-    for _ in range(rounds + 1):
-        seconds.append([])
-        for function in ways.values():
+    for i in range(rounds + 1):
+        took = {}
+        for name in ways if ordered else random.Random(i).sample(list(ways), len(ways)):
             begun = clock(device)
-            function()
-            seconds[-1].append(clock(device) - begun)
-    totals = [sum(one) for one in seconds[1:]]
-    shares = zip(*([value / total for value in one] for one, total in zip(seconds[1:], totals)))
-    return {name: statistics.median(share) * statistics.median(totals) for name, share in zip(ways, shares)}
+            ways[name]()
+            took[name] = clock(device) - begun
+        seconds.append(took)
+    totals = [sum(took.values()) for took in seconds[1:]]
+    shares = {name: [took[name] / total for took, total in zip(seconds[1:], totals)] for name in ways}
+    return {name: statistics.median(share) * statistics.median(totals) for name, share in shares.items()}
 
 
 def fsync_folder(path):
