@@ -83,3 +83,16 @@ def test_figures_of_guidance():
         wanted += [figure(f"{name}_score", method=method, judge="oracle") for name in DIMENSIONS]
         for cell, value in zip(cells, wanted, strict=True):
             check(cell, value)
+
+
+def test_costs_are_those_of_the_bench():
+    rows = json.loads((ROOT / "results/bench.json").read_text())["rows"]
+    seen = {re.sub(r" \([\d,]+ GFLOP/s\)", "", f"{row['part']}: {row['name']}"): row for row in rows}
+    (table,) = [rows for rows in tables(prose("README.md")) if "bench.py" in rows[0][0]]
+    assert {label for label, *_ in table[1:]} == {
+        name for name, row in seen.items() if row["part"] not in ("dense", "memory")
+    }
+    for label, here, best in table[1:]:
+        check(here, [seen[label]["value"]])
+        check(best, [seen[label]["floor"]])
+    assert max(row["value"] for row in rows if row["part"] == "dense") < 1.02
