@@ -1,6 +1,5 @@
-"""Where a token is: qk-norm, and rotary positions (RoPE) along the time, the height and the width of a video, as one
-function with its own backward. On a CPU it takes two thirds of the time that the plain operations take by autograd.
-"""
+"""qk-norm, and rotary positions (RoPE) along the time, the height and the width of a video: one function, as both are
+many small passes over the same queries and keys."""
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -34,8 +33,9 @@ def still_table(count, head_dim):
 
 
 class NormAndTurn(torch.autograd.Function):
-    """`norm_and_turn` with a backward of its own, which keeps x alone and takes two thirds of autograd's time. With
-    n = x / rms, and R the rotation, whose transpose turns back: y = R (n w), so
+    """`norm_and_turn` with a backward of its own: it keeps x alone and on a CPU takes two thirds of autograd's time. It
+    can not be differentiated again and says so. With n = x / rms, and R the rotation, whose transpose turns back:
+    y = R (n w), so
 
         u = R^T dy        dw = sum of u n over tokens and heads        dx = (u w - n mean(u w n)) / rms"""
 
