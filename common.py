@@ -136,9 +136,10 @@ def medians(ways, device, rounds=21, ordered=False):
             begun = clock(device)
             ways[name]()
             took[name] = clock(device) - begun
-        seconds.append(took)
-    totals = [sum(took.values()) for took in seconds[1:]]
-    shares = {name: [took[name] / total for took, total in zip(seconds[1:], totals)] for name in ways}
+        if i:
+            seconds.append(took)
+    totals = [sum(took.values()) for took in seconds]
+    shares = {name: [took[name] / total for took, total in zip(seconds, totals)] for name in ways}
     return {name: statistics.median(share) * statistics.median(totals) for name, share in shares.items()}
 
 

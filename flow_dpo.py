@@ -69,13 +69,13 @@ def flow_dpo_step(policy, reference, x0_w, x0_l, y, beta, rng, schedule="constan
     loss, logs = flow_dpo_loss(err_w, err_l, ref_err_w, ref_err_l, t, beta, schedule)
     with torch.no_grad():
         drift = mean_square(v_policy, v_reference).reshape(2, -1).mean(0)
-        values = torch.stack((err_w, err_l, ref_err_w, ref_err_l, t, drift)).cpu()  # one wait for the device, not forty
-        logs["drift"] = values[-1].mean().item()
+        # one wait for the device, not forty
+        *errors, t, drift = torch.stack((err_w, err_l, ref_err_w, ref_err_l, t, drift)).cpu()
+        logs["drift"] = drift.mean().item()
         for i in range(TIME_BINS):
-            here = time_bin(values[4]) == i
+            here = time_bin(t) == i
             if here.any():
-                *errors, moved = values[:, here]
-                _, part = flow_dpo_loss(*errors, beta, schedule)
-                part["drift"] = moved.mean().item()
+                _, part = flow_dpo_loss(*(error[here] for error in errors), t[here], beta, schedule)
+                part["drift"] = drift[here].mean().item()
                 logs |= {f"{name}/t{i}": value for name, value in part.items()}
     return loss, logs
