@@ -69,8 +69,7 @@ def flow_dpo_step(policy, reference, x0_w, x0_l, y, beta, rng, schedule="constan
     loss, logs = flow_dpo_loss(err_w, err_l, ref_err_w, ref_err_l, t, beta, schedule)
     with torch.no_grad():
         drift = mean_square(v_policy, v_reference).reshape(2, -1).mean(0)
-        # one wait for the device, not forty
-        *errors, t, drift = torch.stack((err_w, err_l, ref_err_w, ref_err_l, t, drift)).cpu()
+        *errors, t, drift = torch.stack((err_w, err_l, ref_err_w, ref_err_l, t, drift)).cpu()  # one wait, not forty
         logs["drift"] = drift.mean().item()
         for i in range(TIME_BINS):
             here = time_bin(t) == i
