@@ -1,145 +1,249 @@
-"""The paper's tables on the toy world: one command a study, saved as JSON, Markdown and PNG.
+"""Two models on the same prompts and noise: true scores, learned scores, win rates (paper, section 5.2, "automatic").
 
     python evaluate.py reward       VideoReward: Tables 2 and 6, Fig. 2 and 3
     python evaluate.py align        SFT, Flow-RWR and Flow-DPO: Tables 3 and 4
     python evaluate.py beta         Fig. 6, and the learned and the true score along a long run
     python evaluate.py nrg          Flow-NRG: Table 5
     python evaluate.py unified      all three on a line, where the answer is known
+    python evaluate.py bench        every performance ratio beside its floor
     python evaluate.py report       all of it as one page with curves and clips, whatever is done by then
 
-A study is many trainings, each a job of its own whose result is kept in --work: a stopped study goes on where it was,
-and a second terminal with the same command takes its share of the jobs.
+The paper judges its aligned models by the reward they were aligned with. Here a second judge, the oracle, says what is
+true; where the two part ways, the policy has learned the reward's mistakes.
 """
 
-import json
-import os
-import subprocess
-import sys
+import importlib
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-import evaluate_align
-import evaluate_beta
-import evaluate_nrg
-import evaluate_reward
-import evaluate_unified
-import plot
-import report
-from common import BadInput, Parser, check_writable, pick_device, run
+import world
+from data import DIMENSIONS, INVALID, Vocabulary
+from flow import interpolate
+from reward import accuracies_without_ties, accuracy_with_ties, accuracy_without_ties
+from runtime.cli import Parser, check_writable, pick_device, positive_int, progress_bar, run
+from sample import CFG, sample_many, write_gif, write_sheet
 
-STUDIES = {
-    "reward": evaluate_reward,
-    "align": evaluate_align,
-    "beta": evaluate_beta,
-    "nrg": evaluate_nrg,
-    "unified": evaluate_unified,
+
+def win_rate(model, base):
+    """Share of prompts where `model` scores above `base`, a draw counting one half: (N, 3), (N, 3) -> (3,)."""
+    return ((model > base).float() + 0.5 * (model == base).float()).mean(0)
+
+
+def static_quality(videos):
+    """How good the frames look without regard to prompt or motion, as VBench's quality score asks: (N,) in [0, 1], the
+    mean of contrast, sharpness and the share of the mass in one place; 0 for frames that show no object."""
+    seen = world.measure(videos)
+    contrast = (seen["contrast"] / (1 - world.GROUND)).clamp(0, 1)
+    sharp = 1 - ((seen["softness"] - 0.03) / 0.09).clamp(0, 1)  # between the softest and the sharpest rendered clips
+    return (contrast + sharp + (1 - seen["stray"]).clamp(0, 1)) / 3 * seen["present"]
+
+
+def mean_and_spread(values):
+    """Mean and sample standard deviation, 0 of a single value."""
+    values = torch.tensor(values, dtype=torch.float64)
+    return values.mean().item(), values.std().item() if len(values) > 1 else 0.0
+
+
+def over_seeds(rows, column, **wanted):
+    """Mean and spread of a column over the rows, dicts, that hold all of `wanted`: one a seed."""
+    return mean_and_spread([row[column] for row in rows if all(row.get(key) == value for key, value in wanted.items())])
+
+
+def prompt_set(count, *splits):
+    """`count` prompts as attributes (count, 3): those of the splits in turn, as often as it takes."""
+    prompts = world.split_prompts(*splits)
+    return prompts[torch.arange(count) % len(prompts)]
+
+
+def sample_prompts(model, words, prompts, seed, device="cpu", **settings):
+    """Clips (N, C, T, H, W) on the CPU for attributes (N, 3): one seed, the same noise for every model."""
+    y = Vocabulary(words).encode_attributes(prompts, model.config.max_text)
+    x1 = torch.randn(len(prompts), *model.config.video_shape, generator=torch.Generator().manual_seed(seed))
+    return sample_many(model, x1.to(device), y.to(device), **settings).cpu()
+
+
+@torch.no_grad()
+def learned_scores(reward, words, videos, prompts, device="cpu"):
+    """VideoReward's z-scores (N, 3) on the CPU of clips for attributes (N, 3)."""
+    y = Vocabulary(words).encode_attributes(prompts, reward.config.max_text)
+    parts = [reward.normalised(v.to(device), w.to(device)) for v, w in zip(videos.split(128), y.split(128))]
+    return torch.cat(parts).cpu()
+
+
+def score_table(names, scores, learned=None):
+    """Lines of a table: each model's mean true scores (the first is the base), then the win rates of the others over it
+    by the oracle and by VideoReward. names: list of str; scores, learned: lists of (N, 3). Without scores, where no
+    oracle knows the clips, VideoReward's z-scores stand in their place."""
+    head = "".join(f"{dimension:>7}" for dimension in DIMENSIONS)
+    lines, kind = [f"{'':24}{head}"], "true score" if scores else "z-score"
+    for name, score in zip(names, scores or learned):
+        lines.append(f"{f'{name}, {kind}':24}" + "".join(f"{value:7.2f}" for value in score.mean(0).tolist()))
+    for judge, table in (("oracle", scores), ("VideoReward", learned)):
+        for name, score in zip(names[1:], table[1:] if table else []):
+            wins = win_rate(score, table[0]).tolist()
+            lines.append(f"{name + ' wins, ' + judge:24}" + "".join(f"{value:7.2f}" for value in wins))
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores of pairs
+
+
+@torch.no_grad()
+def pair_scores(model, pairs, device, progress=lambda chunks: chunks):
+    """Scores (N, 2, 3) on the CPU of both clips of all pairs, by model (videos, y) -> (B, 3)."""
+    scores = []
+    for index in progress(torch.arange(len(pairs)).split(64)):
+        y = pairs.y[index].to(device)
+        scores.append(torch.stack([model(video.to(device), y).cpu() for video in pairs.sides(index)], 1))
+    return torch.cat(scores)
+
+
+@torch.no_grad()
+def noisy_scores(reward, pairs, device, seed, times=(0.0, 0.2, 0.4, 0.6, 0.8, 0.9)):
+    """{t: scores (N, 2, 3) on the CPU} of a noise-aware reward; both clips of a pair get the same noise."""
+    rng, scores = torch.Generator().manual_seed(seed), {t: [] for t in times}
+    for index in torch.arange(len(pairs)).split(64):
+        y, x0 = pairs.y[index].repeat(2, 1).to(device), torch.cat(pairs.sides(index)).to(device)
+        x1 = torch.randn(len(index), *x0.shape[1:], generator=rng).to(device).repeat(2, 1, 1, 1, 1)
+        for t in times:
+            t_all = torch.full((len(x0),), t, device=device)
+            scores[t].append(torch.stack(reward(interpolate(x0, x1, t_all), t_all, y).cpu().chunk(2), 1))
+    return {t: torch.cat(parts) for t, parts in scores.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tables that close a training: (model, out) -> lines; pictures go to `out`
+
+
+def pretrain_table(model, out, words, args, device):
+    """True scores, and the share of clips with the right colour, shape and direction, at CFG 1 and with guidance."""
+    if args.data:
+        return ["no closing table: the oracle knows the toy world alone; sample.py --ckpt shows clips"]
+    prompts = prompt_set(args.eval_prompts, "train", "validation", "hard")
+    lines = []
+    for cfg in (1.0, CFG):
+        bar = progress_bar(f"sampling at CFG {cfg:g}", "batch")
+        videos = sample_prompts(model, words, prompts, args.eval_seed, device, progress=bar, cfg=cfg)
+        score = world.oracle(videos, prompts).mean(0).tolist()
+        right = (world.attributes_right(videos, prompts) > 0.5).float().mean(0).tolist()
+        lines.append(f"CFG {cfg:g}: true score " + " ".join(f"{n} {v:.2f}" for n, v in zip(DIMENSIONS, score)))
+        lines[-1] += "; right " + " ".join(f"{n} {v:.2f}" for n, v in zip(world.MARGIN, right))
+    write_gif(out / "samples.gif", list(videos[:32].split(8)))
+    write_sheet(out / "samples.png", videos[:16])
+    return [*lines, f"wrote {out / 'samples.gif'} and .png (CFG {CFG:g})"]
+
+
+def reward_table(model, out, held, name, device):
+    """VideoReward's accuracies on pairs `held`, which also give its z-score constants."""
+    scores = pair_scores(model, held, device)  # (N, 2, 3)
+    model.mean.copy_(scores.mean((0, 1)))
+    model.std.copy_(scores.std((0, 1)).clamp(min=1e-6))
+    lines = [f"{len(held)} {name} (accuracy without ties, with ties; share of ties):"]
+    for i, dimension in enumerate(DIMENSIONS):
+        delta, label = scores[:, 0, i] - scores[:, 1, i], held.label[:, i]
+        with_ties, _ = accuracy_with_ties(delta, label)
+        ties = (label == 0).sum().item() / max(1, (label != INVALID).sum().item())
+        lines.append(f"  {dimension}  {accuracy_without_ties(delta, label):.3f}  {with_ties:.3f}  {ties:.3f}")
+    return lines
+
+
+def nrg_table(model, out, held, name, seed, device):
+    """The noise-aware reward's accuracies on pairs `held` by noise; their spread becomes its unit."""
+    scores = noisy_scores(model, held, device, seed)
+    model.std.copy_(torch.cat(list(scores.values())).std((0, 1)).clamp(min=1e-6))
+    lines = [f"{len(held)} {name}, accuracy without ties at each t:"]
+    for t, at_t in scores.items():
+        right = accuracies_without_ties(at_t[:, 0] - at_t[:, 1], held.label)
+        lines.append(f"  t {t:.2f}  " + "  ".join(f"{n} {v:.3f}" for n, v in right.items()))
+    return lines
+
+
+def alignment_table(policy, out, base, reward, words, pairs, args, device):
+    """Base and policy on the same prompts and noise, by both judges; by VideoReward alone on the prompts of --data."""
+    if args.data:
+        return learned_table((base, policy), reward, pairs, args, device)
+    prompts = prompt_set(args.eval_prompts, "train", "validation", "hard")
+    lines = []
+    for cfg in (CFG, 1.0):  # the pictures are made at CFG 1, where only the alignment differs
+        bar = progress_bar(f"sampling at CFG {cfg:g}", "batch")
+        videos = [
+            sample_prompts(m, words, prompts, args.eval_seed, device, progress=bar, cfg=cfg) for m in (base, policy)
+        ]
+        scores = [world.oracle(video, prompts) for video in videos]
+        learned = [learned_scores(reward, words, video, prompts, device) for video in videos]
+        table = score_table(("base", args.algo), scores, learned)
+        lines += [f"{args.eval_prompts} prompts, the same noise for both, CFG {cfg:g}", *table, ""]
+    shown = torch.arange(8) * (args.eval_prompts // 8 + 1) % args.eval_prompts  # eight spread over the set
+    name = f"base_above_{args.algo}"
+    write_gif(out / f"{name}.gif", [video[shown] for video in videos])
+    write_sheet(out / f"{name}.png", torch.stack([video[shown] for video in videos], 1).flatten(0, 1))
+    texts = "; ".join(world.prompt_text(prompt) for prompt in prompts[shown])
+    return [*lines, f"wrote {out / name}.gif and .png (CFG 1): {texts}"]
+
+
+@torch.no_grad()
+def learned_table(models, reward, pairs, args, device):
+    """The closing table where there is no oracle: VideoReward on samples of base and policy for prompts of the data."""
+    y = pairs.y.unique(dim=0)[: args.eval_prompts]
+    rng, shape = torch.Generator().manual_seed(args.eval_seed), models[0].config.video_shape
+    x1, lines = torch.randn(len(y), *shape, generator=rng), []
+    for cfg in (CFG, 1.0):
+        bar, learned = progress_bar(f"sampling at CFG {cfg:g}", "batch"), []
+        for model in models:
+            videos = sample_many(model, x1.to(device), y.to(device), bar, cfg=cfg)
+            parts = zip(videos.split(64), y.to(device).split(64))
+            learned.append(torch.cat([reward.normalised(*part).cpu() for part in parts]))
+        table = score_table(("base", args.algo), None, learned)
+        lines += [f"{len(y)} prompts of {args.data}, the same noise for both, CFG {cfg:g}", *table, ""]
+    return lines[:-1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command: a study by its name
+
+STUDIES = {  # their modules in studies/
+    "reward": "reward_model",
+    "align": "align",
+    "beta": "beta",
+    "nrg": "guidance",
+    "unified": "unified",
+    "bench": "bench",
+    "report": "report.page",
 }
 
-try:
-    import fcntl
-except ImportError:  # Windows: a study then runs in one terminal
-    fcntl = None
+
+def study(module):
+    """A module of studies/. These stand above everything else and are opened by name, when they are asked for."""
+    return importlib.import_module(f"studies.{module}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Jobs: what takes time, each done once
-
-
-def work_through(jobs, folder):
-    """Runs `jobs`, {name: function that returns rows}; keeps the rows of each in `folder`/name.json. -> {name: rows}.
-
-    A job that another process holds is left to it; None is returned if such jobs are not done at the end."""
-    check_writable(folder, "--work")
-    bar = tqdm(jobs.items(), desc=folder.name, unit="job", dynamic_ncols=True)
-    for name, job in bar:
-        done = folder / f"{name}.json"
-        with open(folder / f"{name}.lock", "w") as lock:
-            if not _took(lock) or done.exists():  # in this order: whoever held the lock may just have finished
-                continue
-            bar.set_postfix_str(name)
-            rows = job()
-            temporary = done.with_suffix(".tmp")
-            temporary.write_text(json.dumps(rows))
-            os.replace(temporary, done)
-    if not all((folder / f"{name}.json").exists() for name in jobs):
-        return None
-    return {name: json.loads((folder / f"{name}.json").read_text()) for name in jobs}
-
-
-def _took(lock):
-    """Whether this process could take the lock; the system gives it back when the process ends, however it ends."""
-    try:
-        if fcntl:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except OSError:
-        return False
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Results
-
-
-def commit():
-    """The commit of the code, with "+" behind it if files differ from it; "" outside a repository."""
-    try:
-        git = ["git", "-C", str(Path(__file__).parent)]
-        name = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
-        return name.stdout.strip() + "+" * bool(changed.stdout.strip())
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-
-
-def facts(device):
-    """What a result's file says of where it came from."""
-    command = " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
-    return {"command": command, "commit": commit(), "torch": torch.__version__, "device": str(device)}
-
-
-def save(study, result, out, device):
-    """Writes `result` {"rows", "markdown", "pictures": {name: list of Chart}} as out/study.json, .md and PNGs."""
-    source = facts(device)
-    note = "`{command}`, commit {commit}, torch {torch}, {device}".format(**source)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / f"{study}.json").write_text(json.dumps({**source, "rows": result["rows"]}, indent=1) + "\n")
-        (out / f"{study}.md").write_text("\n".join([*result["markdown"], "", note, ""]))
-        for name, charts in result["pictures"].items():
-            plot.save(out / f"{name}.png", charts)
-    except OSError as error:
-        raise BadInput(f"cannot write to {out}: {error.strerror}") from None
-
-
-def main():
-    parser = Parser("Reproduces the paper's tables on the toy world.")
-    parser.add_argument("study", choices=[*STUDIES, "report"], help="what to reproduce")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each row, seeds 0, 1, ...")
+def arguments(argv=None):
+    parser = Parser("Reproduces the paper's tables on the toy world, or measures what costs how much.")
+    parser.add_argument("study", choices=STUDIES, help="what to do")
+    parser.add_argument("--seeds", type=positive_int, default=3, help="runs of each row, seeds 0, 1, ...")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for the tables and pictures")
     parser.add_argument("--work", type=Path, default=Path("out/evaluate"), help="folder for what is kept between runs")
     parser.add_argument("--device", default="auto", help="auto (cuda, mps, cpu) or a torch device")
-    parser.add_argument("--steps", type=int, help="of each training (default: the algorithm's own)")
-    parser.add_argument("--eval-prompts", type=int, help="align, beta, nrg: at most so many of each set")
-    parser.add_argument("--eval-pairs", type=int, default=2000, help="reward: pairs of each split; nrg: at most 1000")
-    args = parser.parse_args()
-    for name in ("seeds", "eval_pairs", "eval_prompts", "steps"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise BadInput(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    parser.add_argument("--steps", type=positive_int, help="of each training (default: the algorithm's own)")
+    parser.add_argument("--eval-prompts", type=positive_int, help="align, beta, nrg: at most so many of each set")
+    parser.add_argument(
+        "--eval-pairs", type=positive_int, default=2000, help="reward: pairs of each split; nrg: at most 1000"
+    )
+    parser.add_argument("--only", action="append", help="bench: this part alone; may be repeated")
+    return parser.parse_args(argv)
+
+
+def main():
+    args = arguments()
     device = pick_device(args.device)
     check_writable(args.out, "--out")
-    if args.study == "report":
-        print("\n".join(report.write(args, device, STUDIES)))
-        return
-    study = STUDIES[args.study]
-    rows = work_through(study.jobs(args, device), args.work / study.folder(args))
-    if rows is None:
-        print("the other jobs are being done by another process; run the same command once more when it has ended")
-        return
-    result = study.report(args, [row for group in rows.values() for row in group])
-    save(args.study, result, args.out, device)
-    print("\n".join([*result["markdown"], "", f"wrote {args.out / args.study}.json and .md"]))
+    module = study(STUDIES[args.study])
+    if hasattr(module, "jobs"):
+        study("jobs").run(module, args, device)
+    else:
+        module.run(args, device)
 
 
 if __name__ == "__main__":

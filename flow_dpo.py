@@ -5,9 +5,9 @@
 
 Winner w and loser l share the noise and t, and pass the policy in one forward; the reference is frozen. The derivation
 from Diffusion-DPO (Eq. 4) gives beta_t = beta (1 - t)^2, since a noise error is (1 - t)^2 times a velocity error
-(Eq. 5); the paper recommends beta_t = beta, and so do our measurements. With (1 - t)^2 both the gradient and the pull
-to the reference are weak at high noise, where the layout of a clip is decided: the policy first learns textures at
-small t, later it drifts away at large t (README, "Choosing beta").
+(Eq. 5); the paper recommends beta_t = beta. With (1 - t)^2 both the gradient and the pull to the reference are weak at
+high noise, where the layout of a clip is decided: the policy first learns textures at small t, later it drifts away at
+large t (docs/alignment.md).
 
 beta multiplies errors that are means over a clip's elements (the paper's pseudo-code writes sums, its beta = 500 only
 makes sense for means). A larger beta keeps the policy closer to the reference: a smaller difference of errors then
@@ -17,7 +17,7 @@ satisfies the loss. Nothing here knows a model class: policy and reference are a
 import torch
 import torch.nn.functional as F
 
-from flow import TIME_BINS, draw_noise, draw_time, interpolate, mean_square, time_bin
+from flow import TIME_BINS, interpolate, mean_square, time_bin
 
 SCHEDULES = ("constant", "(1-t)^2")
 
@@ -46,24 +46,22 @@ def flow_dpo_loss(err_w, err_l, ref_err_w, ref_err_l, t, beta, schedule="constan
     return loss, logs
 
 
-def flow_dpo_step(policy, reference, x0_w, x0_l, y, beta, rng, schedule="constant", shift=1.0, both=None):
-    """One step on pairs x0_w, x0_l (B, ...) with prompts y (B, S) -> (loss, logs). `rng` as in draw_time.
+def flow_dpo_step(policy, reference, x0_w, x0_l, y, t, x1, beta, schedule="constant", shared_forward=None):
+    """One step on winners and losers x0_w, x0_l (B, ...) of prompts y (B, S) -> (loss, logs).
 
-    t is uniform, as in appendix C, then shifted towards noise by `shift` (1 = not). `both`, if given, is called in
-    place of policy and reference: (x_t, t, y) -> their two velocities, for models that share their first blocks.
+    t (B,) and the noise x1 (B, ...) are common to winner and loser (appendix C). `shared_forward`, if given, is called
+    in place of policy and reference: (x_t, t, y) -> their two velocities, for models that share their first blocks.
 
     The logs also hold the drift |v - v_ref|^2, a mean over both clips: how far the policy has moved; and everything
     once more for each quarter of t that the batch met, as "name/t0" (the cleanest) to "name/t3"."""
-    t = draw_time(len(y), rng, shift).to(x0_w.device)
-    x1 = draw_noise(x0_w, rng)
     x0, x1, t2, y = torch.cat((x0_w, x0_l)), torch.cat((x1, x1)), torch.cat((t, t)), torch.cat((y, y))
     inputs = interpolate(x0, x1, t2), t2, y
-    if both is None:
+    if shared_forward is None:
         v_policy = policy(*inputs)
         with torch.no_grad():
             v_reference = reference(*inputs)
     else:
-        v_policy, v_reference = both(*inputs)
+        v_policy, v_reference = shared_forward(*inputs)
     err_w, err_l = mean_square(v_policy, x1 - x0).chunk(2)
     ref_err_w, ref_err_l = mean_square(v_reference, x1 - x0).chunk(2)
     loss, logs = flow_dpo_loss(err_w, err_l, ref_err_w, ref_err_l, t, beta, schedule)
@@ -72,9 +70,9 @@ def flow_dpo_step(policy, reference, x0_w, x0_l, y, beta, rng, schedule="constan
         *errors, t, drift = torch.stack((err_w, err_l, ref_err_w, ref_err_l, t, drift)).cpu()  # one wait, not forty
         logs["drift"] = drift.mean().item()
         for i in range(TIME_BINS):
-            here = time_bin(t) == i
-            if here.any():
-                _, part = flow_dpo_loss(*(error[here] for error in errors), t[here], beta, schedule)
-                part["drift"] = drift[here].mean().item()
-                logs |= {f"{name}/t{i}": value for name, value in part.items()}
+            in_bin = time_bin(t) == i
+            if in_bin.any():
+                _, bin_logs = flow_dpo_loss(*(error[in_bin] for error in errors), t[in_bin], beta, schedule)
+                bin_logs["drift"] = drift[in_bin].mean().item()
+                logs |= {f"{name}/t{i}": value for name, value in bin_logs.items()}
     return loss, logs

@@ -11,7 +11,7 @@ keeps the optimum. SFT, the paper's other baseline, is weight one on the winners
 
 import torch
 
-from flow import draw_noise, draw_time, flow_error
+from flow import flow_error
 
 
 def rwr_weights(reward, temperature=1.0):
@@ -30,11 +30,9 @@ def effective_samples(weight):
     return (weight.sum().square() / weight.square().sum() / len(weight)).item()
 
 
-def flow_rwr_step(policy, x0, y, weight, rng, shift=1.0):
-    """One step on clips x0 (B, ...) with prompts y (B, S) and weights (B,) -> (loss, logs). `rng` as in draw_time.
-
-    t is uniform, then shifted towards noise by `shift` (1 = not), as in Flow-DPO."""
-    t = draw_time(len(y), rng, shift).to(x0.device)
-    error = flow_error(policy, x0, draw_noise(x0, rng), t, y)  # (B,)
+def flow_rwr_step(policy, x0, y, weight, t, x1):
+    """One step on clips x0 (B, ...) of prompts y (B, S), with weights (B,), times t (B,) and noise x1 (B, ...)
+    -> (loss, logs)."""
+    error = flow_error(policy, x0, x1, t, y)  # (B,)
     loss = (weight * error).mean()  # Eq. 9
     return loss, {"loss": loss.item(), "error": error.mean().item(), "effective_samples": effective_samples(weight)}

@@ -14,6 +14,7 @@ and a T5 encoder; at this size one block type and words as tokens do.
 The last layer predicts x0 and the model returns v = (x_t - x0_hat) / t: a token (128 channels) cannot carry a patch of
 noise (384 numbers), as a network that outputs v has to; clean patches are far simpler. For the same reason a patch
 enters and leaves by its lowest frequencies at the start, and the last layer has no normalisation to lose its contrast.
+What was tried instead, with figures, is in docs/paper.md.
 """
 
 import copy
@@ -26,9 +27,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from attention import attention, tile_plan
-from common import BadInput, check_fit, load_checkpoint
-from positions import norm_and_turn, rope_table, still_table
+from attention import attention
+from kernels.tiles import tile_mask
+from runtime.checkpoint import load_network
+from runtime.cli import BadInput
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Config
@@ -65,7 +67,10 @@ class ModelConfig:
             raise BadInput(f"model config: dim {self.dim} over {self.heads} heads must be a whole, even head size")
         if math.prod(self.grid) > 2**20:
             raise BadInput(f"model config: {math.prod(self.grid)} patches in a clip; at most {2**20} can be used")
-        tile_plan(self.attention, self.grid, self.max_text, torch.device("cpu"))  # BadInput if they do not fit
+        try:
+            tile_mask(self.attention, self.grid, self.max_text, torch.device("cpu"))
+        except ValueError as error:
+            raise BadInput(f"--attention {self.attention}: {error}") from None
 
     @property
     def grid(self):
@@ -112,10 +117,45 @@ def time_features(t, dim):
     return torch.cat((angle.cos(), angle.sin()), 1)
 
 
+def rope(grid, head_dim, theta=100.0):
+    """Cosines and signed sines (2, T*H*W, head_dim) of tokens in (t, h, w) order on `grid` = (T, H, W).
+
+    Channel i pairs with i + head_dim / 2. A pair turns by an angle proportional to the token's frame, row or column, so
+    that a logit depends on how far apart two tokens are: a quarter of the pairs with the frame, three eighths each with
+    row and column. No wavelength is longer than 2 pi theta tokens: theta is 100, not the 10,000 of text, as a clip has
+    a few dozen tokens a side."""
+    pairs = head_dim // 2
+    split = (pairs - 2 * (pairs * 3 // 8), pairs * 3 // 8, pairs * 3 // 8)
+    positions = torch.meshgrid(*(torch.arange(n, dtype=torch.float32) for n in grid), indexing="ij")
+    angles = []
+    for count, position in zip(split, positions):
+        frequency = theta ** -(torch.arange(count, dtype=torch.float32) / max(count, 1))
+        angles.append(position.flatten()[:, None] * frequency)
+    angles = torch.cat(angles, 1)  # (N, pairs)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.stack((torch.cat((cos, cos), 1), torch.cat((-sin, sin), 1)))
+
+
+def identity_rope(count, head_dim):
+    """The same (2, count, head_dim) for tokens without a place: they are not turned."""
+    return torch.stack((torch.ones(count, head_dim), torch.zeros(count, head_dim)))
+
+
+def apply_rope(x, rope):
+    """Turns x (B, N, heads, head_dim), each token by its row of rope (2, N, head_dim)."""
+    cos, sin = rope[:, :, None]  # (N, 1, head_dim) each
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
+
+
+def rms_norm(x, weight, eps=1e-6):
+    """x (..., d) over its root mean square, times weight (d,), in float32 or x's own dtype where that holds more."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
 class Attention(nn.Module):
-    """Multi-head attention with qk-norm and RoPE, from queries, keys and values on: forward(self.qkv(x), table). With
-    `context` = n the first n tokens see only each other and the rest see all: two unmasked calls, which every kernel
-    does fast, in place of one with a mask."""
+    """Multi-head self-attention with qk-norm, which bounds the logits, and RoPE. With `context` = n the first n tokens
+    see only each other and the rest see all: two unmasked calls, which every kernel does fast, in place of a mask."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -125,13 +165,14 @@ class Attention(nn.Module):
         self.q_norm = nn.Parameter(torch.ones(dim // heads))
         self.k_norm = nn.Parameter(torch.ones(dim // heads))
 
-    def forward(self, qkv, table, context=None, plan=None):
-        b, n, _ = qkv.shape
-        q, k, v = qkv.reshape(b, n, 3, self.heads, -1).unbind(2)  # (B, N, heads, head_dim) each
-        q, k = norm_and_turn(q, self.q_norm, table), norm_and_turn(k, self.k_norm, table)
+    def forward(self, x, rope, context=None, tiles=None):
+        b, n, _ = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, -1).unbind(2)  # (B, N, heads, head_dim) each
+        q = apply_rope(rms_norm(q, self.q_norm), rope).to(v.dtype)
+        k = apply_rope(rms_norm(k, self.k_norm), rope).to(v.dtype)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, N, head_dim) each
         if context is None:
-            mixed = attention(q, k, v, plan)  # (B, heads, N, head_dim)
+            mixed = attention(q, k, v, tiles)  # (B, heads, N, head_dim)
         else:
             inner = attention(q[:, :, :context], k[:, :, :context], v[:, :, :context])
             mixed = torch.cat((inner, attention(q[:, :, context:], k, v)), 2)
@@ -142,22 +183,12 @@ def mlp(dim):
     return nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
 
-def remade(function, *inputs, when=True):
-    """function(*inputs); for backward only the inputs are kept, all else is then made again."""
-    if not (when and torch.is_grad_enabled()):
-        return function(*inputs)
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
-
-
-def modulated(norm, linear, x, shift, scale):
-    return linear(torch.addcmul(shift, norm(x), 1 + scale))
+def modulate(x, shift, scale):
+    return x * (1 + scale) + shift
 
 
 class Block(nn.Module):
-    """Attention and MLP, each shifted, scaled and gated by the condition c (adaLN-zero: at the start the identity).
-
-    In training, a norm and what it gives a linear layer are made again in backward: with the fused attention 18 numbers
-    a channel of each token are kept for it, not 22. Frozen weights need less and nothing is made twice."""
+    """Attention and MLP, each shifted, scaled and gated by the condition c (adaLN-zero: at the start the identity)."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -167,13 +198,17 @@ class Block(nn.Module):
         self.mlp = mlp(dim)
         self.modulation = nn.Linear(dim, 6 * dim)
 
-    def forward(self, x, c, table, plan=None):
-        trained = self.modulation.weight.requires_grad
+    def forward(self, x, c, rope, tiles=None):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None].chunk(6, -1)  # (B, 1, d) each
-        qkv = remade(modulated, self.norm1, self.attn.qkv, x, shift1, scale1, when=trained)  # (B, N, 3 d)
-        x = torch.addcmul(x, gate1, self.attn(qkv, table, plan=plan))  # (B, N, d)
-        inner = remade(modulated, self.norm2, self.mlp[0], x, shift2, scale2, when=trained)  # (B, N, 4 d)
-        return torch.addcmul(x, gate2, self.mlp[1:](inner))  # (B, N, d)
+        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), rope, tiles=tiles)  # (B, N, d)
+        return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))  # (B, N, d)
+
+
+def checkpointed(block, *inputs, when):
+    """block(*inputs); `when` true, only the inputs are kept for backward and all else is computed again."""
+    if not (when and torch.is_grad_enabled()):
+        return block(*inputs)
+    return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -211,8 +246,8 @@ class VideoTransformer(nn.Module):
         self.modulation = nn.Linear(dim, 2 * dim)
         self.patch_out = nn.Linear(dim, volume)
         head_dim = dim // config.heads
-        table = torch.cat((still_table(config.max_text, head_dim), rope_table(config.grid, head_dim)), 1)  # words first
-        self.register_buffer("table", table, persistent=False)
+        table = torch.cat((identity_rope(config.max_text, head_dim), rope(config.grid, head_dim)), 1)  # words first
+        self.register_buffer("rope", table, persistent=False)
         self.checkpointed = False  # whether each block is computed again in backward, which then keeps its input alone
         self.initialize_weights()
 
@@ -227,8 +262,7 @@ class VideoTransformer(nn.Module):
             nn.init.zeros_(block.modulation.weight)
         nn.init.zeros_(self.modulation.weight)
         # A patch has more numbers (384) than a token has channels (128), and a random projection learns slowly which
-        # matter: the loss after 400 steps was .073 with one, .050 with the lowest frequencies, which keep 98 % of the
-        # variance. So the model starts as a low-pass filter, x0_hat = low_pass(x_t).
+        # matter. So the model starts as a low-pass filter, x0_hat = low_pass(x_t).
         basis = low_pass(self.config)
         self.patch_in.weight.data.copy_(basis)
         self.patch_out.weight.data.copy_(basis.T)
@@ -240,31 +274,31 @@ class VideoTransformer(nn.Module):
             raise ValueError(f"video of shape {tuple(x_t.shape)}; this model takes (B, {expected})")
         words = self.words(y)  # (B, S, d)
         video = self.patch_in(patchify(x_t, self.config.patch))  # (B, N, d)
-        if (plan := self.plan(x_t.device)) is not None:
-            video = video[:, plan.order]
+        if (tiles := self.tiles(x_t.device)) is not None:
+            video = video[:, tiles.order]
         condition = self.time(time_features(t, self.config.dim).to(words.dtype)) + self.pooled(words.mean(1))  # (B, d)
         return torch.cat((words + self.places, video), 1), F.silu(condition)
 
     def run(self, hidden, condition, start, stop):
         """Blocks start to stop - 1 on hidden (B, S + N, d)."""
-        table, plan = self.table, self.plan(hidden.device)
-        if plan is not None:
-            words, video = table.split((plan.words, len(plan.order)), 1)
-            table = torch.cat((words, video[:, plan.order]), 1)
+        table, tiles = self.rope, self.tiles(hidden.device)
+        if tiles is not None:
+            words, video = table.split((tiles.words, len(tiles.order)), 1)
+            table = torch.cat((words, video[:, tiles.order]), 1)
         for block in self.blocks[start:stop]:
-            hidden = remade(block, hidden, condition, table, plan, when=self.checkpointed)
+            hidden = checkpointed(block, hidden, condition, table, tiles, when=self.checkpointed)
         return hidden
 
-    def plan(self, device):
+    def tiles(self, device):
         """Who sees whom, None for full attention. Between `embed` and `head` the tokens lie in its order."""
-        return tile_plan(self.config.attention, self.config.grid, self.config.max_text, device)
+        return tile_mask(self.config.attention, self.config.grid, self.config.max_text, device)
 
     def head(self, hidden, condition, x_t, t):
         """Hidden states after the last block -> velocity (B, C, T, H, W)."""
         shift, scale = self.modulation(condition)[:, None].chunk(2, -1)  # (B, 1, d)
         hidden = hidden[:, self.config.max_text :] * (1 + scale) + shift  # (B, N, d)
-        if (plan := self.plan(hidden.device)) is not None:
-            hidden = hidden[:, plan.inverse]
+        if (tiles := self.tiles(hidden.device)) is not None:
+            hidden = hidden[:, tiles.inverse]
         x0_hat = unpatchify(self.patch_out(hidden), self.config.video_shape, self.config.patch)  # (B, C, T, H, W)
         return (x_t - x0_hat) / t.clamp(min=self.config.t_floor)[:, None, None, None, None]
 
@@ -296,7 +330,7 @@ def share_trunk(policy, reference, blocks):
 
     Right only while these are equal, as freeze_trunk and add_lora(skip=blocks) keep them; blocks must not be 0."""
 
-    def both(x_t, t, y):
+    def shared_forward(x_t, t, y):
         depth = len(reference.blocks)
         with torch.no_grad():
             hidden, condition = reference.embed(x_t, t, y)
@@ -304,7 +338,7 @@ def share_trunk(policy, reference, blocks):
             v_reference = reference.head(reference.run(hidden, condition, blocks, depth), condition, x_t, t)
         return policy.head(policy.run(hidden, condition, blocks, depth), condition, x_t, t), v_reference
 
-    return both
+    return shared_forward
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -369,28 +403,13 @@ def merge_lora(model):
     return model
 
 
-def load_model(path, kind, network, config=ModelConfig, more=lambda config: {}):
-    """A checkpoint's network in eval mode and float32, its averaged weights where it has them, and its vocabulary.
-    more(config) gives tensors that are not in the file. BadInput names what does not fit."""
-    state = load_checkpoint(path, kind)
-    try:
-        with torch.device("meta"):  # nothing is allocated before the file has shown that it holds so much
-            blank = network(config(**state["config"]))
-        weights = (state.get("ema") or state["model"]) | more(blank.config)
-    except BadInput as error:
-        raise error if str(path) in str(error) else BadInput(f"{path}: {error}") from None
-    except (TypeError, ValueError, RuntimeError, ArithmeticError, AttributeError):
-        raise BadInput(f"{path}: its config does not describe a {network.__name__}") from None
-    check_fit(blank, weights, path)
-    if len(state["vocabulary"]) > blank.config.vocab:
-        raise BadInput(f"{path}: {len(state['vocabulary'])} words, but its model knows {blank.config.vocab}")
-    model = network(blank.config)
-    model.load_state_dict(weights)
-    return model.eval(), state["vocabulary"]
+def merged_state_dict(model):
+    """The state dict of `model` without adapters."""
+    return merge_lora(model).state_dict()
 
 
 def load_velocity(path, attention=None):
     """(VideoTransformer, words) of a checkpoint, with another `attention` than it was trained with if one is named."""
-    model, words = load_model(path, "velocity", VideoTransformer)
+    model, words = load_network(path, "velocity", VideoTransformer, ModelConfig)
     model.config = replace(model.config, attention=attention or model.config.attention)
     return model, words

@@ -17,7 +17,6 @@ gradient falls to 0 like 1 - t at the noise, so that t / (1 - t) times it stays 
 `eps` and `interval`.
 """
 
-import hashlib
 from dataclasses import asdict, dataclass
 
 import torch
@@ -25,10 +24,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from attention import attention
-from common import BadInput
-from flow import TIME_BINS, draw_noise, draw_time, interpolate, time_bin
-from model import ModelConfig, VideoTransformer, load_model
-from reward import DIMENSIONS, accuracies_without_ties, bt_loss
+from data import DIMENSIONS
+from flow import TIME_BINS, interpolate, time_bin
+from model import ModelConfig, VideoTransformer
+from reward import accuracies_without_ties, bt_loss
+from runtime.checkpoint import load_network
+from runtime.cli import BadInput
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Guidance
@@ -69,11 +70,9 @@ def guide(reward, weights, scale=1.0, eps=0.0, interval=(0.0, 1.0), gradient=rew
 
 @dataclass(frozen=True)
 class NoisyRewardConfig(ModelConfig):
-    """The base model's sizes; `read`, how many of its blocks the reward reads; `trunk`, the fingerprint of these blocks
-    where they are the base model's and not stored with the reward, "" where they are its own."""
+    """The base model's sizes, and `read`, how many of its blocks the reward reads."""
 
     read: int = 2
-    trunk: str = ""
 
     def __post_init__(self):
         super().__post_init__()
@@ -87,22 +86,14 @@ def trunk_tensors(model, blocks):
     return {name: value for name, value in model.state_dict().items() if name.startswith(parts)}
 
 
-def fingerprint(model, blocks):
-    """16 hex digits that tell whether two models have their embedding and first `blocks` blocks in common."""
-    digest = hashlib.sha256()
-    for name, value in sorted(trunk_tensors(model, blocks).items()):
-        digest.update(name.encode() + value.detach().cpu().half().numpy().tobytes())  # weights are shipped as float16
-    return digest.hexdigest()[:16]
-
-
 class RewardHead(nn.Module):
     """What a noise-aware reward adds to a velocity model's first blocks; a subclass's forward(x_t, t, y) runs these.
 
     Three learned queries, one for a score, pool the trunk's hidden states by attention; hidden states and queries are
     modulated by the trunk's condition, and a small network for each turns what it pooled into its score.
 
-    Scores are divided by `std`, their standard deviations over validation pairs, 1 until the training ends. Without,
-    VQ, whose pairs are easy to tell apart, ends at ten times the spread of the others and its gradient drowns them."""
+    Scores are divided by `std`, their standard deviations over validation pairs, 1 until the training ends: otherwise
+    the gradient of the dimension whose pairs are easy to tell apart drowns the others'."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -152,65 +143,42 @@ class NoisyReward(RewardHead):
 
 def noisy_reward_on(base, read, frozen=True):
     """A new NoisyReward on a copy of the first `read` blocks of `base`; frozen: the head alone will be trained."""
-    config = NoisyRewardConfig(**asdict(base.config), read=read, trunk=fingerprint(base, read) if frozen else "")
-    reward = NoisyReward(config)
+    reward = NoisyReward(NoisyRewardConfig(**asdict(base.config), read=read))
     reward.trunk.load_state_dict(trunk_tensors(base, read))
     reward.trunk.requires_grad_(not frozen)
     return reward
 
 
-def stored(reward):
-    """The state dict to save: without the trunk where it is the base model's."""
-    return {k: v for k, v in reward.state_dict().items() if not (reward.config.trunk and k.startswith("trunk."))}
+def load_noisy_reward(path):
+    """(NoisyReward, words) of a checkpoint."""
+    return load_network(path, "noisy reward", NoisyReward, NoisyRewardConfig)
 
 
-def load_noisy_reward(path, *bases):
-    """(NoisyReward, words) of a checkpoint. A trunk that is not in the file is taken from the VideoTransformer among
-    `bases` that has it; BadInput if none does."""
+def noisy_reward_step(reward, x0_a, x0_b, y, label, t, x1, x1_b=None, weight=None, other_y=None, contrast=0.0):
+    """One step on pairs x0_a, x0_b (B, ...) with prompts y (B, S), labels (B, 3), times t (B,) -> (loss, logs).
 
-    def trunk(config):
-        if not config.trunk:
-            return {}
-        for base in bases:
-            if fingerprint(base, config.read) == config.trunk:
-                return {f"trunk.{name}": value for name, value in trunk_tensors(base, config.read).items()}
-        raise BadInput(f"{path}: its first {config.read} blocks are those of another base model than the one given")
+    Both clips of a pair get the same noise x1 and t, assuming that noise keeps their order (section 4.4); with x1_b
+    clip B has a noise of its own. The loss is Bradley-Terry, which leaves ties out; weight (B, 3) as bt_loss takes it.
 
-    return load_model(path, "noisy reward", NoisyReward, NoisyRewardConfig, trunk)
-
-
-def noisy_reward_step(
-    reward, x0_a, x0_b, y, label, rng, shift=1.0, contrast=0.0, shared=True, valid=None, other_y=None
-):
-    """One step on pairs x0_a, x0_b (B, ...) with prompts y (B, S) and labels (B, 3) -> (loss, logs).
-
-    Both clips of a pair get the same noise and t, assuming that noise keeps their order (section 4.4); `shared` False
-    gives each a noise of its own. The loss is Bradley-Terry, which leaves ties out. t is uniform, then shifted towards
-    noise by `shift` (1 = not; 0: t = 0, clean clips). `rng` as in draw_time.
-
-    `contrast` weighs a second loss, not in the paper: that clip A suits its own prompt better than the next pair's, by
-    Bradley-Terry as well. Preferences tell little about prompts: they compare clips of the same one.
+    `contrast` weighs a second loss, not in the paper: that clip A suits its own prompt better than another pair's,
+    other_y (B, S), by Bradley-Terry as well. Preferences tell little about prompts: they compare clips of the same one.
 
     The logs hold the accuracy in each dimension, and once more for each quarter of t, as "VQ/t0" (the cleanest) to
-    "VQ/t3"; and `contrast`, how often the own prompt is preferred, an equal one counting one half.
-
-    For a part of a batch (parts.py): `valid` (B,) is what bt_loss takes, `other_y` (B, S) the next pairs' prompts."""
-    t = draw_time(len(y), rng, shift).to(x0_a.device)
-    x1 = draw_noise(x0_a, rng)
-    x_t = torch.cat((interpolate(x0_a, x1, t), interpolate(x0_b, x1 if shared else draw_noise(x0_b, rng), t)))
+    "VQ/t3"; and `contrast`, how often the own prompt is preferred, an equal one counting one half."""
+    x_t = torch.cat((interpolate(x0_a, x1, t), interpolate(x0_b, x1 if x1_b is None else x1_b, t)))
     a, b = reward(x_t, torch.cat((t, t)), torch.cat((y, y))).chunk(2)  # (B, 3) each
-    loss = bt_loss(a, b, label, valid)
+    loss = bt_loss(a, b, label, weight)
     logs = {"loss": loss.item()}
     if contrast:
-        other = reward(x_t[: len(y)], t, y.roll(1, 0) if other_y is None else other_y)
+        other = reward(x_t[: len(y)], t, other_y)
         margin = (a - other)[:, DIMENSIONS.index("TA")]
         loss = loss - contrast * F.logsigmoid(margin).mean()
         logs["contrast"] = ((margin > 0).float() + 0.5 * (margin == 0)).mean().item()
     delta, label, t = (a - b).detach().cpu(), label.cpu(), t.cpu()  # so that the logs wait for the device but once
     logs |= accuracies_without_ties(delta, label)
     for i in range(TIME_BINS):
-        here = time_bin(t) == i
-        logs |= {f"{name}/t{i}": value for name, value in accuracies_without_ties(delta[here], label[here]).items()}
+        in_bin = time_bin(t) == i
+        logs |= {f"{name}/t{i}": value for name, value in accuracies_without_ties(delta[in_bin], label[in_bin]).items()}
     return loss, {name: value for name, value in logs.items() if value == value}  # nan: no such pair
 
 

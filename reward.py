@@ -15,30 +15,26 @@ split, whose mean and standard deviation are stored in the checkpoint.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import Attention, ModelConfig, load_model, low_pass, mlp, patchify, remade
-from positions import rope_table, still_table
+from data import DIMENSIONS, INVALID, mean_one
+from model import Attention, ModelConfig, checkpointed, identity_rope, low_pass, mlp, patchify, rope
+from runtime.checkpoint import load_network
 
-DIMENSIONS = ("VQ", "MQ", "TA")
-INVALID = -100  # a label that counts for nothing
 THETA = 5.0  # section 3.2: how often ties occur; 1 would mean never
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Losses: r_a, r_b (...) scores, label (...) int: 1 A better, -1 B better, 0 tie, INVALID ignored
 
 
-def _mean_over(loss, mask, valid):
-    """Mean over the entries of `mask` alone: what is masked changes neither the scale nor the gradient of the rest. The
-    published code divides by the number of all entries.
-
-    `valid` (B,), for a part of a batch: the whole batch's number of such entries for a row (parts.valid_rows)."""
-    count = mask.sum().clamp(min=1) if valid is None else valid.sum()
-    return torch.where(mask, loss, 0.0).sum() / count
+def _mean(loss, weight):
+    """Weighted mean; what weighs 0 changes neither the scale nor the gradient of the rest. The published code divides
+    by the number of all entries, those without a label among them."""
+    return torch.where(weight > 0, weight * loss, 0.0).mean()
 
 
 def decided(label):
@@ -46,9 +42,11 @@ def decided(label):
     return label.abs() == 1
 
 
-def bt_loss(r_a, r_b, label, valid=None):
-    """Bradley-Terry: -log sigma(r_w - r_l), over decided pairs only; scalar."""
-    return _mean_over(F.softplus(-label * (r_a - r_b)), decided(label), valid)
+def bt_loss(r_a, r_b, label, weight=None):
+    """Bradley-Terry: -log sigma(r_w - r_l), over decided pairs only; scalar. weight, here and below: of each entry, of
+    mean one over the whole batch where this is a part of one."""
+    weight = mean_one(decided(label)) if weight is None else weight
+    return _mean(F.softplus(-label * (r_a - r_b)), weight)
 
 
 def btt_probabilities(delta, theta=THETA):
@@ -61,32 +59,56 @@ def btt_probabilities(delta, theta=THETA):
     return a, b, (theta**2 - 1) * a * b  # Eq. 1, third case
 
 
-def btt_loss(r_a, r_b, label, theta=THETA, valid=None):
+def btt_loss(r_a, r_b, label, theta=THETA, weight=None):
     """Eq. 2: -log of the probability of what the annotators said, over valid pairs; scalar."""
     delta = r_a - r_b
     log_a, log_b = F.logsigmoid(delta - math.log(theta)), F.logsigmoid(-delta - math.log(theta))
     log_tie = log_a + log_b + math.log(theta**2 - 1)
     log_likelihood = torch.where(label == 0, log_tie, torch.where(label == 1, log_a, log_b))
-    return _mean_over(-log_likelihood, label != INVALID, valid)
+    weight = mean_one(label != INVALID) if weight is None else weight
+    return _mean(-log_likelihood, weight)
 
 
-def regression_loss(r, mos, valid=None):
+def regression_loss(r, mos, weight=None):
     """Mean squared error against mean opinion scores, section 3.2's baseline: the target is mos - 3, as in the
     published code; mos 0 is missing.
 
     Any shape, e.g. (B, 2, 3) for both clips of a pair; scalar, the mean over the scores that are there."""
-    return _mean_over((r - (mos - 3)).square(), mos != 0, valid)
+    weight = mean_one(mos != 0) if weight is None else weight
+    return _mean((r - (mos - 3)).square(), weight)
 
 
 def caption_loss(logits, y):
     """-log probability of the bag of words of prompts y (B, S) under independent logits (B, vocab); mean over B.
 
     Not in the paper. Its backbone, a pretrained vision-language model, knows what words look like; ours starts from
-    nothing, and from labels alone it learned colours and directions in 1,500 steps, but of shapes no more than chance.
-    The prompts of the pairs themselves can teach it: a clip shows mostly what its prompt says."""
+    nothing. The prompts of the pairs themselves can teach it: a clip shows mostly what its prompt says."""
     bag = torch.zeros_like(logits).scatter(1, y, 1.0)
     bag[:, 0] = 0  # padding
     return F.binary_cross_entropy_with_logits(logits, bag, reduction="sum") / len(y)
+
+
+def reward_step(model, video_a, video_b, y, label, mos, weight, loss="btt", caption=1.0):
+    """One step on pairs video_a, video_b (B, ...) with prompts y (B, S), labels (B, 3) and ratings mos (B, 2, 3)
+    -> (loss, logs). loss: one of LOSSES; weight: of the labels or ratings it counts; caption: of caption_loss."""
+    y = y.repeat(2, 1)
+    scores, words = model.scores_and_words(torch.cat((video_a, video_b)), y)  # (2B, 3)
+    a, b = scores.chunk(2)
+    if loss == "regression":
+        preference = regression_loss(torch.stack((a, b), 1), mos, weight)
+    else:
+        preference = LOSSES[loss](a, b, label, weight=weight)
+    words = caption_loss(words, y)
+    accuracy = {name: value for name, value in accuracies_without_ties(a - b, label).items() if value == value}
+    return preference + caption * words, {"loss": preference.item(), "caption": words.item(), **accuracy}
+
+
+LOSSES = {"btt": btt_loss, "bt": bt_loss, "regression": regression_loss}
+
+
+def counted(loss, label, mos):
+    """Which labels (B, 3), or for regression which ratings (B, 2, 3), a loss learns from."""
+    return {"btt": label != INVALID, "bt": decided(label), "regression": mos != 0}[loss]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -129,10 +151,9 @@ def accuracy_with_ties(delta, label):
 class Stem(nn.Module):
     """Videos (B, C, T, H, W) to tokens (B, N, d), a token a patch, from two views of it.
 
-    A linear one, which starts as a low-pass filter as in the video model, keeps positions: with convolutions alone the
-    loss in MQ was 1.42 after 200 steps, with both .93. Two overlapping convolutions over each frame see a shape the
-    same wherever it lies on the grid of patches. The clip's mean colour, most of it ground, enters apart: that took the
-    loss in MQ after 300 steps from .73 to .58."""
+    A linear one, which starts as a low-pass filter as in the video model, keeps positions. Two overlapping convolutions
+    over each frame see a shape the same wherever it lies on the grid of patches. The clip's mean colour, most of it
+    ground, enters apart."""
 
     def __init__(self, config):
         super().__init__()
@@ -169,8 +190,8 @@ class RewardBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = mlp(dim)
 
-    def forward(self, x, table, context):
-        x = x + self.attn(self.attn.qkv(self.norm1(x)), table, context)
+    def forward(self, x, rope, context):
+        x = x + self.attn(self.norm1(x), rope, context)
         return x + self.mlp(self.norm2(x))
 
 
@@ -179,6 +200,13 @@ class RewardConfig(ModelConfig):
     """Sizes of a VideoReward, and `separate`: a token for each score, or (Table 6, I-III) one last token for all."""
 
     separate: bool = True
+
+
+def reward_config(config, separate=True):
+    """A VideoReward's sizes beside a model's of `config`: three quarters of its width and two thirds of its depth."""
+    sizes = {field.name: getattr(config, field.name) for field in fields(config)}
+    sizes |= {"dim": config.dim * 3 // 4, "depth": config.depth * 2 // 3}
+    return RewardConfig(**sizes, separate=separate)
 
 
 class VideoReward(nn.Module):
@@ -197,10 +225,8 @@ class VideoReward(nn.Module):
         self.head = nn.Linear(dim, 1 if config.separate else 3)
         self.caption = nn.Linear(dim, config.vocab)
         head_dim = dim // config.heads
-        table = torch.cat(
-            (rope_table(config.grid, head_dim), still_table(config.max_text + len(self.tokens), head_dim)), 1
-        )
-        self.register_buffer("table", table, persistent=False)
+        still = identity_rope(config.max_text + len(self.tokens), head_dim)
+        self.register_buffer("rope", torch.cat((rope(config.grid, head_dim), still), 1), persistent=False)
         self.checkpointed = False  # as VideoTransformer's
         self.register_buffer("mean", torch.zeros(3))
         self.register_buffer("std", torch.ones(3))
@@ -218,7 +244,7 @@ class VideoReward(nn.Module):
         blind = len(self.tokens) - 1  # how many stand left of the prompt: VQ and MQ, or none
         x = torch.cat((video, tokens[:, :blind], self.words(y) + self.places, tokens[:, blind:]), 1)
         for block in self.blocks:
-            x = remade(block, x, self.table, count + blind, when=self.checkpointed)
+            x = checkpointed(block, x, self.rope, count + blind, when=self.checkpointed)
         x = self.norm(x)  # (B, N + 2 + S + 1, d), or (B, N + S + 1, d)
         words = self.caption(x[:, :count].mean(1))  # (B, vocab), from video tokens, which cannot see the prompt
         scores = self.head(torch.cat((x[:, count : count + blind], x[:, -1:]), 1))  # (B, 3, 1), or (B, 1, 3)
@@ -231,4 +257,4 @@ class VideoReward(nn.Module):
 
 def load_reward(path):
     """(VideoReward, words) of a checkpoint."""
-    return load_model(path, "reward", VideoReward, RewardConfig)
+    return load_network(path, "reward", VideoReward, RewardConfig)

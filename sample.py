@@ -7,7 +7,6 @@ The clock runs from t = 1 to 0 and is shifted towards noise as in training. The 
 guidance scale; README, "Settings, and why", says what was chosen here.
 """
 
-import math
 import re
 from pathlib import Path
 
@@ -16,16 +15,29 @@ import numpy as np
 import torch
 
 import world
-from common import WEIGHTS, BadInput, Parser, numbers, pick_device, run
 from data import Vocabulary
 from flow import TIME_SHIFT, shift_time
 from model import load_velocity
 from nrg import load_noisy_reward, steer
+from runtime.checkpoint import WEIGHTS
+from runtime.cli import (
+    BadInput,
+    Parser,
+    clip_count,
+    finite,
+    interval,
+    non_negative,
+    pick_device,
+    positive_int,
+    run,
+    seed,
+    triple,
+)
 
 STEPS = 20
 CFG = 2.0
-# Reward guidance, on rewards of unit spread. Above t = 0.9 the learned gradient does not vanish as the exact one does:
-# guided there as well, motion suffered (results/nrg.md, 1:1:1: MQ .49 instead of .76, TA .51 and .56, VQ .99 and .91).
+# Reward guidance, on rewards of unit spread. Above t = 0.9 the learned gradient does not vanish as the exact one does
+# (docs/guidance.md).
 NRG_SCALE, NRG_EPS, NRG_INTERVAL = 4.0, 0.1, (0.0, 0.9)
 
 
@@ -101,34 +113,30 @@ def main():
     parser = Parser("Samples clips of one prompt and prints their true scores (1 is a clean clip, 0 a bad one).")
     parser.add_argument("--prompt", default="a red circle moving left", help="words that the model knows")
     parser.add_argument("--ckpt", type=Path, default=WEIGHTS / "base.pt", help="weights of a video model")
-    parser.add_argument("--n", type=int, default=4, help="clips")
-    parser.add_argument("--steps", type=int, default=STEPS, help="Euler steps")
-    parser.add_argument("--cfg", type=float, default=CFG, help="scale of classifier-free guidance; 1 = off")
+    parser.add_argument("--n", type=clip_count, default=4, help="clips")
+    parser.add_argument("--steps", type=positive_int, default=STEPS, help="Euler steps")
+    parser.add_argument("--cfg", type=finite, default=CFG, help="scale of classifier-free guidance; 1 = off")
     parser.add_argument("--attention", help="full, or tile:T,H,W for sliding tiles (default: as the model was trained)")
-    parser.add_argument("--seed", type=int, default=0, help="one seed, one set of clips, on every device")
+    parser.add_argument("--seed", type=seed, default=0, help="one seed, one set of clips, on every device")
     parser.add_argument("--out", type=Path, default=Path("out/sample"), help="folder to write to")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     group = parser.add_argument_group("reward guidance (Flow-NRG, section 4.4); the clips without it are made as well")
-    group.add_argument("--nrg", help="weights of VQ, MQ and TA of any sign, for example 1,1,0.5")
+    group.add_argument("--nrg", type=triple, help="weights of VQ, MQ and TA of any sign, for example 1,1,0.5")
     group.add_argument("--nrg-ckpt", type=Path, default=WEIGHTS / "nrg.pt", help="weights of a noise-aware reward")
-    group.add_argument("--nrg-scale", type=float, default=NRG_SCALE, help="w of Eq. 11, on rewards of unit spread")
-    group.add_argument("--nrg-eps", type=float, default=NRG_EPS, help="of t / (1 - t + eps); 0 = the paper's form")
+    group.add_argument("--nrg-scale", type=finite, default=NRG_SCALE, help="w of Eq. 11, on rewards of unit spread")
     group.add_argument(
-        "--nrg-interval", default="{:g},{:g}".format(*NRG_INTERVAL), help="lowest and highest t that is guided"
+        "--nrg-eps", type=non_negative, default=NRG_EPS, help="of t / (1 - t + eps); 0 = the paper's form"
+    )
+    group.add_argument(
+        "--nrg-interval",
+        type=interval,
+        default="{:g},{:g}".format(*NRG_INTERVAL),
+        help="lowest and highest t that is guided",
     )
     group.add_argument(
         "--compare", action="store_true", help="CFG 1, --cfg and guidance after --cfg, one under the other"
     )
     args = parser.parse_args()
-    for name in ("n", "steps"):
-        if getattr(args, name) < 1:
-            raise BadInput(f"--{name} {getattr(args, name)}: must be at least 1")
-    for name in ("cfg", "nrg_scale"):
-        if not math.isfinite(getattr(args, name)):
-            raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: must be a number")
-    if not 0 <= args.nrg_eps < math.inf:
-        raise BadInput(f"--nrg-eps {args.nrg_eps}: must be 0 or a positive number")
-    interval = numbers("--nrg-interval", args.nrg_interval, "0,0.9")
     device = pick_device(args.device)
     model, words = load_velocity(args.ckpt, args.attention)
     try:
@@ -143,16 +151,16 @@ def main():
 
     runs = {f"CFG {cfg:g}": (model, cfg, None) for cfg in ((1.0, args.cfg) if args.compare else (args.cfg,))}
     if args.nrg is not None:
-        weights = numbers("--nrg", args.nrg, "1,1,0.5")
-        bases = (model,) if args.ckpt == WEIGHTS / "base.pt" else (model, load_velocity(WEIGHTS / "base.pt")[0])
-        reward, reward_words = load_noisy_reward(args.nrg_ckpt, *bases)
+        reward, reward_words = load_noisy_reward(args.nrg_ckpt)
         if reward_words != words or reward.config.video_shape != model.config.video_shape:
             raise BadInput(f"{args.nrg_ckpt}: trained with other words or another video size than {args.ckpt}")
-        steered, guidance = steer(model, reward.to(device), weights, args.nrg_scale, args.nrg_eps, interval)
-        runs[f"CFG {args.cfg:g} NRG {args.nrg}"] = (steered, args.cfg, guidance)
+        steered, guidance = steer(model, reward.to(device), args.nrg, args.nrg_scale, args.nrg_eps, args.nrg_interval)
+        runs["CFG {:g} NRG {:g},{:g},{:g}".format(args.cfg, *args.nrg)] = (steered, args.cfg, guidance)
     videos, scores = [], []
     for model, cfg, guidance in runs.values():
         videos.append(sample_many(model, x1, y, steps=args.steps, cfg=cfg, guidance=guidance).cpu())
+        if not videos[-1].isfinite().all():
+            raise BadInput("the samples are not finite numbers; give a smaller --nrg, --nrg-scale or --cfg")
         scores += [] if attributes is None else [world.oracle(videos[-1], attributes)]
 
     name = re.sub(r"[^\w]+", "-", args.prompt.lower())[:80]

@@ -5,71 +5,280 @@
     python train.py --algo pretrain     the base model from nothing (flow matching, section 4.1)
     python train.py --algo reward       VideoReward from nothing (section 3.2)
     python train.py --algo nrg          the noise-aware reward for guidance, on the base model's first blocks (4.4)
-    torchrun --nproc_per_node 8 train.py --algo pretrain --preset large --fsdp       on eight GPUs (distributed.py)
+    torchrun --nproc_per_node 8 train.py --algo pretrain --preset large --fsdp       on eight GPUs
 
-All that is random in step n comes from the seed and n, so a run that was stopped and resumed (checkpoint.py) ends at
-the same bits, and one that is spread over processes or micro-batches (parts.py) takes the same steps.
+An algorithm is a Task: a model, a batch for each step, a loss, and a table at the end. All that is random in step n
+comes from the seed and n, so a run that was stopped and resumed ends at the same bits, and one that is spread over
+processes or micro-batches takes the same steps.
 """
 
-import argparse
 import copy
-import json
 import math
-import signal
 import sys
 import time
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 
 import torch
 from tqdm import tqdm
 
-from checkpoint import (
-    averaged,
-    facts,
-    gathered,
-    interrupted_run,
-    newest,
-    open_log,
-    refuse_used,
-    restore,
-    save_shards,
-    save_whole,
-    write_log,
+import world
+from data import (
+    Vocabulary,
+    annotated_pairs,
+    draw_clips,
+    draw_noise,
+    drop_prompts,
+    epoch_index,
+    mean_one,
+    step_rng,
+    take,
+    toy_pairs,
 )
-from common import BadInput, Parser, check_writable, has_bf16, numbers, run, save_checkpoint
-from data import step_rng
-from distributed import (
-    accumulating,
-    launched,
-    own,
-    rank,
-    restarted,
-    size,
-    spread,
-    start_process,
-    stop_process,
-    together,
-    whole,
-)
-from flow import TIME_SHIFT
-from flow_dpo import SCHEDULES
-from model import PRESETS
-from parts import Part
-from plan import plan
-from tasks import LOSSES, TASKS
+from evaluate import alignment_table, nrg_table, pair_scores, pretrain_table, reward_table, study
+from flow import TIME_SHIFT, flow_error
+from flow_dpo import SCHEDULES, flow_dpo_step
+from flow_rwr import flow_rwr_step, rwr_weights
+from model import PRESETS, VideoTransformer, add_lora, freeze_trunk, load_velocity, merged_state_dict, share_trunk
+from nrg import noisy_reward_on, noisy_reward_step
+from real_data.disk_pairs import disk_data
+from reward import LOSSES, VideoReward, counted, decided, load_reward, reward_config, reward_step
+from runtime import distributed, flags, resume
+from runtime.cli import BadInput, progress_bar, run
+from runtime.distributed import accumulating, full_tensor, rank, reduce_logs, world_size
 
-# A flag left out takes its algorithm's value here. The paper tunes pretrained models, by Adam: VideoReward at 2e-6 and
-# batch 32, the noise-aware reward at 5e-6 and batch 144, both for 2 epochs (Table 11); sft, rwr and dpo at 5e-6 and
-# batch 64 for one epoch (Table 10). README, "Settings, and why", has more.
+# A flag left out takes its algorithm's value here; docs/paper.md has the paper's (Tables 10 and 11) and why.
+ALIGNMENT = {"steps": 200, "batch": 16, "lr": 1e-4, "decay": 0.0, "ema": 0.0, "time_shift": TIME_SHIFT}
 DEFAULTS = {
-    "pretrain": {"steps": 6000, "batch": 32, "lr": 2.5e-3, "decay": 0.4, "ema": 0.999},
-    "reward": {"steps": 900, "batch": 32, "lr": 1e-3, "decay": 0.2, "ema": 0.0},
-    "nrg": {"steps": 3000, "batch": 32, "lr": 3e-3, "decay": 0.2, "ema": 0.0},
-    "sft": {"steps": 200, "batch": 16, "lr": 1e-4, "decay": 0.0, "ema": 0.0},
-    "rwr": {"steps": 200, "batch": 16, "lr": 1e-4, "decay": 0.0, "ema": 0.0},
-    "dpo": {"steps": 200, "batch": 16, "lr": 1e-4, "decay": 0.0, "ema": 0.0},
+    "pretrain": {"steps": 6000, "batch": 32, "lr": 2.5e-3, "decay": 0.4, "ema": 0.999, "time_shift": TIME_SHIFT},
+    "reward": {"steps": 900, "batch": 32, "lr": 1e-3, "decay": 0.2, "ema": 0.0, "time_shift": TIME_SHIFT},
+    "nrg": {"steps": 3000, "batch": 32, "lr": 3e-3, "decay": 0.2, "ema": 0.0, "time_shift": 1.0},
+    **dict.fromkeys(("sft", "rwr", "dpo"), ALIGNMENT),
 }
 WARMUP = 100  # steps, or a tenth of a shorter run
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The algorithms
+
+
+@dataclass
+class Task:
+    """What the loop needs to know of an algorithm."""
+
+    kind: str  # of its checkpoint (runtime/checkpoint.py)
+    model: torch.nn.Module  # the one that is trained
+    words: list  # its vocabulary
+    batch: Callable  # (step, rows) -> dict of tensors on the CPU: these rows, a slice, of the step's batch
+    loss: Callable  # batch -> (loss, logs); the mean over equal parts is the whole batch's loss
+    progress_keys: tuple  # names of the logs in the progress bar
+    evaluate: Callable  # (model, out) -> lines to print; may write pictures and set buffers of the model
+    state_dict: Callable = torch.nn.Module.state_dict  # model -> tensors to save
+
+
+def pretrain_task(args, device):
+    """Flow matching on clips of all twelve generators, or of --data (section 4.1)."""
+    if args.data:
+        vocabulary, config, pairs, _, _ = disk_data(args, PRESETS[args.preset], held_out=False)
+    else:
+        vocabulary = Vocabulary()
+        config = replace(PRESETS[args.preset], vocab=len(vocabulary.words))
+    torch.manual_seed(args.seed)
+    model = VideoTransformer(replace(config, attention=args.attention or "full")).to(device)
+
+    def batch(step, rows):
+        rng = step_rng(args.seed, step)
+        if args.data:
+            index = epoch_index(2 * len(pairs), args.batch, step, args.seed)
+            x0, y = pairs.clips(index[rows] // 2, index[rows] % 2), pairs.y[index // 2]
+        else:
+            clips, y = draw_clips(args.batch, config, vocabulary, rng)
+            x0 = world.render(clips[rows], config.size)
+        y = drop_prompts(y, args.label_dropout, rng)
+        noise = draw_noise(args.batch, config.video_shape, args.time_shift, rng, normal=True)
+        return {"x0": x0, **take({"y": y, **noise}, rows)}
+
+    def loss(batch):
+        error = flow_error(model, **batch).mean()
+        return error, {"loss": error.item()}
+
+    table = partial(pretrain_table, words=vocabulary.words, args=args, device=device)
+    return Task("velocity", model, vocabulary.words, batch, loss, ("loss",), table)
+
+
+def reward_task(args, device):
+    """VideoReward on pairs that annotators compared (section 3.2)."""
+    if args.data:
+        vocabulary, config, pairs, held, name = disk_data(args, PRESETS[args.preset])
+    else:
+        vocabulary = Vocabulary()
+        config = replace(PRESETS[args.preset], vocab=len(vocabulary.words))
+        pairs, held, name = annotated_data(args, config, vocabulary)
+    torch.manual_seed(args.seed)
+    model = VideoReward(reward_config(config, separate=args.tokens == "separate")).to(device)
+
+    def batch(step, rows):
+        index = epoch_index(len(pairs), args.batch, step, args.seed)
+        labels = {"y": pairs.y[index], "label": pairs.label[index], "mos": pairs.mos[index]}
+        labels["weight"] = mean_one(counted(args.loss, labels["label"], labels["mos"]))
+        video_a, video_b = pairs.sides(index[rows])
+        return {"video_a": video_a, "video_b": video_b, **take(labels, rows)}
+
+    def loss(batch):
+        return reward_step(model, **batch, loss=args.loss, caption=args.caption)
+
+    table = partial(reward_table, held=held, name=name, device=device)
+    return Task("reward", model, vocabulary.words, batch, loss, ("loss", "VQ", "MQ", "TA"), table)
+
+
+def nrg_task(args, device):
+    """A head on the base model's first blocks, on noised pairs, by Bradley-Terry (section 4.4)."""
+    base, words = load_velocity(args.init, args.attention)
+    config, vocabulary = base.config, Vocabulary(words)
+    torch.manual_seed(args.seed)
+    model = noisy_reward_on(base, args.read, args.trunk == "frozen").to(device)
+    if args.data:
+        _, _, pairs, held, name = disk_data(args, config, words)
+    else:
+        pairs, held, name = annotated_data(args, config, vocabulary)
+
+    def batch(step, rows):
+        rng = step_rng(args.seed, step)
+        index = epoch_index(len(pairs), args.batch, step, args.seed)
+        y, label = pairs.y[index], pairs.label[index]
+        whole = {"y": y, "label": label, "weight": mean_one(decided(label)), "other_y": y.roll(1, 0)}
+        whole |= draw_noise(args.batch, config.video_shape, args.time_shift, rng)
+        if args.pair_noise == "own":
+            whole["x1_b"] = torch.randn(whole["x1"].shape, generator=rng)
+        x0_a, x0_b = pairs.sides(index[rows])
+        return {"x0_a": x0_a, "x0_b": x0_b, **take(whole, rows)}
+
+    def loss(batch):
+        return noisy_reward_step(model, **batch, contrast=args.contrast)
+
+    table = partial(nrg_table, held=held, name=name, seed=args.eval_seed, device=device)
+    return Task("noisy reward", model, words, batch, loss, ("loss", "VQ", "MQ", "TA"), table)
+
+
+def annotated_data(args, config, vocabulary):
+    """Toy pairs to train on, pairs of other prompts to judge by, and the latter's name."""
+    bar = progress_bar("annotators look at the pairs", "x64 pairs")
+    pairs = annotated_pairs(args.pairs, ["train"], args.seed, config, vocabulary, bar)
+    held = annotated_pairs(args.eval_pairs, ["validation"], args.seed + 1, config, vocabulary, bar)
+    return pairs, held, "validation pairs, prompts never seen in training"
+
+
+def dpo_task(args, device):
+    """Flow-DPO on pairs that VideoReward ranked, against the frozen start (section 4.2)."""
+    base, policy, words = base_and_policy(args, device)
+    pairs, r, reward = scored_pairs(args, base.config, words, device)
+    winners, losers = ranked(r)
+    shared_forward = share_trunk(policy, base, args.freeze) if args.freeze else None
+
+    def batch(step, rows):
+        rng = step_rng(args.seed, step)
+        chosen = epoch_index(len(winners), args.batch, step, args.seed)
+        (index, win), lose = winners[chosen].T, losers[chosen, 1]
+        y = drop_prompts(pairs.y[index], args.label_dropout, rng)
+        noise = draw_noise(args.batch, base.config.video_shape, args.time_shift, rng)
+        x0_w, x0_l = pairs.clips(index[rows], win[rows]), pairs.clips(index[rows], lose[rows])
+        return {"x0_w": x0_w, "x0_l": x0_l, **take({"y": y, **noise}, rows)}
+
+    def loss(batch):
+        settings = {"beta": args.beta, "schedule": args.schedule, "shared_forward": shared_forward}
+        return flow_dpo_step(policy, base, **batch, **settings)
+
+    table = partial(alignment_table, base=base, reward=reward, words=words, pairs=pairs, args=args, device=device)
+    return Task("velocity", policy, words, batch, loss, ("loss", "accuracy"), table, merged_state_dict)
+
+
+def regression_task(args, device):
+    """Flow-RWR on both clips of these pairs, weighted by their reward (section 4.3), or SFT on the winners (5.2)."""
+    base, policy, words = base_and_policy(args, device)
+    pairs, r, reward = scored_pairs(args, base.config, words, device)
+    winners, losers = ranked(r)
+    chosen, weight = winners, torch.ones(len(winners))  # (N, 2: pair, side), (N,)
+    if args.algo == "rwr":
+        chosen = torch.cat((winners, losers))
+        weight = rwr_weights(r[chosen[:, 0], chosen[:, 1]], args.temperature)
+    count = 2 * args.batch  # as many clips as DPO takes: SFT sees a winner twice as often
+
+    def batch(step, rows):
+        rng = step_rng(args.seed, step)
+        item = epoch_index(len(chosen), count, step, args.seed)
+        index, side = chosen[item].T
+        y = drop_prompts(pairs.y[index], args.label_dropout, rng)
+        noise = draw_noise(count, base.config.video_shape, args.time_shift, rng)
+        rows = slice(2 * rows.start, 2 * rows.stop)
+        return {"x0": pairs.clips(index[rows], side[rows]), **take({"y": y, "weight": weight[item], **noise}, rows)}
+
+    def loss(batch):
+        return flow_rwr_step(policy, **batch)
+
+    table = partial(alignment_table, base=base, reward=reward, words=words, pairs=pairs, args=args, device=device)
+    return Task("velocity", policy, words, batch, loss, ("loss", "effective_samples"), table, merged_state_dict)
+
+
+def base_and_policy(args, device):
+    """The frozen base model, the policy that starts from it, and their words."""
+    base, words = load_velocity(args.init, args.attention)
+    policy = copy.deepcopy(base)
+    torch.manual_seed(args.seed)
+    policy = add_lora(policy, args.lora_rank, skip=args.freeze) if args.lora_rank else freeze_trunk(policy, args.freeze)
+    return base.to(device).requires_grad_(False), policy.to(device), words  # adapters are drawn on the CPU
+
+
+def scored_pairs(args, config, words, device):
+    """Pairs, the total reward r (N, 2) of both clips of each, and the VideoReward that gave it (section 5.2).
+
+    Offline and once, as in the paper: clips of the twelve generators or of --data, none of the policy's own."""
+    if args.data:
+        reward = load_judge(args.reward, config, tuple(words)).to(device)
+        _, _, pairs, _, _ = disk_data(args, config, words, held_out=False)
+        scores = pair_scores(reward.normalised, pairs, device, progress_bar("VideoReward scores the pairs", "x64"))
+    else:
+        pairs, scores, reward = scored_toy_pairs(args.pairs, args.seed, config, tuple(words), args.reward, device)
+    weights = torch.tensor(args.align) / sum(map(abs, args.align))  # 1:1:1 is r = (r_VQ + r_MQ + r_TA) / 3
+    return pairs, scores @ weights, reward
+
+
+@lru_cache(maxsize=1)  # a study aligns many policies on the same pairs
+def scored_toy_pairs(count, seed, config, words, path, device):
+    """Toy pairs, VideoReward's z-scores of both clips of each (N, 2, 3), and that VideoReward."""
+    reward = load_judge(path, config, words).to(device)
+    pairs, _ = toy_pairs(count, ["train"], seed, config, Vocabulary(words))
+    bar = progress_bar("VideoReward scores the pairs", "x64 pairs")
+    return pairs, pair_scores(reward.normalised, pairs, device, bar), reward
+
+
+def load_judge(path, config, words):
+    """The VideoReward of a checkpoint, frozen. BadInput unless it takes the clips and prompts of such a model."""
+    reward, reward_words = load_reward(path)
+    if reward.config.video_shape != config.video_shape or reward.config.max_text != config.max_text:
+        raise BadInput(
+            "--reward and --init take clips or prompts of other sizes; train both with one --preset or --data"
+        )
+    if tuple(reward_words) != words:
+        raise BadInput("--reward and --init know different words; use a reward and a base model of the same data")
+    return reward.requires_grad_(False)
+
+
+def ranked(r):
+    """Winners and losers (N', 2: pair, side) by total reward r (N, 2); equal rewards make no pair."""
+    index = torch.nonzero(r[:, 0] != r[:, 1])[:, 0]
+    side = (r[index, 1] > r[index, 0]).long()
+    return torch.stack((index, side), 1), torch.stack((index, 1 - side), 1)
+
+
+TASKS = {
+    "pretrain": pretrain_task,
+    "reward": reward_task,
+    "nrg": nrg_task,
+    "sft": regression_task,
+    "rwr": regression_task,
+    "dpo": dpo_task,
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -82,91 +291,64 @@ def train(task, args, device, state=None):
     SIGINT and SIGTERM save and exit with status 130; a loss or gradient that is not finite stops the run before it is
     used. Under torchrun every process calls this with the same arguments, and process 0 returns the lines."""
     model, first = task.model, rank() == 0
-    spare = copy.deepcopy(model).cpu() if args.fsdp and first else None  # whole again at the end
-    for module in model.modules():
-        if hasattr(module, "checkpointed"):
-            module.checkpointed = args.grad_checkpoint
-    loss_of = spread(task, device, args.fsdp, args.compile, in_bf16(args, device))
+    unsharded = copy.deepcopy(model).cpu() if args.fsdp and first else None  # the shards are gathered in it at the end
+    loss_of = distributed.wrap_model(task, device, args)
     trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
-    optimizer = torch.optim.AdamW(
-        trained.values(), args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=device.type != "mps"
-    )
-    average = {name: value.detach().clone() for name, value in trained.items()} if args.ema else {}
-    start = restore(state, trained, average, optimizer) if state else 0
-    kept = f"{newest(args.out)} is the last good state" if state else "nothing was saved yet"
+    fused = device.type != "mps"
+    optimizer = torch.optim.AdamW(trained.values(), args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=fused)
+    ema = {name: value.detach().clone() for name, value in trained.items()} if args.ema else {}
+    start = resume.restore(state, trained, ema, optimizer) if state else 0
+    rows = distributed.local_rows(args.batch)
 
-    def save(step, **final):
-        nonlocal kept
-        write = save_shards if args.fsdp else save_whole
-        write(args, task, step, trained, average, optimizer, **final)
-        kept = f"{newest(args.out)}, after step {step - 1}, is the last good state"
-
-    every, learned = (sum(map(torch.numel, values)) for values in (model.parameters(), trained.values()))
-    if args.export and first:
-        check_writable(args.export.parent, "--export")
-    log = open_log(args.out, start, 4 * (every + (3 if args.ema else 2) * learned))  # weights, AdamW's two, averages
-    stopped = []
-    signals = signal.SIGINT, signal.SIGTERM
-    handlers = [signal.signal(number, lambda *_: stopped.append(True)) for number in signals]
     bar = tqdm(total=args.steps, initial=start, desc=args.algo, dynamic_ncols=True, disable=not first)
-    try:
-        with log, bar:
-            for step in range(start, args.steps):
-                rng = step_rng(args.seed, step)
-                part = Part(rng, rank(), size())
-                batch = {name: value.to(device) for name, value in task.batch(step, part).items()}
-                made = []
-                for micro in part.split(args.accum):
-                    here = {name: micro.cut(value) for name, value in batch.items()}
-                    with accumulating(loss_of, last=micro.index == args.accum - 1):
-                        loss, logs = loss_of(here, micro)
-                        (loss / args.accum).backward()
-                    made.append((loss.item(), logs))
-                norm = whole(torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)).item()
-                loss, logs, stop = together(made, bool(stopped))
-                if not math.isfinite(loss) or not math.isfinite(norm):
-                    what = f"loss is {loss}, its gradient's norm {norm} at step {step}"
-                    raise BadInput(f"{what} (--seed {args.seed}, the batch's {rng.initial_seed()}); {kept}")
-                for group in optimizer.param_groups:
-                    group["lr"] = args.lr * schedule(step, args.steps, args.decay)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                if average:
-                    memory = min(args.ema, (step + 1) / (step + 10))  # short at the start
-                    new = [own(value.detach()) for value in trained.values()]
-                    torch._foreach_lerp_([own(value) for value in average.values()], new, 1 - memory)
-                logs["grad_norm"] = norm
-                saving = stop or (step + 1) % args.save_every == 0 or step + 1 == args.steps
-                write_log(log, json.dumps({"step": step, **logs}) + "\n", sync=saving)
-                bar.set_postfix({name: f"{logs[name]:.3f}" for name in task.shown if name in logs}, refresh=False)
-                bar.update()
-                if saving:
-                    save(step + 1)
-                if stop:
-                    bar.close()
-                    if first:
-                        print(f"stopped after step {step + 1}; --resume continues from {newest(args.out)}")
-                    sys.exit(130)
-    except OSError as error:  # of the log, at the latest when it is closed
-        raise BadInput(f"cannot write {args.out / 'metrics.jsonl'}: {error.strerror}; {kept}") from None
-    finally:
-        for number, handler in zip(signals, handlers):
-            signal.signal(number, handler)
+    with resume.Log(args, start, model, trained) as log, resume.stop_requests() as stop, bar:
+        for step in range(start, args.steps):
+            # this process's rows of the batch
+            batch = {name: value.to(device) for name, value in task.batch(step, rows).items()}
 
-    final = gathered(model, average, spare) if args.fsdp else averaged(model, average)
+            # forward and backward, one micro-batch after the other
+            micro_losses = []
+            for i in range(args.accum):
+                micro_batch = {name: value.chunk(args.accum)[i] for name, value in batch.items()}
+                with accumulating(loss_of, last=i == args.accum - 1):
+                    loss, logs = loss_of(micro_batch)
+                    (loss / args.accum).backward()
+                micro_losses.append((loss.item(), logs))
+            grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)).item()
+
+            # what all processes saw, before any of it is used
+            loss, logs, stopping = reduce_logs(micro_losses, bool(stop))
+            if not math.isfinite(loss) or not math.isfinite(grad_norm):
+                fault = f"loss is {loss}, its gradient's norm {grad_norm} at step {step} (--seed {args.seed})"
+                raise BadInput(f"{fault}; {resume.last_state(args.out)}")
+
+            # update
+            for group in optimizer.param_groups:
+                group["lr"] = args.lr * schedule(step, args.steps, args.decay)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if ema:
+                distributed.update_ema(ema, trained, min(args.ema, (step + 1) / (step + 10)))  # short at the start
+
+            # log and save
+            saving = stopping or (step + 1) % args.save_every == 0 or step + 1 == args.steps
+            log.write({"step": step, **logs, "grad_norm": grad_norm}, sync=saving)
+            bar.set_postfix({name: f"{logs[name]:.3f}" for name in task.progress_keys if name in logs}, refresh=False)
+            bar.update()
+            if saving:
+                resume.save_run(args, task, step + 1, trained, ema, optimizer)
+            if stopping:
+                bar.close()
+                if first:
+                    newest = resume.last_checkpoint(args.out)
+                    print(f"stopped after step {step + 1}; --resume continues from {newest}")
+                sys.exit(130)
+
+    final = resume.final_model(args, model, ema, unsharded)
     if not first:
         return []
-    final = task.plain(final.to(device)).eval()
-    lines = task.finish(final, args.out)
-    last, alone = args.out / "last.pt", {**facts(task, args.steps), "model": task.stored(final)}
-    if args.fsdp:
-        save_checkpoint(last, alone)
-    else:
-        save(args.steps, final=final)  # with what finish measured, the reward's z-score constants
-    if args.export:
-        save_checkpoint(args.export, alone | {"model": {name: value.half() for name, value in alone["model"].items()}})
-        lines.append(f"wrote {args.export}")
-    return [*lines, f"wrote {args.out / 'metrics.jsonl'}", f"wrote {last}"]
+    lines = task.evaluate(final.to(device).eval(), args.out)
+    return [*lines, *resume.save_final(args, task, final, trained, ema, optimizer)]
 
 
 def schedule(step, steps, decay):
@@ -176,173 +358,41 @@ def schedule(step, steps, decay):
     return rise * min(1.0, (steps - step) / (decay * steps)) if decay else rise
 
 
-def in_bf16(args, device):
-    return args.precision == "bfloat16" or (args.precision == "auto" and has_bf16(device))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 
 
 def arguments(argv=None):
-    """The flags of a command line, the algorithm's defaults filled in."""
-    parser = Parser(
-        "Trains one algorithm; writes last.pt, metrics.jsonl and pictures to --out. "
-        "Where no checkpoint is named, the shipped weights/ are used."
-    )
-
-    group = parser.add_argument_group("what to train")
-    group.add_argument("--algo", choices=TASKS, default="dpo", help="algorithm")
-    group.add_argument("--preset", choices=PRESETS, default="nano", help="size of a model trained from nothing")
-    group.add_argument("--attention", help="full, or tile:T,H,W for sliding tiles (default: full, or as --init has it)")
-    group.add_argument("--init", type=Path, help="base model to align; dpo's reference, nrg's trunk (weights/base.pt)")
-    group.add_argument("--reward", type=Path, help="VideoReward that scores the pairs (weights/reward.pt)")
-
-    group = parser.add_argument_group("how long and how fast")
-    helps = {
-        "steps": (int, "optimiser steps"),
-        "batch": (int, "clips (pretrain) or pairs a step; sft and rwr take two clips for a pair"),
-        "lr": (float, "peak learning rate of AdamW"),
-        "decay": (float, "last share of the run in which the rate falls to 0; 0 = constant"),
-        "ema": (float, "memory of the averaged weights; 0 = none"),
-    }
-    for name, (kind, text) in helps.items():
-        values = ", ".join(f"{algo} {defaults[name]}" for algo, defaults in DEFAULTS.items())
-        group.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=f"{text} (default: {values})")
-    group.add_argument("--seed", type=int, default=0, help="of weights, data, noise and times")
-    group.add_argument("--device", default="auto", help="auto (cuda, mps, cpu) or a torch device")
-    group.add_argument(
-        "--precision",
-        choices=("auto", "float32", "bfloat16"),
-        default="auto",
-        help="of matrix products; auto = bfloat16 where the device has instructions for it. Weights are float32",
-    )
-    group.add_argument("--compile", action="store_true", help="each block by torch.compile: for a GPU, not for a CPU")
-    group.add_argument("--grad-checkpoint", action="store_true", help="keep a block's input alone for backward")
-    group.add_argument("--accum", type=int, default=1, help="micro-batches that a process cuts its batch into")
-    group.add_argument("--fsdp", action="store_true", help="under torchrun: shard the model, not only the batch")
-
-    group.add_argument("--plan", type=int, help="print what this training takes on so many GPUs, and do nothing")
-    group.add_argument("--flops", type=float, default=4e14, help="of --plan: FLOP/s that a GPU sustains")
-
-    group = parser.add_argument_group("flow matching")
-    group.add_argument(
-        "--time-shift", type=float, help="of t towards noise (default: 4, nrg 1); 1 = none, 0 = clean clips (nrg alone)"
-    )
-    group.add_argument("--label-dropout", type=float, default=0.1, help="share of prompts dropped, for CFG")
-
-    group = parser.add_argument_group("preferences")
-    group.add_argument(
-        "--pairs", type=int, help="toy pairs in the data set (default: one epoch; reward, nrg two, as in Table 11)"
-    )
-    group.add_argument("--loss", choices=LOSSES, default="btt", help="reward: with ties, without, or on ratings (3.2)")
-    group.add_argument(
-        "--tokens", choices=("separate", "shared"), default="separate", help="reward: one a score, or one"
-    )
-    group.add_argument(
-        "--caption", type=float, help="reward: weight of the loss on the prompt's words (default: 1; with --data 0)"
-    )
-    group.add_argument(
-        "--beta", type=float, default=100.0, help="dpo: on mean errors; larger stays closer to the reference"
-    )
-    group.add_argument("--schedule", choices=SCHEDULES, default="constant", help="dpo: beta over t (section 4.2)")
-    group.add_argument(
-        "--temperature", type=float, default=1.0, help="rwr: of exp(reward / temperature); lower = sharper"
-    )
-    group.add_argument("--align", default="1,1,1", help="alignment: weights of VQ, MQ and TA in the reward (5.2)")
-    group.add_argument("--freeze", type=int, default=2, help="alignment: first blocks left as in the base; 0 = none")
-    group.add_argument("--lora-rank", type=int, default=0, help="alignment: adapters of this rank; 0 = the weights")
-
-    group.add_argument("--read", type=int, default=2, help="nrg: first blocks of the base model that the reward reads")
-    group.add_argument("--pair-noise", choices=("shared", "own"), default="shared", help="nrg: of the clips of a pair")
-    group.add_argument(
-        "--contrast", type=float, default=1.0, help="nrg: weight of the loss on a clip's own prompt against another"
-    )
-    group.add_argument(
-        "--trunk", choices=("frozen", "trained"), default="frozen", help="nrg: whether these blocks stay the base's"
-    )
-
-    group = parser.add_argument_group("real data")
-    group.add_argument(
-        "--data", type=Path, help="CSV of pairs of videos or latents, in VideoAlign's format (default: the toy world)"
-    )
-    group.add_argument(
-        "--val", type=Path, help="reward, nrg: CSV to validate on (default: a tenth of the prompts, held out)"
-    )
-    group.add_argument("--cache", type=Path, default=Path("out/clips"), help="folder that keeps decoded clips")
-    group.add_argument("--skip-bad", action="store_true", help="go on without rows that have a fault, and count them")
-
-    group = parser.add_argument_group("output")
-    group.add_argument("--out", type=Path, help="folder (default: out/<algo>)")
-    group.add_argument("--resume", action="store_true", help="continue the run in --out")
-    group.add_argument("--export", type=Path, help="also write the final weights here, alone and as float16")
-    group.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
-    group.add_argument("--eval-prompts", type=int, default=192, help="prompts of the closing table")
-    group.add_argument("--eval-pairs", type=int, default=1000, help="reward, nrg: validation pairs")
-    group.add_argument("--eval-seed", type=int, default=1234, help="noise of the closing table")
-
-    args = parser.parse_args(argv)
-    for name, value in DEFAULTS[args.algo].items():
-        if not hasattr(args, name):
-            setattr(args, name, value)
-    for name in ("steps", "batch", "accum", "save_every", "eval_prompts", "eval_pairs", "plan"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
-    if args.time_shift is None:
-        args.time_shift = 1.0 if args.algo == "nrg" else TIME_SHIFT
-    clean = args.algo == "nrg" and args.time_shift == 0
-    for name in ("lr", "beta", "temperature", "flops", *(() if clean else ("time_shift",))):
-        if not 0 < getattr(args, name) < float("inf"):
-            raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: must be a positive number")
-    for name in ("decay", "ema", "label_dropout"):
-        if not 0 <= getattr(args, name) <= 1:
-            raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: must lie between 0 and 1")
-    if args.attention and args.algo == "reward":
-        raise BadInput("--attention: of the video model; VideoReward sees all tokens at once")
-    args.align = numbers("--align", args.align, "1,1,1")
-    if not any(args.align):
-        raise BadInput("--align 0,0,0: at least one weight must not be 0")
-    if args.caption is None:
-        args.caption = 0.0 if args.data else 1.0  # measured on the toy alone, whose vocabulary is 17 words
-    for name in ("caption", "contrast"):
-        if not 0 <= getattr(args, name) < float("inf"):
-            raise BadInput(f"--{name} {getattr(args, name)}: must be 0 or a positive number")
-    args.out = args.out or Path("out") / args.algo
-    args.pairs = args.pairs or args.steps * args.batch // (2 if args.algo in ("reward", "nrg") else 1) or 1
-    return args
+    """The flags of a command line (runtime/flags.py), the algorithm's defaults filled in."""
+    return flags.training_flags(argv, DEFAULTS, PRESETS, LOSSES, SCHEDULES)
 
 
 def main():
     args = arguments()
     if args.plan:
-        print("\n".join(plan(args)))
+        print("\n".join(study("cost").plan(args)))
         return
-    device = start_process(args.device)
-    parts = size() * args.accum
+    device, begun = distributed.start_process(args.device), time.perf_counter()
+    parts = world_size() * args.accum
     if args.batch % parts:
         raise BadInput(
-            f"--batch {args.batch}: must be a multiple of {parts}, {size()} processes x --accum {args.accum}"
+            f"--batch {args.batch}: must be a multiple of {parts}, {world_size()} processes x --accum {args.accum}"
         )
-    if args.fsdp and not launched():
+    if args.fsdp and not distributed.launched():
         raise BadInput("--fsdp: shards over the processes of torchrun; start with torchrun --nproc_per_node N train.py")
-    begun = time.perf_counter()
-    args.resume = args.resume or (restarted() and newest(args.out) is not None)
-    refuse_used(args)
-    state = interrupted_run(args) if args.resume else None
+    state = resume.opened_run(args)
     task = TASKS[args.algo](args, device)
-    count = sum(p.numel() for p in task.model.parameters())
-    trained = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
-    kind = "bfloat16" if in_bf16(args, device) else "float32"
-    where = f"{device}" if size() == 1 else f"{size()} processes on {device.type}"
     if rank() == 0:
-        print(
-            f"{args.algo}: {count / 1e6:.2f} M parameters, {trained / 1e6:.2f} M trained, {kind} on {where}, ", end=""
-        )
+        num_params = sum(p.numel() for p in task.model.parameters())
+        num_trained = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
+        where = f"{device}" if world_size() == 1 else f"{world_size()} processes on {device.type}"
+        print(f"{args.algo}: {num_params / 1e6:.2f} M parameters, {num_trained / 1e6:.2f} M trained, ", end="")
+        print(f"{'bfloat16' if distributed.in_bf16(args, device) else 'float32'} on {where}, ", end="")
         print(f"{args.steps} steps of {args.batch}, lr {args.lr:g}, seed {args.seed}")
     lines = train(task, args, device, state)
     if rank() == 0:
         print("\n".join(["", *lines]) + f" in {(time.perf_counter() - begun) / 60:.1f} minutes")
-    stop_process()
+    distributed.stop_process()
 
 
 if __name__ == "__main__":

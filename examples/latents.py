@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import BadInput
-from reward import DIMENSIONS
+from data import DIMENSIONS
+from runtime.cli import BadInput
 
 FILES = ("latent_A", "latent_B", "text")
 SCORES = [f"{name}_{side}" for side in "AB" for name in DIMENSIONS]

@@ -14,11 +14,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the project's modules, from wherever this is started
 
-from common import BadInput, Parser, check_writable, run
 from data import Vocabulary, annotated_pairs
 from model import ModelConfig
-from pairs_csv import Pair, write_pairs
-from video import FPS
+from real_data.pairs_csv import Pair, write_pairs
+from real_data.video import FPS
+from runtime.cli import BadInput, Parser, check_writable, run
 
 
 def encode(video):

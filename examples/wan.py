@@ -16,8 +16,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the project's modules, from wherever this is started
 
-from common import BadInput, Parser, check_fit, numbers, pick_device, progress_bar, run
-from data import step_rng
+from tasks import epoch_index, ranked
+
+from data import DIMENSIONS, step_rng
 from examples import latents, wan_model
 from examples.wan_model import WanReward, velocity
 from flow import draw_noise, draw_time, interpolate
@@ -25,9 +26,9 @@ from flow_dpo import flow_dpo_step
 from flow_rwr import flow_rwr_step, rwr_weights
 from model import lora_disabled
 from nrg import guide, noisy_reward_step
-from reward import DIMENSIONS
+from runtime.checkpoint import check_fit
+from runtime.cli import BadInput, Parser, pick_device, progress_bar, run, triple
 from sample import NRG_EPS, NRG_INTERVAL, sample
-from tasks import epoch_index, ranked
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
@@ -173,7 +174,7 @@ def arguments(argv=None):
             raise BadInput(f"--{name} {getattr(args, name)}: must be above 0")
     if not args.tiny and not (args.model and args.data):
         raise BadInput("--model and --data are needed; --tiny tries the commands without")
-    args.nrg = args.nrg and numbers("--nrg", args.nrg, "1,1,0.5")
+    args.nrg = args.nrg and triple(args.nrg)
     args.reward = args.reward or args.out / "nrg.safetensors"
     return args
 

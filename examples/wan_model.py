@@ -13,9 +13,10 @@ from diffusers import WanTransformer3DModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from common import BadInput, check_fit
 from model import LoRALinear, lora_disabled
 from nrg import RewardHead
+from runtime.checkpoint import check_fit
+from runtime.cli import BadInput
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Weights

@@ -9,9 +9,9 @@ import traceback
 from dataclasses import asdict
 from pathlib import Path
 
+import common
 import torch
 
-import common
 import model
 import reward
 import train

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from attention import attention, blocks, parse_attention, plan_mask, tile_plan
-from common import BadInput
+from attention import attention
+from kernels.tiles import blocks, parse_attention, plan_mask, tile_plan
+from runtime.cli import BadInput
 
 CPU = torch.device("cpu")
 # a plan, its grid, words before the video

@@ -9,7 +9,8 @@ import sys
 import pytest
 import torch
 
-from attention import attention, tile_plan
+from attention import attention
+from kernels.tiles import tile_plan
 from tests.test_attention import check, near
 
 os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported

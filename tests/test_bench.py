@@ -4,11 +4,11 @@ import json
 import sys
 from dataclasses import replace
 
+import bench
+import common
 import pytest
 import torch
 
-import bench
-import common
 import model
 from model import ModelConfig
 

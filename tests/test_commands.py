@@ -8,11 +8,11 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import common
 import pytest
 import torch
 from forked import same
 
-import common
 import data
 import evaluate
 import sample

@@ -1,14 +1,15 @@
 """Win rates, prompt sets, and pairs ranked by a reward."""
 
 import pytest
+import tasks
 import torch
 
-import tasks
 import world
-from common import WEIGHTS, BadInput
-from compare import prompt_set, sample_prompts, score_table, win_rate
 from data import TOY_WORDS, Vocabulary, toy_pairs
+from evaluate import prompt_set, sample_prompts, score_table, win_rate
 from model import ModelConfig, VideoTransformer
+from runtime.checkpoint import WEIGHTS
+from runtime.cli import BadInput
 
 CONFIG = ModelConfig(vocab=len(TOY_WORDS))
 

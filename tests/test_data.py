@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from tasks import epoch_index
 
 import world
 from data import TOY_WORDS, Vocabulary, annotated_pairs, draw_pairs
 from model import ModelConfig
-from tasks import epoch_index
 
 CONFIG = ModelConfig(vocab=len(TOY_WORDS))
 

@@ -10,16 +10,16 @@ import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch
+import video
 
 import data
 import train
-import video
 import world
-from common import BadInput
-from data import Vocabulary, annotated_pairs, disk_pairs, read_pairs, vocabulary_of, write_pairs
+from data import INVALID, Vocabulary, annotated_pairs, read_pairs, vocabulary_of, write_pairs
 from model import ModelConfig
-from pairs_csv import Pair
-from reward import INVALID
+from real_data.disk_pairs import disk_pairs
+from real_data.pairs_csv import Pair
+from runtime.cli import BadInput
 
 EXAMPLE = Path(__file__).parent.parent.parent / "shared/data/videoalign_example/example.csv"
 CONFIG = ModelConfig()

@@ -8,13 +8,13 @@ import signal
 import subprocess
 import sys
 
+import checkpoint
+import common
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from forked import TINY, command, ended, fork, tiny_checkpoints, together, weights
 
-import checkpoint
-import common
 import train
 from flow import draw_noise, draw_time
 from model import PRESETS

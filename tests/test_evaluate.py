@@ -4,19 +4,19 @@ import json
 import subprocess
 import sys
 
+import evaluate_align
+import evaluate_beta
+import evaluate_nrg
+import evaluate_reward
 import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
 
 import evaluate
-import evaluate_align
-import evaluate_beta
-import evaluate_nrg
-import evaluate_reward
 import plot
-from common import BadInput
 from data import Pairs
+from runtime.cli import BadInput
 
 
 def test_a_stopped_study_goes_on_and_keeps_what_it_has(tmp_path):

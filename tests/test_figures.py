@@ -5,15 +5,15 @@ import re
 from functools import partial
 from itertools import product
 
+import evaluate_beta
+import evaluate_nrg
 import pytest
 from readme import ROOT, prose, tables
 
-import evaluate_beta
-import evaluate_nrg
-from compare import over_seeds
-from evaluate_align import ALIGNED, JUDGES, METHODS
-from evaluate_reward import MODELS
-from reward import DIMENSIONS
+from data import DIMENSIONS
+from evaluate import over_seeds
+from studies.jobs import ALIGNED, JUDGES, METHODS
+from studies.reward_model import MODELS
 
 
 def figures_of(result, **wanted):

@@ -9,16 +9,16 @@ import pytest
 
 pytest.importorskip("hypothesis", reason="hypothesis is not installed")
 
+import pairs_csv
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-import pairs_csv
 import sample
 import world
-from common import BadInput, numbers
 from data import TOY_WORDS, Vocabulary, vocabulary_of
 from model import ModelConfig, VideoTransformer, load_velocity
+from runtime.cli import BadInput, numbers
 
 pytestmark = pytest.mark.slow
 FUZZ = settings(

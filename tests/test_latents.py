@@ -6,16 +6,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import video
 from forked import command, ended, fork, weights
 
 import data
 import sample
 import train
-import video
-from common import BadInput
-from data import disk_pairs, vocabulary_of
+from data import vocabulary_of
 from model import ModelConfig
-from pairs_csv import Pair, read_pairs, write_pairs
+from real_data.disk_pairs import disk_pairs
+from real_data.pairs_csv import Pair, read_pairs, write_pairs
+from runtime.cli import BadInput
 
 SHAPE = 5, 4, 6, 6  # channels, frames, height, width
 PROMPTS = ["a red circle moving left", "A cat jumps over the dog", "the sea"]

@@ -5,8 +5,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from attention import tile_plan
-from common import BadInput
+from kernels.tiles import tile_plan
 from model import (
     PRESETS,
     ModelConfig,
@@ -19,6 +18,7 @@ from model import (
     patchify,
     unpatchify,
 )
+from runtime.cli import BadInput
 from sample import sample
 
 SMALL = ModelConfig(frames=4, size=16, patch=(2, 8, 8), dim=32, depth=3, heads=2, vocab=8, max_text=3)

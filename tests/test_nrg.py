@@ -3,22 +3,15 @@
 import copy
 from dataclasses import asdict, replace
 
+import evaluate_unified
 import pytest
 import torch
 
-import evaluate_unified
-from common import BadInput, save_checkpoint
 from data import step_rng
 from model import ModelConfig, VideoTransformer
-from nrg import (
-    SharedTrunk,
-    guide,
-    load_noisy_reward,
-    noisy_reward_on,
-    noisy_reward_step,
-    steer,
-    stored,
-)
+from nrg import SharedTrunk, guide, load_noisy_reward, noisy_reward_on, noisy_reward_step, steer, stored
+from runtime.checkpoint import save_checkpoint
+from runtime.cli import BadInput
 from sample import sample
 
 

@@ -2,15 +2,15 @@
 
 from dataclasses import replace
 
+import common
+import plan
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import attention
-import common
 import model
-import plan
 import train
 from flow import flow_error
 from model import PRESETS, VideoTransformer

@@ -8,11 +8,11 @@ from contextlib import suppress
 from itertools import product
 from unittest import mock
 
+import common
 import pytest
 from readme import ROOT, all_commands, commands, fenced, prose, sections, spans, tables
 from torch.distributed import run as torchrun
 
-import common
 import train
 
 DOCS = ("README.md", "weights/README.md", "examples/README.md")

@@ -10,23 +10,21 @@ from base64 import b64decode
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
+import evaluate_unified
 import imageio.v3 as imageio
 import numpy as np
 import pytest
+import report
+import report_clips
 import torch
 
 import evaluate
-import evaluate_unified
-import report
-import report_clips
 import world
-from common import BadInput
-from evaluate import STUDIES
-from evaluate_align import ALIGNED, ATTRIBUTES, CFGS, JUDGES, METHODS, SETS
-from plot import Chart
-from plot_svg import svg
-from reward import DIMENSIONS
+from data import DIMENSIONS
+from runtime.cli import BadInput
 from sample import to_pixels
+from studies.jobs import ALIGNED, ATTRIBUTES, CFGS, JUDGES, METHODS, SETS, STUDIES
+from studies.report.charts import Chart, svg
 
 CPU = torch.device("cpu")
 # Win rates of seeds 0 and 1 by the oracle, all others being 0.5: 0.85 ± 0.07 (.1 / sqrt 2), and the extremes

@@ -10,15 +10,15 @@ import signal
 import time
 from collections import namedtuple
 
+import checkpoint
+import common
 import pytest
 import torch
 from forked import command, ended, fork, same, tiny_checkpoints
 
-import checkpoint
-import common
 import train
-from common import BadInput
 from model import load_velocity
+from runtime.cli import BadInput
 
 RUN = ["--algo=pretrain", "--batch=2", "--steps=24", "--ema=0.9"]
 

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from data import INVALID
 from reward import (
-    INVALID,
     RewardConfig,
     VideoReward,
     accuracy_with_ties,

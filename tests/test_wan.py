@@ -18,10 +18,10 @@ import flow_dpo
 import flow_rwr
 import nrg
 import sample
-from common import BadInput
 from data import step_rng
 from flow import interpolate
 from model import LoRALinear
+from runtime.cli import BadInput
 
 diffusers = pytest.importorskip("diffusers")
 latents, wan, wan_model = (importlib.import_module(f"examples.{name}") for name in ("latents", "wan", "wan_model"))

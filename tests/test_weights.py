@@ -1,12 +1,12 @@
 """The shipped weights do what weights/README.md says of them (bounds leave room for the smaller samples here)."""
 
+import common
 import pytest
 import torch
 
-import common
 import world
-from compare import prompt_set, sample_prompts, win_rate
 from data import Vocabulary, annotated_pairs
+from evaluate import prompt_set, sample_prompts, win_rate
 from model import load_velocity
 from nrg import SharedTrunk, load_noisy_reward, steer
 from reward import accuracy_without_ties, load_reward

@@ -20,13 +20,13 @@ from functools import partial
 
 import torch
 
-from compare import over_seeds
-from data import step_rng
+from data import draw_noise, step_rng
+from evaluate import over_seeds
 from flow_dpo import flow_dpo_step
 from flow_rwr import flow_rwr_step, rwr_weights
 from nrg import guide, noisy_reward_step
-from plot import Chart
 from sample import sample
+from studies.report.charts import Chart
 
 MEANS, STD = torch.tensor([-1.0, 1.0]), 0.4  # of the two modes, equally likely
 BETA = 1.0  # of Eq. 3
@@ -110,14 +110,15 @@ def model_of(method, seed):
 
         def loss(rng):
             some = torch.randint(len(data), (BATCH,), generator=rng)
-            return flow_rwr_step(policy, data[some], NO_PROMPT, weight[some], rng)[0]
+            return flow_rwr_step(policy, data[some], NO_PROMPT, weight[some], **draw_noise(BATCH, (1,), 1.0, rng))[0]
 
         policy = Small(policy=True)
         return fit(policy, loss, seed), None
     if method.startswith("dpo"):
 
         def loss(rng):
-            return flow_dpo_step(policy, reference, *labelled_pairs(rng), NO_PROMPT, float(method[4:]), rng)[0]
+            pair, noise = labelled_pairs(rng), draw_noise(BATCH, (1,), 1.0, rng)
+            return flow_dpo_step(policy, reference, *pair, NO_PROMPT, **noise, beta=float(method[4:]))[0]
 
         policy = Small(policy=True)
         return fit(policy, loss, seed), None
@@ -130,7 +131,10 @@ def model_of(method, seed):
 
     def loss(rng):
         pair = *labelled_pairs(rng), NO_PROMPT, torch.ones(BATCH, 3, dtype=torch.int64)
-        return noisy_reward_step(lambda *x: learned(*x).expand(-1, 3), *pair, rng, shared=method == "nrg-shared")[0]
+        noise = draw_noise(BATCH, (1,), 1.0, rng)
+        if method == "nrg-own":
+            noise["x1_b"] = torch.randn(BATCH, 1, generator=rng)
+        return noisy_reward_step(lambda *x: learned(*x).expand(-1, 3), *pair, **noise)[0]
 
     learned = Small(policy=False)
     return reference, guide(fit(learned, loss, seed), [1.0])

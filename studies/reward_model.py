@@ -12,11 +12,10 @@ from functools import cache, partial
 import torch
 
 import train
-from compare import mean_and_spread, over_seeds
-from data import Vocabulary, annotated_pairs
-from plot import Chart
-from reward import DIMENSIONS, RewardConfig, accuracy_with_ties, accuracy_without_ties
-from tasks import TASKS, pair_scores
+from data import DIMENSIONS, Vocabulary, annotated_pairs
+from evaluate import mean_and_spread, over_seeds, pair_scores
+from reward import RewardConfig, accuracy_with_ties, accuracy_without_ties
+from studies.report.charts import Chart
 from world import TRUE_MEAN, TRUE_STD
 
 SHARED = ["--tokens", "shared"]
@@ -84,7 +83,7 @@ def trained(model, fraction, seed, args, device):
     flags |= {"seed": seed, "out": args.work / "reward" / f"{model}-{fraction:g}-{seed}", "save-every": 10**9}
     flags["eval-pairs"] = min(1000, args.eval_pairs)
     settings = train.arguments(["--algo", "reward", *MODELS[model], *(f"--{k}={v}" for k, v in flags.items())])
-    task = TASKS["reward"](settings, device)
+    task = train.TASKS["reward"](settings, device)
     train.train(task, settings, device)
     network, rows = task.model.eval(), []
     for split in SPLITS:

@@ -16,9 +16,9 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common import BadInput
-from reward import DIMENSIONS, INVALID
-from video import latent_file
+from data import DIMENSIONS, INVALID
+from real_data.video import latent_file
+from runtime.cli import BadInput
 
 LABELS = {"A": 1, "B": -1, "same": 0, "invalid": INVALID}
 NAMES = {value: name for name, value in LABELS.items()}

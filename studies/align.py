@@ -13,88 +13,12 @@ paper's human evaluation (Fig. 5).
 All models see the same prompts and noise. Win rates are over the base model, a draw counting one half.
 """
 
-import os
 from functools import partial
 
-import torch
-
 import train
-import world
-from common import WEIGHTS
-from compare import learned_scores, over_seeds, prompt_set, sample_prompts, static_quality, win_rate
-from data import step_rng
-from model import load_velocity
-from reward import DIMENSIONS, load_reward
-from sample import CFG
-from tasks import TASKS
-
-METHODS = {
-    "sft": ["--algo", "sft"],
-    "rwr": ["--algo", "rwr"],
-    "dpo-schedule": ["--algo", "dpo", "--schedule", "(1-t)^2"],
-    "dpo-constant": ["--algo", "dpo"],
-}
-ALIGNED = {"1:1:1": "1,1,1", "TA only": "0,0,1"}
-SETS = {"standard": 256, "hard": 96, "large": 512}
-CFGS = (1.0, CFG)
-JUDGES = ("oracle", "videoreward")
-ATTRIBUTES = tuple(world.MARGIN)
-NOISE_SEED = 4321
-
-
-def prompts_of(name, count):
-    """Attributes (count, 3) of a prompt set."""
-    if name == "large":
-        every = world.split_prompts("train", "validation", "hard")
-        return every[torch.randint(len(every), (count,), generator=step_rng(NOISE_SEED, 0))]
-    return prompt_set(count, *{"standard": ("train", "validation"), "hard": ("hard",)}[name])
-
-
-def judge(checkpoint, args, device, sets, cfgs, steered=lambda model: (model, None)):
-    """Samples of a checkpoint on each set and CFG, judged: {"set cfg": {"oracle" (N, 3), "videoreward" (N, 3),
-    "right" (N, 3), "quality" (N,)}}. steered: model -> what to sample with, a velocity model and a guidance."""
-    model, words = load_velocity(checkpoint)
-    reward, reward_words = load_reward(WEIGHTS / "reward.pt")
-    (model, guidance), reward, scores = steered(model.to(device)), reward.to(device), {}
-    for i, (name, count) in enumerate(sets.items()):
-        prompts = prompts_of(name, min(count, args.eval_prompts or count))
-        for cfg in cfgs:
-            noise = NOISE_SEED + i
-            videos = sample_prompts(model, words, prompts, noise, device, cfg=cfg, guidance=guidance)
-            scores[f"{name} {cfg:g}"] = {
-                "oracle": world.oracle(videos, prompts),
-                "videoreward": learned_scores(reward, reward_words, videos, prompts, device),
-                "right": (world.attributes_right(videos, prompts) > 0.5).float(),
-                "quality": static_quality(videos),
-            }
-    return scores
-
-
-def base_scores(args, device, sets, cfgs):
-    """`judge` of the base model, made once and kept in --work."""
-    names = "-".join([*sets, *map(str, cfgs), str(args.eval_prompts)])
-    kept = args.work / f"base-{names}.pt"
-    if not kept.exists():
-        scores = judge(WEIGHTS / "base.pt", args, device, sets, cfgs)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        temporary = kept.with_suffix(f".{os.getpid()}")
-        torch.save(scores, temporary)
-        os.replace(temporary, kept)
-    return torch.load(kept, weights_only=True)
-
-
-def rows_of(scores, base, **facts):
-    """Table rows, one for each set, CFG and judge."""
-    rows = []
-    for key, here in scores.items():
-        name, cfg = key.split()
-        for by in JUDGES:
-            wins, mean = win_rate(here[by], base[key][by]).tolist(), here[by].mean(0).tolist()
-            row = {**facts, "set": name, "cfg": float(cfg), "judge": by, **dict(zip(DIMENSIONS, wins))}
-            row |= {f"{n}_score": value for n, value in zip(DIMENSIONS, mean)}
-            row |= dict(zip(ATTRIBUTES, here["right"].mean(0).tolist())) | {"quality": here["quality"].mean().item()}
-            rows.append(row)
-    return rows
+from data import DIMENSIONS
+from evaluate import over_seeds
+from studies.jobs import ALIGNED, ATTRIBUTES, CFGS, JUDGES, METHODS, SETS, base_scores, judge, rows_of, settings_for
 
 
 def untrained(args, device):
@@ -105,17 +29,10 @@ def untrained(args, device):
 def trained(method, align, seed, args, device):
     out = args.work / "align" / f"{method}-{align.replace(':', '').replace(' ', '-')}-{seed}"
     settings = settings_for([*METHODS[method], f"--align={ALIGNED[align]}", f"--seed={seed}"], out, args)
-    task = TASKS[settings.algo](settings, device)
+    task = train.TASKS[settings.algo](settings, device)
     train.train(task, settings, device)
     scores = judge(out / "last.pt", args, device, SETS, CFGS)
     return rows_of(scores, base_scores(args, device, SETS, CFGS), method=method, align=align, seed=seed)
-
-
-def settings_for(flags, out, args):
-    """The flags of a training whose own closing table is kept short."""
-    steps = [f"--steps={args.steps}"] if args.steps else []
-    short = ["--save-every=1000000", "--eval-prompts=2", f"--eval-pairs={min(1000, args.eval_pairs)}"]
-    return train.arguments([*flags, *steps, *short, f"--out={out}"])
 
 
 def folder(args):

@@ -9,7 +9,6 @@ are VideoReward and the oracle; the noise-aware reward that guides was trained o
     reward      trained on clean clips, with the trunk trained, without the loss on prompts; pair accuracy by noise
     told        which attributes the reward's TA can tell, by noise
     on top      of CFG, and of a policy aligned by Flow-DPO
-    cost        seconds a sampling step
 """
 
 from functools import partial
@@ -19,17 +18,16 @@ import torch
 
 import train
 import world
-from common import WEIGHTS, medians
-from compare import over_seeds, prompt_set
-from data import Vocabulary, annotated_pairs, step_rng
-from evaluate_align import ATTRIBUTES, JUDGES, base_scores, judge, rows_of, settings_for
-from flow import draw_noise, interpolate
+from data import DIMENSIONS, Vocabulary, annotated_pairs, step_rng
+from evaluate import noisy_scores, over_seeds, prompt_set
+from flow import interpolate
 from model import load_velocity
-from nrg import guide, load_noisy_reward, noisy_reward_on, steer
-from plot import Chart
-from reward import DIMENSIONS, accuracies_without_ties
-from sample import CFG, NRG_EPS, NRG_INTERVAL, NRG_SCALE, sample
-from tasks import TASKS, noisy_scores
+from nrg import guide, load_noisy_reward, steer
+from reward import accuracies_without_ties
+from runtime.checkpoint import WEIGHTS
+from sample import CFG, NRG_EPS, NRG_INTERVAL, NRG_SCALE
+from studies.jobs import ATTRIBUTES, JUDGES, base_scores, judge, rows_of, settings_for
+from studies.report.charts import Chart
 
 SETS = {"large": 256}
 TABLE_5 = ((0, 0, 1), (0.1, 0.1, 0.8), (0.1, 0.1, 0.6), (0.5, 0.5, 0), (1, 1, 1))
@@ -57,9 +55,9 @@ def reward_of(variant, seed, args, device):
     """The noise-aware reward of a variant, trained here."""
     out = args.work / "nrg" / reward_name(variant, seed)
     settings = settings_for(["--algo=nrg", *VARIANTS[variant], f"--seed={seed}"], out, args)
-    train.train(TASKS["nrg"](settings, device), settings, device)
+    train.train(train.TASKS["nrg"](settings, device), settings, device)
     base, _ = load_velocity(WEIGHTS / "base.pt")
-    return load_noisy_reward(out / "last.pt", base)[0].to(device)
+    return load_noisy_reward(out / "last.pt")[0].to(device)
 
 
 def guided(
@@ -112,7 +110,7 @@ def steered_rows(variant, seed, args, device):
     add("on top", (1, 1, 1), "cfg+nrg-1:1:1", cfg=CFG)
     dpo = args.work / "nrg" / f"dpo-{seed}"
     settings = settings_for([f"--seed={seed}"], dpo, args)
-    train.train(TASKS["dpo"](settings, device), settings, device)
+    train.train(train.TASKS["dpo"](settings, device), settings, device)
     for cfg in (1.0, CFG):
         add("on top", (0, 0, 0), "dpo", checkpoint=dpo / "last.pt", cfg=cfg)
         add("on top", (1, 1, 1), "dpo+nrg-1:1:1", checkpoint=dpo / "last.pt", cfg=cfg)
@@ -142,10 +140,10 @@ def told_apart(variant, seed, args, device):
     """How often TA prefers the prompt that a clean clip shows to one with another colour, shape or direction, by noise:
     what a reward, trained by `steered_rows`, can steer by."""
     base, words = load_velocity(WEIGHTS / "base.pt")
-    reward = load_noisy_reward(args.work / "nrg" / reward_name(variant, seed) / "last.pt", base)[0].to(device)
+    reward = load_noisy_reward(args.work / "nrg" / reward_name(variant, seed) / "last.pt")[0].to(device)
     rng, prompts = step_rng(98765, 0), prompt_set(min(256, args.eval_pairs), "validation")
     x0 = world.render(world.draw_clips(prompts, torch.zeros_like(prompts[:, 0]), rng, clean=True)).to(device)
-    x1, rows, vocabulary = draw_noise(x0, rng), [], Vocabulary(words)
+    x1, rows, vocabulary = torch.randn(x0.shape, generator=rng).to(device), [], Vocabulary(words)
 
     def alignment(now, prompts):
         t = torch.full((len(x0),), now, device=device)
@@ -163,33 +161,12 @@ def told_apart(variant, seed, args, device):
     return rows
 
 
-def costs(args, device, rounds=9):
-    """Median CPU or wall seconds of 4 sampling steps of 16 clips, the four ways taken in turn."""
-    model, _ = load_velocity(WEIGHTS / "base.pt")
-    model = model.to(device).requires_grad_(False)
-    reward = noisy_reward_on(model, train.arguments(["--algo=nrg"]).read).to(device)
-    shared, guidance = steer(model, reward, (1, 1, 1), 1.0, NRG_EPS)
-    own = guide(reward, (1, 1, 1), 1.0, NRG_EPS)
-    x1 = torch.randn(16, *model.config.video_shape).to(device)
-    y = torch.ones(16, model.config.max_text, dtype=torch.int64, device=device)
-    ways = {"plain": (model, 1.0, None), "CFG": (model, CFG, None)}
-    ways |= {"NRG, shared trunk": (shared, 1.0, guidance), "NRG, own trunk": (model, 1.0, own)}
-    runs = {
-        way: partial(sample, velocity, x1, y, steps=4, cfg=cfg, guidance=steering)
-        for way, (velocity, cfg, steering) in ways.items()
-    }
-    return [
-        {"study": "cost", "method": way, "seed": 0, "seconds": seconds / 4}
-        for way, seconds in medians(runs, device, rounds).items()
-    ]
-
-
 def folder(args):
     return f"nrg-{args.steps or train.DEFAULTS['nrg']['steps']}-{args.eval_prompts or 'all'}"
 
 
 def jobs(args, device):
-    made = {"cost": partial(costs, args, device), "cfg": partial(classifier_free, args, device)}
+    made = {"cfg": partial(classifier_free, args, device)}
     for variant, seed in product(VARIANTS, range(args.seeds)):
         made[reward_name(variant, seed)] = partial(steered_rows, variant, seed, args, device)
     for variant, seed in product(TOLD_BY, range(args.seeds)):
@@ -270,11 +247,6 @@ def report(args, rows):
     for variant, name in product(TOLD_BY, ATTRIBUTES):
         told = [figure(name, study="told", variant=variant, t=t) for t in TOLD_AT]
         lines.append(f"| {variant}, {name} | " + " | ".join(f"{m:.2f} ± {sd:.2f}" for m, sd in told) + " |")
-
-    seconds = {row["method"]: row["seconds"] for row in rows if row["study"] == "cost"}
-    lines += ["", "## Cost of a sampling step", "", "| | to a plain step | to a CFG step |", "|---|---|---|"]
-    for way, value in seconds.items():
-        lines.append(f"| {way} | {value / seconds['plain']:.2f} | {value / seconds['CFG']:.2f} |")
 
     series = [(n, times, *zip(*curves["noised", n])) for n in DIMENSIONS if times]
     charts = [Chart("pair accuracy", series, "t", "accuracy", level=0.5)]

@@ -1,7 +1,7 @@
 """Every performance ratio in one run, beside its floor: what costs how much, and against what.
 
-    python bench.py                  all of it; `--only dense` for one part
-    python bench.py --json FILE      also as JSON
+    python evaluate.py bench                   all of it; writes results/bench.json
+    python evaluate.py bench --only dense      one part
 
 Variants of one ratio take turns in one process and the median counts, so that a busy machine slows all alike. On a CPU
 the clock is the process's own time on one thread; on a GPU it is the wall's, once the device is idle. The rate of
@@ -12,22 +12,22 @@ should carry over.
 import json
 import math
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 
 import torch
 
-from attention import attention, choose, plan_mask, tile_plan
-from common import BadInput, Parser, has_bf16, medians, pick_device, run
-from data import step_rng
-from evaluate import facts
-from evaluate_nrg import costs
+from attention import attention, choose
 from flow_dpo import flow_dpo_step
 from flow_rwr import flow_rwr_step
-from model import PRESETS, ModelConfig, VideoTransformer, freeze_trunk, share_trunk
-from parts import Part
-from plan import step_flops
-from tasks import TASKS
-from train import arguments
+from kernels.tiles import boolean_mask, tile_mask
+from model import PRESETS, ModelConfig, VideoTransformer, freeze_trunk, load_velocity, share_trunk
+from nrg import guide, noisy_reward_on, steer
+from runtime.checkpoint import WEIGHTS
+from runtime.cli import BadInput, has_bf16
+from sample import CFG, NRG_EPS, sample
+from studies.cost import step_flops
+from studies.jobs import facts, medians, save_json
+from train import TASKS, arguments
 
 # Between the presets: 256 video tokens, width 256
 MEDIUM = ModelConfig(frames=4, size=32, channels=16, patch=(1, 4, 4), dim=256, depth=4, heads=4)
@@ -96,12 +96,12 @@ def training(device):
     kinds = {"float32": torch.float32} | ({"bfloat16": torch.bfloat16} if has_bf16(device) else {})
     for name, config, batch in (("nano", PRESETS["nano"], 32), ("d256, 256 tokens", MEDIUM, 8)):
         for kind, dtype in kinds.items():
-            model, (x0, _, y) = awake(config, device), clips(config, batch, device)
-            weight = torch.ones(batch, device=device)
+            model, (x0, x1, y) = awake(config, device), clips(config, batch, device)
+            weight, t = torch.ones(batch, device=device), torch.rand(batch, device=device)
 
-            def loss(model=model, x0=x0, y=y, weight=weight, dtype=dtype):
+            def loss(model=model, inputs=(x0, y, weight, t, x1), dtype=dtype):
                 with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-                    return flow_rwr_step(model, x0, y, weight, step_rng(0, 0))
+                    return flow_rwr_step(model, *inputs)
 
             step = stepper(model, loss)
 
@@ -132,14 +132,15 @@ def alignment(device):
     freeze_trunk(frozen, 2)
     reference.requires_grad_(False)
     shared = share_trunk(frozen, reference, 2)
-    weight = torch.rand(2 * count, device=device) + 0.5
+    weight, t = torch.rand(2 * count, device=device) + 0.5, torch.rand(2 * count, device=device)
+    x1 = torch.randn_like(both)
 
-    def dpo(policy, together=None):
-        pair = x0_w, x0_l, y, 100.0
-        return stepper(policy, lambda: flow_dpo_step(policy, reference, *pair, step_rng(0, 0), both=together))
+    def dpo(policy, shared_forward=None):
+        batch = x0_w, x0_l, y, t[:count], x1[:count]
+        return stepper(policy, lambda: flow_dpo_step(policy, reference, *batch, 100.0, shared_forward=shared_forward))
 
     def regression(weight):
-        return stepper(full, lambda: flow_rwr_step(full, both, prompts, weight, step_rng(0, 0)))
+        return stepper(full, lambda: flow_rwr_step(full, both, prompts, weight, t, x1))
 
     ways = {"SFT": regression(ones), "RWR": regression(weight), "DPO": dpo(full), "shared": dpo(frozen, shared)}
     took = medians(ways, device)
@@ -157,11 +158,12 @@ def outside(device):
         optimizer = torch.optim.AdamW(trained, 1e-5, fused=True)
         state = {}
 
-        def data(task=task, state=state):
-            state["batch"] = {name: value.to(device) for name, value in task.batch(0, Part(step_rng(0, 0))).items()}
+        def data(task=task, state=state, args=args):
+            rows = slice(0, args.batch)
+            state["batch"] = {name: value.to(device) for name, value in task.batch(0, rows).items()}
 
         def learn(task=task, state=state):
-            state["loss"], state["logs"] = task.loss(state["batch"], Part(step_rng(0, 0)))
+            state["loss"], state["logs"] = task.loss(state["batch"])
             state["loss"].backward()
 
         def clip_and_log(trained=trained, state=state):
@@ -216,12 +218,12 @@ def tiles(device):
     plans = [("tile:2,8,8/1,1,1", (8, 16, 16)), ("tile:2,8,8/3,1,1", (16, 16, 16)), ("tile:4,8,8/1,1,1", (16, 16, 16))]
     plans += [("tile:4,4,4/1,2,3", (16, 16, 16)), ("tile:2,8,8/3,2,1", (16, 16, 16))]
     for text, grid in plans:
-        plan, count = tile_plan(text, grid, 0, device), math.prod(grid)
-        density = plan_mask(plan, count).float().mean().item()
+        mask, count = tile_mask(text, grid, 0, device), math.prod(grid)
+        density = boolean_mask(mask, count).float().mean().item()
         q, k, v = torch.randn(3, 1, 4, count, 64, device=device)
-        ways = {"dense": forward_backward(q, k, v), "tile": forward_backward(q, k, v, plan=plan)}
+        ways = {"dense": forward_backward(q, k, v), "tile": forward_backward(q, k, v, plan=mask)}
         took = medians(ways, device, 9)
-        name = f"{text}, {count} tokens, density {density:.2f}, {choose(q, plan)}: speed-up x density"
+        name = f"{text}, {count} tokens, density {density:.2f}, {choose(q, mask)}: speed-up x density"
         rows.append((name, took["dense"] / took["tile"] * density, 1.0))
     return rows
 
@@ -230,9 +232,27 @@ def tiles(device):
 # Sampling and memory
 
 
+def sampling_seconds(device, rounds=9):
+    """{way: median seconds of 4 sampling steps of 16 clips}, the four ways taken in turn."""
+    model, _ = load_velocity(WEIGHTS / "base.pt")
+    model = model.to(device).requires_grad_(False)
+    reward = noisy_reward_on(model, arguments(["--algo=nrg"]).read).to(device)
+    shared, guidance = steer(model, reward, (1, 1, 1), 1.0, NRG_EPS)
+    own = guide(reward, (1, 1, 1), 1.0, NRG_EPS)
+    x1 = torch.randn(16, *model.config.video_shape).to(device)
+    y = torch.ones(16, model.config.max_text, dtype=torch.int64, device=device)
+    ways = {"plain": (model, 1.0, None), "CFG": (model, CFG, None)}
+    ways |= {"NRG, shared trunk": (shared, 1.0, guidance), "NRG, own trunk": (model, 1.0, own)}
+    runs = {
+        way: partial(sample, velocity, x1, y, steps=4, cfg=cfg, guidance=steering)
+        for way, (velocity, cfg, steering) in ways.items()
+    }
+    return medians(runs, device, rounds)
+
+
 def sampling(device):
     """Guidance against a plain step and a step with CFG."""
-    took = {row["method"]: row["seconds"] for row in costs(None, device)}
+    took = sampling_seconds(device)
     read, depth = 2, PRESETS["nano"].depth
     return [
         ("CFG / plain", took["CFG"] / took["plain"], 2.0),
@@ -281,13 +301,11 @@ PARTS = {
 }
 
 
-def main():
-    parser = Parser("Measures what costs how much, as ratios beside their floors.")
-    parser.add_argument("--only", choices=PARTS, action="append", help="this part alone; may be repeated")
-    parser.add_argument("--json", type=Path, help="file to write")
-    parser.add_argument("--device", default="auto", help="auto (cuda, mps, cpu) or a torch device")
-    args = parser.parse_args()
-    device = pick_device(args.device)
+def run(args, device):
+    """Prints every ratio beside its floor; writes args.out/bench.json unless --only names some of PARTS."""
+    for part in args.only or []:
+        if part not in PARTS:
+            raise BadInput(f"--only {part}: no part of the bench; known: {', '.join(PARTS)}")
     torch.set_num_threads(1)
     rows = []
     for part in args.only or PARTS:
@@ -295,12 +313,5 @@ def main():
         for name, value, floor in PARTS[part](device):
             print(f"  {name:68} {value:6.3f}   ({floor:.2f})", flush=True)
             rows.append({"part": part, "name": name, "value": value, "floor": floor})
-    if args.json:
-        try:
-            args.json.write_text(json.dumps({**facts(device), "rows": rows}, indent=1) + "\n")
-        except OSError as error:
-            raise BadInput(f"cannot write {args.json}: {error.strerror}") from None
-
-
-if __name__ == "__main__":
-    run(main)
+    if not args.only:
+        save_json(args.out / "bench.json", {**facts(device), "rows": rows})

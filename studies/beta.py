@@ -11,12 +11,11 @@ import json
 from functools import partial
 
 import train
-from common import load_checkpoint
-from compare import mean_and_spread
-from evaluate_align import JUDGES, METHODS, base_scores, judge, rows_of, settings_for
-from plot import Chart
-from reward import DIMENSIONS
-from tasks import TASKS
+from data import DIMENSIONS
+from evaluate import mean_and_spread
+from runtime.checkpoint import load_checkpoint
+from studies.jobs import JUDGES, METHODS, base_scores, judge, rows_of, settings_for
+from studies.report.charts import Chart
 from world import TRUE_MEAN, TRUE_STD
 
 BETAS = (10, 30, 100, 300, 1000, 3000)  # the paper's: 100 to 8000
@@ -36,7 +35,7 @@ def drift(out, last=50):
 def swept(method, beta, seed, args, device):
     out = args.work / "beta" / f"{method}-{beta}-{seed}"
     settings = settings_for([*METHODS[method], f"--beta={beta}", f"--seed={seed}"], out, args)
-    train.train(TASKS["dpo"](settings, device), settings, device)
+    train.train(train.TASKS["dpo"](settings, device), settings, device)
     scores, base = judge(out / "last.pt", args, device, SETS, CFGS), base_scores(args, device, SETS, CFGS)
     return rows_of(scores, base, study="sweep", method=method, beta=beta, seed=seed, drift=drift(out))
 
@@ -46,7 +45,7 @@ def long_run(method, seed, args, device):
     out = args.work / "beta" / f"{method}-long-{seed}"
     settings = settings_for([*METHODS[method], f"--seed={seed}"], out, args)
     default, base, rows, state = settings.steps, base_scores(args, device, SETS, CFGS), [], None
-    task = TASKS["dpo"](settings, device)
+    task = train.TASKS["dpo"](settings, device)
     for length in LENGTHS:
         settings.steps = max(1, round(default * length))
         train.train(task, settings, device, state)

@@ -3,9 +3,9 @@
     python evaluate.py report       writes report.html beside the tables, from what is there by then
 
 Tables, findings and curves are the studies' own: a finished study is read from its JSON in --out, an unfinished one
-from the jobs that lie in --work, and a study not begun is named as such. Clips are sampled here (report_clips.py), by
+from the jobs that lie in --work, and a study not begun is named as such. Clips are sampled here (clips.py), by
 the policies that the align study kept and by the shipped weights. The page holds all it needs and loads nothing: text,
-style and script come from report_template.html, curves are SVG (plot_svg.py), clips are pictures in the style sheet.
+style and script come from template.html, curves are SVG (charts.py), clips are pictures in the style sheet.
 """
 
 import argparse
@@ -17,25 +17,30 @@ import statistics
 from html import escape
 from pathlib import Path
 
-from common import BadInput
-from compare import mean_and_spread, over_seeds
-from evaluate_align import METHODS
+from data import DIMENSIONS
+from evaluate import STUDIES, mean_and_spread, over_seeds, study
 from flow import TIME_BINS
-from plot import Chart
-from plot_svg import svg
-from report_clips import MEANING, figure, gallery, sliders
-from reward import DIMENSIONS
+from runtime.cli import BadInput
+from studies.jobs import METHODS
+from studies.report.charts import Chart, figure
+from studies.report.clips import MEANING, gallery, sliders, two_digits
 
-TEMPLATE = Path(__file__).parent / "report_template.html"
+TEMPLATE = Path(__file__).parent / "template.html"
 OPEN = {"align": 2}  # tables shown at once, 1 of the other studies; the others unfold
+
+
+def run(args, device):
+    """Writes args.out/report.html; prints what is in it."""
+    studies = {name: study(module) for name, module in STUDIES.items() if hasattr(study(module), "jobs")}
+    print("\n".join(write(args, device, studies)))
 
 
 def write(args, device, studies):
     """Writes args.out/report.html; returns lines that say what is in it."""
-    found = {name: gather(name, study, args, device) for name, study in studies.items()}
+    found = {name: gather(name, module, args, device) for name, module in studies.items()}
     parts = {}
-    for name, study in studies.items():  # first: it finds rows that lack something
-        parts[f"status_{name}"], parts[f"body_{name}"] = section(name, study, found[name], args)
+    for name, module in studies.items():  # first: it finds rows that lack something
+        parts[f"status_{name}"], parts[f"body_{name}"] = section(name, module, found[name], args)
     parts["body_align"] = judges(found["align"]["rows"]) + parts["body_align"]
     parts |= {"cards": cards(found), "curves": training_curves(args), "provenance": provenance(found)}
     parts["key"] = "".join(f'<span><i class="{n.lower()}"></i>{n}, {MEANING[n]}</span>' for n in DIMENSIONS)
@@ -59,7 +64,7 @@ def write(args, device, studies):
 # What is there
 
 
-def gather(name, study, args, device):
+def gather(name, module, args, device):
     """Rows of a study and how far it is: {"rows", "done", "jobs", "place": their path, "facts": if finished}."""
     path, folder, jobs = args.out / f"{name}.json", args.work / study.folder(args), study.jobs(args, device)
     if path.exists():
@@ -95,7 +100,7 @@ def section(name, study, found, args):
         result = study.report(argparse.Namespace(**{**vars(args), **said}), rows)
     except (KeyError, TypeError) as error:
         raise BadInput(f"{found['place']}: rows of another version ({error}); run the study again") from None
-    charts = "".join(f'<div class="charts">{"".join(map(svg, here))}</div>' for here in result["pictures"].values())
+    charts = "".join(f'<div class="charts">{"".join(map(figure, here))}</div>' for here in result["pictures"].values())
     introduction, findings, tables = tables_of(result["markdown"])
     shown, folded = tables[: OPEN.get(name, 1)], tables[OPEN.get(name, 1) :]
     body = f'{charts}<p class="soft">{introduction}</p>'
@@ -120,7 +125,7 @@ def cards(found):
         }
         missing = all(math.isnan(mean) for mean, _ in cells.values())
         items = "".join(
-            f"<div><dt>{label}{f'<br>± {figure(sd)}' * (sd > 0)}</dt><dd>{figure(mean)}</dd></div>"
+            f"<div><dt>{label}{f'<br>± {two_digits(sd)}' * (sd > 0)}</dt><dd>{two_digits(mean)}</dd></div>"
             for label, (mean, sd) in cells.items()
         )
         return f'<div class="card"><h3>{title}</h3><p>{"not run yet" if missing else note}</p><dl>{items}</dl></div>'
@@ -220,9 +225,9 @@ def judges(rows):
             marks += f'<line class="gap" x1="{a:.1f}" x2="{b:.1f}" y1="{y}" y2="{y}"/>'
             marks += f'<circle class="hollow" cx="{b:.1f}" cy="{y}" r="4.5"/>'
             marks += f'<circle class="full" cx="{a:.1f}" cy="{y}" r="5"/>'
-            marks += f'<text class="true" x="262" y="{y + 4}">{figure(true)}</text>'
-            marks += f'<text class="learned" x="308" y="{y + 4}">{figure(learned)}</text>'
-            said.append(f"{method}: oracle {figure(true)}, VideoReward {figure(learned)}")
+            marks += f'<text class="true" x="262" y="{y + 4}">{two_digits(true)}</text>'
+            marks += f'<text class="learned" x="308" y="{y + 4}">{two_digits(learned)}</text>'
+            said.append(f"{method}: oracle {two_digits(true)}, VideoReward {two_digits(learned)}")
         if not said:
             return ""
         scale = "".join(
@@ -279,7 +284,7 @@ def training_curves(args):
         charts.append(Chart(f"{method}: error over the reference's", series, "step", "mean square", level=0.0))
     series = [curve(method, runs[method], "error") for method in ("sft", "rwr")]
     charts.append(Chart("SFT and RWR", series, "step", "flow-matching error"))
-    drawn = "".join(map(svg, charts))
+    drawn = "".join(map(figure, charts))
     missing = '<p class="note">No training has been logged yet. <code>python evaluate.py align</code> does.</p>'
     return f'<div class="charts">{drawn}</div>' if drawn else missing
 
@@ -297,7 +302,7 @@ def logged(folder, name, seeds):
 
 
 def curve(name, runs, column, less=None, windows=20):
-    """A series of plot.Chart: medians over windows of steps, then mean and spread over the runs. less: a column that is
+    """A series of a Chart: medians over windows of steps, then mean and spread over the runs. less: a column that is
     taken away."""
     length = max(map(len, runs), default=0)
     size = max(1, length // windows)

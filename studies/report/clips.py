@@ -13,13 +13,14 @@ import imageio.v3 as imageio
 import torch
 
 import world
-from common import WEIGHTS, progress_bar
-from compare import sample_prompts
-from evaluate_align import NOISE_SEED
+from data import DIMENSIONS
+from evaluate import sample_prompts
 from model import load_velocity
 from nrg import load_noisy_reward, steer
-from reward import DIMENSIONS
+from runtime.checkpoint import WEIGHTS
+from runtime.cli import progress_bar
 from sample import NRG_EPS, NRG_INTERVAL, NRG_SCALE, to_pixels
+from studies.jobs import NOISE_SEED
 
 MEANING = dict(zip(DIMENSIONS, ("visual quality", "motion quality", "text alignment")))
 # The first eight have every colour, shape and direction; the seventh is of the validation split, the eighth held out
@@ -35,7 +36,7 @@ GALLERY = {  # what the clips of a row come from: its words, and the align study
 VALUES = (-4, 0, 4)  # of each slider
 
 
-def figure(value):
+def two_digits(value):
     """A number as the page shows it."""
     return "–" if math.isnan(value) else f"{value:z.2f}".replace("-", "−")
 
@@ -56,7 +57,7 @@ def bars(scores):
     text = ""
     for n, v in zip(DIMENSIONS, scores):
         text += f'<span class="{n.lower()}" style="--v: {min(1, max(0, v)):.2f}">'
-        text += f'<span class="hidden">{n} </span>{figure(v)}</span>'
+        text += f'<span class="hidden">{n} </span>{two_digits(v)}</span>'
     return f'<div class="score">{text}</div>'
 
 
@@ -100,7 +101,7 @@ def gallery(args, device):
         model, words = load_velocity(path)
         model, guidance = model.to(device), None
         if key == "nrg":
-            reward, _ = load_noisy_reward(WEIGHTS / "nrg.pt", model)
+            reward, _ = load_noisy_reward(WEIGHTS / "nrg.pt")
             model, guidance = steered((1, 1, 1), model, reward.to(device))
         video = sample_prompts(model, words, PROMPTS, NOISE_SEED, device, guidance=guidance)
         scores, cells = world.oracle(video, PROMPTS), ""
@@ -115,7 +116,7 @@ def gallery(args, device):
 def sliders(device):
     """Parts of the page: three sliders, the clips that they choose among, sampled here, and their true scores."""
     base, words = load_velocity(WEIGHTS / "base.pt")
-    reward, _ = load_noisy_reward(WEIGHTS / "nrg.pt", base)
+    reward, _ = load_noisy_reward(WEIGHTS / "nrg.pt")
     base, reward = base.to(device), reward.to(device)
     prompts, every = PROMPTS[:SLIDER_COLUMNS], list(itertools.product(VALUES, repeat=3))
     videos, scores = [], []

@@ -1,4 +1,4 @@
-"""`attention.tiled_forward` and `tiled_backward` as GPU kernels: flash attention that walks a list of key blocks.
+"""`tiles.tiled_forward` and `tiled_backward` as GPU kernels: flash attention that walks a list of key blocks.
 
 Dense attention is the list of all blocks; with a TilePlan only the blocks in the list are read. Three kernels: the
 output, the gradient of q (a program a query block), the gradients of k and v (a program a key block, over the list seen
@@ -130,7 +130,7 @@ def _launch(kernel, programs, tensors, numbers, q, tile):
 
 
 def forward(q, k, v, keys, counts, words, tile):
-    """attention.tiled_forward by a kernel."""
+    """tiles.tiled_forward by a kernel."""
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
     sizes = keys.shape[1], q.shape[2], k.shape[2], words
@@ -139,7 +139,7 @@ def forward(q, k, v, keys, counts, words, tile):
 
 
 def backward(grad, q, k, v, out, lse, keys, counts, queries, query_counts, words, tile):
-    """attention.tiled_backward by two kernels."""
+    """tiles.tiled_backward by two kernels."""
     q, k, v, grad = q.contiguous(), k.contiguous(), v.contiguous(), grad.contiguous()
     inner = (grad.float() * out.float()).sum(-1)
     d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)

@@ -7,8 +7,8 @@
 
 Both wrap one small module, Loss, whose forward is the task's loss: whatever entry points of a model a loss calls
 (embed, run, head, features), it calls them inside this forward, where the hooks of DDP and FSDP are. Every process
-builds the same model from the same seed, draws the same batch and works on its part of it (parts.py). Process 0 logs
-and writes. Without torchrun all of this is one process, and nothing here does anything.
+builds the same model from the same seed, draws the same noise and times for the whole batch and works on its rows.
+Process 0 logs and writes. Without torchrun all of this is one process, and nothing here does anything.
 """
 
 import os
@@ -24,9 +24,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from common import pick_device
-from model import Block
-from reward import RewardBlock
+from runtime.cli import has_bf16, pick_device
 
 
 def launched():
@@ -67,39 +65,46 @@ def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def size():
+def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_rows(batch):
+    """The slice of a batch's rows that are this process's."""
+    share = batch // world_size()
+    return slice(rank() * share, (rank() + 1) * share)
 
 
 def wait():
     """Until every process has come here."""
-    if size() > 1:
+    if world_size() > 1:
         dist.barrier()
 
 
-def everyone(value):
+def all_gather(value):
     """The list of every process's `value`, any small object, in every process."""
-    if size() == 1:
+    if world_size() == 1:
         return [value]
-    values = [None] * size()
+    values = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
 
 
-def together(made, stop):
-    """The mean loss and the mean of each log over the parts [(loss, logs)] of all processes, and whether any of them
-    was told to stop. What a part could not measure, the accuracy in a quarter of t that it never met, is left out."""
-    answers = everyone((made, stop))
-    parts = [part for made, _ in answers for part in made]
-    logs = {name: [] for _, logs in parts for name in logs}
-    for name, values in logs.items():
-        values.extend(here[name] for _, here in parts if name in here)
-    logs = {name: sum(values) / len(values) for name, values in logs.items()}
-    return sum(loss for loss, _ in parts) / len(parts), logs, any(stop for _, stop in answers)
+def reduce_logs(micro_losses, stop):
+    """The mean loss and the mean of each log over the micro-batches [(loss, logs)] of all processes, and whether any of
+    them was told to stop. What one could not measure, the accuracy in a quarter of t it never met, is left out."""
+    gathered = all_gather((micro_losses, stop))
+    micro_losses = [each for losses, _ in gathered for each in losses]
+    values = {}
+    for _, logs in micro_losses:
+        for name, value in logs.items():
+            values.setdefault(name, []).append(value)
+    logs = {name: sum(each) / len(each) for name, each in values.items()}
+    return sum(loss for loss, _ in micro_losses) / len(micro_losses), logs, any(stop for _, stop in gathered)
 
 
 class Loss(nn.Module):
-    """forward(batch, part) is the task's loss; holds the model that is trained, so that DDP or FSDP finds it.
+    """forward(batch) is the task's loss; holds the model that is trained, so that DDP or FSDP finds it.
 
     bf16: matrices are multiplied in bfloat16; weights, sums and errors stay float32."""
 
@@ -107,26 +112,34 @@ class Loss(nn.Module):
         super().__init__()
         self.model, self.task, self.bf16 = task.model, task, bf16
 
-    def forward(self, batch, part):
+    def forward(self, batch):
         device = next(iter(batch.values())).device.type
         with torch.autocast(device, torch.bfloat16, enabled=self.bf16):
-            return self.task.loss(batch, part)
+            return self.task.loss(batch)
 
 
-def spread(task, device, sharded, compiled, bf16):
-    """The module to call for the loss, in all processes alike."""
-    loss = Loss(task, bf16)
-    blocks = [module for module in task.model.modules() if isinstance(module, Block | RewardBlock)]
-    if compiled:
+def in_bf16(args, device):
+    return args.precision == "bfloat16" or (args.precision == "auto" and has_bf16(device))
+
+
+def wrap_model(task, device, args):
+    """The module to call for the loss, in all processes alike, as --compile, --grad-checkpoint and --fsdp have it."""
+    loss = Loss(task, in_bf16(args, device))
+    modules = list(task.model.modules())
+    blocks = [block for module in modules for block in getattr(module, "blocks", [])]
+    for module in modules:
+        if hasattr(module, "checkpointed"):
+            module.checkpointed = args.grad_checkpoint
+    if args.compile:
         for block in blocks:  # one by one: as fast as the whole model, and all alike are compiled once
             block.compile()
-    if sharded:
-        mesh = init_device_mesh(device.type, (size(),))
+    if args.fsdp:
+        mesh = init_device_mesh(device.type, (world_size(),))
         policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # times and rotary tables must stay float32
         for block in blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy)
         return fully_shard(loss, mesh=mesh, mp_policy=policy)
-    return DistributedDataParallel(loss) if size() > 1 else loss
+    return DistributedDataParallel(loss) if world_size() > 1 else loss
 
 
 def accumulating(loss, last):
@@ -138,11 +151,18 @@ def accumulating(loss, last):
     return nullcontext()
 
 
-def own(tensor):
+def to_local(tensor):
     """This process's slice of a sharded tensor; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor):
+def full_tensor(tensor):
     """A sharded tensor gathered in every process, which all have to call; any other tensor as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def update_ema(ema, trained, decay):
+    """ema <- decay ema + (1 - decay) trained, for dicts of tensors with the same names."""
+    new = [to_local(value) for value in trained.values()]
+    torch._foreach_lerp_([to_local(value) for value in ema.values()], new, 1 - decay)

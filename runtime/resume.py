@@ -1,6 +1,6 @@
 """A run on disk: what is saved, when it is whole, and how a run goes on from it.
 
-    last.pt          one process or DDP: weights, averages, optimiser, step, settings (common.py has the format)
+    last.pt          one process or DDP: weights, averages, optimiser, step, settings (runtime/checkpoint.py)
     shards-STEP/     --fsdp: the same in slices, written by torch.distributed.checkpoint, and run.json;
                      last.pt then is the whole model alone, written at the end, to sample from
     metrics.jsonl    a line a step, locked while a run writes it
@@ -16,6 +16,9 @@ import json
 import os
 import pickle
 import shutil
+import signal
+import subprocess
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,8 +26,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from common import BadInput, fsync_folder, load_checkpoint, save_checkpoint
-from distributed import rank, whole
+from runtime.checkpoint import WEIGHTS, fsync_folder, load_checkpoint, save_checkpoint
+from runtime.cli import BadInput, check_writable
+from runtime.distributed import full_tensor, rank, restarted
 
 try:
     import fcntl
@@ -37,43 +41,97 @@ UNSETTLED |= {"plan", "flops"}
 
 
 def settled(args):
-    return {name: str(value) for name, value in vars(args).items() if name not in UNSETTLED}
+    """The flags that make a run what it is, as text."""
+    values = {name: str(value) for name, value in vars(args).items() if name not in UNSETTLED}
+    return {name: value.replace(str(WEIGHTS), WEIGHTS.name) for name, value in values.items()}
+
+
+def commit():
+    """The commit of the code, with "+" behind it if files differ from it; "" outside a repository."""
+    try:
+        git = ["git", "-C", str(WEIGHTS.parent)]
+        name = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+        return name.stdout.strip() + "+" * bool(changed.stdout.strip())
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The folder
 
 
-def newest(out):
+def last_checkpoint(out):
     """The last checkpoint in a run's folder, or None."""
     shards = sorted(out.glob("shards-[0-9]*"), key=lambda path: int(path.name[7:]))
     return shards[-1] if shards else out / "last.pt" if (out / "last.pt").exists() else None
 
 
-def refuse_used(args):
-    """BadInput if --out holds a run already, whose checkpoint this one would overwrite."""
-    if not args.resume and newest(args.out):
-        raise BadInput(f"{newest(args.out)}: a run is there already; continue it by --resume, or give another --out")
+def last_state(out):
+    """What a run that fails says of what it leaves."""
+    return f"{last_checkpoint(out)} is the last good state" if last_checkpoint(out) else "nothing was saved yet"
 
 
-def open_log(out, start, need):
+def opened_run(args):
+    """What --resume goes on from, None for a new run. BadInput if --out holds a run that this one would overwrite, if
+    there is nothing to go on from, or if --export cannot be written."""
+    if args.export and not rank():
+        check_writable(args.export.parent, "--export")
+    last = last_checkpoint(args.out)
+    if args.resume or (restarted() and last):
+        return interrupted_run(args)
+    if last:
+        raise BadInput(f"{last}: a run is there already; continue it by --resume, or give another --out")
+    return None
+
+
+class Log:
     """metrics.jsonl, cut after its first `start` lines, to append to; nobody else's until it is closed. BadInput where
-    another run writes it, the folder cannot be written, or has no room for a checkpoint of `need` bytes."""
-    if rank():
-        return open(os.devnull, "w")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        log = open(out / "metrics.jsonl", "a+")
-        _lock(log, out)
-        log.seek(0)
-        log.truncate(sum(len(line) for _, line in zip(range(start), iter(log.readline, ""))))
-        free = shutil.disk_usage(out).free
-    except OSError as error:
-        raise BadInput(f"cannot write to {out}: {error.strerror}") from None
-    need *= 1 if newest(out) else 2  # the next one is written beside the last
-    if free < need:
-        raise BadInput(f"{out}: {free / 1e9:.2f} GB free, but checkpoints will take {need / 1e9:.2f} GB")
-    return log
+    another run writes it, the folder cannot be written, or has no room for the checkpoints of a model."""
+
+    def __init__(self, args, start, model, trained):
+        self.out, self.file = args.out, None
+        if rank():
+            return
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            self.file = open(self.out / "metrics.jsonl", "a+")
+            _lock(self.file, self.out)
+            self.file.seek(0)
+            self.file.truncate(sum(len(line) for _, line in zip(range(start), iter(self.file.readline, ""))))
+            free = shutil.disk_usage(self.out).free
+        except OSError as error:
+            raise BadInput(f"cannot write to {self.out}: {error.strerror}") from None
+        num_params, num_trained = (sum(map(torch.numel, values)) for values in (model.parameters(), trained.values()))
+        need = 4 * (num_params + (3 if args.ema else 2) * num_trained)  # weights, AdamW's two, averages
+        need *= 1 if last_checkpoint(self.out) else 2  # the next one is written beside the last
+        if free < need:
+            raise BadInput(f"{self.out}: {free / 1e9:.2f} GB free, but checkpoints will take {need / 1e9:.2f} GB")
+
+    def write(self, record, sync=False):
+        """Appends a line; with `sync` everything so far is on the disk afterwards."""
+        if self.file is None:
+            return
+        try:
+            self.file.write(json.dumps(record) + "\n")
+            if sync:
+                self.file.flush()
+                os.fsync(self.file.fileno())
+        except OSError as error:
+            raise self.fault(error) from None
+
+    def fault(self, error):
+        return BadInput(f"cannot write {self.out / 'metrics.jsonl'}: {error.strerror}; {last_state(self.out)}")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        try:
+            if self.file is not None:
+                self.file.close()
+        except OSError as error:  # what was buffered finds no room
+            raise self.fault(error) from None
 
 
 def _lock(log, out):
@@ -86,58 +144,82 @@ def _lock(log, out):
         pass  # a file system without locks
 
 
-def write_log(log, line, sync=False):
-    """Appends a line; with `sync` everything so far is on the disk afterwards. OSError if that is full."""
-    log.write(line)
-    if sync and not rank():
-        log.flush()
-        os.fsync(log.fileno())
+@contextmanager
+def stop_requests():
+    """Inside, SIGINT and SIGTERM are kept in a list instead of ending the process."""
+    stop, signals = [], (signal.SIGINT, signal.SIGTERM)
+    handlers = [signal.signal(number, lambda number, _: stop.append(number)) for number in signals]
+    try:
+        yield stop
+    finally:
+        for number, handler in zip(signals, handlers):
+            signal.signal(number, handler)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Saving
 
 
-def averaged(model, average):
-    """`model`, or a copy of it with the averaged weights where there are any."""
-    if average:
+def final_model(args, model, ema, unsharded):
+    """`model` with its averaged weights, where there are any: a copy then; under --fsdp whole again as `unsharded` in
+    process 0, and None in the others. All processes have to call this."""
+    if args.fsdp:
+        for name, value in model.state_dict().items():
+            full = full_tensor(ema.get(name, value))
+            if unsharded is not None:
+                unsharded.state_dict()[name].copy_(full)
+        return unsharded
+    if ema:
         model = copy.deepcopy(model)
-        model.load_state_dict(average, strict=False)
+        model.load_state_dict(ema, strict=False)
     return model
 
 
-def gathered(model, average, spare):
-    """A sharded model whole again, with the averaged weights where there are any: `spare` in process 0, which is a
-    model like it on the CPU, and None in the others. All processes have to call this."""
-    for name, value in model.state_dict().items():
-        full = whole(average.get(name, value))
-        if spare is not None:
-            spare.state_dict()[name].copy_(full)
-    return spare
-
-
 def facts(task, step):
-    config = asdict(task.model.config)
-    return {"kind": task.kind, "config": config, "vocabulary": task.vocabulary.words, "step": step}
+    return {"kind": task.kind, "config": asdict(task.model.config), "vocabulary": task.words, "step": step}
 
 
-def save_whole(args, task, step, trained, average, optimizer, final=None):
-    """Writes last.pt. `final`: the finished model, where the averaged weights' buffers were set after training."""
+def save_run(args, task, step, trained, ema, optimizer):
+    """Writes a state to go on from: last.pt, or the processes' shards."""
+    if args.fsdp:
+        save_shards(args, task, step, trained, ema, optimizer)
+    else:
+        save_whole(args, task, step, trained, ema, optimizer, final_model(args, task.model, ema, None))
+
+
+def save_final(args, task, final, trained, ema, optimizer):
+    """Writes last.pt once more, with what the evaluation measured (the reward's z-score constants), and --export;
+    returns lines that say so."""
+    last, lines = args.out / "last.pt", []
+    alone = {**facts(task, args.steps), "model": task.state_dict(final), "settings": settled(args), "commit": commit()}
+    if args.fsdp:
+        save_checkpoint(last, alone)
+    else:
+        save_whole(args, task, args.steps, trained, ema, optimizer, final)
+    if args.export:
+        half = {name: value.half() for name, value in alone["model"].items()}
+        save_checkpoint(args.export, {**alone, "model": half})
+        lines = [f"wrote {args.export}"]
+    return [*lines, f"wrote {args.out / 'metrics.jsonl'}", f"wrote {last}"]
+
+
+def save_whole(args, task, step, trained, ema, optimizer, final):
+    """Writes last.pt; final: the model with the averaged weights."""
     if rank():
         return
     state = {**facts(task, step), "settings": settled(args), "optimizer": optimizer.state_dict()}
-    state["model"] = task.stored(task.plain(task.model))
-    if average:
-        state["ema"] = task.stored(final or task.plain(averaged(task.model, average)))
-    if task.adapted:
-        state |= {"trained": {name: value.detach() for name, value in trained.items()}, "averaged": average}
+    state["model"] = task.state_dict(task.model)
+    if ema:
+        state["ema"] = task.state_dict(final)
+    if not trained.keys() <= state["model"].keys():  # adapters, which are merged into what is saved
+        state |= {"trained": {name: value.detach() for name, value in trained.items()}, "averaged": ema}
     save_checkpoint(args.out / "last.pt", state)
 
 
-def run_tensors(trained, average, optimizer):
+def run_tensors(trained, ema, optimizer):
     """All tensors of a sharded run by name; the optimiser's are made where it has none yet."""
     tensors = {f"model.{name}": value.detach() for name, value in trained.items()}
-    tensors |= {f"average.{name}": value for name, value in average.items()}
+    tensors |= {f"ema.{name}": value for name, value in ema.items()}
     for name, value in trained.items():
         state = optimizer.state[value]
         if not state:
@@ -147,14 +229,14 @@ def run_tensors(trained, average, optimizer):
     return tensors
 
 
-def save_shards(args, task, step, trained, average, optimizer):
+def save_shards(args, task, step, trained, ema, optimizer):
     """Writes shards-STEP, every process its slices; then the folders of earlier steps go."""
     unfinished, done = args.out / "shards.tmp", args.out / f"shards-{step}"
     try:
         if not rank():
             shutil.rmtree(unfinished, ignore_errors=True)
         dist.barrier()
-        dcp.save(run_tensors(trained, average, optimizer), checkpoint_id=unfinished)
+        dcp.save(run_tensors(trained, ema, optimizer), checkpoint_id=unfinished)
         if rank():
             return
         with open(unfinished / "run.json", "w") as file:
@@ -180,7 +262,7 @@ def save_shards(args, task, step, trained, average, optimizer):
 
 def interrupted_run(args):
     """The checkpoint that --resume goes on from. BadInput if there is none, or if its run had other settings."""
-    path = newest(args.out) or args.out / "last.pt"
+    path = last_checkpoint(args.out) or args.out / "last.pt"
     state = _read_run(path) if path.is_dir() else load_checkpoint(path)
     if not path.is_dir() and "optimizer" not in state:
         raise BadInput(f"{path}: weights without the optimiser's state; it can be used with --init, not with --resume")
@@ -206,13 +288,13 @@ def _like(value, wanted):
     return value
 
 
-def restore(state, trained, average, optimizer):
+def restore(state, trained, ema, optimizer):
     """Loads a run's state into its tensors; returns the step it had reached."""
     path = state.get("path", "the checkpoint")
     if "optimizer" not in state:
-        load_shards(path, run_tensors(trained, average, optimizer))
+        load_shards(path, run_tensors(trained, ema, optimizer))
         return state["step"]
-    sources = {"trained": trained, "averaged": average} if "trained" in state else {"model": trained, "ema": average}
+    sources = {"trained": trained, "averaged": ema} if "trained" in state else {"model": trained, "ema": ema}
     try:
         with torch.no_grad():
             for source, tensors in sources.items():

@@ -1,0 +1,137 @@
+"""Pairs of videos or latents on disk as training data: what --data and --val mean to each algorithm.
+
+reward and nrg learn the labels of --data; pretrain takes both clips of every pair with their prompt; sft, rwr and dpo
+take the clips and let VideoReward label them anew, as the paper does. Where a model is trained from nothing its
+vocabulary and, with latents for clips, its channels, frames and size follow the data.
+"""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data import Pairs, Vocabulary, split_words, step_rng, vocabulary_of
+from real_data.pairs_csv import PATHS, read_pairs
+from real_data.video import cached_clip, is_latent, read_latent
+from runtime.cli import BadInput, progress_bar
+from runtime.distributed import rank, wait
+
+MOST_WORDS = 128  # of a real prompt; the paper's are about 100 words long
+
+
+def latent_sizes(args, row):
+    """Channels, frames and size of the first clip of --data where it is a latent: those of a model made for it."""
+    if not is_latent(row.path_a):
+        return {}
+    where = f"{args.data}, line {row.line}, column path_A: latent {row.path_a}"
+    try:
+        channels, frames, height, width = read_latent(args.data.parent / row.path_a).shape
+    except (ValueError, OSError) as error:
+        raise BadInput(f"{where} {error}") from None
+    if height != width:
+        raise BadInput(f"{where} is {height} high and {width} wide; a square one is needed")
+    return {"channels": channels, "frames": frames, "size": height}
+
+
+def disk_pairs(rows, csv_path, config, vocabulary, cache, skipped=None, progress=lambda videos, total: videos):
+    """The Pair `rows` of a CSV as Pairs. Decodes their videos once, into the folder `cache`; latents are read in place.
+
+    BadInput names the line and column of a video that cannot be used; with a list `skipped` its pairs are left out and
+    the fault's text is appended."""
+    root = Path(csv_path).parent
+    videos = {}  # each distinct one: where it first stands, and the number of frames it is said to have
+    for row in rows:
+        for column, path, frames in zip(PATHS, row.paths, (row.frames_a, row.frames_b)):
+            videos.setdefault(path, (f"{csv_path}, line {row.line}, column {column}", frames))
+    faults = {}
+
+    def decode(path):
+        where, frames = videos[path]
+        try:
+            if is_latent(path):
+                shape = read_latent(root / path).shape
+            else:
+                shape = tuple(cached_clip(root / path, cache, config.frames, config.size, said=frames).shape)
+            if shape != config.video_shape:
+                raise ValueError(f"has shape {shape}; the model takes {config.video_shape}")
+        except ValueError as error:
+            return path, f"{where}: {'latent' if is_latent(path) else 'video'} {path} {error}"
+        except OSError as error:
+            raise BadInput(f"cannot keep clips in {cache}: {error.strerror}; name a folder by --cache") from None
+        return path, None
+
+    if rank():
+        wait()  # process 0 decodes for all; the others then find it done
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for path, fault in progress(pool.map(decode, videos), len(videos)):
+            if fault and skipped is None:
+                pool.shutdown(cancel_futures=True)
+                raise BadInput(fault)
+            if fault:
+                faults[path] = fault
+    if not rank():
+        wait()
+    if faults:
+        skipped.extend(faults.values())
+    rows = [row for row in rows if not faults.keys() & set(row.paths)]
+    if not rows:
+        raise BadInput(f"{csv_path}: no pair is left, all were skipped; the first: {skipped[0]}")
+
+    def clip(path):
+        try:
+            if is_latent(path):
+                return torch.from_numpy(read_latent(root / path).astype(np.float32))
+            return cached_clip(root / path, cache, config.frames, config.size).float() / 127.5 - 1
+        except (OSError, ValueError) as error:
+            fault = getattr(error, "strerror", None) or error
+            raise BadInput(f"{root / path}: cannot be read any more ({fault}); put it back and --resume") from None
+
+    def clips(index, side):
+        return torch.stack([clip(rows[i].paths[s]) for i, s in zip(index.tolist(), side.tolist())])
+
+    try:
+        y = vocabulary.encode([row.prompt for row in rows], config.max_text)
+    except ValueError as error:
+        raise BadInput(f"{csv_path}: {error}; --init must be a model of this data") from None
+    label, overall = torch.tensor([row.label for row in rows]), torch.tensor([row.overall for row in rows])
+    mos = torch.tensor([row.mos or (0.0,) * 6 for row in rows]).reshape(-1, 2, 3)
+    return Pairs(y, clips, label=label, mos=mos, overall=overall)
+
+
+def disk_data(args, config, words=None, held_out=True):
+    """(vocabulary, config, pairs to train on, pairs to judge by, the latter's name) from --data and --val; without
+    --val a tenth of the prompts is held out. `words`: of a model that is there already and has this config; otherwise
+    the vocabulary, and what of the config depends on the data, are made for it. Without `held_out` all pairs of --data
+    are trained on."""
+    skipped = [] if args.skip_bad else None
+    rows = read_pairs(args.data, skipped)
+    if args.algo == "reward" and args.loss == "regression" and not any(any(row.mos) for row in rows):
+        raise BadInput(f"{args.data}: --loss regression needs ratings, the columns MOS_A_VQ to MOS_B_TA")
+    prompts = sorted({row.prompt for row in rows})
+    if words:
+        vocabulary = Vocabulary(words)
+    else:
+        vocabulary = vocabulary_of(prompts)
+        longest = max(len(split_words(prompt)) for prompt in prompts)
+        sizes = {"vocab": len(vocabulary.words), "max_text": min(longest, MOST_WORDS), **latent_sizes(args, rows[0])}
+        config = replace(config, **sizes)
+
+    def load(rows, path):
+        bar = progress_bar(f"decoding {path.name}", "video")
+        return disk_pairs(rows, path, config, vocabulary, args.cache, skipped, bar)
+
+    held, name, out = None, "", set()
+    if held_out and args.val:
+        held, name = load(read_pairs(args.val, skipped), args.val), f"pairs of {args.val}"
+    elif held_out:
+        order = torch.randperm(len(prompts), generator=step_rng(args.seed, -1)).tolist()
+        out = {prompts[i] for i in order[: max(1, len(prompts) // 10)]} if len(prompts) > 1 else set()
+        held = load([row for row in rows if row.prompt in out] or rows, args.data)
+        name = "pairs of prompts held out of training" if out else "training pairs, all there are of one prompt"
+    pairs = load([row for row in rows if row.prompt not in out], args.data)
+    if skipped:
+        print(f"skipped {len(skipped)} rows or videos: {skipped[0]}" + ("; ..." if skipped[1:] else ""))
+    return vocabulary, config, pairs, held, name

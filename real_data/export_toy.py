@@ -1,0 +1,122 @@
+"""The toy world's pairs as a data set: mp4 and CSV in the public format, or a table of what the annotators said."""
+
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import world
+from data import DIMENSIONS, INVALID, Vocabulary, annotated_pairs
+from model import ModelConfig
+from real_data.pairs_csv import Pair, write_pairs
+from real_data.video import FPS, write_video
+from runtime.cli import BadInput, Parser, progress_bar
+
+SPLITS = {"train": "train", "validation": "validation", "benchmark": "hard"}  # file -> the world's split of prompts
+
+
+def toy_split(name, count, seed, config, vocabulary):
+    """The pairs of one of SPLITS: `count` to train on, a fifth as many in the others."""
+    offset, size = list(SPLITS).index(name), count if name == "train" else max(1, count // 5)
+    bar = progress_bar(f"annotators look at {name}", "x64 pairs")
+    return annotated_pairs(size, [SPLITS[name]], seed + 10 * offset, config, vocabulary, bar)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The toy data set on disk
+
+
+def summary(name, pairs):
+    """Markdown lines: what came out, as in Table 1 and Fig. 8 of the paper."""
+    lines = [
+        f"## {name}: {len(pairs)} pairs",
+        "",
+        "| | A better | tie | B better | unanimous |",
+        "|---|---|---|---|---|",
+    ]
+    for i, dimension in enumerate(DIMENSIONS):
+        label = pairs.label[:, i]
+        shares = [(label == value).float().mean().item() for value in (1, 0, -1)]
+        shares.append(pairs.unanimous[:, i].float().mean().item())
+        lines.append(f"| {dimension} | " + " | ".join(f"{share:.3f}" for share in shares) + " |")
+    shares = [(pairs.overall == value).float().mean().item() for value in (1, 0, -1)]
+    lines.append("| Overall | " + " | ".join(f"{share:.3f}" for share in shares) + " | |")
+    lines += ["", "| generator | pairs it is in | mean rating VQ | MQ | TA |", "|---|---|---|---|---|"]
+    for i, generator in enumerate(world.GENERATORS):
+        here = pairs.models == i
+        ratings = [f"{rating:.2f}" for rating in pairs.mos[here].mean(0).tolist()] if here.any() else ["", "", ""]
+        lines.append(f"| {generator} | {here.sum()} | {' | '.join(ratings)} |")
+    return [*lines, ""]
+
+
+def export(folder, count, seed):
+    """Writes toy pairs to `folder`: train.csv (`count` pairs), validation.csv and benchmark.csv (a fifth each; prompts
+    that never occur in train.csv), their videos, and README.md with what came out. -> lines. BadInput if it exists.
+
+    Everything is written beside `folder` first: what stands there in the end is whole."""
+    folder = Path(folder)
+    if folder.exists():
+        raise BadInput(f"{folder}: is there already; name a new folder")
+    temporary = folder.with_name(folder.name + ".unfinished")
+    config, vocabulary, lines = ModelConfig(), Vocabulary(), []
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        for name in SPLITS:
+            pairs = toy_split(name, count, seed, config, vocabulary)
+            rows = [_toy_row(name, i, pairs, vocabulary, config.frames) for i in range(len(pairs))]
+            (temporary / "videos" / name).mkdir(parents=True, exist_ok=True)
+
+            def write(i, rows=rows, pairs=pairs):
+                for path, clip in zip(rows[i].paths, pairs.sides(torch.tensor([i]))):
+                    write_video(temporary / path, clip[0])
+
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                done = pool.map(write, range(len(rows)))
+                list(tqdm(done, desc=f"writing {name}", total=len(rows), unit="pair", dynamic_ncols=True))
+            write_pairs(rows, temporary / f"{name}.csv")
+            lines += summary(name, pairs)
+        (temporary / "README.md").write_text("\n".join(["# Toy preference pairs", "", *lines]))
+        temporary.rename(folder)
+    except OSError as error:
+        raise BadInput(f"cannot write {temporary}: {error.strerror}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return [*lines, f"wrote {', '.join(f'{folder / name}.csv' for name in SPLITS)}"]
+
+
+def _toy_row(name, i, pairs, vocabulary, frames):
+    paths = [f"videos/{name}/{i:06d}_{side}_{world.GENERATORS[g]}.mp4" for side, g in zip("AB", pairs.models[i])]
+    benchmark = name == "benchmark"
+    return Pair(
+        *paths,
+        vocabulary.decode(pairs.y[i]),
+        tuple(pairs.label[i].tolist()),
+        *(FPS, float(frames)) * 2,
+        mos=() if benchmark else tuple(round(value, 4) for value in pairs.mos[i].flatten().tolist()),
+        models=tuple(world.GENERATORS[g] for g in pairs.models[i]) if benchmark else (),
+        overall=pairs.overall[i].item() if benchmark else INVALID,
+    )
+
+
+def main():
+    parser = Parser("The toy preference data: as videos and CSV files in the public format, or as a table.")
+    parser.add_argument("command", choices=["export", "table"], help="write files, or print what came out")
+    parser.add_argument("folder", type=Path, nargs="?", help="export: a new folder")
+    parser.add_argument(
+        "--pairs", type=int, default=200, help="training pairs; a fifth more each to validate and judge"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of prompts, clips and annotators")
+    args = parser.parse_args()
+    if args.pairs < 1:
+        raise BadInput(f"--pairs {args.pairs}: must be at least 1")
+    if (args.command == "export") != (args.folder is not None):
+        raise BadInput("export needs a new folder, `python data.py export DIR`; table takes none")
+    if args.command == "export":
+        lines = export(args.folder, args.pairs, args.seed)
+    else:
+        made = {name: toy_split(name, args.pairs, args.seed, ModelConfig(), Vocabulary()) for name in SPLITS}
+        lines = [line for name, pairs in made.items() for line in summary(name, pairs)]
+    print("\n".join(lines))

@@ -1,0 +1,110 @@
+"""The flags of train.py, in groups."""
+
+from pathlib import Path
+
+from runtime.checkpoint import WEIGHTS
+from runtime.cli import BadInput, Parser, fraction, non_negative, positive, positive_int, seed, triple, whole
+
+
+def training_flags(argv, defaults, presets, losses, schedules):
+    """The flags of train.py's command line, None for sys.argv. defaults: {algorithm: {flag: value}}, filled in where a
+    flag is left out; presets, losses and schedules: the names to choose from. BadInput for flags that do not go
+    together."""
+    parser = Parser(
+        "Trains one algorithm; writes last.pt, metrics.jsonl and pictures to --out. "
+        "Where no checkpoint is named, the shipped weights/ are used."
+    )
+    add = parser.add_argument_group("what to train").add_argument
+    add("--algo", choices=defaults, default="dpo", help="algorithm")
+    add("--preset", choices=presets, default="nano", help="size of a model trained from nothing")
+    add("--attention", help="full, or tile:T,H,W for sliding tiles (default: full, or as --init has it)")
+    add("--init", type=Path, help="base model: dpo's start and reference, nrg's trunk (weights/base.pt)")
+    add("--reward", type=Path, help="VideoReward that scores the pairs (weights/reward.pt)")
+
+    add = parser.add_argument_group("how long and how fast").add_argument
+    helps = {
+        "steps": (positive_int, "optimiser steps"),
+        "batch": (positive_int, "clips (pretrain) or pairs a step; sft and rwr take two clips for a pair"),
+        "lr": (positive, "peak learning rate of AdamW"),
+        "decay": (fraction, "last share of the run in which the rate falls to 0; 0 = constant"),
+        "ema": (fraction, "memory of the averaged weights; 0 = none"),
+        "time_shift": (non_negative, "of t towards noise; 1 = none, 0 = clean clips (nrg alone)"),
+    }
+    for name, (kind, text) in helps.items():
+        values = ", ".join(f"{algo} {own[name]}" for algo, own in defaults.items())
+        add("--" + name.replace("_", "-"), type=kind, help=f"{text} (default: {values})")
+    add("--seed", type=seed, default=0, help="of weights, data, noise and times")
+    add("--device", default="auto", help="auto (cuda, mps, cpu) or a torch device")
+    add(
+        "--precision",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="of matrix products; auto = bfloat16 where the device has instructions for it. Weights are float32",
+    )
+    add("--compile", action="store_true", help="each block by torch.compile: for a GPU, not for a CPU")
+    add("--grad-checkpoint", action="store_true", help="keep a block's input alone for backward")
+    add("--accum", type=positive_int, default=1, help="micro-batches that a process cuts its batch into")
+    add("--fsdp", action="store_true", help="under torchrun: shard the model, not only the batch")
+    add("--plan", type=positive_int, help="print what this training takes on so many GPUs, and do nothing")
+    add("--flops", type=positive, default=4e14, help="of --plan: FLOP/s that a GPU sustains")
+
+    add = parser.add_argument_group("flow matching").add_argument
+    add("--label-dropout", type=fraction, default=0.1, help="share of prompts dropped, for CFG")
+
+    add = parser.add_argument_group("preferences").add_argument
+    add(
+        "--pairs",
+        type=positive_int,
+        help="toy pairs in the data set (default: one epoch; reward, nrg two, as in Table 11)",
+    )
+    add("--loss", choices=losses, default="btt", help="reward: with ties, without, or on ratings (3.2)")
+    add("--tokens", choices=("separate", "shared"), default="separate", help="reward: one a score, or one")
+    add("--caption", type=non_negative, help="reward: weight of the loss on the prompt's words (default: 1; --data 0)")
+    add("--beta", type=positive, default=100.0, help="dpo: on mean errors; larger stays closer to the reference")
+    add("--schedule", choices=schedules, default="constant", help="dpo: beta over t (section 4.2)")
+    add("--temperature", type=positive, default=1.0, help="rwr: of exp(reward / temperature); lower = sharper")
+    add("--align", type=triple, default="1,1,1", help="alignment: weights of VQ, MQ and TA in the reward (5.2)")
+    add("--freeze", type=whole, default=2, help="alignment: first blocks left as in the base; 0 = none")
+    add("--lora-rank", type=whole, default=0, help="alignment: adapters of this rank; 0 = the weights")
+    add("--read", type=positive_int, default=2, help="nrg: first blocks of the base model that the reward reads")
+    add("--pair-noise", choices=("shared", "own"), default="shared", help="nrg: of the clips of a pair")
+    add(
+        "--contrast",
+        type=non_negative,
+        default=1.0,
+        help="nrg: weight of the loss on a clip's own prompt against another",
+    )
+    add("--trunk", choices=("frozen", "trained"), default="frozen", help="nrg: whether these blocks stay the base's")
+
+    add = parser.add_argument_group("real data").add_argument
+    add("--data", type=Path, help="CSV of pairs of videos or latents, in VideoAlign's format (default: the toy world)")
+    add("--val", type=Path, help="reward, nrg: CSV to validate on (default: a tenth of the prompts, held out)")
+    add("--cache", type=Path, default=Path("out/clips"), help="folder that keeps decoded clips")
+    add("--skip-bad", action="store_true", help="go on without rows that have a fault, and count them")
+
+    add = parser.add_argument_group("output").add_argument
+    add("--out", type=Path, help="folder (default: out/<algo>)")
+    add("--resume", action="store_true", help="continue the run in --out")
+    add("--export", type=Path, help="also write the final weights here, alone and as float16")
+    add("--save-every", type=positive_int, default=500, help="steps between checkpoints")
+    add("--eval-prompts", type=positive_int, default=192, help="prompts of the closing table")
+    add("--eval-pairs", type=positive_int, default=1000, help="reward, nrg: validation pairs")
+    add("--eval-seed", type=seed, default=1234, help="noise of the closing table")
+
+    args = parser.parse_args(argv)
+    filled = dict(defaults[args.algo])
+    filled["caption"] = 0.0 if args.data else 1.0  # measured on the toy alone, whose vocabulary is 17 words
+    filled["init"], filled["reward"] = WEIGHTS / "base.pt", WEIGHTS / "reward.pt"
+    filled["out"] = Path("out") / args.algo
+    for name, value in filled.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.pairs is None:
+        args.pairs = max(1, args.steps * args.batch // (2 if args.algo in ("reward", "nrg") else 1))
+    if args.time_shift == 0 and args.algo != "nrg":
+        raise BadInput("--time-shift 0: clean clips are for --algo nrg alone; give a positive number")
+    if args.attention and args.algo == "reward":
+        raise BadInput("--attention: of the video model; VideoReward sees all tokens at once")
+    if not any(args.align):
+        raise BadInput("--align 0,0,0: at least one weight must not be 0")
+    return args

@@ -1,0 +1,212 @@
+"""What the studies share: jobs that are each done once, trainings, judges, and results on disk.
+
+A study is many trainings, each a job of its own whose result is kept in --work: a stopped study goes on where it was,
+and a second terminal with the same command takes its share of the jobs.
+"""
+
+import json
+import os
+import random
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import train
+import world
+from data import DIMENSIONS, step_rng
+from evaluate import learned_scores, prompt_set, sample_prompts, static_quality, win_rate
+from model import load_velocity
+from reward import load_reward
+from runtime.checkpoint import WEIGHTS
+from runtime.cli import BadInput, check_writable
+from runtime.resume import commit
+from sample import CFG
+from studies.report.charts import picture
+
+try:
+    import fcntl
+except ImportError:  # Windows: a study then runs in one terminal
+    fcntl = None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Jobs: what takes time, each done once
+
+
+def work_through(jobs, folder):
+    """Runs `jobs`, {name: function that returns rows}; keeps the rows of each in `folder`/name.json. -> {name: rows}.
+
+    A job that another process holds is left to it; None is returned if such jobs are not done at the end."""
+    check_writable(folder, "--work")
+    bar = tqdm(jobs.items(), desc=folder.name, unit="job", dynamic_ncols=True)
+    for name, job in bar:
+        done = folder / f"{name}.json"
+        with open(folder / f"{name}.lock", "w") as lock:
+            if not _took(lock) or done.exists():  # in this order: whoever held the lock may just have finished
+                continue
+            bar.set_postfix_str(name)
+            rows = job()
+            temporary = done.with_suffix(".tmp")
+            temporary.write_text(json.dumps(rows))
+            os.replace(temporary, done)
+    if not all((folder / f"{name}.json").exists() for name in jobs):
+        return None
+    return {name: json.loads((folder / f"{name}.json").read_text()) for name in jobs}
+
+
+def _took(lock):
+    """Whether this process could take the lock; the system gives it back when the process ends, however it ends."""
+    try:
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except OSError:
+        return False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Results
+
+
+def facts(device):
+    """What a result's file says of where it came from."""
+    command = " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    return {"command": command, "commit": commit(), "torch": torch.__version__, "device": str(device)}
+
+
+def save_json(path, content):
+    try:
+        path.write_text(json.dumps(content, indent=1) + "\n")
+    except OSError as error:
+        raise BadInput(f"cannot write {path}: {error.strerror}") from None
+
+
+def save(study, result, out, device):
+    """Writes `result` {"rows", "markdown", "pictures": {name: list of Chart}} as out/study.json, .md and SVGs."""
+    source = facts(device)
+    note = "`{command}`, commit {commit}, torch {torch}, {device}".format(**source)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        save_json(out / f"{study}.json", {**source, "rows": result["rows"]})
+        (out / f"{study}.md").write_text("\n".join([*result["markdown"], "", note, ""]))
+        for name, charts in result["pictures"].items():
+            (out / f"{name}.svg").write_text(picture(charts))
+    except OSError as error:
+        raise BadInput(f"cannot write to {out}: {error.strerror}") from None
+
+
+def clock(device):
+    """Seconds: of this process on a CPU, of the wall once the device is idle."""
+    if device.type == "cpu":
+        return time.process_time()
+    torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
+def medians(ways, device, rounds=21, ordered=False):
+    """{name: median seconds} of {name: function}, which take turns; one round before does not count. Medians are taken
+    of shares of a round's time, so that a round in which the machine was slow leaves their ratios alone. Every round
+    has another order unless `ordered`: what ran before decides where tensors lie in memory, which is worth 4 %."""
+    seconds = []
+    for i in range(rounds + 1):
+        took = {}
+        for name in ways if ordered else random.Random(i).sample(list(ways), len(ways)):
+            begun = clock(device)
+            ways[name]()
+            took[name] = clock(device) - begun
+        if i:
+            seconds.append(took)
+    totals = [sum(took.values()) for took in seconds]
+    shares = {name: [took[name] / total for took, total in zip(seconds, totals)] for name in ways}
+    return {name: statistics.median(share) * statistics.median(totals) for name, share in shares.items()}
+
+
+METHODS = {
+    "sft": ["--algo", "sft"],
+    "rwr": ["--algo", "rwr"],
+    "dpo-schedule": ["--algo", "dpo", "--schedule", "(1-t)^2"],
+    "dpo-constant": ["--algo", "dpo"],
+}
+ALIGNED = {"1:1:1": "1,1,1", "TA only": "0,0,1"}
+SETS = {"standard": 256, "hard": 96, "large": 512}
+CFGS = (1.0, CFG)
+JUDGES = ("oracle", "videoreward")
+ATTRIBUTES = tuple(world.MARGIN)
+NOISE_SEED = 4321
+
+
+def prompts_of(name, count):
+    """Attributes (count, 3) of a prompt set."""
+    if name == "large":
+        every = world.split_prompts("train", "validation", "hard")
+        return every[torch.randint(len(every), (count,), generator=step_rng(NOISE_SEED, 0))]
+    return prompt_set(count, *{"standard": ("train", "validation"), "hard": ("hard",)}[name])
+
+
+def judge(checkpoint, args, device, sets, cfgs, steered=lambda model: (model, None)):
+    """Samples of a checkpoint on each set and CFG, judged: {"set cfg": {"oracle" (N, 3), "videoreward" (N, 3),
+    "right" (N, 3), "quality" (N,)}}. steered: model -> what to sample with, a velocity model and a guidance."""
+    model, words = load_velocity(checkpoint)
+    reward, reward_words = load_reward(WEIGHTS / "reward.pt")
+    (model, guidance), reward, scores = steered(model.to(device)), reward.to(device), {}
+    for i, (name, count) in enumerate(sets.items()):
+        prompts = prompts_of(name, min(count, args.eval_prompts or count))
+        for cfg in cfgs:
+            noise = NOISE_SEED + i
+            videos = sample_prompts(model, words, prompts, noise, device, cfg=cfg, guidance=guidance)
+            scores[f"{name} {cfg:g}"] = {
+                "oracle": world.oracle(videos, prompts),
+                "videoreward": learned_scores(reward, reward_words, videos, prompts, device),
+                "right": (world.attributes_right(videos, prompts) > 0.5).float(),
+                "quality": static_quality(videos),
+            }
+    return scores
+
+
+def base_scores(args, device, sets, cfgs):
+    """`judge` of the base model, made once and kept in --work."""
+    names = "-".join([*sets, *map(str, cfgs), str(args.eval_prompts)])
+    kept = args.work / f"base-{names}.pt"
+    if not kept.exists():
+        scores = judge(WEIGHTS / "base.pt", args, device, sets, cfgs)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        temporary = kept.with_suffix(f".{os.getpid()}")
+        torch.save(scores, temporary)
+        os.replace(temporary, kept)
+    return torch.load(kept, weights_only=True)
+
+
+def rows_of(scores, base, **facts):
+    """Table rows, one for each set, CFG and judge."""
+    rows = []
+    for key, here in scores.items():
+        name, cfg = key.split()
+        for by in JUDGES:
+            wins, mean = win_rate(here[by], base[key][by]).tolist(), here[by].mean(0).tolist()
+            row = {**facts, "set": name, "cfg": float(cfg), "judge": by, **dict(zip(DIMENSIONS, wins))}
+            row |= {f"{n}_score": value for n, value in zip(DIMENSIONS, mean)}
+            row |= dict(zip(ATTRIBUTES, here["right"].mean(0).tolist())) | {"quality": here["quality"].mean().item()}
+            rows.append(row)
+    return rows
+
+
+def settings_for(flags, out, args):
+    """The flags of a training whose own closing table is kept short."""
+    steps = [f"--steps={args.steps}"] if args.steps else []
+    short = ["--save-every=1000000", "--eval-prompts=2", f"--eval-pairs={min(1000, args.eval_pairs)}"]
+    return train.arguments([*flags, *steps, *short, f"--out={out}"])
+
+
+def run(study, args, device):
+    """Does a study's jobs, and writes its tables and pictures once all are done."""
+    rows = work_through(study.jobs(args, device), args.work / study.folder(args))
+    if rows is None:
+        print("the other jobs are being done by another process; run the same command once more when it has ended")
+        return
+    result = study.report(args, [row for group in rows.values() for row in group])
+    save(args.study, result, args.out, device)
+    print("\n".join([*result["markdown"], "", f"wrote {args.out / args.study}.json and .md"]))
