@@ -17,9 +17,7 @@ enters and leaves by its lowest frequencies at the start, and the last layer has
 What was tried instead, with figures, is in docs/paper.md.
 """
 
-import copy
 import math
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,6 +27,10 @@ from torch.utils.checkpoint import checkpoint
 
 from attention import attention
 from kernels.tiles import tile_mask
+from lora import add_lora as add_lora
+from lora import lora_disabled as lora_disabled
+from lora import merge_lora as merge_lora
+from lora import merged_state_dict as merged_state_dict
 from runtime.checkpoint import load_network
 from runtime.cli import BadInput
 
@@ -339,73 +341,6 @@ def share_trunk(policy, reference, blocks):
         return policy.head(policy.run(hidden, condition, blocks, depth), condition, x_t, t), v_reference
 
     return shared_forward
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# LoRA (paper, Table 10: rank 64, alpha 128, on the q, k, v and output projections of attention). Here q, k and v are
-# one layer and have one adapter.
-
-
-class LoRALinear(nn.Module):
-    """A frozen linear layer plus scale * up(down(x)). `up` starts at zero, so step 0 is the frozen layer exactly."""
-
-    def __init__(self, linear, rank, alpha):
-        super().__init__()
-        self.linear = linear
-        self.down = nn.Parameter(torch.randn(rank, linear.in_features) * linear.in_features**-0.5)
-        self.up = nn.Parameter(torch.zeros(linear.out_features, rank))
-        self.scale = alpha / rank
-        self.enabled = True
-
-    def forward(self, x):
-        out = self.linear(x)
-        return out + (x @ self.down.T) @ self.up.T * self.scale if self.enabled else out
-
-    def merged(self):
-        """The plain linear layer with the same outputs."""
-        with torch.no_grad():
-            self.linear.weight += self.scale * self.up @ self.down
-        return self.linear
-
-
-def add_lora(model, rank, alpha=None, skip=0):
-    """Freezes `model` and adds trainable adapters to its attention, in place; alpha: 2 rank unless given (Table 10).
-    The first `skip` blocks stay without: a trunk to share. BadInput outside 0..depth - 1."""
-    freeze_trunk(model, skip)  # for its BadInput
-    model.requires_grad_(False)
-    for block in model.blocks[skip:]:
-        block.attn.qkv = LoRALinear(block.attn.qkv, rank, alpha or 2 * rank)
-        block.attn.out = LoRALinear(block.attn.out, rank, alpha or 2 * rank)
-    return model
-
-
-@contextmanager
-def lora_disabled(model):
-    """Inside, `model` is its own reference: the adapters are off."""
-    layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
-    for layer in layers:
-        layer.enabled = False
-    try:
-        yield model
-    finally:
-        for layer in layers:
-            layer.enabled = True
-
-
-def merge_lora(model):
-    """A copy of `model` without adapters and with the same outputs, to save and to sample from."""
-    model = copy.deepcopy(model)
-    for block in model.blocks:
-        for name in ("qkv", "out"):
-            layer = getattr(block.attn, name)
-            if isinstance(layer, LoRALinear):
-                setattr(block.attn, name, layer.merged())
-    return model
-
-
-def merged_state_dict(model):
-    """The state dict of `model` without adapters."""
-    return merge_lora(model).state_dict()
 
 
 def load_velocity(path, attention=None):

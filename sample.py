@@ -3,14 +3,13 @@
     python sample.py --prompt "a red circle moving left"      writes a GIF and a PNG, prints the true scores
     python sample.py --nrg 1,1,0.5                            the same clips without and with reward guidance
 
-The clock runs from t = 1 to 0 and is shifted towards noise as in training. The paper gives no step count, shift or
-guidance scale; README, "Settings, and why", says what was chosen here.
+Time runs from t = 1 to 0 and is shifted towards noise as in training. The paper gives no step count, shift or
+guidance scale; docs/paper.md says what was chosen here.
 """
 
 import re
 from pathlib import Path
 
-import imageio.v3 as imageio
 import numpy as np
 import torch
 
@@ -19,6 +18,7 @@ from data import Vocabulary
 from flow import TIME_SHIFT, shift_time
 from model import load_velocity
 from nrg import load_noisy_reward, steer
+from real_data.video import write_gif, write_sheet
 from runtime.checkpoint import WEIGHTS
 from runtime.cli import (
     BadInput,
@@ -50,11 +50,11 @@ def sample(model, x1, y, steps=STEPS, cfg=1.0, null=None, guidance=None, shift=T
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
     null = torch.zeros_like(y) if null is None else null
-    clock = shift_time(torch.linspace(1, 0, steps + 1), shift).tolist()  # t = 1 ... 0
+    timesteps = shift_time(torch.linspace(1, 0, steps + 1), shift).tolist()  # 1 ... 0
     mode = torch.inference_mode if guidance is None else torch.no_grad  # guidance may differentiate what is kept
     x = x1
-    for now, then in zip(clock[:-1], clock[1:]):
-        t = torch.full((len(x),), now, device=x.device)
+    for t_now, t_next in zip(timesteps[:-1], timesteps[1:]):
+        t = torch.full((len(x),), t_now, device=x.device)
         with mode():
             if cfg != 1.0:
                 v_null = model(x, t, null)
@@ -63,7 +63,7 @@ def sample(model, x1, y, steps=STEPS, cfg=1.0, null=None, guidance=None, shift=T
             v = v_null + cfg * (v - v_null)
         if guidance is not None:
             v = guidance(v, x, t, y)
-        x = x - (now - then) * v  # Euler, appendix C
+        x = x - (t_now - t_next) * v  # Euler, appendix C
     return x
 
 
@@ -74,35 +74,6 @@ def sample_many(model, x1, y, progress=lambda starts: starts, batch=64, **settin
         part = slice(start, start + batch)
         parts.append(sample(model, x1[part], y[part], **settings))
     return torch.cat(parts)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures
-
-
-def to_pixels(video, zoom=1):
-    """(..., C, T, H, W) in [-1, 1] -> uint8 (..., T, H * zoom, W * zoom, C)."""
-    pixels = ((video.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(-4, -1).cpu()
-    return pixels.repeat_interleave(zoom, -3).repeat_interleave(zoom, -2).numpy()
-
-
-def _tile(frames, gap=2):
-    """A list of rows of pictures (H, W, C) -> one picture, a grey line between."""
-    pad = ((gap, gap), (gap, gap), (0, 0))
-    rows = [np.concatenate([np.pad(frame, pad, constant_values=96) for frame in row], 1) for row in frames]
-    return np.concatenate(rows, 0)
-
-
-def write_gif(path, rows, zoom=4, fps=8):
-    """An animation of `rows`, a list of video batches (n, C, T, H, W): one row of clips each."""
-    rows = [to_pixels(row, zoom) for row in rows]
-    frames = [_tile([[clip[i] for clip in row] for row in rows]) for i in range(rows[0].shape[1])]
-    imageio.imwrite(path, np.stack(frames), duration=1000 / fps, loop=0)
-
-
-def write_sheet(path, videos, zoom=3):
-    """A contact sheet of videos (n, C, T, H, W): a row a clip, its frames from left to right."""
-    imageio.imwrite(path, _tile(list(to_pixels(videos, zoom))))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -34,16 +34,15 @@ from data import (
     mean_one,
     step_rng,
     take,
-    toy_pairs,
 )
-from evaluate import alignment_table, nrg_table, pair_scores, pretrain_table, reward_table, study
+from evaluate import alignment_table, nrg_table, pretrain_table, reward_table, scored_pairs, study
 from flow import TIME_SHIFT, flow_error
 from flow_dpo import SCHEDULES, flow_dpo_step
 from flow_rwr import flow_rwr_step, rwr_weights
 from model import PRESETS, VideoTransformer, add_lora, freeze_trunk, load_velocity, merged_state_dict, share_trunk
 from nrg import noisy_reward_on, noisy_reward_step
 from real_data.disk_pairs import disk_data
-from reward import LOSSES, VideoReward, counted, decided, load_reward, reward_config, reward_step
+from reward import LOSSES, VideoReward, counted, decided, reward_config, reward_step
 from runtime import distributed, flags, resume
 from runtime.cli import BadInput, progress_bar, run
 from runtime.distributed import accumulating, full_tensor, rank, reduce_logs, world_size
@@ -227,41 +226,6 @@ def base_and_policy(args, device):
     torch.manual_seed(args.seed)
     policy = add_lora(policy, args.lora_rank, skip=args.freeze) if args.lora_rank else freeze_trunk(policy, args.freeze)
     return base.to(device).requires_grad_(False), policy.to(device), words  # adapters are drawn on the CPU
-
-
-def scored_pairs(args, config, words, device):
-    """Pairs, the total reward r (N, 2) of both clips of each, and the VideoReward that gave it (section 5.2).
-
-    Offline and once, as in the paper: clips of the twelve generators or of --data, none of the policy's own."""
-    if args.data:
-        reward = load_judge(args.reward, config, tuple(words)).to(device)
-        _, _, pairs, _, _ = disk_data(args, config, words, held_out=False)
-        scores = pair_scores(reward.normalised, pairs, device, progress_bar("VideoReward scores the pairs", "x64"))
-    else:
-        pairs, scores, reward = scored_toy_pairs(args.pairs, args.seed, config, tuple(words), args.reward, device)
-    weights = torch.tensor(args.align) / sum(map(abs, args.align))  # 1:1:1 is r = (r_VQ + r_MQ + r_TA) / 3
-    return pairs, scores @ weights, reward
-
-
-@lru_cache(maxsize=1)  # a study aligns many policies on the same pairs
-def scored_toy_pairs(count, seed, config, words, path, device):
-    """Toy pairs, VideoReward's z-scores of both clips of each (N, 2, 3), and that VideoReward."""
-    reward = load_judge(path, config, words).to(device)
-    pairs, _ = toy_pairs(count, ["train"], seed, config, Vocabulary(words))
-    bar = progress_bar("VideoReward scores the pairs", "x64 pairs")
-    return pairs, pair_scores(reward.normalised, pairs, device, bar), reward
-
-
-def load_judge(path, config, words):
-    """The VideoReward of a checkpoint, frozen. BadInput unless it takes the clips and prompts of such a model."""
-    reward, reward_words = load_reward(path)
-    if reward.config.video_shape != config.video_shape or reward.config.max_text != config.max_text:
-        raise BadInput(
-            "--reward and --init take clips or prompts of other sizes; train both with one --preset or --data"
-        )
-    if tuple(reward_words) != words:
-        raise BadInput("--reward and --init know different words; use a reward and a base model of the same data")
-    return reward.requires_grad_(False)
 
 
 def ranked(r):

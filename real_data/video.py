@@ -9,6 +9,7 @@ made from; training then reads only the clips of its batch, and a decoding that 
     fit             -> uint8 (3, frames, size, size), the middle of it
     cached_clip     both, once
     read_latent     a clip that an autoencoder encoded before: an array, taken as it is
+    write_gif, write_sheet      samples to look at
 
 A latent is a .npy or .npz file with one float array (C, T, H, W); or, as "shard.npy:12", row 12 of an .npy file with
 (N, C, T, H, W). An .npy is mapped into memory, so that of a shard of any size only the rows of a batch are read.
@@ -23,6 +24,7 @@ import zlib
 from pathlib import Path
 
 import imageio.v2 as imageio
+import imageio.v3 as iio
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -134,3 +136,32 @@ def cached_clip(path, folder, length, size, said=0):
         np.save(file, clip.numpy())
     os.replace(file.name, kept)  # whole or not there
     return clip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def to_pixels(video, zoom=1):
+    """(..., C, T, H, W) in [-1, 1] -> uint8 (..., T, H * zoom, W * zoom, C)."""
+    pixels = ((video.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(-4, -1).cpu()
+    return pixels.repeat_interleave(zoom, -3).repeat_interleave(zoom, -2).numpy()
+
+
+def _tile(frames, gap=2):
+    """A list of rows of pictures (H, W, C) -> one picture, a grey line between."""
+    pad = ((gap, gap), (gap, gap), (0, 0))
+    rows = [np.concatenate([np.pad(frame, pad, constant_values=96) for frame in row], 1) for row in frames]
+    return np.concatenate(rows, 0)
+
+
+def write_gif(path, rows, zoom=4, fps=8):
+    """An animation of `rows`, a list of video batches (n, C, T, H, W): one row of clips each."""
+    rows = [to_pixels(row, zoom) for row in rows]
+    frames = [_tile([[clip[i] for clip in row] for row in rows]) for i in range(rows[0].shape[1])]
+    iio.imwrite(path, np.stack(frames), duration=1000 / fps, loop=0)
+
+
+def write_sheet(path, videos, zoom=3):
+    """A contact sheet of videos (n, C, T, H, W): a row a clip, its frames from left to right."""
+    iio.imwrite(path, _tile(list(to_pixels(videos, zoom))))
