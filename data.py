@@ -4,10 +4,9 @@
     python data.py table                what the annotators said of them: ties, agreement, ratings of each generator
     python train.py --algo reward --data DIR/train.csv          trains on any data set in that format (real_data/)
 
-A batch is a dict of tensors, fixed by (seed, step) alone: an interrupted run that resumes at step n sees exactly the
-batches it would have seen. Its names are those of the arguments of the loss that takes it, and all that is random in a
-step is in it: dropped prompts, times t (B,) and noise x1 like the clips. These are drawn for the whole batch, of which
-a process or a micro-batch takes its rows: the noise of clip 17 is the same on one GPU and on eight.
+A batch is a dict of tensors, fixed by (seed, step) alone; its names are the arguments of the loss that takes it. All
+that is random in a step is in it: dropped prompts, times t (B,) and noise x1 like the clips. These are drawn for the
+whole batch, of which a process or a micro-batch takes its rows: clip 17's noise is the same on one GPU and on eight.
 
     label (B, 3)     VQ, MQ, TA. 1: A is better, -1: B, 0: tie, INVALID: no label
     mos (B, 2, 3)    ratings of A and B from 1 to 5, 0: none
@@ -27,7 +26,7 @@ import torch
 
 import world
 from flow import draw_time
-from runtime.cli import run
+from runtime.cli import progress_bar, run
 
 DIMENSIONS = ("VQ", "MQ", "TA")
 INVALID = -100  # a label that counts for nothing
@@ -63,9 +62,8 @@ class Vocabulary:
                 words = [word if word in self.ids else UNKNOWN for word in words][:length]
             unknown = [word for word in words if word not in self.ids]
             if unknown:
-                raise ValueError(
-                    f"unknown word {unknown[0]!r} in prompt {prompt!r}; words known: {', '.join(self.words[1:])}"
-                )
+                known = ", ".join(self.words[1:])
+                raise ValueError(f"unknown word {unknown[0]!r} in prompt {prompt!r}; words known: {known}")
             if not 0 < len(words) <= length:
                 raise ValueError(f"prompt {prompt!r} has {len(words)} words; 1 to {length} can be used")
             y[i, : len(words)] = torch.tensor([self.ids[word] for word in words])
@@ -76,16 +74,8 @@ class Vocabulary:
         return " ".join(self.words[word] for word in y if word)
 
     def encode_attributes(self, attributes, length):
-        """Attributes (B, 3) of toy prompts -> ids (B, length), the same as encode of their texts, without the texts."""
-        y = torch.zeros(len(attributes), length, dtype=torch.int64)
-        tables = [
-            torch.tensor([self.ids[word] for word in table])
-            for table in (world.COLOURS, world.SHAPES, world.DIRECTIONS)
-        ]
-        colour, shape, direction = (table[attributes[:, i]] for i, table in enumerate(tables))
-        a, moving = (torch.full_like(colour, self.ids[word]) for word in ("a", "moving"))
-        y[:, :5] = torch.stack((a, colour, shape, moving, direction), 1)
-        return y
+        """Attributes (B, 3) of toy prompts -> ids (B, length)."""
+        return self.encode([world.prompt_text(row) for row in attributes.tolist()], length)
 
 
 def step_rng(seed, step):
@@ -196,6 +186,14 @@ def annotated_pairs(count, splits, seed, config, vocabulary, progress=lambda chu
     label, unanimous = world.annotate(a, b, rng)
     overall, mos = world.annotate_overall(a, b, rng), world.rate(a, b, rng)
     return replace(pairs, label=label, unanimous=unanimous, mos=mos, overall=overall, truth=torch.stack((a, b), 1))
+
+
+def toy_data(args, config, vocabulary):
+    """Annotated pairs to train on, pairs of other prompts to judge by, and the latter's name."""
+    bar = progress_bar("annotators look at the pairs", "x64 pairs")
+    pairs = annotated_pairs(args.pairs, ["train"], args.seed, config, vocabulary, bar)
+    held = annotated_pairs(args.eval_pairs, ["validation"], args.seed + 1, config, vocabulary, bar)
+    return pairs, held, "validation pairs, prompts never seen in training"
 
 
 if __name__ == "__main__":

@@ -4,9 +4,8 @@
 
 The flow-matching loss on given clips, each weighted by its reward: the projection of p* = p_ref exp(r) / Z (Eq. 7) on
 the model. The (1 - t)^2 of the noise form (Eq. 8) is dropped, as in Flow-DPO. The paper leaves open which weights: here
-exp(r / temperature) of the normalised reward, divided by the mean over the whole data set once before training, on both
-clips of every pair. A mean of one keeps the learning rate's meaning, and dividing over the data set rather than a batch
-keeps the optimum. SFT, the paper's other baseline, is weight one on the winners alone.
+exp(r / temperature) of the normalised reward over its mean, once over the whole data set, not a batch, which keeps the
+optimum; on both clips of every pair. SFT, the paper's other baseline, is weight one on the winners alone.
 """
 
 import torch

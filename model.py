@@ -8,13 +8,11 @@ Conventions, here and everywhere in this code base:
     videos (B, C, T, H, W) float in [-1, 1]    t (B,) float in [0, 1]    y (B, S) int64 word ids, 0 is padding
 
 Text tokens and video tokens form one sequence with full self-attention; every block is modulated by the time and the
-pooled prompt (adaLN-zero). The paper's generator is a closed 1 B latent model with separate spatial and 3D attention
-and a T5 encoder; at this size one block type and words as tokens do.
+pooled prompt (adaLN-zero). The paper's is a closed 1 B latent model with separate spatial and 3D attention and T5.
 
-The last layer predicts x0 and the model returns v = (x_t - x0_hat) / t: a token (128 channels) cannot carry a patch of
-noise (384 numbers), as a network that outputs v has to; clean patches are far simpler. For the same reason a patch
-enters and leaves by its lowest frequencies at the start, and the last layer has no normalisation to lose its contrast.
-What was tried instead, with figures, is in docs/paper.md.
+The last layer predicts x0 and the model returns v = (x_t - x0_hat) / t: a token has fewer channels than a patch has
+numbers and cannot carry its noise, as a network that outputs v has to; clean patches are far simpler. For the same
+reason a patch enters and leaves by its lowest frequencies at the start, and the last layer has no normalisation.
 """
 
 import math
@@ -27,10 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from attention import attention
 from kernels.tiles import tile_mask
-from lora import add_lora as add_lora
-from lora import lora_disabled as lora_disabled
-from lora import merge_lora as merge_lora
-from lora import merged_state_dict as merged_state_dict
+from lora import add_lora, lora_disabled, merge_lora, merged_state_dict  # noqa: F401  names of a model
 from runtime.checkpoint import load_network
 from runtime.cli import BadInput
 
@@ -237,8 +232,7 @@ class VideoTransformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        dim = config.dim
-        volume = config.channels * math.prod(config.patch)
+        dim, volume = config.dim, config.channels * math.prod(config.patch)
         self.patch_in = nn.Linear(volume, dim)
         self.words = nn.Embedding(config.vocab, dim)
         self.places = nn.Parameter(torch.zeros(config.max_text, dim))
@@ -263,17 +257,14 @@ class VideoTransformer(nn.Module):
         for block in self.blocks:  # every block starts as the identity
             nn.init.zeros_(block.modulation.weight)
         nn.init.zeros_(self.modulation.weight)
-        # A patch has more numbers (384) than a token has channels (128), and a random projection learns slowly which
-        # matter. So the model starts as a low-pass filter, x0_hat = low_pass(x_t).
-        basis = low_pass(self.config)
-        self.patch_in.weight.data.copy_(basis)
-        self.patch_out.weight.data.copy_(basis.T)
+        # A random projection learns slowly which numbers of a patch matter; this one starts as x0_hat = low_pass(x_t)
+        self.patch_in.weight.data.copy_(low_pass(self.config))
+        self.patch_out.weight.data.copy_(low_pass(self.config).T)
 
     def embed(self, x_t, t, y):
         """The blocks' input: tokens (B, S + N, d), words first, and the condition (B, d)."""
         if x_t.shape[1:] != self.config.video_shape:
-            expected = ", ".join(map(str, self.config.video_shape))
-            raise ValueError(f"video of shape {tuple(x_t.shape)}; this model takes (B, {expected})")
+            raise ValueError(f"video of shape {tuple(x_t.shape)}; this model takes B x {self.config.video_shape}")
         words = self.words(y)  # (B, S, d)
         video = self.patch_in(patchify(x_t, self.config.patch))  # (B, N, d)
         if (tiles := self.tiles(x_t.device)) is not None:
@@ -316,8 +307,7 @@ class VideoTransformer(nn.Module):
 
 
 def freeze_trunk(model, blocks):
-    """Freezes everything up to and including the first `blocks` blocks, so that policy, reference and a noise-aware
-    reward have these layers in common. BadInput outside 0..depth - 1; 0 freezes nothing."""
+    """Freezes all up to the first `blocks` blocks, a trunk to share; 0 freezes none. BadInput outside 0..depth - 1."""
     if not 0 <= blocks < len(model.blocks):
         raise BadInput(f"--freeze {blocks}: this model has {len(model.blocks)} blocks, so 0 to {len(model.blocks) - 1}")
     if blocks:

@@ -8,9 +8,8 @@ appendix B that replaces p_ref in part (Eq. 21) is left out; the paper's experim
 
 The reward reads what the sampler sees, a clip with noise on it, so it is trained on such clips: both of a pair with
 the same noise and t, by Bradley-Terry. It is the base model's embedding and first blocks, frozen, under a small head;
-a policy that kept these blocks then runs them once for its velocity and for the reward (`SharedTrunk`). The paper
-trains the blocks too (Table 11), calls them "a few early layers" and says no more of the network; pooling, head and
-number of blocks here are our choice. Guidance and loss know no model class: a reward is any r = reward(x_t, t, y).
+a policy that kept these blocks runs them once for both (`SharedTrunk`). The paper trains "a few early layers" (Table
+11); pooling, head and number of blocks are our choice. Guidance and loss take any r = reward(x_t, t, y).
 
 For exactly the tilted density, r(x_t, t) must be the value of what is still to come, log E[exp(w r(x0)) | x_t] / w; its
 gradient falls to 0 like 1 - t at the noise, so that t / (1 - t) times it stays finite. A learned reward need not, hence
@@ -47,9 +46,8 @@ def guide(reward, weights, scale=1.0, eps=0.0, interval=(0.0, 1.0), gradient=rew
     """Guidance for the sampler: a function (v, x_t, t, y) -> v - scale t / (1 - t + eps) grad_x sum_k weights_k r_k.
 
     reward: (x_t, t, y) -> (B, K) scores; weights: K numbers of any sign, VQ, MQ, TA. eps 0 is the paper's form, which
-    leaves out t = 1 alone. Outside `interval` = (lowest, highest) t nothing is done, and with weights or a scale of 0
-    the very same v is returned. `gradient` computes the gradient; SharedTrunk has a cheaper one. ValueError for an eps
-    below 0."""
+    leaves out t = 1 alone. Outside `interval` = (lowest, highest) t, with weights or a scale of 0, the very same v is
+    returned. `gradient` computes the gradient; SharedTrunk has a cheaper one. ValueError for an eps below 0."""
     if eps < 0:
         raise ValueError(f"eps must not be negative, not {eps}")
 

@@ -70,10 +70,8 @@ def btt_loss(r_a, r_b, label, theta=THETA, weight=None):
 
 
 def regression_loss(r, mos, weight=None):
-    """Mean squared error against mean opinion scores, section 3.2's baseline: the target is mos - 3, as in the
-    published code; mos 0 is missing.
-
-    Any shape, e.g. (B, 2, 3) for both clips of a pair; scalar, the mean over the scores that are there."""
+    """Mean squared error against mean opinion scores, section 3.2's baseline: scores and mos of any shape -> scalar,
+    the mean over the ratings that are there (not 0). The target is mos - 3, as in the published code."""
     weight = mean_one(mos != 0) if weight is None else weight
     return _mean((r - (mos - 3)).square(), weight)
 
@@ -81,8 +79,7 @@ def regression_loss(r, mos, weight=None):
 def caption_loss(logits, y):
     """-log probability of the bag of words of prompts y (B, S) under independent logits (B, vocab); mean over B.
 
-    Not in the paper. Its backbone, a pretrained vision-language model, knows what words look like; ours starts from
-    nothing. The prompts of the pairs themselves can teach it: a clip shows mostly what its prompt says."""
+    Not in the paper, whose pretrained backbone knows what words look like; here the pairs' own prompts teach it."""
     bag = torch.zeros_like(logits).scatter(1, y, 1.0)
     bag[:, 0] = 0  # padding
     return F.binary_cross_entropy_with_logits(logits, bag, reduction="sum") / len(y)
@@ -127,7 +124,8 @@ def accuracies_without_ties(delta, label):
 
 def accuracy_with_ties(delta, label):
     """Three-class accuracy after tie calibration (Deutsch et al. 2023): a tie is predicted where |delta| <= threshold,
-    and the threshold is the observed |delta| with the best accuracy on these very pairs. -> (accuracy, threshold).
+    and the threshold is the observed |delta| with the best accuracy on these very pairs, or -1 where no tie at all is
+    better. -> (accuracy, threshold).
 
     All pairs with the same |delta| change sides together; the published sweep counts them one by one and can
     overstate."""
@@ -138,8 +136,9 @@ def accuracy_with_ties(delta, label):
     size, order = delta.abs().sort()
     tie = (label[order] == 0).long()
     right = (torch.sign(delta[order]) == label[order]).long() * (1 - tie)
-    correct = tie.cumsum(0) + right.sum() - right.cumsum(0)  # with the threshold at each size in turn
-    last = torch.cat((size[1:] > size[:-1], torch.ones(1, dtype=torch.bool)))  # of each group of equal sizes
+    size, gain = F.pad(size, (1, 0), value=-1.0), F.pad(tie - right, (1, 0))  # first: no tie at all
+    correct = right.sum() + gain.cumsum(0)  # with the threshold at each size in turn
+    last = F.pad(size[1:] > size[:-1], (0, 1), value=True)  # of each group of equal sizes
     best = torch.where(last, correct, -1).argmax()
     return correct[best].item() / len(delta), size[best].item()
 
@@ -151,9 +150,8 @@ def accuracy_with_ties(delta, label):
 class Stem(nn.Module):
     """Videos (B, C, T, H, W) to tokens (B, N, d), a token a patch, from two views of it.
 
-    A linear one, which starts as a low-pass filter as in the video model, keeps positions. Two overlapping convolutions
-    over each frame see a shape the same wherever it lies on the grid of patches. The clip's mean colour, most of it
-    ground, enters apart."""
+    A linear one, a low-pass filter at the start, keeps positions. Two overlapping convolutions see a shape the same
+    wherever it lies on the grid of patches. The clip's mean colour, most of it ground, enters apart."""
 
     def __init__(self, config):
         super().__init__()

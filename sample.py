@@ -3,12 +3,10 @@
     python sample.py --prompt "a red circle moving left"      writes a GIF and a PNG, prints the true scores
     python sample.py --nrg 1,1,0.5                            the same clips without and with reward guidance
 
-Time runs from t = 1 to 0 and is shifted towards noise as in training. The paper gives no step count, shift or
-guidance scale; docs/paper.md says what was chosen here.
+Time runs from t = 1 to 0, shifted towards noise as in training; docs/paper.md says why these settings.
 """
 
 import re
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,20 +17,8 @@ from flow import TIME_SHIFT, shift_time
 from model import load_velocity
 from nrg import load_noisy_reward, steer
 from real_data.video import write_gif, write_sheet
-from runtime.checkpoint import WEIGHTS
-from runtime.cli import (
-    BadInput,
-    Parser,
-    clip_count,
-    finite,
-    interval,
-    non_negative,
-    pick_device,
-    positive_int,
-    run,
-    seed,
-    triple,
-)
+from runtime.cli import BadInput, pick_device, run
+from runtime.flags import sampling_flags
 
 STEPS = 20
 CFG = 2.0
@@ -81,33 +67,7 @@ def sample_many(model, x1, y, progress=lambda starts: starts, batch=64, **settin
 
 
 def main():
-    parser = Parser("Samples clips of one prompt and prints their true scores (1 is a clean clip, 0 a bad one).")
-    parser.add_argument("--prompt", default="a red circle moving left", help="words that the model knows")
-    parser.add_argument("--ckpt", type=Path, default=WEIGHTS / "base.pt", help="weights of a video model")
-    parser.add_argument("--n", type=clip_count, default=4, help="clips")
-    parser.add_argument("--steps", type=positive_int, default=STEPS, help="Euler steps")
-    parser.add_argument("--cfg", type=finite, default=CFG, help="scale of classifier-free guidance; 1 = off")
-    parser.add_argument("--attention", help="full, or tile:T,H,W for sliding tiles (default: as the model was trained)")
-    parser.add_argument("--seed", type=seed, default=0, help="one seed, one set of clips, on every device")
-    parser.add_argument("--out", type=Path, default=Path("out/sample"), help="folder to write to")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    group = parser.add_argument_group("reward guidance (Flow-NRG, section 4.4); the clips without it are made as well")
-    group.add_argument("--nrg", type=triple, help="weights of VQ, MQ and TA of any sign, for example 1,1,0.5")
-    group.add_argument("--nrg-ckpt", type=Path, default=WEIGHTS / "nrg.pt", help="weights of a noise-aware reward")
-    group.add_argument("--nrg-scale", type=finite, default=NRG_SCALE, help="w of Eq. 11, on rewards of unit spread")
-    group.add_argument(
-        "--nrg-eps", type=non_negative, default=NRG_EPS, help="of t / (1 - t + eps); 0 = the paper's form"
-    )
-    group.add_argument(
-        "--nrg-interval",
-        type=interval,
-        default="{:g},{:g}".format(*NRG_INTERVAL),
-        help="lowest and highest t that is guided",
-    )
-    group.add_argument(
-        "--compare", action="store_true", help="CFG 1, --cfg and guidance after --cfg, one under the other"
-    )
-    args = parser.parse_args()
+    args = sampling_flags(STEPS, CFG, NRG_SCALE, NRG_EPS, NRG_INTERVAL)
     device = pick_device(args.device)
     model, words = load_velocity(args.ckpt, args.attention)
     try:

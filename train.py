@@ -8,8 +8,7 @@
     torchrun --nproc_per_node 8 train.py --algo pretrain --preset large --fsdp       on eight GPUs
 
 An algorithm is a Task: a model, a batch for each step, a loss, and a table at the end. All that is random in step n
-comes from the seed and n, so a run that was stopped and resumed ends at the same bits, and one that is spread over
-processes or micro-batches takes the same steps.
+comes from the seed and n: stopped and resumed, a run ends at the same bits; over processes, it takes the same steps.
 """
 
 import copy
@@ -24,17 +23,7 @@ import torch
 from tqdm import tqdm
 
 import world
-from data import (
-    Vocabulary,
-    annotated_pairs,
-    draw_clips,
-    draw_noise,
-    drop_prompts,
-    epoch_index,
-    mean_one,
-    step_rng,
-    take,
-)
+from data import Vocabulary, draw_clips, draw_noise, drop_prompts, epoch_index, mean_one, step_rng, take, toy_data
 from evaluate import alignment_table, nrg_table, pretrain_table, reward_table, scored_pairs, study
 from flow import TIME_SHIFT, flow_error
 from flow_dpo import SCHEDULES, flow_dpo_step
@@ -44,7 +33,7 @@ from nrg import noisy_reward_on, noisy_reward_step
 from real_data.disk_pairs import disk_data
 from reward import LOSSES, VideoReward, counted, decided, reward_config, reward_step
 from runtime import distributed, flags, resume
-from runtime.cli import BadInput, progress_bar, run
+from runtime.cli import BadInput, run
 from runtime.distributed import accumulating, full_tensor, rank, reduce_logs, world_size
 
 # A flag left out takes its algorithm's value here; docs/paper.md has the paper's (Tables 10 and 11) and why.
@@ -113,7 +102,7 @@ def reward_task(args, device):
     else:
         vocabulary = Vocabulary()
         config = replace(PRESETS[args.preset], vocab=len(vocabulary.words))
-        pairs, held, name = annotated_data(args, config, vocabulary)
+        pairs, held, name = toy_data(args, config, vocabulary)
     torch.manual_seed(args.seed)
     model = VideoReward(reward_config(config, separate=args.tokens == "separate")).to(device)
 
@@ -134,13 +123,12 @@ def reward_task(args, device):
 def nrg_task(args, device):
     """A head on the base model's first blocks, on noised pairs, by Bradley-Terry (section 4.4)."""
     base, words = load_velocity(args.init, args.attention)
-    config, vocabulary = base.config, Vocabulary(words)
     torch.manual_seed(args.seed)
-    model = noisy_reward_on(base, args.read, args.trunk == "frozen").to(device)
+    model, config = noisy_reward_on(base, args.read, args.trunk == "frozen").to(device), base.config
     if args.data:
         _, _, pairs, held, name = disk_data(args, config, words)
     else:
-        pairs, held, name = annotated_data(args, config, vocabulary)
+        pairs, held, name = toy_data(args, config, Vocabulary(words))
 
     def batch(step, rows):
         rng = step_rng(args.seed, step)
@@ -158,14 +146,6 @@ def nrg_task(args, device):
 
     table = partial(nrg_table, held=held, name=name, seed=args.eval_seed, device=device)
     return Task("noisy reward", model, words, batch, loss, ("loss", "VQ", "MQ", "TA"), table)
-
-
-def annotated_data(args, config, vocabulary):
-    """Toy pairs to train on, pairs of other prompts to judge by, and the latter's name."""
-    bar = progress_bar("annotators look at the pairs", "x64 pairs")
-    pairs = annotated_pairs(args.pairs, ["train"], args.seed, config, vocabulary, bar)
-    held = annotated_pairs(args.eval_pairs, ["validation"], args.seed + 1, config, vocabulary, bar)
-    return pairs, held, "validation pairs, prompts never seen in training"
 
 
 def dpo_task(args, device):
