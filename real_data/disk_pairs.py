@@ -36,20 +36,25 @@ def latent_sizes(args, row):
     return {"channels": channels, "frames": frames, "size": height}
 
 
+def said_videos(row):
+    """(path, number of frames it is said to have) of both videos of a Pair."""
+    return tuple(zip(row.paths, (row.frames_a, row.frames_b)))
+
+
 def disk_pairs(rows, csv_path, config, vocabulary, cache, skipped=None, progress=lambda videos, total: videos):
     """The Pair `rows` of a CSV as Pairs. Decodes their videos once, into the folder `cache`; latents are read in place.
 
     BadInput names the line and column of a video that cannot be used; with a list `skipped` its pairs are left out and
     the fault's text is appended."""
     root = Path(csv_path).parent
-    videos = {}  # each distinct one: where it first stands, and the number of frames it is said to have
+    videos = {}  # where each distinct (path, number of frames it is said to have) first stands
     for row in rows:
-        for column, path, frames in zip(PATHS, row.paths, (row.frames_a, row.frames_b)):
-            videos.setdefault(path, (f"{csv_path}, line {row.line}, column {column}", frames))
+        for column, video in zip(PATHS, said_videos(row)):
+            videos.setdefault(video, f"{csv_path}, line {row.line}, column {column}")
     faults = {}
 
-    def decode(path):
-        where, frames = videos[path]
+    def decode(video):
+        path, frames = video
         try:
             if is_latent(path):
                 shape = read_latent(root / path).shape
@@ -58,25 +63,25 @@ def disk_pairs(rows, csv_path, config, vocabulary, cache, skipped=None, progress
             if shape != config.video_shape:
                 raise ValueError(f"has shape {shape}; the model takes {config.video_shape}")
         except ValueError as error:
-            return path, f"{where}: {'latent' if is_latent(path) else 'video'} {path} {error}"
+            return video, f"{videos[video]}: {'latent' if is_latent(path) else 'video'} {path} {error}"
         except OSError as error:
             raise BadInput(f"cannot keep clips in {cache}: {error.strerror}; name a folder by --cache") from None
-        return path, None
+        return video, None
 
     if rank():
         wait()  # process 0 decodes for all; the others then find it done
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for path, fault in progress(pool.map(decode, videos), len(videos)):
+        for video, fault in progress(pool.map(decode, videos), len(videos)):
             if fault and skipped is None:
                 pool.shutdown(cancel_futures=True)
                 raise BadInput(fault)
             if fault:
-                faults[path] = fault
+                faults[video] = fault
     if not rank():
         wait()
     if faults:
         skipped.extend(faults.values())
-    rows = [row for row in rows if not faults.keys() & set(row.paths)]
+    rows = [row for row in rows if not faults.keys() & set(said_videos(row))]
     if not rows:
         raise BadInput(f"{csv_path}: no pair is left, all were skipped; the first: {skipped[0]}")
 

@@ -124,7 +124,7 @@ def _parse(csv_path, line, header, row):
         try:
             path = (folder / latent_file(cell[name])[0]).resolve()
             found = path.is_file()
-        except (OSError, ValueError) as error:  # a name too long, or with a zero byte
+        except (OSError, ValueError, RuntimeError) as error:  # a name too long or with a zero byte; links in a circle
             fault = getattr(error, "strerror", None) or error
             raise BadInput(f"{where}, column {name}: {cell[name][:40]!r} is no path ({fault})") from None
         if not cell[name] or not path.is_relative_to(folder.resolve()):

@@ -122,19 +122,23 @@ def read_latent(path):
 def cached_clip(path, folder, length, size, said=0):
     """The clip of a video as uint8 (3, length, size, size), from `folder` if it was decoded before.
 
-    The file there is named by the video's path, size and time of change: a changed video is decoded again. ValueError
-    as in sample_frames; OSError if `folder` cannot be written."""
+    The file there is named by the video's path, size and time of change: a changed video is decoded again, and so is
+    one that is `said` to have another number of frames than it was when it was decoded. ValueError as in sample_frames;
+    OSError if `folder` cannot be written."""
     path, folder = Path(path).resolve(), Path(folder)
     facts = path.stat()
     key = repr((str(path), facts.st_size, facts.st_mtime_ns, length, size, FPS))
     kept = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npy"
-    if kept.exists():
+    checked = kept.with_suffix(f".{said:g}")  # an empty file: the number of frames was looked at
+    if kept.exists() and (not said or checked.exists()):
         return torch.from_numpy(np.array(_load(kept)))
     clip = fit(sample_frames(path, said), length, size)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp", delete=False) as file:
         np.save(file, clip.numpy())
     os.replace(file.name, kept)  # whole or not there
+    if said:
+        checked.touch()
     return clip
 
 

@@ -11,6 +11,7 @@ A checkpoint is one torch file, a dict of plain values and tensors that loads wi
 
 import os
 import warnings
+import zipfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -61,6 +62,8 @@ def load_checkpoint(path, kind=None):
         with open(path, "rb") as file, warnings.catch_warnings(action="ignore"):  # of odd pickles, refused below
             if file.read(4) != b"PK\3\4":  # what torch wrote before it wrote zip files; its lengths are not checked
                 raise ValueError
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in zipfile.ZipFile(file).infolist()):
+                raise ValueError  # torch never compresses: a few MB could fill the memory
             file.seek(0)
             state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception:  # a damaged file can make torch raise anything, and nothing else happens here
