@@ -1,13 +1,29 @@
-"""Reading the README files: sections, tables, what stands in backticks, and commands."""
+"""Reading the Markdown files: sections, tables, what stands in backticks, and commands; and which modules there are."""
 
 import re
 import shlex
 from itertools import groupby
 from pathlib import Path
 
-import common
+ROOT = Path(__file__).resolve().parents[1]
+WINGS = ("kernels", "runtime", "real_data", "studies", "examples")
 
-ROOT = Path(common.__file__).parent
+
+def documents(root=ROOT):
+    """The Markdown files that people write, from the root; results/*.md are written by the studies."""
+    folders = [root / part for part in ("", "docs", "weights", "examples")]
+    return [str(path.relative_to(root)) for folder in folders for path in sorted(folder.glob("*.md"))]
+
+
+DOCS = documents()
+
+
+def modules(root=ROOT):
+    """{dotted name: path} of every module at the top level and in the wings."""
+    paths = [*root.glob("*.py"), *(path for wing in WINGS for path in (root / wing).rglob("*.py"))]
+    names = {path: path.relative_to(root).with_suffix("").parts for path in sorted(paths)}
+    return {".".join(parts): path for path, parts in names.items() if parts[-1] != "__init__"}
+
 
 FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.M | re.S)
 COMMAND = re.compile(r" *(?:\$ )?((?:\w+=\S* +)*(?:python|torchrun|pip) .*|for \w+ in .*)")

@@ -1,13 +1,35 @@
-"""The house's rules: short files that say what they are, short losses and samplers, nothing written twice."""
+"""The house's rules: a small core, short files that say what they are, imports that point one way, short losses and
+samplers, nothing written twice."""
 
 import ast
 from collections import defaultdict
+from functools import cache
 
 import pytest
-from readme import ROOT
+from readme import ROOT, modules
 
-FILES = sorted(ROOT.glob("*.py"))
+MODULES = modules()
+FILES = list(MODULES.values())
+CORE = ("flow", "flow_dpo", "flow_rwr", "nrg", "reward", "model", "data", "sample", "train")
 LONGEST = {"_loss": 30, "_step": 30, "sample": 25, "guide": 25}  # lines of a function whose name ends so
+
+# Who may import whom: a module those of its own floor, and of the floors before it here. A folder stands for all of its
+# modules that are not named apart.
+FLOORS = (
+    {"world", "flow", "runtime", "kernels"},
+    {"attention", "flow_dpo", "flow_rwr", "data", "real_data.pairs_csv", "real_data.video"},
+    {"model"},
+    {"reward", "nrg"},
+    {"sample", "real_data"},
+    {"evaluate", "studies.cost"},
+    {"train"},
+    {"studies", "examples"},
+)
+KNOWS_NO_MODEL = {"model", "reward", "nrg", "flow", "flow_dpo", "flow_rwr", "data", "sample", "train", "evaluate", "world"}
+
+
+def lines_in(path):
+    return len(path.read_text().splitlines())
 
 
 def lines_of(function):
@@ -16,11 +38,103 @@ def lines_of(function):
     return function.end_lineno - body[0].lineno + 1
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_file_is_short_and_says_what_it_is(path):
-    text = path.read_text()
-    assert len(text.splitlines()) <= 400
-    assert len(ast.get_docstring(ast.parse(text)).split()) > 20
+    assert lines_in(path) <= 400
+    assert len(ast.get_docstring(ast.parse(path.read_text())).split()) > 20
+
+
+def test_every_module_stands_in_a_known_room():
+    there = {path for path in ROOT.rglob("*.py") if not path.relative_to(ROOT).parts[0].startswith((".", "out"))}
+    there = {path for path in there if "tests" not in path.relative_to(ROOT).parts and path.name != "__init__.py"}
+    assert there - set(FILES) == set()
+    assert [name for name in MODULES if floor_of(name) is None] == []
+
+
+def test_the_core_is_small():
+    assert len(list(ROOT.glob("*.py"))) <= 13
+    assert sum(lines_in(ROOT / f"{name}.py") for name in CORE) <= 1650
+    assert lines_in(ROOT / "README.md") <= 250
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Imports
+
+
+def floor_of(name, floors=FLOORS):
+    """The floor of the longest part of a dotted name that stands in `floors`; None if none does."""
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        for floor, names in enumerate(floors):
+            if ".".join(parts[:length]) in names:
+                return floor
+
+
+def imported(source, known):
+    """Names out of `known` that a module imports, inside functions as well. Not what a script opens when it is run as a
+    command, in the block `if __name__ == "__main__"`, or by a name that is not written out."""
+    found, tree = set(), ast.parse(source)
+    tree.body = [node for node in tree.body if not (isinstance(node, ast.If) and "__name__" in ast.unparse(node.test))]
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [name for alias in node.names for name in (node.module, f"{node.module}.{alias.name}")]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            names = [value.value for value in node.args if isinstance(value, ast.Constant)]
+        found |= known & set(names)
+    return found
+
+
+@cache
+def graph():
+    return {name: imported(path.read_text(), MODULES.keys()) - {name} for name, path in MODULES.items()}
+
+
+def heights(graph):
+    """{module: how many floors it stands on, 0 without imports of ours}. ValueError, which names it, for a circle."""
+    found = {}
+
+    def height(name, way=()):
+        if name in way:
+            raise ValueError(" -> ".join([*way[way.index(name) :], name]))
+        if name not in found:
+            found[name] = 1 + max((height(other, (*way, name)) for other in graph[name]), default=-1)
+        return found[name]
+
+    return {name: height(name) for name in graph}
+
+
+def test_imports_are_found_and_circles_named():
+    known = {"a", "b.c", "b.d", "e", "f", "g"}
+    text = "import a\ndef f():\n    from b import c, x\n    import_module('e')\nif __name__ == '__main__':\n    import f\n"
+    assert imported(text, known) == {"a", "b.c", "e"}
+    assert imported("from b.d import c\nimport b", known) == {"b.d"}
+    assert heights({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == {"a": 2, "b": 1, "c": 0}
+    with pytest.raises(ValueError, match="a -> b -> a"):
+        heights({"a": {"b"}, "b": {"a"}})
+
+
+def test_imports_make_no_circle_and_ten_floors_at_most():
+    assert 1 + max(heights(graph()).values()) <= 10
+
+
+def test_imports_point_one_way():
+    assert [name for name in MODULES if floor_of(name) is None] == []
+    up = [(name, other) for name, others in graph().items() for other in others if floor_of(other) > floor_of(name)]
+    assert up == []
+
+
+def test_wings_and_data_know_no_model():
+    used = {(name, other) for name, others in graph().items() for other in others}
+    assert [pair for pair in used if pair[0].startswith("runtime.") and pair[1] in KNOWS_NO_MODEL] == []
+    assert [pair for pair in used if pair[0] == "data" and pair[1] in ("model", "reward")] == []
+    assert [pair for pair in used if pair[0] in ("flow_dpo", "flow_rwr") and pair[1] in ("model", "reward", "data")] == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Functions and repetition
 
 
 def test_losses_and_samplers_are_short():
@@ -35,8 +149,8 @@ def test_losses_and_samplers_are_short():
 
 def test_no_six_lines_stand_in_two_files():
     places = defaultdict(set)
-    for path in FILES:
+    for path in [*FILES, *(ROOT / "tests").glob("*.py")]:
         lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
         for i in range(len(lines) - 5):
-            places["\n".join(lines[i : i + 6])].add(path.name)
+            places["\n".join(lines[i : i + 6])].add(str(path.relative_to(ROOT)))
     assert [sorted(files) for files in places.values() if len(files) > 1] == []

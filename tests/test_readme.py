@@ -1,23 +1,24 @@
-"""What the README files name is there: commands, which also run, flags, functions, files, links."""
+"""What the Markdown files name is there: commands, which also run, flags, functions, files, links."""
 
 import importlib
 import re
+import runpy
 import shlex
 import sys
-from contextlib import suppress
 from itertools import product
 from unittest import mock
 
 import common
 import pytest
-from readme import ROOT, all_commands, commands, fenced, prose, sections, spans, tables
+from readme import DOCS, ROOT, WINGS, all_commands, commands, fenced, modules, prose, sections, spans, tables
 from torch.distributed import run as torchrun
 
 import train
+from runtime.cli import Parser
 
-DOCS = ("README.md", "weights/README.md", "examples/README.md")
+RUN = [doc for doc in DOCS if doc == "README.md" or doc.startswith("docs/")]  # whose fences are run
 
-# Each command in a fence of README.md is run: here, with these flags behind its own, the last of a kind counting,
+# Each command in a fence of these is run: here, with these flags behind its own, the last of a kind counting,
 SHRUNK = {
     "train.py": "--steps 2 --batch 2 --pairs 8 --eval-prompts 2 --eval-pairs 10 --device cpu",
     "sample.py": "--steps 2 --n 2 --device cpu",
@@ -33,8 +34,8 @@ ELSEWHERE = {  # or by these tests
 }
 
 MADE = r"(?!out/|last\.pt|results/report\.html)"  # by commands
-FILE = re.compile(MADE + r"(?:[\w./-]+\.(?:py|pt)|(?:tests|results|weights|examples)/[\w./-]*)(?:::\w+)?")
-NAME = re.compile(r"(\w+)\.(?!(?:csv|gif|html|jsonl?|md|png)$)(\w+)(?:\(.*\))?")
+FILE = re.compile(MADE + rf"(?:[\w./-]+\.(?:py|pt)|(?:tests|results|weights|docs|{'|'.join(WINGS)})/[\w./-]*)(?:::\w+)?")
+NAME = re.compile(r"(\w+(?:\.\w+)*)\.(?!(?:csv|gif|html|jsonl?|md|mp4|npy|npz|png|svg)$)(\w+)(?:\(.*\))?")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -53,20 +54,26 @@ for s in 3 4; do
     assert commands(text) == [(a, ["said"]), (b, []), (c, [])]
 
 
-def module_of(script):
-    return importlib.import_module(script.removesuffix(".py").replace("/", "."))
+class Accepted(Exception):
+    """Raised when a command has read its flags, in place of its work."""
 
 
-def parser_of(module):
-    """The parser that a script's main fills."""
-    with mock.patch.object(common.Parser, "parse_args", autospec=True, side_effect=InterruptedError) as parse:
-        with pytest.raises(InterruptedError):
-            module.main()
-    return parse.call_args.args[0]
+def parser_of(script, *flags):
+    """The parser of a script, which has accepted the flags. SystemExit of one that it refuses, or after --help."""
+    parse = Parser.parse_args
+
+    def stop(parser, argv=None, namespace=None):
+        parse(parser, argv, namespace)
+        raise Accepted(parser)
+
+    with mock.patch.object(Parser, "parse_args", stop), mock.patch.object(sys, "argv", [script, *flags]):
+        with pytest.raises(Accepted) as accepted:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    return accepted.value.args[0]
 
 
 @pytest.mark.parametrize(("doc", "command"), [(doc, command) for doc in DOCS for command in all_commands(doc)])
-def test_a_command_is_accepted(doc, command):
+def test_a_command_is_accepted(doc, command, capsys):
     _, script, *flags = shlex.split(command)
     if command.startswith("torchrun"):
         args = torchrun.parse_args([script, *flags] + ["train.py"] * (".py" not in command))
@@ -77,11 +84,13 @@ def test_a_command_is_accepted(doc, command):
     assert is_there(script)
     if script == "examples/wan.py":
         pytest.importorskip("diffusers")
-    module = module_of(script)
     flags = ["1" if re.fullmatch(r"[A-Z]+|<.*>", flag) else flag for flag in flags if flag != "..."]  # N, DIR
-    with suppress(SystemExit):  # of --help; a bad flag is BadInput
-        if flags:
-            (train.arguments if module is train else parser_of(module).parse_args)(flags)
+    if not flags:  # the name of a script
+        return
+    if script == "train.py":
+        train.arguments(flags)  # which looks further than its parser
+    elif "--help" not in flags:
+        parser_of(script, *flags)
 
 
 def elsewhere(words):
@@ -92,24 +101,34 @@ def here(words):
     return words[1] in SHRUNK and not elsewhere(words)
 
 
-def test_each_command_in_a_fence_is_run_by_a_test():
-    for words, _ in sum(fenced("README.md").values(), []):
+@pytest.mark.parametrize("doc", RUN)
+def test_each_command_in_a_fence_is_run_by_a_test(doc):
+    for words, _ in sum(fenced(doc).values(), []):
         known = here(words) or elsewhere(words) or words[1:3] == ["-m", "pytest"]
         assert known, f"no test runs {shlex.join(words)}: SHRUNK, ELSEWHERE"
         assert all(map(is_there, elsewhere(words)))
 
 
-@pytest.mark.parametrize("heading", [h for h, part in fenced("README.md").items() if any(here(w) for w, _ in part)])
-def test_the_commands_of_a_section_run_one_after_the_other(heading, tmp_path, monkeypatch, capsys):
+SECTIONS = [(doc, h) for doc in RUN for h, part in fenced(doc).items() if any(here(words) for words, _ in part)]
+
+
+@pytest.mark.parametrize(("doc", "heading"), SECTIONS)
+def test_the_commands_of_a_section_run_one_after_the_other(doc, heading, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for words, output in fenced("README.md")[heading]:
+    for words, output in fenced(doc)[heading]:
         if not here(words):
             continue
         planned = "--plan" in words  # takes no time, and always says the same
         monkeypatch.setattr(sys, "argv", words[1:] + SHRUNK[words[1]].split() * (not planned))
-        module_of(words[1]).main()
+        runpy.run_path(str(ROOT / words[1]), run_name="__main__")
         said = capsys.readouterr().out.splitlines()
         assert said == output if planned else said
+
+
+def test_the_two_set_up_commands_stand_in_the_first_screen():
+    screen = "\n".join((ROOT / "README.md").read_text().splitlines()[:25])
+    for command in ("python train.py --algo dpo", "python -m pytest"):
+        assert f"pip install -r requirements.txt && {command}" in screen
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -124,18 +143,34 @@ def is_there(name, folder=ROOT):
 
 
 def resolved(span, folder=ROOT):
-    """Whether the file or module.name in a span is there; None if it names neither."""
+    """Whether the file or module.name in a span is there; None if it names neither. A module is named as it is imported,
+    `runtime.checkpoint.restore`, or without its folders, `checkpoint.restore`."""
     if FILE.fullmatch(span):
         return is_there(span, folder)
-    match = NAME.fullmatch(span)
-    if match and (ROOT / f"{match[1]}.py").exists():
-        return hasattr(importlib.import_module(match[1]), match[2])
+    if not (match := NAME.fullmatch(span)):
+        return None
+    *path, last = match[1].split(".")
+    known = modules()
+    found = [name for name in known if name == match[1]] or [name for name in known if name.split(".")[-1] == match[1]]
+    if len(found) == 1:
+        return hasattr(importlib.import_module(found[0]), match[2])
+    if f"{match[1]}.{match[2]}" in known:
+        return True
+    return False if found or path and path[0] in WINGS else None
+
+
+def test_names_in_folders_are_resolved():
+    assert resolved("flow.interpolate") and resolved("runtime.cli.Parser") and resolved("cli.Parser")
+    assert resolved("studies.align") and resolved("studies/align.py") and resolved("real_data/")
+    gone = ("flow.away", "runtime.cli.away", "cli.away", "runtime.away.Parser", "studies/away.py", "docs/away.md")
+    assert [resolved(name) for name in gone] == [False] * len(gone)
+    assert resolved("torch.randn") is None and resolved("pairs.csv") is None
 
 
 @pytest.mark.parametrize("doc", DOCS)
 def test_names_and_files_are_there(doc):
     named = {span: resolved(span, (ROOT / doc).parent) for span in spans(prose(doc))}
-    assert True in named.values()
+    assert named
     assert [span for span, there in named.items() if there is False] == []
 
 
@@ -150,23 +185,44 @@ def test_links_lead_somewhere(doc):
 
 
 def test_flags_are_those_of_a_parser():
-    scripts = map(importlib.import_module, ("train", "sample", "data", "evaluate", "bench"))
-    parsers = [torchrun.get_args_parser(), *map(parser_of, scripts)]
-    text = [span for doc in DOCS[:2] for span in spans(prose(doc)) if not span.startswith("pip")]
+    commands = (
+        ["train.py"],
+        ["sample.py"],
+        ["data.py", "table"],
+        *(["evaluate.py", name] for name in ("align", "bench", "report")),
+    )
+    parsers = [torchrun.get_args_parser(), *(parser_of(*words) for words in commands)]
+    docs = [doc for doc in DOCS if not doc.startswith("examples/")]  # wan.py has flags of its own
+    text = [span for doc in docs for span in spans(prose(doc)) if not span.startswith("pip")]
     flags = set(re.findall(r"(?<![\w-])--\w[\w-]*", " ".join(text)))
     assert flags and flags - {flag for parser in parsers for flag in parser._option_string_actions} == set()
 
 
-def test_the_table_of_files_has_every_module():
-    listed = [row[0] for rows in tables(prose("README.md")) if rows[0][0] == "file" for row in rows]
-    assert {path.name for path in ROOT.glob("*.py")} - set(spans(" ".join(listed))) == set()
+CORE = ("flow", "flow_dpo", "flow_rwr", "data", "model", "reward", "nrg", "sample", "train")
+
+
+def test_the_reading_order_has_every_module_and_the_length_of_the_core():
+    text = sections(prose("README.md"))["Reading order"]
+    named = set(spans(text))
+    ours = {str(path.relative_to(ROOT)) for name, path in modules().items() if not name.startswith("examples.")}
+    assert ours - named == set()
+    head, *rows = next(tables(text))
+    assert [row[0].strip("`") for row in rows] == [f"{name}.py" for name in CORE] and head[1] == "lines"
+    for name, lines, *_ in rows:  # to the nearest ten, give or take one
+        assert abs(int(lines) - len((ROOT / name.strip("`")).read_text().splitlines())) <= 10, name
+
+
+def test_code_in_the_readme_is_that_of_the_core():
+    text = (ROOT / "README.md").read_text()
+    core = {line.strip() for name in CORE for line in (ROOT / f"{name}.py").read_text().splitlines()}
+    quoted = [line.strip() for line in "\n".join(re.findall(r"```python\n(.*?)```", text, re.S)).splitlines()]
+    assert [line for line in quoted if line not in core] == []
+    for equation in ("Eq. 6", "Eq. 9", "Eq. 11"):
+        assert any(line.endswith(f"# {equation}") for line in quoted), equation
 
 
 def test_the_map_has_every_equation_and_table_of_the_paper():
-    text = sections(prose("README.md")).get("The paper, line by line")
-    if text is None:
-        pytest.skip("README.md has no map of the paper")
-    (_, *rows), found = next(tables(text)), set()
+    (_, *rows), found = next(tables(sections(prose("docs/paper.md"))["The paper, line by line"])), set()
     for row in rows:
         assert any(map(resolved, spans(row[-1]))) or "not here" in " ".join(row), row
         for kind, numbers in re.findall(r"(Eq|Table)s?\.? (\d+(?:(?:[-–]|, | and )\d+(?!\d|\.\d))*)", row[0]):
