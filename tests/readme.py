@@ -26,6 +26,7 @@ def modules(root=ROOT):
 
 
 FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.M | re.S)
+TABLE = re.compile(r"(?:^\|.*\n){2,}", re.M)
 COMMAND = re.compile(r" *(?:\$ )?((?:\w+=\S* +)*(?:python|torchrun|pip) .*|for \w+ in .*)")
 
 
@@ -46,7 +47,7 @@ def sections(text):
 
 def tables(text):
     """Lists of rows, lists of cells; the head is the first."""
-    for block in re.findall(r"(?:^\|.*\n){2,}", text, re.M):
+    for block in TABLE.findall(text):
         head, _, *rows = [re.split(r" *(?<!\\)\| *", line)[1:-1] for line in block.splitlines()]
         yield [head, *rows]
 
