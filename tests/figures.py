@@ -1,17 +1,16 @@
 """Where every figure of the Markdown files comes from: results/*.json, or a command named in figures.txt.
 
-A block is a paragraph, a point of a list, a row of a table or a fence's output. figures.txt has a line for each block that
-holds figures, but for tables that test_figures.py compares cell by cell:
+A block is a paragraph, a point of a list, a row of a table or a fence's output. figures.txt has a line for each block
+that holds figures, but for tables that test_figures.py compares cell by cell:
 
     <the block's first words> | <figure> <figure>=<query> ...
 
-Above them stands the document, and above each group the command that measured what has no query. A query names a column of
-a result and the values of a row: "align:TA/dpo-constant/videoreward" is the mean over the seeds of column TA in
-results/align.json; "@sd" behind it asks for the spread; DEFAULTS has what a query leaves out; "mean" is that of VQ, MQ and TA; "_" in a value
-stands for a space.
+Above them stands the document, and above each group the command that measured what has no query. A query names a column
+of a result and the values of a row: "align:TA/dpo-constant/videoreward" is the mean over the seeds of column TA in
+results/align.json; "@sd" behind it asks for the spread; DEFAULTS has what a query leaves out; "mean" is that of VQ, MQ
+and TA; "_" in a value stands for a space.
 
     python tests/figures.py          writes figures.txt anew, with queries and commands kept where the block's words are
-
 """
 
 import json
@@ -30,7 +29,11 @@ FIGURE = re.compile(
     r"\d[\d,]*(?= (?:to|and|or) [\d.,]+ (?:%|minutes|seconds))|\d[\d,]* %|"  # 62 to 65 %
     r"\d[\d,]*(?= (?:minutes?|seconds?|s|hours?|GB|MB|GiB|GFLOP/s|M|times)\b))"  # 55 minutes
 )
-REFERENCE = re.compile(r"(?:[Ss]ections?|appendi(?:x|ces)) \d\.\d(?:(?:,| and) \d\.\d)*|arXiv \d+\.\d+|\(\d\.\d(?:, [^)]*)?\)|\| \d\.\d(?=,| \|)")
+REFERENCE = re.compile(  # to the paper
+    r"(?:[Ss]ections?|appendi(?:x|ces)) \d\.\d(?:(?:,| and) \d\.\d)*|arXiv \d+\.\d+|"
+    r"\(\d\.\d(?:, [^)]*)?\)|\| \d\.\d(?=,| \|)"
+)
+COMMAND = re.compile(r"^ *(?:\$ )?(?:python|torchrun|pip|for) [^#]*", re.M)
 DEFAULTS = {
     "align": {"set": "standard", "cfg": 1.0, "align": "1:1:1", "judge": "oracle"},
     "beta": {"set": "standard", "judge": "oracle"},
@@ -49,7 +52,7 @@ def blocks(text):
         plain = re.sub(r"`[^`]*`|\]\([^)]*\)|^#.*$", " ", plain, flags=re.M)
         found += re.split(r"\n\s*\n|\n(?=\s*(?:[-*] |\|))", plain)
         if fence:
-            output = [re.sub(r"^ *(?:\$ )?(?:python|torchrun|pip|for) [^#]*", "", line) for line in fence[2].splitlines()]
+            output = [COMMAND.sub("", line) for line in fence[2].splitlines()]
             found.append("\n".join(output) if fence[1] == "" else "")
             last = fence.end()
     for block in found:
@@ -94,7 +97,8 @@ def text(value):
 
 
 def agrees(figure, number):
-    """Whether a printed figure is `number`, to half a unit of its last digit and a little, as some are rounded twice."""
+    """Whether a printed figure is `number`, to half a unit of its last digit and a little, as some are rounded
+    twice."""
     percent = figure.endswith("%")
     digits = figure.removesuffix("%").strip().replace(",", "")
     return abs(float(digits) - number * (100 if percent else 1)) <= 0.55 * 10.0 ** -len(digits.partition(".")[2])
@@ -133,7 +137,8 @@ def write(tables):
         lines += ["", f"== {doc}"]
         for words, figures in unbound(doc, tables(doc)):
             known, by = entries[words].pop(0) if entries.get(words) else ([], command or "?")
-            queries = [figure.partition("=")[2] for figure in known if len(known) == len(figures)] or [""] * len(figures)
+            queries = [figure.partition("=")[2] for figure in known]
+            queries = queries if len(queries) == len(figures) else [""] * len(figures)
             if by != command:
                 lines.append(f"$ {by}")
                 command = by

@@ -1,5 +1,6 @@
-"""Every figure that is printed holds: results/*.md are what their JSON gives, tables in README.md and docs/ are compared
-cell by cell, and every other figure stands in figures.txt, with the row of a result or the command that it comes from."""
+"""Every figure that is printed holds: results/*.md are what their JSON gives, tables in README.md and docs/ are
+compared cell by cell, and every other figure stands in figures.txt, with the row of a result or the command that it
+comes from."""
 
 import json
 import re
@@ -175,8 +176,9 @@ def test_figures_of_the_line():
     share, mean = unified.truth()
     check(first[2], [mean])
     check(first[3], [share[unified.EDGES[:-1] > -1e-6].sum().item()])
-    methods = (["reference"], ["rwr"], [f"dpo-{b:g}" for b in unified.DPO_BETAS], ["nrg-exact"], ["nrg-shared"], ["nrg-own"])
-    for (label, *cells), group in zip(rows, methods, strict=True):
+    dpo = [f"dpo-{b:g}" for b in unified.DPO_BETAS]
+    methods = ["reference"], ["rwr"], dpo, ["nrg-exact"], ["nrg-shared"], ["nrg-own"]
+    for (_, *cells), group in zip(rows, methods, strict=True):
         for cell, column in zip(cells, ("distance", "mean", "right"), strict=True):
             cell = re.sub(r" \(±.*\)", "", cell)
             for text, method in zip(cell.split(" / "), group, strict=True):

@@ -8,7 +8,6 @@ import sys
 from itertools import product
 from unittest import mock
 
-import common
 import pytest
 from readme import DOCS, ROOT, WINGS, all_commands, commands, fenced, modules, prose, sections, spans, tables
 from torch.distributed import run as torchrun
@@ -34,7 +33,8 @@ ELSEWHERE = {  # or by these tests
 }
 
 MADE = r"(?!out/|last\.pt|results/report\.html)"  # by commands
-FILE = re.compile(MADE + rf"(?:[\w./-]+\.(?:py|pt)|(?:tests|results|weights|docs|{'|'.join(WINGS)})/[\w./-]*)(?:::\w+)?")
+FOLDERS = "|".join(("tests", "results", "weights", "docs", *WINGS))
+FILE = re.compile(MADE + rf"(?:[\w./-]+\.(?:py|pt)|(?:{FOLDERS})/[\w./-]*)(?:::\w+)?")
 NAME = re.compile(r"(\w+(?:\.\w+)*)\.(?!(?:csv|gif|html|jsonl?|md|mp4|npy|npz|png|svg)$)(\w+)(?:\(.*\))?")
 
 
@@ -143,8 +143,8 @@ def is_there(name, folder=ROOT):
 
 
 def resolved(span, folder=ROOT):
-    """Whether the file or module.name in a span is there; None if it names neither. A module is named as it is imported,
-    `runtime.checkpoint.restore`, or without its folders, `checkpoint.restore`."""
+    """Whether the file or module.name in a span is there; None if it names neither. A module is named as it is
+    imported, `runtime.checkpoint.restore`, or without its folders, `checkpoint.restore`."""
     if FILE.fullmatch(span):
         return is_there(span, folder)
     if not (match := NAME.fullmatch(span)):
