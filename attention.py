@@ -10,14 +10,16 @@ The backward of sdpa, tiled and triton can not be differentiated again and says 
 Of its generator's attention the paper says that it is spatial, then 3D (appendix D); here it is 3D alone.
 """
 
+import importlib.util
 import math
 
 import torch
 import torch.nn.functional as F
 
-from kernels.tiles import HAS_TRITON, boolean_mask, dense_mask, gather, tile_attention
+from kernels.tiles import KERNELS, boolean_mask, dense_mask, gather, tile_attention
 from runtime.cli import has_bf16
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 BACKENDS = ("auto", "naive", "sdpa", "sdpa32", "tiled", "gather", "triton")
 
 
@@ -34,6 +36,8 @@ def attention(q, k, v, plan=None, backend="auto"):
         backend = choose(q, plan)
     if backend == "gather" and plan is not None:
         return gather(q, k, v, plan)
+    if backend == "triton":
+        load_triton()
     if backend in ("tiled", "triton"):
         plan = plan or dense_mask(q.shape[-2], k.shape[-2], q.device)
         return tile_attention(q, k, v, *plan[4:], plan.words, plan.tile, backend)[0]
@@ -59,3 +63,12 @@ def choose(q, plan=None):
         short = 1024 if q.dtype == torch.bfloat16 else 80  # bfloat16 on a Zen 4: sdpa takes 1.4 to 3.7 times as long
         return "naive" if q.shape[-2] <= short else "sdpa"
     return "sdpa"
+
+
+def load_triton():
+    """Imports the kernels where they are first asked for. ValueError without Triton."""
+    if not HAS_TRITON:
+        raise ValueError("attention backend 'triton' needs the package triton, which comes with CUDA builds of torch")
+    from kernels import tiles_triton
+
+    KERNELS["triton"] = tiles_triton

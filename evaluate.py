@@ -27,6 +27,8 @@ from reward import accuracies_without_ties, accuracy_with_ties, accuracy_without
 from runtime.cli import BadInput, Parser, check_writable, pick_device, positive_int, progress_bar, run
 from sample import CFG, sample_many
 
+NOISE_SEED = 4321  # of the studies' samples
+
 
 def win_rate(model, base):
     """Share of prompts where `model` scores above `base`, a draw counting one half: (N, 3), (N, 3) -> (3,)."""

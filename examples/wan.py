@@ -16,22 +16,26 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the project's modules, from wherever this is started
 
-from tasks import epoch_index, ranked
-
-from data import DIMENSIONS, step_rng
+from data import DIMENSIONS, draw_noise, epoch_index, step_rng
 from examples import latents, wan_model
 from examples.wan_model import WanReward, velocity
-from flow import draw_noise, draw_time, interpolate
+from flow import interpolate
 from flow_dpo import flow_dpo_step
 from flow_rwr import flow_rwr_step, rwr_weights
-from model import lora_disabled
+from lora import lora_disabled
 from nrg import guide, noisy_reward_step
 from runtime.checkpoint import check_fit
 from runtime.cli import BadInput, Parser, pick_device, progress_bar, run, triple
 from sample import NRG_EPS, NRG_INTERVAL, sample
+from train import ranked
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
+
+
+def noise_like(x0, shift, rng):
+    """{"t", "x1"} for clips x0. Drawn on the CPU and moved: one seed, one noise, on every device."""
+    return {name: value.to(x0.device) for name, value in draw_noise(len(x0), x0.shape[1:], shift, rng).items()}
 
 
 def dpo(wan, pairs, args):
@@ -43,8 +47,8 @@ def dpo(wan, pairs, args):
             return policy(x_t, t, y)
 
     def loss(index, rng):
-        clips = pairs.clips(better[index]), pairs.clips(worse[index])
-        return flow_dpo_step(policy, reference, *clips, pairs.texts(better[index]), args.beta, rng, shift=args.shift)
+        x0_w, x0_l, y = pairs.clips(better[index]), pairs.clips(worse[index]), pairs.texts(better[index])
+        return flow_dpo_step(policy, reference, x0_w, x0_l, y, **noise_like(x0_w, args.shift, rng), beta=args.beta)
 
     return loss, len(better)
 
@@ -56,7 +60,7 @@ def rwr(wan, pairs, args):
 
     def loss(index, rng):
         x0, y = pairs.clips(clips[index]), pairs.texts(clips[index])
-        return flow_rwr_step(velocity(wan), x0, y, weight[index].to(x0.device), rng, args.shift)
+        return flow_rwr_step(velocity(wan), x0, y, weight[index].to(x0.device), **noise_like(x0, args.shift, rng))
 
     return loss, len(clips)
 
@@ -66,8 +70,8 @@ def nrg(reward, pairs, args):
 
     def loss(index, rng):
         a, b = (torch.stack((index, torch.full_like(index, side)), 1) for side in (0, 1))
-        clips = pairs.clips(a), pairs.clips(b)
-        return noisy_reward_step(reward, *clips, pairs.texts(a), label[index].to(clips[0].device), rng)
+        x0_a, x0_b, y = pairs.clips(a), pairs.clips(b), pairs.texts(a)
+        return noisy_reward_step(reward, x0_a, x0_b, y, label[index].to(y.device), **noise_like(x0_a, 1.0, rng))
 
     return loss, len(label)
 
@@ -106,8 +110,9 @@ def measure_spread(reward, pairs, seed, most=64):
     with torch.no_grad():
         for pair in range(min(len(pairs.files), most)):
             both = torch.tensor([[pair, 0], [pair, 1]])
-            x0, t = pairs.clips(both), draw_time(2, rng, shift=1.0).to(pairs.device)
-            scores.append(reward(interpolate(x0, draw_noise(x0, rng), t), t, pairs.texts(both)))
+            x0 = pairs.clips(both)
+            noise = noise_like(x0, 1.0, rng)
+            scores.append(reward(interpolate(x0, **noise), noise["t"], pairs.texts(both)))
         reward.std.copy_(torch.cat(scores).std(0).clamp(min=1e-6))
 
 
@@ -119,7 +124,7 @@ def draw(wan, pairs, args):
     """Latents of the first pairs' prompts, without and with guidance by a reward, for the VAE to decode."""
     chosen = torch.stack((torch.arange(args.n) % len(pairs.files), torch.zeros(args.n, dtype=torch.int64)), 1)
     y, null = pairs.texts(chosen), pairs.load([pairs.null] * args.n)
-    x1 = draw_noise(pairs.clips(chosen), step_rng(args.seed, 0))
+    x1 = torch.randn(pairs.clips(chosen).shape, generator=step_rng(args.seed, 0)).to(pairs.device)
     runs = {"plain": None}
     if args.nrg:
         tensors, _ = wan_model.read_safetensors(args.reward)
@@ -158,7 +163,7 @@ def arguments(argv=None):
     parser.add_argument("--shift", type=float, default=3.0, help="of t towards noise, but in nrg; 5 at 720 lines")
     parser.add_argument("--n", type=int, default=1, help="sample: clips")
     parser.add_argument("--cfg", type=float, default=5.0, help="sample: scale of classifier-free guidance; 1 = off")
-    parser.add_argument("--nrg", help="sample: weights of VQ, MQ and TA, for example 1,1,0.5")
+    parser.add_argument("--nrg", type=triple, help="sample: weights of VQ, MQ and TA, for example 1,1,0.5")
     parser.add_argument("--nrg-scale", type=float, default=100.0, help="sample: w of Eq. 11")
     parser.add_argument("--reward", type=Path, help="sample: what nrg wrote (default: OUT/nrg.safetensors)")
     parser.add_argument("--seed", type=int, default=0, help="of adapters, order, noise and times")
@@ -174,7 +179,6 @@ def arguments(argv=None):
             raise BadInput(f"--{name} {getattr(args, name)}: must be above 0")
     if not args.tiny and not (args.model and args.data):
         raise BadInput("--model and --data are needed; --tiny tries the commands without")
-    args.nrg = args.nrg and triple(args.nrg)
     args.reward = args.reward or args.out / "nrg.safetensors"
     return args
 

@@ -13,7 +13,7 @@ from diffusers import WanTransformer3DModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from model import LoRALinear, lora_disabled
+from lora import LoRALinear, lora_disabled
 from nrg import RewardHead
 from runtime.checkpoint import check_fit
 from runtime.cli import BadInput

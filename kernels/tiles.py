@@ -13,8 +13,6 @@ everything sees them.
 says so.
 """
 
-import importlib
-import importlib.util
 import itertools
 import math
 import re
@@ -25,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 TILE = 64  # tokens of a block where there is no mask
-HAS_TRITON = importlib.util.find_spec("triton") is not None
+KERNELS = {}  # "triton": the module tiles_triton, once attention has been asked for it
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Plans: who sees whom
@@ -206,7 +204,7 @@ def tile_attention(q, k, v, keys, counts, queries, query_counts, words, tile, ba
     """Attention over the blocks of a mask, by backend "tiled" or "triton": -> (output, log-sum-exp). The lists from the
     keys' side are for the backward."""
     if backend == "triton":
-        return kernels().forward(q, k, v, keys, counts, words, tile)
+        return KERNELS[backend].forward(q, k, v, keys, counts, words, tile)
     return tiled_forward(q, k, v, keys, counts, words, tile)
 
 
@@ -219,7 +217,7 @@ def tile_attention_backward(grad, q, k, v, out, lse, keys, counts, queries, quer
     """Gradients of q, k and v. It has no derivative of its own: a second backward raises."""
     if backend == "triton":
         lists = keys, counts, queries, query_counts
-        return kernels().backward(grad, q, k, v, out, lse, *lists, words, tile)
+        return KERNELS[backend].backward(grad, q, k, v, out, lse, *lists, words, tile)
     return tuple(tiled_backward(grad, q, k, v, out, lse, keys, counts, words, tile))
 
 
@@ -244,10 +242,3 @@ def _gradients(ctx, grad, _):
 
 
 tile_attention.register_autograd(_gradients, setup_context=_keep)
-
-
-def kernels():
-    """The module of the Triton kernels, which is imported where it is used. ValueError without Triton."""
-    if not HAS_TRITON:
-        raise ValueError("attention backend 'triton' needs the package triton, which comes with CUDA builds of torch")
-    return importlib.import_module("kernels.tiles_triton")

@@ -1,4 +1,5 @@
-"""What every command shares: flags and their faults, one line an error, devices, progress bars."""
+"""What every command shares: types of flags that say what would be right, faults of the user as one line and status 2,
+devices, progress bars, memory that is kept."""
 
 import argparse
 import ctypes

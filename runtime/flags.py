@@ -1,4 +1,5 @@
-"""The flags of train.py and sample.py, in groups."""
+"""The flags of train.py and sample.py, in groups, with their types; a flag that is left out takes the value that its
+algorithm has in train.py, and flags that do not go together are refused in one line."""
 
 from pathlib import Path
 

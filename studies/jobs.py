@@ -18,7 +18,7 @@ from tqdm import tqdm
 import train
 import world
 from data import DIMENSIONS, step_rng
-from evaluate import learned_scores, prompt_set, sample_prompts, static_quality, win_rate
+from evaluate import NOISE_SEED, learned_scores, prompt_set, sample_prompts, static_quality, win_rate
 from model import load_velocity
 from reward import load_reward
 from runtime.checkpoint import WEIGHTS
@@ -136,7 +136,6 @@ SETS = {"standard": 256, "hard": 96, "large": 512}
 CFGS = (1.0, CFG)
 JUDGES = ("oracle", "videoreward")
 ATTRIBUTES = tuple(world.MARGIN)
-NOISE_SEED = 4321
 
 
 def prompts_of(name, count):

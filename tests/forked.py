@@ -9,13 +9,13 @@ import traceback
 from dataclasses import asdict
 from pathlib import Path
 
-import common
 import torch
 
 import model
 import reward
 import train
 from data import Vocabulary
+from runtime import checkpoint, cli
 
 torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # imports a second's worth of torch, once for all children
 TINY = model.ModelConfig(dim=32, depth=3, heads=2, vocab=len(Vocabulary().words))
@@ -30,7 +30,7 @@ def tiny_checkpoints(folder):
         for value in network.parameters():  # new blocks do nothing, as their gates are 0; after this they do
             value.data += 0.05 * torch.randn(value.shape)
         facts = {"kind": kind, "config": asdict(network.config), "vocabulary": Vocabulary().words, "step": 0}
-        common.save_checkpoint(folder / f"{kind}.pt", {**facts, "model": network.state_dict()})
+        checkpoint.save_checkpoint(folder / f"{kind}.pt", {**facts, "model": network.state_dict()})
     return [f"--init={folder / 'velocity.pt'}", f"--reward={folder / 'reward.pt'}"]
 
 
@@ -71,8 +71,8 @@ def ended(child):
 def command(*flags):
     """train.py with these flags, as from a shell."""
     sys.argv = ["train.py", *map(str, flags), "--device=cpu", "--eval-prompts=2", "--eval-pairs=8"]
-    common.FIRST = os.environ.get("RANK", "0") == "0"
-    common.run(train.main)
+    cli.FIRST = os.environ.get("RANK", "0") == "0"
+    cli.run(train.main)
 
 
 def together(function, cases, output=os.devnull, ranks=2):
@@ -96,7 +96,7 @@ def together(function, cases, output=os.devnull, ranks=2):
 
 def weights(out):
     """The trained weights in a run's last.pt: the averaged ones where it has them."""
-    state = common.load_checkpoint(Path(out) / "last.pt")
+    state = checkpoint.load_checkpoint(Path(out) / "last.pt")
     return state.get("ema") or state["model"]
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from attention import attention
-from kernels.tiles import blocks, parse_attention, plan_mask, tile_plan
+from kernels.tiles import blocks, boolean_mask, parse_attention, tile_mask
+from model import ModelConfig
 from runtime.cli import BadInput
 
 CPU = torch.device("cpu")
@@ -61,7 +62,7 @@ def test_tiles_output_and_gradients(backend, dtype, tolerance, case):
     text, grid, words = case
     mask, _ = near(text, grid, words)
     q, k, v = torch.randn(3, 1, 2, words + math.prod(grid), 16).to(dtype)
-    check((q, k, v), tile_plan(text, grid, words, CPU), mask, backend, tolerance)
+    check((q, k, v), tile_mask(text, grid, words, CPU), mask, backend, tolerance)
 
 
 def near(text, grid, words):
@@ -83,19 +84,19 @@ def near(text, grid, words):
 @pytest.mark.parametrize("case", TILES)
 def test_a_plan_sees_what_the_coordinates_say(case):
     text, grid, words = case
-    plan, (mask, order) = tile_plan(text, grid, words, CPU), near(text, grid, words)
+    plan, (mask, order) = tile_mask(text, grid, words, CPU), near(text, grid, words)
     assert plan.order.tolist() == order and torch.equal(plan.order[plan.inverse], torch.arange(len(order)))
-    assert torch.equal(plan_mask(plan, len(mask)), mask)
-    seen_from_keys = plan_mask(plan._replace(keys=plan.queries, counts=plan.query_counts), len(mask))
+    assert torch.equal(boolean_mask(plan, len(mask)), mask)
+    seen_from_keys = boolean_mask(plan._replace(keys=plan.queries, counts=plan.query_counts), len(mask))
     assert torch.equal(seen_from_keys, mask.T)
     boxes = plan.counts[-(-words // plan.tile) :]
     assert (boxes == boxes[0]).all()  # every box sees equally many: `gather` and balanced GPU programs need it
 
 
 def test_a_window_as_wide_as_the_grid_is_dense():
-    assert tile_plan("full", (2, 4, 4), 3, CPU) is None
-    plan = tile_plan("tile:1,2,2/2,2,2", (2, 4, 4), 3, CPU)
-    assert plan_mask(plan, 35).all()
+    assert tile_mask("full", (2, 4, 4), 3, CPU) is None
+    plan = tile_mask("tile:1,2,2/2,2,2", (2, 4, 4), 3, CPU)
+    assert boolean_mask(plan, 35).all()
 
 
 def test_blocks_by_hand():
@@ -108,7 +109,7 @@ def test_blocks_by_hand():
 def test_gradients_of_tiled_are_those_of_finite_differences(case):
     torch.manual_seed(0)
     text, grid, words = case
-    plan = tile_plan(text, grid, words, CPU)
+    plan = tile_mask(text, grid, words, CPU)
     tensors = [x.requires_grad_(True) for x in torch.randn(3, 1, 2, 9, 4, dtype=torch.float64)]
     assert torch.autograd.gradcheck(lambda *x: attention(*x, plan, "tiled"), tensors)
 
@@ -127,7 +128,7 @@ def test_a_second_backward_is_exact_in_naive_and_refused_elsewhere():
 
 def test_the_custom_op_is_sound_and_compiles_to_one_graph():
     torch.manual_seed(0)
-    plan = tile_plan("tile:1,2,2/1,1,1", (1, 2, 4), 1, CPU)
+    plan = tile_mask("tile:1,2,2/1,1,1", (1, 2, 4), 1, CPU)
     tensors = [x.requires_grad_(True) for x in torch.randn(3, 1, 2, 9, 16)]
     arguments = (*tensors, *plan[4:], plan.words, plan.tile, "tiled")
     torch.library.opcheck(torch.ops.videoreward.tile_attention.default, arguments)
@@ -143,10 +144,12 @@ def test_a_backend_that_is_unknown_or_lacks_a_plan_is_named(backend):
 
 @pytest.mark.parametrize("text", ["tile", "tile:2,2", "tile:0,2,2", "tile:2,2,2/3,0,3", "tile:2,2,2,2", "sparse"])
 def test_a_wrong_attention_is_refused(text):
-    with pytest.raises(BadInput, match="must be full, tile:T,H,W"):
+    with pytest.raises(ValueError, match="must be full, tile:T,H,W"):
         parse_attention(text)
 
 
 def test_a_box_that_does_not_divide_the_grid_is_refused():
-    with pytest.raises(BadInput, match=r"\(2, 3, 4\) does not divide the grid of \(4, 8, 8\)"):
-        tile_plan("tile:2,3,4", (4, 8, 8), 0, CPU)
+    with pytest.raises(ValueError, match=r"\(2, 3, 4\) does not divide the grid of \(4, 8, 8\)"):
+        tile_mask("tile:2,3,4", (4, 8, 8), 0, CPU)
+    with pytest.raises(BadInput, match=r"--attention tile:2,3,4: \(2, 3, 4\) does not divide"):
+        ModelConfig(frames=8, attention="tile:2,3,4")

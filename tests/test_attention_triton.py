@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from attention import attention
-from kernels.tiles import tile_plan
+from kernels.tiles import tile_mask
 from tests.test_attention import check, near
 
 os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
@@ -27,7 +27,7 @@ def test_output_and_gradients(dtype, tolerance, case):
     text, grid, words = case
     mask, _ = near(text, grid, words)
     q, k, v = torch.randn(3, 1, 1, words + math.prod(grid), 16).to(dtype)
-    check((q, k, v), tile_plan(text, grid, words, torch.device("cpu")), mask, "triton", tolerance)
+    check((q, k, v), tile_mask(text, grid, words, torch.device("cpu")), mask, "triton", tolerance)
 
 
 def test_sizes_that_the_kernels_do_not_take_are_named():
@@ -41,7 +41,7 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-import attention_triton
+from kernels import tiles_triton as attention_triton
 
 tool = next(Path(triton.__file__).parent.rglob("cuobjdump"), None) or sys.exit("no cuobjdump")
 types = {"lse": "*fp32", "inner": "*fp32", "keys": "*i32", "counts": "*i32", "queries": "*i32", "scale": "fp32"}

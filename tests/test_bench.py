@@ -4,19 +4,21 @@ import json
 import sys
 from dataclasses import replace
 
-import bench
-import common
 import pytest
 import torch
 
+import evaluate
 import model
 from model import ModelConfig
+from runtime import cli
+from studies import bench, jobs
 
 SMALL = ModelConfig(frames=4, size=24, patch=(1, 4, 4), dim=64, depth=2, heads=2, max_text=4)  # 148 tokens
 
 
-def test_a_block_keeps_at_most_20_numbers_a_channel_and_checkpointed_its_input():
-    assert bench.saved_numbers(SMALL, checkpointed=False) <= 20
+def test_a_block_keeps_24_numbers_a_channel_and_checkpointed_its_input():
+    # 24 as studies/cost.py counts them, and a few for a token or a clip, the less the wider the model: .2 at width 64
+    assert bench.saved_numbers(SMALL, checkpointed=False) <= 24.5
     assert bench.saved_numbers(SMALL, checkpointed=True) <= 1.5
 
 
@@ -31,26 +33,30 @@ def test_gradients_are_those_of_blocks_that_keep_everything(checkpointed, monkey
     network.checkpointed = checkpointed
     found = gradients()
     network.checkpointed = False
-    monkeypatch.setattr(model, "remade", lambda function, *inputs, when: function(*inputs))
+    monkeypatch.setattr(model, "checkpointed", lambda block, *inputs, when: block(*inputs))
     for here, there in zip(found, gradients()):
         assert torch.equal(here, there)
 
 
 def test_the_command_writes_json(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "MEDIUM", SMALL)
-    monkeypatch.setattr(sys, "argv", ["bench.py", "--only", "memory", "--json", str(tmp_path / "bench.json")])
+    monkeypatch.setattr(bench, "PARTS", {"memory": bench.memory})
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "bench", "--out", str(tmp_path), "--device", "cpu"])
     threads = torch.get_num_threads()
-    common.run(bench.main)
+    cli.run(evaluate.main)
     torch.set_num_threads(threads)
     result = json.loads((tmp_path / "bench.json").read_text())
-    assert result["command"].startswith("python bench.py --only memory") and len(result["rows"]) == 2
+    assert result["command"].startswith("python evaluate.py bench") and len(result["rows"]) == 2
     assert "checkpointed" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "bench", "--only", "speed", "--out", str(tmp_path)])
+    with pytest.raises(cli.BadInput, match="--only speed: no part of the bench; known: memory"):
+        evaluate.main()
 
 
 def test_a_slow_round_leaves_ratios_alone(monkeypatch):
     # a and b take 1 and 2 s, then 10 and 20, then 2 and 4.2, after a round that does not count
     took = [9.0, 9.0, 1.0, 2.0, 10.0, 20.0, 2.0, 4.2]
     times = iter([time for seconds in took for time in (0.0, seconds)])
-    monkeypatch.setattr(common, "clock", lambda device: next(times))
-    found = common.medians({"a": lambda: None, "b": lambda: None}, torch.device("cpu"), rounds=3, ordered=True)
+    monkeypatch.setattr(jobs, "clock", lambda device: next(times))
+    found = jobs.medians({"a": lambda: None, "b": lambda: None}, torch.device("cpu"), rounds=3, ordered=True)
     assert found == pytest.approx({"a": 6.2 / 3, "b": 2 * 6.2 / 3})  # shares 1/3 and 2/3 of the middle round's time

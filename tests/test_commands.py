@@ -8,7 +8,6 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-import common
 import pytest
 import torch
 from forked import same
@@ -18,6 +17,7 @@ import evaluate
 import sample
 import train
 from model import ModelConfig, VideoTransformer
+from runtime import checkpoint, cli
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--steps", "5", "--batch", "2", "--eval-prompts", "4", "--eval-pairs", "20", "--device", "cpu"]
@@ -30,7 +30,7 @@ def command(monkeypatch, capsys):
     def run(script, *flags):
         monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, flags)])
         try:
-            common.run(script.main)
+            cli.run(script.main)
             status = 0
         except SystemExit as stop:
             status = stop.code
@@ -101,10 +101,10 @@ def test_guided_clips_come_with_those_without(command, tmp_path):
 
 def test_a_reward_of_another_video_size_is_refused(command, tmp_path):
     torch.manual_seed(0)
-    words = common.load_checkpoint(common.WEIGHTS / "base.pt")["vocabulary"]
+    words = checkpoint.load_checkpoint(checkpoint.WEIGHTS / "base.pt")["vocabulary"]
     model = VideoTransformer(ModelConfig(frames=4, dim=24, depth=2, heads=2, vocab=len(words)))
     state = {"kind": "velocity", "config": asdict(model.config), "vocabulary": words, "step": 0}
-    common.save_checkpoint(tmp_path / "short.pt", state | {"model": model.state_dict()})
+    checkpoint.save_checkpoint(tmp_path / "short.pt", state | {"model": model.state_dict()})
     flags = ["--ckpt", tmp_path / "short.pt", "--nrg", "1,1,1", "--out", tmp_path / "out"]
     status, _, error = command(sample, *flags)
     refused(status, error, "another video size")
@@ -131,12 +131,12 @@ def test_a_stopped_run_resumes_to_the_same_bits(command, monkeypatch, tmp_path, 
     monkeypatch.setattr(train, "step_rng", stops_in_step_2)
     status, out, _ = command(train, *flags, "--out", tmp_path / "parts")
     assert status == 130 and "stopped after step 3" in out
-    assert common.load_checkpoint(tmp_path / "parts" / "last.pt")["step"] == 3
+    assert checkpoint.load_checkpoint(tmp_path / "parts" / "last.pt")["step"] == 3
     monkeypatch.setattr(train, "step_rng", honest)
     status, _, error = command(train, *flags, "--out", tmp_path / "parts", "--resume")
     assert status == 0, error
 
-    whole, parts = (common.load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "parts"))
+    whole, parts = (checkpoint.load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "parts"))
     assert same(whole, parts)
     logs = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "parts")]
     assert logs[0] == logs[1] and [json.loads(line)["step"] for line in logs[0].splitlines()] == [0, 1, 2, 3, 4]
@@ -167,7 +167,7 @@ def test_sliding_tiles_are_trained_kept_and_sampled(command, tmp_path):
     tiles = "tile:1,2,2/2,1,1"
     status, _, error = command(train, "--algo", "sft", *TINY, "--attention", tiles, "--out", tmp_path)
     assert status == 0, error
-    assert common.load_checkpoint(tmp_path / "last.pt")["config"]["attention"] == tiles
+    assert checkpoint.load_checkpoint(tmp_path / "last.pt")["config"]["attention"] == tiles
     flags = ["--ckpt", tmp_path / "last.pt", "--n", 1, "--steps", 2, "--out", tmp_path]
     tables = []
     for more in ([], ["--attention", tiles], ["--attention", "full"]):
@@ -204,8 +204,8 @@ class Hostile:
 
 def bad_files(folder):
     """Checkpoints that must be refused, by name."""
-    state = common.load_checkpoint(common.WEIGHTS / "base.pt")
-    whole = (common.WEIGHTS / "base.pt").read_bytes()
+    state = checkpoint.load_checkpoint(checkpoint.WEIGHTS / "base.pt")
+    whole = (checkpoint.WEIGHTS / "base.pt").read_bytes()
     (folder / "empty.pt").write_bytes(b"")
     (folder / "truncated.pt").write_bytes(whole[: len(whole) // 2])
     (folder / "text.pt").write_text("not a checkpoint")
@@ -268,14 +268,14 @@ def test_bad_checkpoints_are_refused_in_one_line(command, tmp_path, monkeypatch,
         (["--prompt", "a red circle"], "direction"),
         (["--n", "0"], "at least 1"),
         (["--steps", "0"], "at least 1"),
-        (["--ckpt", common.WEIGHTS / "reward.pt"], "holds a reward model"),
+        (["--ckpt", checkpoint.WEIGHTS / "reward.pt"], "holds a reward model"),
         (["--device", "abacus"], "abacus"),
         (["--nrg", "1,1"], "--nrg 1,1: 3 numbers"),
         (["--nrg", "up"], "--nrg up: 3 numbers"),
         (["--nrg", "1,1,1", "--nrg-eps", "-0.1"], "--nrg-eps -0.1"),
         (["--nrg", "1,1,1", "--nrg-scale", "inf"], "--nrg-scale inf"),
         (["--nrg", "1,1,1", "--nrg-interval", "0.5"], "--nrg-interval 0.5: 2 numbers"),
-        (["--nrg", "1,1,1", "--nrg-ckpt", common.WEIGHTS / "base.pt"], "holds a velocity model"),
+        (["--nrg", "1,1,1", "--nrg-ckpt", checkpoint.WEIGHTS / "base.pt"], "holds a velocity model"),
     ],
 )
 def test_bad_sampling_flags_are_refused_in_one_line(command, tmp_path, flags, words):
@@ -292,7 +292,7 @@ def test_bad_sampling_flags_are_refused_in_one_line(command, tmp_path, flags, wo
         (["--steps", "0"], "at least 1"),
         (["--label-dropout", "2"], "between 0 and 1"),
         (["--freeze", "6"], "0 to 5"),
-        (["--reward", common.WEIGHTS / "base.pt"], "holds a velocity model"),
+        (["--reward", checkpoint.WEIGHTS / "base.pt"], "holds a velocity model"),
         (["--resume"], "no such checkpoint"),
         (["--speed", "9"], "--speed"),
         (["--align", "0,0,0"], "at least one weight"),
@@ -350,7 +350,7 @@ def test_resuming_with_other_settings_or_from_mere_weights_is_refused(command, t
     status, _, error = command(train, *flags, "--lr", "0.5", "--resume")
     refused(status, error, "--lr was 0.002")
     assert (tmp_path / "last.pt").read_bytes() == before
-    (tmp_path / "last.pt").write_bytes((common.WEIGHTS / "base.pt").read_bytes())
+    (tmp_path / "last.pt").write_bytes((checkpoint.WEIGHTS / "base.pt").read_bytes())
     status, _, error = command(train, *flags, "--resume")
     refused(status, error, "without the optimiser")
 

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from tasks import epoch_index
 
 import world
-from data import TOY_WORDS, Vocabulary, annotated_pairs, draw_pairs
+from data import TOY_WORDS, Vocabulary, annotated_pairs, draw_pairs, epoch_index
 from model import ModelConfig
 
 CONFIG = ModelConfig(vocab=len(TOY_WORDS))
@@ -42,16 +41,16 @@ def test_pairs_share_the_prompt_and_differ_in_the_generator():
 
 def test_labels_follow_the_truth_and_depend_on_the_seed_alone():
     pairs = annotated_pairs(200, ["train"], 3, CONFIG, Vocabulary())
-    batch = pairs.batch(torch.arange(200))
-    prompts = [" ".join(TOY_WORDS[i] for i in row if i) for row in batch["y"].tolist()]
-    delta = world.oracle(batch["video_a"], prompts) - world.oracle(batch["video_b"], prompts)
+    video_a, video_b = pairs.sides(torch.arange(200))
+    prompts = [" ".join(TOY_WORDS[i] for i in row if i) for row in pairs.y.tolist()]
+    delta = world.oracle(video_a, prompts) - world.oracle(video_b, prompts)
     assert torch.allclose(delta, pairs.truth[:, 0] - pairs.truth[:, 1], atol=1e-6)
-    decided = batch["label"] != 0
-    assert ((torch.sign(delta) == batch["label"])[decided]).float().mean() > 0.97
+    decided = pairs.label != 0
+    assert ((torch.sign(delta) == pairs.label)[decided]).float().mean() > 0.97
     assert delta[~decided].abs().mean() < delta[decided].abs().mean() / 2
     again = annotated_pairs(200, ["train"], 3, CONFIG, Vocabulary())
     assert torch.equal(again.label, pairs.label) and torch.equal(again.mos, pairs.mos)
-    assert torch.equal(again.batch(torch.arange(9))["video_b"], batch["video_b"][:9])
+    assert torch.equal(again.sides(torch.arange(9))[1], video_b[:9])
     assert not torch.equal(annotated_pairs(200, ["train"], 4, CONFIG, Vocabulary()).label, pairs.label)
 
 

@@ -10,13 +10,13 @@ import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch
-import video
 
 import data
 import train
 import world
 from data import INVALID, Vocabulary, annotated_pairs, read_pairs, vocabulary_of, write_pairs
 from model import ModelConfig
+from real_data import video
 from real_data.disk_pairs import disk_pairs
 from real_data.pairs_csv import Pair
 from runtime.cli import BadInput

@@ -8,17 +8,16 @@ import signal
 import subprocess
 import sys
 
-import checkpoint
-import common
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from forked import TINY, command, ended, fork, tiny_checkpoints, together, weights
+from parts import Part, valid_rows
 
 import train
 from flow import draw_noise, draw_time
 from model import PRESETS
-from parts import Part, valid_rows
+from runtime import checkpoint, cli, resume
 
 ALGORITHMS = ("pretrain", "reward", "nrg", "sft", "rwr", "dpo")
 SPREAD = ("pretrain", "reward", "nrg", "dpo")  # over two processes; sft's and rwr's loss is pretrain's
@@ -56,7 +55,7 @@ def test_every_way_takes_the_same_steps(runs, way, algo):
     furthest = max((one[name] - other[name]).abs().max().item() for name in one if not NO_GRADIENT.match(name))
     assert furthest < (1e-6 if way == "accum" else 1e-5)
     if algo in ("sft", "rwr", "dpo"):  # and they are steps
-        before = common.load_checkpoint(start)["model"]
+        before = checkpoint.load_checkpoint(start)["model"]
         assert max((one[name] - before[name]).abs().max().item() for name in one) > 1e-4
     logs = [(runs / name / algo / "metrics.jsonl").read_text().splitlines() for name in ("one", way)]
     losses = [[json.loads(line)["loss"] for line in lines] for lines in logs]
@@ -135,14 +134,14 @@ def test_an_index_of_shards_that_would_run_code_is_refused(tmp_path, monkeypatch
     tensors = {"model.a": torch.arange(3.0)}
     dcp.save(tensors, checkpoint_id=tmp_path / "shards-1", no_dist=True)
     empty = {"model.a": torch.zeros(3)}
-    checkpoint.load_shards(tmp_path / "shards-1", empty)
+    resume.load_shards(tmp_path / "shards-1", empty)
     assert torch.equal(empty["model.a"], tensors["model.a"])
     index = tmp_path / "shards-1" / ".metadata"
     whole = index.read_bytes()
     for content in (pickle.dumps(Hostile()), whole[: len(whole) // 2], b"", b"text"):
         index.write_bytes(content)
-        with pytest.raises(common.BadInput, match="cannot be read as shards"):
-            checkpoint.load_shards(tmp_path / "shards-1", empty)
+        with pytest.raises(cli.BadInput, match="cannot be read as shards"):
+            resume.load_shards(tmp_path / "shards-1", empty)
     assert not (tmp_path / "executed").exists()
 
 
@@ -151,7 +150,7 @@ def test_torchrun_from_a_shell(runs, tmp_path):
     flags = ["--algo=sft", f"--init={runs / 'velocity.pt'}", f"--reward={runs / 'reward.pt'}", "--steps=2", "--batch=4"]
     short = ["--pairs=8", "--eval-prompts=2", "--device=cpu", f"--out={tmp_path}"]
     shell = [*launcher, "train.py", *flags, *short]
-    done = subprocess.run(shell, capture_output=True, text=True, cwd=common.WEIGHTS.parent)
+    done = subprocess.run(shell, capture_output=True, text=True, cwd=checkpoint.WEIGHTS.parent)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("2 processes on cpu") == 1 and done.stdout.count(f"wrote {tmp_path / 'last.pt'}") == 1
     assert done.stderr.count("sft: 100%") >= 1 and (tmp_path / "last.pt").exists()

@@ -4,19 +4,16 @@ import json
 import subprocess
 import sys
 
-import evaluate_align
-import evaluate_beta
-import evaluate_nrg
-import evaluate_reward
 import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
 
 import evaluate
-import plot
 from data import Pairs
 from runtime.cli import BadInput
+from studies import align, beta, guidance, reward_model
+from studies.report import charts
 
 
 def test_a_stopped_study_goes_on_and_keeps_what_it_has(tmp_path):
@@ -63,7 +60,7 @@ def test_table_columns_by_hand():
     # four pairs, differences of VQ, MQ, TA; labels of VQ: A, A, B, tie
     delta = torch.tensor([[3.0, 1.0, 0.0], [-1.0, 1.0, 0.0], [-3.0, 1.0, 0.0], [0.5, 1.0, 0.0]])
     score = torch.stack((delta, torch.zeros(4, 3)), 1)
-    row = evaluate_reward.accuracies(score, pairs([[1, 0, 0], [1, 0, 0], [-1, 0, 0], [0, 0, 0]], [1, 1, -1, 0]))
+    row = reward_model.accuracies(score, pairs([[1, 0, 0], [1, 0, 0], [-1, 0, 0], [0, 0, 0]], [1, 1, -1, 0]))
     # VQ: right on pairs 1 and 3; with ties below .5 also on pair 4
     assert row["VQ_without"] == pytest.approx(2 / 3) and row["VQ_with"] == 0.75 and row["VQ_ties"] == 0.25
     assert row["MQ_with"] == 1.0 and row["MQ_ties"] == 1.0  # all ties, all below a threshold of 1
@@ -74,19 +71,19 @@ def test_table_columns_by_hand():
 def test_tied_differences_by_hand():
     delta = torch.tensor([[2.0, 1.0, 1.0], [-4.0, 1.0, 1.0], [0.3, 1.0, 1.0], [-0.9, 1.0, 1.0]])
     labels = [[1, 1, 1], [-1, 0, 1], [0, 0, 0], [0, 0, 0]]
-    row = evaluate_reward.tied_differences(torch.stack((delta, torch.zeros(4, 3)), 1), pairs(labels, [0] * 4))
+    row = reward_model.tied_differences(torch.stack((delta, torch.zeros(4, 3)), 1), pairs(labels, [0] * 4))
     assert row["VQ_tied"] == pytest.approx(0.6 / 3)  # tied .3 and .9, decided 2 and 4
     assert row["VQ_tied_histogram"][:2] == [0.5, 0.5] and sum(row["VQ_tied_histogram"]) == 1  # .1 and .3 of 3
     assert row["MQ_tied"] == 1.0
 
 
 def test_mean_and_spread():
-    assert evaluate_reward.mean_and_spread([1.0, 2.0, 3.0]) == (2.0, 1.0)  # the sample's standard deviation
-    assert evaluate_reward.mean_and_spread([5.0]) == (5.0, 0.0)
+    assert reward_model.mean_and_spread([1.0, 2.0, 3.0]) == (2.0, 1.0)  # the sample's standard deviation
+    assert reward_model.mean_and_spread([5.0]) == (5.0, 0.0)
 
 
 def test_reward_study_from_end_to_end(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate_reward, "FRACTIONS", (0.5,))
+    monkeypatch.setattr(reward_model, "FRACTIONS", (0.5,))
     flags = ["reward", "--seeds", "1", "--steps", "2", "--eval-pairs", "40", "--device", "cpu"]
     flags += ["--out", str(tmp_path / "results"), "--work", str(tmp_path / "work")]
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *flags])
@@ -111,10 +108,10 @@ def test_reward_study_from_end_to_end(tmp_path, monkeypatch, capsys):
 
 def run_study(study, tmp_path, monkeypatch):
     """A study of tiny runs; its rows and its Markdown."""
-    monkeypatch.setattr(evaluate_align, "SETS", {"standard": 3, "hard": 2, "large": 2})
-    monkeypatch.setattr(evaluate_beta, "SETS", {"standard": 3, "hard": 2})
-    monkeypatch.setattr(evaluate_beta, "BETAS", (1000,))
-    monkeypatch.setattr(evaluate_beta, "LENGTHS", (0.5, 1.0))
+    monkeypatch.setattr(align, "SETS", {"standard": 3, "hard": 2, "large": 2})
+    monkeypatch.setattr(beta, "SETS", {"standard": 3, "hard": 2})
+    monkeypatch.setattr(beta, "BETAS", (1000,))
+    monkeypatch.setattr(beta, "LENGTHS", (0.5, 1.0))
     flags = [study, "--seeds", "1", "--steps", "2", "--eval-pairs", "10", "--device", "cpu"]
     flags += ["--out", str(tmp_path / "results"), "--work", str(tmp_path / "work")]
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *flags])
@@ -124,8 +121,8 @@ def run_study(study, tmp_path, monkeypatch):
 
 
 def test_align_study_from_end_to_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate_align, "CFGS", (1.0,))
-    monkeypatch.setattr(evaluate_align, "ALIGNED", {"1:1:1": "1,1,1"})
+    monkeypatch.setattr(align, "CFGS", (1.0,))
+    monkeypatch.setattr(align, "ALIGNED", {"1:1:1": "1,1,1"})
     rows, text = run_study("align", tmp_path, monkeypatch)
     assert len(rows) == (1 + 4) * 3 * 2  # base and four methods; sets; judges
     assert {row["method"] for row in rows} == {"base", "sft", "rwr", "dpo-constant", "dpo-schedule"}
@@ -148,10 +145,10 @@ def test_beta_study_from_end_to_end(tmp_path, monkeypatch):
 
 
 def test_nrg_study_from_end_to_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate_nrg, "SETS", {"large": 2})
-    monkeypatch.setattr(evaluate_nrg, "TABLE_5", ((0, 0, 1), (1, 1, 1)))
-    monkeypatch.setattr(evaluate_nrg, "RISING", (1,))
-    monkeypatch.setattr(evaluate_nrg, "SCALES", (2,))
+    monkeypatch.setattr(guidance, "SETS", {"large": 2})
+    monkeypatch.setattr(guidance, "TABLE_5", ((0, 0, 1), (1, 1, 1)))
+    monkeypatch.setattr(guidance, "RISING", (1,))
+    monkeypatch.setattr(guidance, "SCALES", (2,))
     rows, text = run_study("nrg", tmp_path, monkeypatch)
     noised = [row for row in rows if row.get("variant") == "noised" and row.get("judge") == "oracle"]
     assert {row["method"] for row in noised if row["study"] == "weights"} == {"nrg-0:0:1", "nrg-1:1:1"}
@@ -169,8 +166,8 @@ def test_nrg_study_from_end_to_end(tmp_path, monkeypatch):
 
 
 def test_a_chart_shows_its_points_where_they_belong():
-    picture = plot.draw(plot.Chart("t", [("a", [0, 1, 2], [0.0, 0.0, 1.0], None)], "x", "y"))
-    blue = (picture == np.array(plot.COLOURS[0])).all(-1)
+    picture = charts.draw(charts.Chart("t", [("a", [0, 1, 2], [0.0, 0.0, 1.0], None)], "x", "y"))
+    blue = (picture == np.array(charts.COLOURS[0])).all(-1)
     blue[:40] = False  # the legend
     columns = np.nonzero(blue.any(0))[0]
     rows = [np.nonzero(blue[:, column])[0].mean() for column in columns]
@@ -181,5 +178,5 @@ def test_a_chart_shows_its_points_where_they_belong():
 
 
 def test_ticks_are_round_numbers():
-    assert plot.ticks(0.0, 1.0).tolist() == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
-    assert plot.ticks(-0.04, 0.11).tolist() == pytest.approx([-0.025, 0, 0.025, 0.05, 0.075, 0.1])
+    assert charts.ticks(0.0, 1.0).tolist() == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    assert charts.ticks(-0.04, 0.11).tolist() == pytest.approx([-0.025, 0, 0.025, 0.05, 0.075, 0.1])

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from data import step_rng
+from data import draw_noise, step_rng
 from flow import mean_square
 from flow_dpo import flow_dpo_loss, flow_dpo_step
 from model import ModelConfig, VideoTransformer, freeze_trunk, share_trunk
@@ -86,15 +86,16 @@ def models():
 
 
 def pair(config, count=4):
+    """Winners, losers, prompts, times and noise."""
     rng = torch.Generator().manual_seed(1)
-    win, lose = torch.randn(2, count, *config.video_shape, generator=rng)
-    return win, lose, torch.randint(0, 8, (count, 3), generator=rng)
+    win, lose, noise = torch.randn(3, count, *config.video_shape, generator=rng)
+    return win, lose, torch.randint(0, 8, (count, 3), generator=rng), torch.rand(count, generator=rng), noise
 
 
 def test_first_step_is_ln_2_in_train_mode_and_only_the_policy_gets_a_gradient(models):
     policy, reference = models
     policy.train()
-    loss, logs = flow_dpo_step(policy, reference, *pair(policy.config), 500.0, step_rng(0, 0))
+    loss, logs = flow_dpo_step(policy, reference, *pair(policy.config), 500.0)
     assert loss.item() == pytest.approx(math.log(2), abs=1e-6) and logs["accuracy"] == 0.5
     loss.backward()
     assert all(
@@ -109,7 +110,7 @@ def test_training_raises_the_margin_and_leaves_the_reference_alone(models):
     batch = pair(policy.config)
     optimizer = torch.optim.AdamW(policy.parameters(), 1e-3, weight_decay=0.0)
     for _ in range(40):
-        loss, logs = flow_dpo_step(policy, reference, *batch, 20.0, step_rng(0, 0))
+        loss, logs = flow_dpo_step(policy, reference, *batch, 20.0)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -127,8 +128,8 @@ def test_winner_and_loser_share_noise_time_and_prompt(models):
         seen.append((x_t, t, y))
         return torch.zeros_like(x_t)
 
-    w, _, y = pair(policy.config)
-    flow_dpo_step(spy, spy, w, w, y, 1.0, step_rng(0, 0))
+    w, _, *rest = pair(policy.config)
+    flow_dpo_step(spy, spy, w, w, *rest, 1.0)
     for x_t, t, y in seen:  # the same clip as winner and loser: then the two halves must be equal
         assert all(torch.equal(*part.chunk(2)) for part in (x_t, t, y))
     assert torch.equal(seen[0][0], seen[1][0])
@@ -138,9 +139,9 @@ def test_logs_hold_every_figure_by_quarter_of_t(models):
     policy, reference = models
     with torch.no_grad():
         policy.patch_out.bias += 0.1  # now the two differ
-    rng = step_rng(0, 3)
-    t = torch.rand(16, generator=step_rng(0, 3))  # what the step draws first
-    _, logs = flow_dpo_step(policy, reference, *pair(policy.config, 16), 10.0, rng)
+    batch = pair(policy.config, 16)
+    t = batch[3]
+    _, logs = flow_dpo_step(policy, reference, *batch, 10.0)
     counts = torch.histc(t, 4, 0, 1)
     assert (counts > 0).all() and logs["drift"] > 0
     for name in ("drift", "margin", "accuracy", "error_w", "ref_error_l"):
@@ -157,9 +158,9 @@ def test_one_shared_trunk_gives_the_same_loss_and_gradients(models):
     with torch.no_grad():
         policy.blocks[1].mlp[0].weight += 0.02
     results = []
-    for both in (None, share_trunk(policy, reference, 1)):
+    for shared in (None, share_trunk(policy, reference, 1)):
         policy.zero_grad()
-        loss, logs = flow_dpo_step(policy, reference, *pair(policy.config), 50.0, step_rng(0, 0), both=both)
+        loss, logs = flow_dpo_step(policy, reference, *pair(policy.config), 50.0, shared_forward=shared)
         loss.backward()
         results.append((loss.item(), logs, [p.grad.clone() for p in policy.parameters() if p.requires_grad]))
     assert results[0][0] == pytest.approx(results[1][0], abs=1e-6)
@@ -188,12 +189,14 @@ def drift_after_training(beta, schedule):
     y = torch.zeros(64, 1, dtype=torch.int64)
     optimizer = torch.optim.Adam(policy.parameters(), 3e-3)
     for step in range(200):
-        loss, _ = flow_dpo_step(policy, reference, *batch, y, beta, step_rng(0, step), schedule)
+        noise = draw_noise(64, (4,), 1.0, step_rng(0, step))
+        loss, _ = flow_dpo_step(policy, reference, *batch, y, **noise, beta=beta, schedule=schedule)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     with torch.no_grad():  # judged at the same times and noises for all
-        seen = [flow_dpo_step(policy, reference, *batch, y, beta, step_rng(1, i), schedule)[1] for i in range(10)]
+        noises = [draw_noise(64, (4,), 1.0, step_rng(1, i)) for i in range(10)]
+        seen = [flow_dpo_step(policy, reference, *batch, y, **n, beta=beta, schedule=schedule)[1] for n in noises]
     return [sum(logs[f"drift/t{i}"] for logs in seen) / 10 for i in range(4)]
 
 

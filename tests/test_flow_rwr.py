@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-from data import step_rng
 from flow import flow_error
 from flow_rwr import effective_samples, flow_rwr_step, rwr_weights
 
@@ -37,18 +36,23 @@ def test_effective_samples_by_hand():
 
 @pytest.mark.parametrize("count", [2, 7, 49])
 def test_equal_rewards_make_it_the_plain_flow_loss_to_the_last_bit(count):
-    x0 = torch.randn(count, 3, 2, 4, 4)
-    seen = {}
+    x0, x1 = torch.randn(2, count, 3, 2, 4, 4)
+    t = torch.rand(count)
 
     def policy(x, t, y):
-        seen["t"] = t
         return 0.3 * x
 
-    loss, _ = flow_rwr_step(policy, x0, torch.zeros(count, 1), rwr_weights(torch.full((count,), 0.7)), step_rng(0, 1))
-    rng = step_rng(0, 1)
-    torch.rand(count, generator=rng)  # the step's times
-    plain = flow_error(policy, x0, torch.randn(x0.shape, generator=rng), seen["t"], None).mean()
-    assert torch.equal(loss, plain)
+    loss, _ = flow_rwr_step(policy, x0, torch.zeros(count, 1), rwr_weights(torch.full((count,), 0.7)), t, x1)
+    assert torch.equal(loss, flow_error(policy, x0, x1, t, None).mean())
+
+
+def test_each_clip_counts_by_its_own_weight():
+    # v = 0, x1 = 0: a clip's error is the mean square of x0, 1 and 4; weights 1.5 and 0.5: (1.5 * 1 + .5 * 4) / 2
+    x0 = torch.tensor([1.0, 2.0]).reshape(2, 1, 1, 1, 1).expand(2, 3, 2, 4, 4)
+    batch = x0, torch.zeros(2, 1), torch.tensor([1.5, 0.5]), torch.tensor([0.2, 0.9]), torch.zeros_like(x0)
+    loss, logs = flow_rwr_step(lambda x, t, y: torch.zeros_like(x), *batch)
+    assert loss.item() == pytest.approx(1.75) and logs["error"] == pytest.approx(2.5)
+    assert logs["effective_samples"] == pytest.approx(2**2 / (2 * 2.5))
 
 
 def test_the_optimum_on_two_modes_is_the_tilted_mixture():
@@ -57,7 +61,6 @@ def test_the_optimum_on_two_modes_is_the_tilted_mixture():
     x0 = torch.where(torch.arange(4000) % 2 == 0, 1.0, -1.0)[:, None]
     weight = rwr_weights(torch.where(x0[:, 0] > 0, math.log(3.0), 0.0))
     c = torch.zeros(1, requires_grad=True)
-    error = flow_error(lambda x, t, y: x - c, x0, torch.randn(4000, 1), torch.ones(4000), None)
-    (weight * error).mean().backward()
+    flow_rwr_step(lambda x, t, y: x - c, x0, None, weight, torch.ones(4000), torch.randn(4000, 1))[0].backward()
     # d/dc mean w (c - x0)^2 at c = 0 is -2 E[w x0] = -2 * 1/2, and the optimum c = E[w x0] = 1/2
     assert c.grad.item() == pytest.approx(-1.0, abs=1e-5)

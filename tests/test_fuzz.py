@@ -7,9 +7,10 @@ import io
 
 import pytest
 
+from real_data import pairs_csv
+
 pytest.importorskip("hypothesis", reason="hypothesis is not installed")
 
-import pairs_csv
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st

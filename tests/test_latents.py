@@ -6,7 +6,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-import video
 from forked import command, ended, fork, weights
 
 import data
@@ -14,6 +13,7 @@ import sample
 import train
 from data import vocabulary_of
 from model import ModelConfig
+from real_data import video
 from real_data.disk_pairs import disk_pairs
 from real_data.pairs_csv import Pair, read_pairs, write_pairs
 from runtime.cli import BadInput

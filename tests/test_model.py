@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from kernels.tiles import tile_plan
+from kernels.tiles import tile_mask
 from model import (
     PRESETS,
     ModelConfig,
@@ -167,7 +167,7 @@ def test_a_token_outside_the_window_has_no_influence():
 def test_sampling_leaves_nothing_behind_that_training_cannot_use():
     network = scrambled(replace(SMALL, size=32, attention="tile:1,2,2/1,1,1"))
     y = torch.tensor([[1, 2, 0]])
-    tile_plan.cache_clear()  # so that the plan is made while sampling, in inference mode
+    tile_mask.cache_clear()  # so that the plan is made while sampling, in inference mode
     clip = sample(network, torch.randn(1, *network.config.video_shape), y, steps=2)
     assert not clip.is_inference() and not clip.requires_grad
     network(clip, torch.tensor([0.5]), y).sum().backward()

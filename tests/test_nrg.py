@@ -1,18 +1,19 @@
 """Flow-NRG's guidance: against closed forms, and what it must leave alone."""
 
 import copy
+import math
 from dataclasses import asdict, replace
 
-import evaluate_unified
 import pytest
 import torch
 
-from data import step_rng
+from data import draw_noise, step_rng
 from model import ModelConfig, VideoTransformer
-from nrg import SharedTrunk, guide, load_noisy_reward, noisy_reward_on, noisy_reward_step, steer, stored
+from nrg import SharedTrunk, guide, load_noisy_reward, noisy_reward_on, noisy_reward_step, steer
 from runtime.checkpoint import save_checkpoint
 from runtime.cli import BadInput
 from sample import sample
+from studies import unified
 
 
 def velocity(x_t, t, y):
@@ -95,23 +96,23 @@ def test_the_gradient_reaches_the_clip_alone():
 def test_the_unified_view_knows_its_truth(monkeypatch):
     # p* by brute force on a fine grid: p_ref exp(x / beta), normalised
     x = torch.linspace(-6, 8, 140_001, dtype=torch.float64)
-    log_p = torch.logsumexp(-0.5 * ((x[:, None] - evaluate_unified.MEANS.double()) / evaluate_unified.STD) ** 2, 1)
-    p = torch.softmax(log_p + x / evaluate_unified.BETA, 0)
-    share, mean = evaluate_unified.truth()
+    log_p = torch.logsumexp(-0.5 * ((x[:, None] - unified.MEANS.double()) / unified.STD) ** 2, 1)
+    p = torch.softmax(log_p + x / unified.BETA, 0)
+    share, mean = unified.truth()
     assert mean == pytest.approx((p * x).sum().item(), abs=1e-4)
-    edges = evaluate_unified.EDGES
+    edges = unified.EDGES
     inside = p[(x >= edges[40].item()) & (x < edges[41].item())].sum().item()
     assert share[40].item() == pytest.approx(inside, abs=1e-4)
     tenth = x[torch.searchsorted(p.cumsum(0), torch.tensor(0.1, dtype=torch.float64))].item()
-    assert evaluate_unified.quantiles(10_000)[1000].item() == pytest.approx(tenth, abs=2e-3)
-    monkeypatch.setattr(evaluate_unified, "SAMPLES", 4000)
-    reference, exact = (evaluate_unified.judged(name, 0)[0] for name in ("reference", "nrg-exact"))
+    assert unified.quantiles(10_000)[1000].item() == pytest.approx(tenth, abs=2e-3)
+    monkeypatch.setattr(unified, "SAMPLES", 4000)
+    reference, exact = (unified.judged(name, 0)[0] for name in ("reference", "nrg-exact"))
     assert reference["mean"] == pytest.approx(0.0, abs=0.08) and exact["mean"] == pytest.approx(mean, abs=0.05)
     # the mean moves by .92, all of it mass moved to the right: so far is p_ref from p*
     assert reference["distance"] == pytest.approx(mean, abs=0.08) and exact["distance"] < 0.05
     # samples that all lie at 8, far from any bin, are 8 - mean away
-    monkeypatch.setattr(evaluate_unified, "model_of", lambda *_: (lambda x, t, y: (x - 8) / t[:, None], None))
-    assert evaluate_unified.judged("", 0)[0]["distance"] == pytest.approx(8 - mean, abs=0.01)
+    monkeypatch.setattr(unified, "model_of", lambda *_: (lambda x, t, y: (x - 8) / t[:, None], None))
+    assert unified.judged("", 0)[0]["distance"] == pytest.approx(8 - mean, abs=0.01)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -144,7 +145,7 @@ def test_both_clips_of_a_pair_share_noise_and_time():
         seen.append((x_t, t, y))
         return x_t.flatten(1).mean(1, keepdim=True).expand(-1, 3)
 
-    loss, logs = noisy_reward_step(reward, a, b, y, label, step_rng(0, 0), shift=3.0)
+    loss, logs = noisy_reward_step(reward, a, b, y, label, t, torch.randn_like(a))
     (x_t, times, prompts), half = seen[0], 4
     assert torch.equal(times[:half], times[half:]) and torch.equal(prompts[:half], prompts[half:])
     # x_t of b minus x_t of a is (1 - t) (b - a) = 1 - t: the noise cancels
@@ -159,7 +160,7 @@ def test_both_clips_of_a_pair_share_noise_and_time():
 
 def test_shared_noise_cancels_from_a_linear_score_and_own_noise_does_not():
     # Bradley-Terry labels on r(x0) = x0: the likelihood of w - l is reached at every t by the score x_t / (1 - t),
-    # whose gradient grows towards the noise; so guidance by it diverges (evaluate_unified.py)
+    # whose gradient grows towards the noise; so guidance by it diverges (unified.py)
     a, _, y = inputs()
     a, b, label = a.flatten(1)[:, :1], a.flatten(1)[:, 1:2], torch.ones(4, 3, dtype=torch.int64)
 
@@ -167,18 +168,35 @@ def test_shared_noise_cancels_from_a_linear_score_and_own_noise_does_not():
         return (x_t / (1 - t[:, None])).expand(-1, 3)
 
     clean = torch.log1p(torch.exp(b - a)).mean().item()
-    shared, _ = noisy_reward_step(score, a, b, y, label, step_rng(0, 0))
+    noise = draw_noise(4, (1,), 1.0, step_rng(0, 0))
+    shared, _ = noisy_reward_step(score, a, b, y, label, **noise)
     assert shared.item() == pytest.approx(clean, rel=1e-4)
-    own, _ = noisy_reward_step(score, a, b, y, label, step_rng(0, 0), shared=False)
+    own, _ = noisy_reward_step(score, a, b, y, label, **noise, x1_b=draw_noise(4, (1,), 1.0, step_rng(0, 1))["x1"])
     assert abs(own.item() - clean) > 0.1
 
 
 def test_shift_0_leaves_the_clips_clean():
-    a, t, y = inputs()
+    noise = draw_noise(4, CONFIG.video_shape, 0.0, step_rng(0, 0))
+    a, _, y = inputs()
     seen = []
     reward = lambda x_t, t, y: (seen.append((x_t, t)), x_t.flatten(1)[:, :3])[1]  # noqa: E731
-    noisy_reward_step(reward, a, -a, y, torch.ones(4, 3, dtype=torch.int64), step_rng(0, 0), shift=0.0)
+    noisy_reward_step(reward, a, -a, y, torch.ones(4, 3, dtype=torch.int64), **noise)
     assert torch.equal(seen[0][0], torch.cat((a, -a))) and not seen[0][1].any()
+
+
+def test_the_contrast_prefers_the_own_prompt_in_text_alignment_alone():
+    # the score of a prompt is its first word in TA, and half of it, the other way, in VQ and MQ
+    a, t, _ = inputs(2)
+    y, other = torch.tensor([[3, 0, 0], [1, 0, 0]]), torch.tensor([[1, 0, 0], [2, 0, 0]])
+    label = torch.zeros(2, 3, dtype=torch.int64)  # ties alone: no preference loss
+
+    def reward(x_t, t, y):
+        return y[:, :1] * torch.tensor([-0.5, -0.5, 1.0])
+
+    loss, logs = noisy_reward_step(reward, a, a, y, label, t, torch.zeros_like(a), other_y=other, contrast=2.0)
+    # margins 3 - 1 and 1 - 2: -log sigma(2) and -log sigma(-1), their mean twice
+    expected = math.log1p(math.exp(-2.0)) + math.log1p(math.exp(1.0))
+    assert loss.item() == pytest.approx(expected, rel=1e-5) and logs["contrast"] == 0.5
 
 
 @pytest.mark.parametrize("frozen", [True, False])
@@ -193,7 +211,8 @@ def test_it_learns_a_preference_and_leaves_a_frozen_trunk_alone(frozen):
         a, _, y = inputs(16, step)
         a = a + torch.where(torch.rand(16, generator=rng) < 0.5, 1.0, -1.0)[:, None, None, None, None]
         label = torch.where(a.flatten(1).mean(1, keepdim=True) > 0, 1, -1).expand(-1, 3)  # the brighter clip is better
-        loss, logs = noisy_reward_step(reward, a, -a, y, label, rng)
+        noise = draw_noise(16, CONFIG.video_shape, 1.0, rng)
+        loss, logs = noisy_reward_step(reward, a, -a, y, label, **noise)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -270,19 +289,13 @@ def test_guidance_comes_after_cfg():
     assert torch.allclose(v, x_t * 4.0) and torch.equal(prompts, y)  # 1 + 3 (2 - 1)
 
 
-def test_a_checkpoint_finds_its_trunk(tmp_path):
-    base, other = small_model(), small_model(5)
-    for frozen in (True, False):
-        reward = noisy_reward_on(base, 2, frozen).eval()
-        state = {"kind": "noisy reward", "config": asdict(reward.config), "vocabulary": ["", "a"], "step": 0}
-        save_checkpoint(tmp_path / "nrg.pt", state | {"model": stored(reward)})
-        assert any(name.startswith("trunk.") for name in stored(reward)) != frozen
-        loaded, words = load_noisy_reward(tmp_path / "nrg.pt", other, base)
-        x, t, y = inputs()
-        assert torch.equal(loaded(x, t, y), reward(x, t, y)) and words == ["", "a"]
-    save_checkpoint(tmp_path / "nrg.pt", state | {"config": asdict(noisy_reward_on(base, 2).config), "model": {}})
-    with pytest.raises(BadInput, match="first 2 blocks are those of another base model"):
-        load_noisy_reward(tmp_path / "nrg.pt", other)
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_checkpoint_holds_its_trunk(frozen, tmp_path):
+    reward = noisy_reward_on(small_model(), 2, frozen).eval()
+    state = {"kind": "noisy reward", "config": asdict(reward.config), "vocabulary": ["", "a"], "step": 0}
+    save_checkpoint(tmp_path / "nrg.pt", state | {"model": reward.state_dict()})
+    loaded, words = load_noisy_reward(tmp_path / "nrg.pt")
+    assert torch.equal(loaded(*inputs()), reward(*inputs())) and words == ["", "a"]
 
 
 def test_it_cannot_read_more_blocks_than_there_are():

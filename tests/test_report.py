@@ -10,12 +10,9 @@ from base64 import b64decode
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
-import evaluate_unified
 import imageio.v3 as imageio
 import numpy as np
 import pytest
-import report
-import report_clips
 import torch
 
 import evaluate
@@ -23,7 +20,9 @@ import world
 from data import DIMENSIONS
 from runtime.cli import BadInput
 from sample import to_pixels
+from studies import unified
 from studies.jobs import ALIGNED, ATTRIBUTES, CFGS, JUDGES, METHODS, SETS, STUDIES
+from studies.report import clips, page
 from studies.report.charts import Chart, svg
 
 CPU = torch.device("cpu")
@@ -77,7 +76,7 @@ def page(tmp_path_factory):
     for seed in (0, 1):
         run = args.work / "align" / f"dpo-constant-111-{seed}"
         run.mkdir(parents=True)
-        shutil.copy(report_clips.WEIGHTS / "base.pt", run / "last.pt")
+        shutil.copy(clips.WEIGHTS / "base.pt", run / "last.pt")
         lines = [{"step": i, "loss/t0": i + 2 * seed, "accuracy": 0.5, "margin": 0, "drift": i} for i in range(40)]
         (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     calls = []
@@ -88,9 +87,9 @@ def page(tmp_path_factory):
         return world.render(clips) * (0.5 + 0.01 * len(calls))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report_clips, "sample_prompts", sampler)
-        patch.setattr(report_clips, "progress_bar", lambda *_: lambda items: items)
-        lines = report.write(args, CPU, STUDIES)
+        patch.setattr(clips, "sample_prompts", sampler)
+        patch.setattr(clips, "progress_bar", lambda *_: lambda items: items)
+        lines = page.write(args, CPU, STUDIES)
     assert len(calls) == 27 + 3  # three values of three weights; base, dpo and nrg, as sft and rwr are not there
     return SimpleNamespace(path=args.out / "report.html", args=args, lines=lines)
 
@@ -203,7 +202,7 @@ def test_a_chart_puts_points_where_their_values_are():
 
 def test_a_sheet_holds_a_clip_a_row_and_a_frame_a_column():
     videos = torch.rand(3, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    text = report_clips.sheet("name", videos)
+    text = clips.sheet("name", videos)
     assert text.startswith(".name { --rows: 3;")
     picture = imageio.imread(io.BytesIO(b64decode(re.search("base64,(.*?)\\)", text)[1])))
     assert picture.shape == (3 * 8, 4 * 8, 3)
@@ -212,7 +211,7 @@ def test_a_sheet_holds_a_clip_a_row_and_a_frame_a_column():
 
 
 def test_any_part_of_a_study_can_be_shown(tmp_path):
-    histogram = [0.0] * (len(evaluate_unified.EDGES) - 1)
+    histogram = [0.0] * (len(unified.EDGES) - 1)
     columns = [f"{n}_{kind}" for n in (*DIMENSIONS, "Overall") for kind in ("with", "without", "ties")]
     first = {
         "reward": {"model": "random", "split": "validation", "fraction": 1.0, **dict.fromkeys(columns, 0.375)},
@@ -223,7 +222,7 @@ def test_any_part_of_a_study_can_be_shown(tmp_path):
     facts = {"place": tmp_path, "facts": {"command": "evaluate.py reward --eval-pairs 77"}}
     for name, row in first.items():
         found = {"rows": [{**row, "seed": 0}], "done": 1, "jobs": 9, **facts}
-        status, body = report.section(name, STUDIES[name], found, arguments(tmp_path))
+        status, body = page.section(name, STUDIES[name], found, arguments(tmp_path))
         assert "unfinished: 1 of 9 jobs" in status and shown[name] in body and "nan" not in body
         assert ">yes<" not in body and ">no<" not in body  # no finding before there are figures
 
@@ -241,8 +240,8 @@ def test_damaged_results_are_named_in_one_line(tmp_path, content):
     args.out.mkdir()
     (args.out / "align.json").write_text(content)
     with pytest.raises(BadInput, match=r"align\.json: .*again"):
-        found = report.gather("align", STUDIES["align"], args, CPU)
-        report.section("align", STUDIES["align"], found, args)
+        found = page.gather("align", STUDIES["align"], args, CPU)
+        page.section("align", STUDIES["align"], found, args)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,14 +10,13 @@ import signal
 import time
 from collections import namedtuple
 
-import checkpoint
-import common
 import pytest
 import torch
 from forked import command, ended, fork, same, tiny_checkpoints
 
 import train
 from model import load_velocity
+from runtime import checkpoint, resume
 from runtime.cli import BadInput
 
 RUN = ["--algo=pretrain", "--batch=2", "--steps=24", "--ema=0.9"]
@@ -47,11 +46,11 @@ def dies_in(module, name, call, half=False):
 # but not named, named but the folder's entry not on the disk; and the log's line before all of these.
 MOMENTS = {
     "log": lambda call: dies_in(train, "write_log", call),
-    "before the save": lambda call: dies_in(checkpoint, "save_checkpoint", call),
+    "before the save": lambda call: dies_in(resume, "save_checkpoint", call),
     "in the save": lambda call: dies_in(torch, "save", call, half=True),
     "at fsync": lambda call: dies_in(os, "fsync", call),
     "before the rename": lambda call: dies_in(os, "replace", call),
-    "after the rename": lambda call: dies_in(common, "fsync_folder", call),
+    "after the rename": lambda call: dies_in(checkpoint, "fsync_folder", call),
 }
 
 
@@ -80,19 +79,19 @@ def test_killed_25_times_and_resumed_each_time_the_run_ends_at_the_same_bits(tmp
             os.kill(child, signal.SIGKILL)
         status = ended(child)
         if status == 0:  # the run had come to its end: once more from the start
-            assert same(*(common.load_checkpoint(folder / "last.pt") for folder in (whole, parts)))
+            assert same(*(checkpoint.load_checkpoint(folder / "last.pt") for folder in (whole, parts)))
             shutil.rmtree(parts)
             reached = 0
             continue
         assert status == -signal.SIGKILL
         died += 1
         if (parts / "last.pt").exists():  # whole, whatever was going on
-            step = common.load_checkpoint(parts / "last.pt")["step"]
+            step = checkpoint.load_checkpoint(parts / "last.pt")["step"]
             assert step >= reached
             reached = step
     assert died >= 20
     assert ended(fork(run, None)) == 0
-    assert same(*(common.load_checkpoint(folder / "last.pt") for folder in (whole, parts)))
+    assert same(*(checkpoint.load_checkpoint(folder / "last.pt") for folder in (whole, parts)))
     logs = [(folder / "metrics.jsonl").read_text() for folder in (whole, parts)]
     assert logs[0] == logs[1] and [json.loads(line)["step"] for line in logs[0].splitlines()] == list(range(24))
     assert not list(parts.glob("*.tmp"))
@@ -100,8 +99,8 @@ def test_killed_25_times_and_resumed_each_time_the_run_ends_at_the_same_bits(tmp
 
 def test_the_log_is_cut_in_place_to_the_checkpoint(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1}\n{"step": 2}\n{"st')  # killed in a write
-    with checkpoint.open_log(tmp_path, 2, 0) as log:
-        checkpoint.write_log(log, '{"step": 2, "again": 1}\n')
+    with resume.open_log(tmp_path, 2, 0) as log:
+        resume.write_log(log, '{"step": 2, "again": 1}\n')
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 0}\n{"step": 1}\n{"step": 2, "again": 1}\n'
 
 
@@ -135,7 +134,7 @@ def test_a_folder_that_holds_a_run_is_refused_and_left_alone(refused, tmp_path):
 
 
 def test_a_folder_that_another_run_is_writing_is_refused(refused, tmp_path):
-    with checkpoint.open_log(tmp_path / "run", 0, 0) as log:
+    with resume.open_log(tmp_path / "run", 0, 0) as log:
         log.write("a line of the other\n")
         log.flush()
         assert "another run is writing there" in refused()
@@ -156,7 +155,7 @@ def test_a_disk_that_fills_up_stops_the_run_and_keeps_the_last_checkpoint(refuse
     """No file may grow beyond 100 kB from the second save on, as if there was no more room."""
 
     def fills():
-        honest, calls = checkpoint.save_checkpoint, []
+        honest, calls = resume.save_checkpoint, []
 
         def save(*args):
             calls.append(1)
@@ -164,10 +163,10 @@ def test_a_disk_that_fills_up_stops_the_run_and_keeps_the_last_checkpoint(refuse
                 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
             honest(*args)
 
-        checkpoint.save_checkpoint = save
+        resume.save_checkpoint = save
 
     assert "cannot write" in refused("--save-every=3", prepare=fills)
-    assert common.load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 3
+    assert checkpoint.load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 3
     assert [path.name for path in (tmp_path / "run").iterdir() if path.suffix == ".tmp"] == []
 
 
@@ -185,7 +184,7 @@ def test_a_log_that_cannot_grow_stops_the_run_as_well(refused, tmp_path):
 
     line = refused("--save-every=3", prepare=fills)
     assert "cannot write" in line and "last.pt, after step 2, is the last good state" in line
-    assert common.load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 3
+    assert checkpoint.load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 3
 
 
 def test_adapters_with_averaged_weights_can_be_sampled_and_resumed(tmp_path):
@@ -194,14 +193,14 @@ def test_adapters_with_averaged_weights_can_be_sampled_and_resumed(tmp_path):
     flags += ["--freeze=1", "--steps=3", f"--out={out}"]
     assert ended(fork(command, *flags)) == 0
     model, _ = load_velocity(out / "last.pt")
-    state, base = (common.load_checkpoint(path) for path in (out / "last.pt", tmp_path / "velocity.pt"))
+    state, base = (checkpoint.load_checkpoint(path) for path in (out / "last.pt", tmp_path / "velocity.pt"))
     name = "blocks.2.attn.qkv"
     up, down = state["averaged"][f"{name}.up"], state["averaged"][f"{name}.down"]
     assert up.any() and not torch.equal(up, state["trained"][f"{name}.up"])
     merged = base["model"][f"{name}.weight"] + 2 * up @ down  # alpha is twice the rank
     assert torch.allclose(model.blocks[2].attn.qkv.weight, merged, atol=1e-7)
     assert ended(fork(command, *flags, "--resume")) == 0
-    assert same(common.load_checkpoint(out / "last.pt"), state)
+    assert same(checkpoint.load_checkpoint(out / "last.pt"), state)
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
@@ -228,7 +227,7 @@ def test_numbers_that_are_not_finite_stop_the_run_before_they_are_used(refused, 
     seed = (5 * 1_000_003 + 7) * 2 + 1  # data.step_rng
     assert "at step 7 (--seed 5" in line and f"the batch's {seed}" in line
     assert "last.pt, after step 5, is the last good state" in line
-    state = common.load_checkpoint(tmp_path / "run" / "last.pt")
+    state = checkpoint.load_checkpoint(tmp_path / "run" / "last.pt")
     assert state["step"] == 6 and all(torch.isfinite(value).all() for value in state["model"].values())
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 7  # 0 to 6, nothing of step 7
 
@@ -242,7 +241,7 @@ def test_a_checkpoint_of_other_sizes_is_not_resumed(tmp_path):
     other["state"][0]["exp_avg"] = torch.zeros(2, 1)
     names = dict(model.named_parameters())
     good = {"step": 4, "optimizer": optimizer.state_dict(), "model": {k: v.detach() + 1 for k, v in names.items()}}
-    assert checkpoint.restore(good, names, {}, optimizer) == 4
+    assert resume.restore(good, names, {}, optimizer) == 4
     for spoiled in (
         {"model": {"weight": torch.zeros(2, 3)}},
         {"model": {"weight": torch.zeros(3, 2), "bias": torch.zeros(2)}},
@@ -252,4 +251,4 @@ def test_a_checkpoint_of_other_sizes_is_not_resumed(tmp_path):
         {"model": []},
     ):
         with pytest.raises(BadInput, match="does not hold the state of this model's training"):
-            checkpoint.restore({**good, **spoiled, "path": tmp_path / "last.pt"}, names, {}, optimizer)
+            resume.restore({**good, **spoiled, "path": tmp_path / "last.pt"}, names, {}, optimizer)

@@ -20,7 +20,7 @@ import nrg
 import sample
 from data import step_rng
 from flow import interpolate
-from model import LoRALinear
+from lora import LoRALinear
 from runtime.cli import BadInput
 
 diffusers = pytest.importorskip("diffusers")
@@ -322,5 +322,7 @@ def test_from_a_shell_in_another_folder(tmp_path):
     script = Path(__file__).parent.parent / "examples" / "wan.py"
     flags = [sys.executable, script, "--tiny", "sample", "--nrg", "1,1"]
     shell = subprocess.run(flags, cwd=tmp_path, capture_output=True, text=True)
-    assert shell.returncode == 2 and shell.stderr.startswith("wan.py: error: --nrg 1,1: 3 numbers")
+    assert shell.returncode == 2 and shell.stderr.startswith(
+        "wan.py: error: argument --nrg: 1,1: must be three numbers with commas between"
+    )
     assert len(shell.stderr.splitlines()) == 1

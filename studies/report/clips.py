@@ -14,14 +14,13 @@ import torch
 
 import world
 from data import DIMENSIONS
-from evaluate import sample_prompts
+from evaluate import NOISE_SEED, sample_prompts
 from model import load_velocity
 from nrg import load_noisy_reward, steer
 from real_data.video import to_pixels
 from runtime.checkpoint import WEIGHTS
 from runtime.cli import progress_bar
 from sample import NRG_EPS, NRG_INTERVAL, NRG_SCALE
-from studies.jobs import NOISE_SEED
 
 MEANING = dict(zip(DIMENSIONS, ("visual quality", "motion quality", "text alignment")))
 # The first eight have every colour, shape and direction; the seventh is of the validation split, the eighth held out

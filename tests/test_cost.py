@@ -2,8 +2,6 @@
 
 from dataclasses import replace
 
-import common
-import plan
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -14,6 +12,8 @@ import model
 import train
 from flow import flow_error
 from model import PRESETS, VideoTransformer
+from runtime import cli
+from studies import cost
 
 
 def arguments(*flags):
@@ -60,7 +60,7 @@ def test_memory_of_a_small_model_is_what_it_allocates():
     for name, tensors in (found | {"optimiser": moments}).items():
         measured[name] = sum(value.untyped_storage().nbytes() for value in tensors)
     args = arguments("--preset=small", "--batch=1", "--ema=0")
-    planned = plan.memory(plan.planned_model(args), args, 1)
+    planned = cost.memory(cost.planned_model(args), args, 1)
     assert planned["weights"] == measured["weights"] and planned["gradients"] == measured["gradients"]
     assert planned["optimiser"] == measured["optimiser"] and planned["gathered"] == 0
     assert planned["activations"] == pytest.approx(measured["activations"], rel=0.15)
@@ -76,19 +76,19 @@ def test_activations_with_checkpointing(monkeypatch):
 
     def run(hidden, condition, start, stop):
         for block in network.blocks[start:stop]:
-            hidden = checkpoint(block, hidden, condition, network.table, use_reentrant=False)
+            hidden = checkpoint(block, hidden, condition, network.rope, use_reentrant=False)
         return hidden
 
     monkeypatch.setattr(network, "run", run)
     with saved.hooks:
         forward(network, 1)
-    d, n = network.config.dim, plan.tokens(network.config)
+    d, n = network.config.dim, cost.tokens(network.config)
     assert saved.bytes() > len(network.blocks) * 4 * n * d  # the blocks' inputs are among it
     with inner.hooks:
-        network.blocks[0](torch.zeros(1, n, d, requires_grad=True), torch.zeros(1, d), network.table)
+        network.blocks[0](torch.zeros(1, n, d, requires_grad=True), torch.zeros(1, d), network.rope)
     args = arguments("--preset=small", "--batch=1")
     monkeypatch.setitem(model.PRESETS, "small", network.config)
-    planned = plan.memory(plan.planned_model(args), args, 1)["activations, checkpointed"]
+    planned = cost.memory(cost.planned_model(args), args, 1)["activations, checkpointed"]
     assert planned == pytest.approx(inner.bytes() + saved.bytes(), rel=0.15)
 
 
@@ -111,24 +111,24 @@ def test_flops_are_those_that_torch_counts(monkeypatch, flags):
         else:
             forward(network, clips).backward()
     # the time and prompt layers, on one vector a clip, are left out of the formula
-    assert plan.step_flops(network.config, args) == pytest.approx(counter.get_total_flops(), rel=0.03)
+    assert cost.step_flops(network.config, args) == pytest.approx(counter.get_total_flops(), rel=0.03)
 
 
 def test_parameters_of_the_presets_and_shares_by_hand():
     args = arguments("--preset=large", "--fsdp", "--batch=256", "--ema=0")
-    network = plan.planned_model(args)
+    network = cost.planned_model(args)
     assert all(value.is_meta for value in network.parameters())
     every = sum(p.numel() for p in network.parameters())
     # a block of d = 1536: 18 d^2 weights, biases 3 d + d + 4 d + d + 6 d, and two norms of a head's 64 channels
     block = 18 * 1536**2 + 15 * 1536 + 2 * 64
     assert sum(p.numel() for p in network.blocks[0].parameters()) == block and 24 * block < every < 25 * block
     assert 0.9e9 < every < 1.1e9
-    parts = plan.memory(network, args, 8)
+    parts = cost.memory(network, args, 8)
     assert parts["weights"] == every / 2 and parts["optimiser"] == every and parts["gradients"] == every / 2
     assert parts["gathered"] == 8 * (every - 22 * block)
-    alone = plan.memory(network, arguments("--preset=large", "--batch=32", "--ema=0"), 1)
+    alone = cost.memory(network, arguments("--preset=large", "--batch=32", "--ema=0"), 1)
     assert alone["activations"] == parts["activations"]  # 32 clips a process
-    assert plan.memory(network, arguments("--preset=large", "--fsdp", "--batch=256", "--accum=4"), 8)[
+    assert cost.memory(network, arguments("--preset=large", "--fsdp", "--batch=256", "--accum=4"), 8)[
         "activations"
     ] == pytest.approx(parts["activations"] / 4)
 
@@ -146,5 +146,5 @@ def test_the_command_prints_it_and_writes_nothing(monkeypatch, capsys, tmp_path)
     assert said == pytest.approx(hours, rel=0.01)
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr("sys.argv", ["train.py", *flags, "reward"])
-    with pytest.raises(common.BadInput, match="--plan: knows"):
+    with pytest.raises(cli.BadInput, match="--plan: knows"):
         train.main()

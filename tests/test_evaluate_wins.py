@@ -1,14 +1,14 @@
 """Win rates, prompt sets, and pairs ranked by a reward."""
 
 import pytest
-import tasks
 import torch
 
+import evaluate
+import train
 import world
 from data import TOY_WORDS, Vocabulary, toy_pairs
 from evaluate import prompt_set, sample_prompts, score_table, win_rate
 from model import ModelConfig, VideoTransformer
-from runtime.checkpoint import WEIGHTS
 from runtime.cli import BadInput
 
 CONFIG = ModelConfig(vocab=len(TOY_WORDS))
@@ -61,10 +61,11 @@ def ranked_clips(monkeypatch):
     """(judge, count) -> winners and losers by `judge` of toy pairs: (videos, prompts, generators) each."""
 
     def ranked(judge, count):
-        monkeypatch.setattr(tasks, "load_reward", lambda path: (judge, TOY_WORDS))
-        pairs, scores = tasks.scored_pairs.__wrapped__(count, 0, WEIGHTS / "base.pt", None, torch.device("cpu"))
+        monkeypatch.setattr(evaluate, "load_judge", lambda path, config, words: judge)
+        label = evaluate.scored_toy_pairs.__wrapped__
+        pairs, scores, _ = label(count, 0, CONFIG, tuple(TOY_WORDS), None, torch.device("cpu"))
         _, prompt = toy_pairs(count, ["train"], 0, CONFIG, Vocabulary())
-        sides = tasks.ranked(scores.mean(2))
+        sides = train.ranked(scores.mean(2))
         return [(pairs.clips(*side.T), prompt[side[:, 0]], pairs.models[side[:, 0], side[:, 1]]) for side in sides]
 
     return ranked
@@ -85,13 +86,17 @@ def test_the_oracle_as_reward_gives_better_winners_in_every_dimension(ranked_cli
 
 
 def test_a_reward_of_other_words_is_refused(monkeypatch):
-    monkeypatch.setattr(tasks, "load_reward", lambda path: (Judge(), TOY_WORDS[::-1]))
+    judge = Judge()
+    judge.config = CONFIG
+    monkeypatch.setattr(evaluate, "load_reward", lambda path: (judge, TOY_WORDS[::-1]))
     with pytest.raises(BadInput, match="different words"):
-        tasks.scored_pairs(2, 0, WEIGHTS / "base.pt", None, torch.device("cpu"))
+        evaluate.load_judge(None, CONFIG, tuple(TOY_WORDS))
+    with pytest.raises(BadInput, match="other sizes"):
+        evaluate.load_judge(None, ModelConfig(size=16), tuple(TOY_WORDS))
 
 
 def test_ranking_by_hand():
     total = torch.tensor([[0.0, 1.0], [5.0, 1.0], [2.0, 2.0], [3.0, 0.0]])
-    better, worse = tasks.ranked(total)
+    better, worse = train.ranked(total)
     assert better.tolist() == [[0, 1], [1, 0], [3, 0]]  # the draw is no pair
     assert worse.tolist() == [[0, 0], [1, 1], [3, 1]]

@@ -1,0 +1,377 @@
+"""The frozen reference, the closing tables and the studies' judgements: which row is whose, and who wins over whom.
+
+Closing rows are sampled and scored again here, step by step; stub models paint the right answer or the wrong one, stub
+rewards know one thing alone, and the studies' findings are given rows whose answer is known, both ways.
+"""
+
+from argparse import Namespace
+from functools import partial
+
+import pytest
+import torch
+import wired
+from wired import CONFIG, CPU, Brightness, noticeable
+
+import evaluate
+import train
+import world
+from data import DIMENSIONS, INVALID, Pairs, Vocabulary
+from evaluate import alignment_table, learned_scores, over_seeds, pair_scores, score_table, win_rate
+from model import VideoTransformer, load_velocity
+from reward import RewardConfig, VideoReward
+from studies import align, guidance, jobs, reward_model
+
+tiny = wired.tiny
+
+
+def rows_of_table(lines):
+    """{CFG: {name of the row: [VQ, MQ, TA]}} of a closing table's lines."""
+    tables = {}
+    for line in lines:
+        if "the same noise for both" in line:
+            here = tables.setdefault(float(line.split()[-1]), {})
+        elif line and line[0] != " " and not line.startswith("wrote"):
+            here[line[:24].strip()] = [float(number) for number in line[24:].split()]
+    return tables
+
+
+def sampled(model, x1, y, cfg):
+    """Appendix C's sampler written out: 20 Euler steps, times shifted by 4, guidance away from no prompt."""
+    x = x1
+    for i in range(20):
+        now, after = (4 * u / (1 + 3 * u) for u in ((20 - i) / 20, (19 - i) / 20))
+        t = torch.full((len(x),), now)
+        v, v_null = model(x, t, y), model(x, t, torch.zeros_like(y))
+        x = x - (now - after) * (v_null + cfg * (v - v_null))
+    return x
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The reference
+
+
+@pytest.mark.parametrize("flags", [["--freeze=0"], ["--freeze=2"], ["--lora-rank=2", "--freeze=0"], ["--lora-rank=2"]])
+@pytest.mark.parametrize("algo", ["dpo", "sft"])
+def test_the_reference_is_the_start_before_and_after_and_has_no_gradient(tiny, algo, flags):
+    args, task = tiny(f"--algo={algo}", *flags, "--beta=50")
+    base, start = task.evaluate.keywords["base"], load_velocity(args.init)[0]
+
+    def same():
+        return all(torch.equal(v, start.state_dict()[n]) for n, v in base.state_dict().items())
+
+    assert same() and not {id(p) for p in base.parameters()} & {id(p) for p in task.model.parameters()}
+    batch = task.batch(50, slice(0, 8))
+    with torch.no_grad():  # the policy starts as the reference
+        x_t, t, y = batch["x1"], torch.ones(len(batch["y"])), batch["y"]
+        assert torch.allclose(task.model(x_t, t, y), start(x_t, t, y), atol=1e-5)
+    first = task.loss(batch)[1]
+    wired.trained(args, task)
+    noticeable(task.model)
+    loss, last = task.loss(batch)
+    loss.backward()
+    assert same() and base.state_dict().keys() == start.state_dict().keys()
+    assert all(p.grad is None and not p.requires_grad for p in base.parameters())
+    trained = [p for p in task.model.parameters() if p.requires_grad]
+    assert trained and any(p.grad is not None and p.grad.abs().sum() > 0 for p in trained)
+    if algo == "dpo":  # its errors are as they were, the policy's are not
+        assert first["drift"] == pytest.approx(0, abs=1e-9) and last["drift"] > 1e-4
+        assert last["ref_error_w"] == pytest.approx(first["ref_error_w"], rel=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The closing table
+
+
+@pytest.mark.parametrize("algo", ["dpo", "rwr"])
+def test_closing_rows_are_the_base_and_the_policy_by_hand(tiny, algo):
+    args, task = tiny(f"--algo={algo}", "--eval-prompts=3", "--eval-seed=77", "--freeze=0")
+    noticeable(task.model, 0.1)
+    lines = train.train(task, args, CPU)
+    tables = rows_of_table(lines)
+    prompts = world.split_prompts("train")[:3]
+    y = Vocabulary().encode_attributes(prompts, CONFIG.max_text)
+    x1 = torch.randn(3, *CONFIG.video_shape, generator=torch.Generator().manual_seed(77))
+    base, policy = load_velocity(args.init)[0], load_velocity(args.out / "last.pt")[0]
+    judge = Brightness()
+    for cfg in (1.0, 2.0):
+        with torch.no_grad():
+            clips = [sampled(model, x1, y, cfg) for model in (base, policy)]
+        true, learned = [world.oracle(c, prompts) for c in clips], [judge.normalised(c, y) for c in clips]
+        table = tables[cfg]
+        assert table["base, true score"] == pytest.approx(true[0].mean(0).tolist(), abs=0.011)
+        assert table[f"{algo}, true score"] == pytest.approx(true[1].mean(0).tolist(), abs=0.011)
+        for by, score in (("oracle", true), ("VideoReward", learned)):
+            wins = [sum((p > b) + (p == b) / 2 for p, b in zip(*(s[:, k].tolist() for s in reversed(score)))) / 3
+                    for k in range(3)]
+            assert table[f"{algo} wins, {by}"] == pytest.approx(wins, abs=0.01)
+    assert any(table["base, true score"] != table[f"{algo}, true score"] for table in tables.values())
+
+
+class Painter(torch.nn.Module):
+    """A policy that knows the answer: its velocity leads straight to a clean clip of the prompt, or to a wrong one."""
+
+    config = CONFIG
+
+    def __init__(self, right=True):
+        super().__init__()
+        self.right = right
+
+    def forward(self, x_t, t, y):
+        texts = [Vocabulary().decode(row) or "a red circle moving left" for row in y]
+        prompts = world.prompt_attributes(texts)
+        if not self.right:
+            prompts = (prompts + 1) % torch.tensor(world.CHOICES)
+        rng = torch.Generator().manual_seed(0)
+        clips = world.draw_clips(prompts, torch.zeros(len(y), dtype=torch.int64), rng, CONFIG.frames, clean=self.right)
+        if not self.right:  # shaky and hazy, of other attributes
+            clips.shown, clips.severity[:] = prompts, 1.0
+        return (x_t - world.render(clips, CONFIG.size)) / t.reshape(-1, 1, 1, 1, 1)
+
+
+class Contrary(Brightness):
+    """A VideoReward that prefers what the oracle does not: a clip of little contrast."""
+
+    def normalised(self, video, y):
+        return -video.std((1, 2, 3, 4))[:, None].expand(-1, 3)
+
+
+@pytest.mark.parametrize(("policy", "base", "oracle", "learned"), [(1, 0, 1.0, 0.0), (0, 1, 0.0, 1.0), (1, 1, 0.5, 0.5)])
+def test_who_paints_the_right_answer_wins_by_the_oracle(tiny, tmp_path, policy, base, oracle, learned):
+    args, _ = tiny("--algo=dpo", "--eval-prompts=8")
+    lines = alignment_table(Painter(policy), tmp_path, Painter(base), Contrary(), Vocabulary().words, None, args, CPU)
+    tables = rows_of_table(lines)
+    assert tables[1.0]["dpo wins, oracle"] == [oracle] * 3
+    assert tables[1.0]["dpo wins, VideoReward"] == [learned] * 3
+    for name, right in (("dpo", policy), ("base", base)):
+        scores = tables[1.0][f"{name}, true score"]
+        assert (scores[2] > 0.95 and scores[1] > 0.8) if right else (scores[2] < 0.3 and scores[1] < 0.4)
+    assert {"base_above_dpo.gif", "base_above_dpo.png"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_pretraining_ends_with_the_oracles_word_on_its_samples(tiny, tmp_path):
+    args, _ = tiny("--algo=pretrain", "--eval-prompts=6")
+    for right in (True, False):
+        painted = evaluate.pretrain_table(Painter(right), tmp_path, Vocabulary().words, args, CPU)
+        name, rest = painted[0].split("; right ")
+        numbers = [float(word) for word in rest.split()[1::2]]
+        assert name.startswith("CFG 1:") and rest.split()[::2] == ["colour", "shape", "direction"]
+        assert numbers == [1.0] * 3 if right else max(numbers) < 0.5
+
+
+def test_real_data_is_judged_by_videoreward_on_base_and_policy(tiny, tmp_path):
+    args, task = tiny("--algo=dpo", "--eval-prompts=8", "--freeze=0")
+    y = Vocabulary().encode_attributes(world.split_prompts("train")[:4], CONFIG.max_text)
+    args.data = tmp_path / "x.csv"
+
+    class Bright(torch.nn.Module):
+        config = CONFIG
+
+        def forward(self, x_t, t, y):
+            return (x_t - 0.5) / t.reshape(-1, 1, 1, 1, 1)
+
+    class Dark(Bright):
+        def forward(self, x_t, t, y):
+            return (x_t + 0.5) / t.reshape(-1, 1, 1, 1, 1)
+
+    for policy, base, wins in ((Bright(), Dark(), 1.0), (Dark(), Bright(), 0.0), (Dark(), Dark(), 0.5)):
+        lines = alignment_table(policy, tmp_path, base, Brightness(), None, Pairs(y, None), args, CPU)
+        table = rows_of_table(lines)[1.0]
+        assert table["dpo wins, VideoReward"] == [wins] * 3 and "dpo wins, oracle" not in table
+        assert table["dpo, z-score"][0] == pytest.approx(10 * (0.5 if isinstance(policy, Dark) is False else -0.5))
+
+
+def test_win_rates_by_hand():
+    one, other = torch.tensor([[1.0, 0.0, 2.0], [3.0, 0.0, 2.0]]), torch.tensor([[0.0, 1.0, 2.0], [2.0, 1.0, 1.0]])
+    assert win_rate(one, other).tolist() == [1.0, 0.0, 0.75] and win_rate(other, one).tolist() == [0.0, 1.0, 0.25]
+    lines = score_table(("base", "new"), [other, one], [one, other])
+    assert [float(n) for n in lines[-2].split()[-3:]] == [1.0, 0.0, 0.75] and "oracle" in lines[-2]
+    assert [float(n) for n in lines[-1].split()[-3:]] == [0.0, 1.0, 0.25] and "VideoReward" in lines[-1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores
+
+
+def test_pairs_and_samples_are_scored_by_the_checkpoints_own_z_scores(tiny, tmp_path, monkeypatch):
+    monkeypatch.undo()  # the real load_judge
+    torch.manual_seed(2)
+    reward = noticeable(VideoReward(RewardConfig(frames=4, size=16, dim=24, depth=2, heads=2, vocab=CONFIG.vocab)))
+    reward.mean.copy_(torch.tensor([0.5, -1.0, 2.0]))
+    reward.std.copy_(torch.tensor([0.1, 0.5, 2.0]))
+    wired.save(reward, "reward", tmp_path / "reward.pt")
+    wired.save(VideoTransformer(CONFIG), "velocity", tmp_path / "base.pt")
+    flags = [f"--init={tmp_path / 'base.pt'}", f"--reward={tmp_path / 'reward.pt'}", "--pairs=70", "--align=1,-1,2"]
+    args = train.arguments(flags)
+    evaluate.scored_toy_pairs.cache_clear()
+    words = Vocabulary().words
+    pairs, r, judge = evaluate.scored_pairs(args, CONFIG, words, CPU)
+    y, clips, _ = wired.same_pairs(args)
+    with torch.no_grad():
+        z = torch.stack([(reward(clips[:, s], y) - reward.mean) / reward.std for s in (0, 1)], 1)
+    assert torch.allclose(r, (z[..., 0] - z[..., 1] + 2 * z[..., 2]) / 4, atol=1e-4)
+    assert not any(p.requires_grad for p in judge.parameters()) and torch.equal(pairs.y, y)
+    prompts = world.split_prompts("hard")
+    videos = clips[:12, 0]
+    with torch.no_grad():
+        own = reward(videos, Vocabulary().encode_attributes(prompts, CONFIG.max_text))
+    assert torch.allclose(learned_scores(judge, words, videos, prompts), (own - reward.mean) / reward.std, atol=1e-4)
+
+
+def test_scores_of_a_pair_stand_in_the_order_of_its_sides():
+    y = torch.zeros(70, 8, dtype=torch.int64)
+    y[:, 0] = torch.arange(70)
+
+    def clips(index, side):
+        return (index + 100 * side).float().reshape(-1, 1, 1, 1, 1)
+
+    scores = pair_scores(lambda v, y: torch.stack((v.flatten(), y[:, 0], -v.flatten()), 1), Pairs(y, clips), CPU)
+    assert scores[:, 0, 0].tolist() == list(range(70)) and scores[:, 1, 0].tolist() == list(range(100, 170))
+    assert torch.equal(scores[:, 0, 1], scores[:, 1, 1]) and scores[:, 1, 1].tolist() == list(range(70))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Studies
+
+
+def judged(oracle, learned, right=(1.0, 0.0, 1.0), quality=0.25):
+    scores = {"oracle": torch.tensor(oracle), "videoreward": torch.tensor(learned)}
+    return {**scores, "right": torch.tensor([right] * len(oracle)), "quality": torch.full((len(oracle),), quality)}
+
+
+def test_rows_count_wins_of_the_policy_over_the_base():
+    policy = {"hard 1": judged([[1.0, 0.2, 0.0]] * 2, [[0.0, 3.0, 1.0], [0.0, 3.0, 0.0]])}
+    base = {"hard 1": judged([[0.0, 0.2, 1.0]] * 2, [[1.0, 1.0, 0.0], [-1.0, 1.0, 0.0]], quality=0.75)}
+    by_oracle, learned = jobs.rows_of(policy, base, method="x", seed=4)
+    assert [by_oracle[n] for n in DIMENSIONS] == [1.0, 0.5, 0.0] and by_oracle["judge"] == "oracle"
+    assert [learned[n] for n in DIMENSIONS] == [0.5, 1.0, 0.75] and learned["judge"] == "videoreward"
+    assert [by_oracle[f"{n}_score"] for n in DIMENSIONS] == pytest.approx([1.0, 0.2, 0.0])
+    assert by_oracle["set"] == "hard" and by_oracle["cfg"] == 1.0 and by_oracle["seed"] == 4
+    assert [by_oracle[n] for n in ("colour", "shape", "direction", "quality")] == [1.0, 0.0, 1.0, 0.25]
+
+
+def test_a_checkpoint_is_judged_by_both_on_its_own_samples(monkeypatch):
+    shown, prompts = torch.rand(4, 3, 8, 32, 32) * 2 - 1, jobs.prompts_of("hard", 4)
+    monkeypatch.setattr(jobs, "sample_prompts", lambda *args, **settings: shown)
+    marks = torch.rand(4, 3)
+    monkeypatch.setattr(jobs, "learned_scores", lambda reward, words, videos, p, device: marks)
+    (scores,) = jobs.judge(jobs.WEIGHTS / "base.pt", Namespace(eval_prompts=4), CPU, {"hard": 4}, (1.0,)).values()
+    assert torch.equal(scores["videoreward"], marks)
+    assert torch.equal(scores["oracle"], world.oracle(shown, prompts))
+    assert torch.equal(scores["right"], (world.attributes_right(shown, prompts) > 0.5).float())
+
+
+def test_cfg_is_held_against_the_base_without_it(monkeypatch):
+    base = {"large 1": judged([[0.0] * 3], [[0.0] * 3]), "large 2": judged([[1.0] * 3], [[1.0] * 3])}
+    monkeypatch.setattr(guidance, "base_scores", lambda *args: base)
+    for row in guidance.classifier_free(None, CPU):
+        assert [row[n] for n in DIMENSIONS] == [1.0] * 3 and row["cfg"] == 2.0
+
+
+STANDARD = {"set": "standard", "cfg": 1.0}
+
+
+def alignment_rows(wins, quality):
+    """Rows of both judges for each method, wins: {method: (VQ, MQ, TA)}; TA alone and 1:1:1 alike."""
+    rows = [{"method": "base", "align": "", "judge": "oracle", "quality": quality["base"], **STANDARD}]
+    for method, values in wins.items():
+        facts = {"method": method, "quality": quality[method], **dict(zip(DIMENSIONS, values)), **STANDARD}
+        rows += [{**facts, "align": a, "judge": by} for a in align.ALIGNED for by in align.JUDGES]
+    return rows
+
+
+def answers(lines):
+    """{finding: set of yes and no} of a table of findings."""
+    cells = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ") and "finding" not in line]
+    return {row[0]: {cell.split(":")[0] for cell in row[1:] if cell.split(":")[0] in ("yes", "no")} for row in cells}
+
+
+def test_what_is_found_of_alignment_is_what_the_rows_say():
+    papers = {"sft": (0.5, 0.5, 0.5), "rwr": (0.52, 0.5, 0.5), "dpo-constant": (0.9, 0.8, 0.7),
+              "dpo-schedule": (0.8, 0.7, 0.4)}
+    quality = {"base": 0.8, **dict.fromkeys(papers, 0.7)}
+    said = answers(align.findings(partial(over_seeds, alignment_rows(papers, quality))))
+    assert len(said) == 9 and set.union(*said.values()) == {"yes"}
+    against = {"sft": (0.9, 0.9, 0.9), "rwr": (0.7, 0.6, 0.7), "dpo-constant": (0.5, 0.4, 0.3),
+               "dpo-schedule": (0.4, 0.3, 0.6)}
+    quality = {"base": 0.6, **dict.fromkeys(papers, 0.5), "rwr": 0.7}
+    said = answers(align.findings(partial(over_seeds, alignment_rows(against, quality))))
+    assert len(said) == 9 and set.union(*said.values()) == {"no"}
+
+
+def reward_rows(high, low):
+    """Rows of reward_model: `high` where the paper's finding wants the larger number, `low` where the smaller."""
+    rows, better = [], {"btt-shared": high, "bt-shared": low, "btt-separate": high, "oracle": 0.9, "regression": low}
+    for model, value in better.items():
+        for split in reward_model.SPLITS:
+            row = {"model": model, "split": split, "fraction": 1.0}
+            for n in DIMENSIONS:
+                row |= {f"{n}_with": value, f"{n}_without": value, f"{n}_tied": 1 - value}
+            rows.append(row)
+    return rows
+
+
+def test_what_is_found_of_rewards_is_what_the_rows_say():
+    shares = (0.01, 0.1, 1.0)
+
+    def said(high, low, bt, regression, **changed):
+        rows = reward_rows(high, low)
+        for row in rows:
+            row |= {key: v for (model, key), v in changed.get("cells", {}).items() if row["model"] == model}
+        curves = {(kind, m): [(v, 0.0)] * 3 for kind in ("with", "without")
+                  for m, v in (("bt-shared", bt), ("regression", regression))}
+        figure = partial(over_seeds, [{**row, "seed": 0} for row in rows])
+        return {k: v for k, v in zip(range(20), answers_of(reward_model.findings(figure, curves, shares, 3)))}
+
+    # BTT above BT with ties; equal without; separate above shared in MQ, TA; below in VQ; tied pairs closer
+    same = {("bt-shared", f"{n}_without"): 0.88 for n in DIMENSIONS} | {("btt-shared", f"{n}_without"): 0.88
+                                                                          for n in DIMENSIONS}
+    fits = same | {("btt-separate", "MQ_without"): 0.89, ("btt-separate", "TA_without"): 0.89,
+                   ("btt-separate", "VQ_without"): 0.87}
+    yes = said(0.88, 0.7, 0.8, 0.6, cells=fits)
+    assert set(yes.values()) == {"yes"} and len(yes) == 9
+    other = {("bt-shared", f"{n}_without"): 0.8 for n in DIMENSIONS} | {("btt-shared", f"{n}_without"): 0.7
+                                                                          for n in DIMENSIONS}
+    worse = other | {("btt-separate", "MQ_without"): 0.6, ("btt-separate", "TA_without"): 0.6,
+                     ("btt-separate", "VQ_without"): 0.75}
+    no = said(0.6, 0.7, 0.6, 0.8, cells=worse)
+    assert set(no.values()) == {"no"} and len(no) == 9
+
+
+def answers_of(lines):
+    """The yes or no of each finding, in their order."""
+    return [line.split(" | ")[1] for line in lines if line.startswith("| ") and "finding" not in line]
+
+
+def test_oracle_and_random_judges_of_pairs_are_what_they_are_called(monkeypatch):
+    truth = torch.tensor([[[1.0, 0.0, 0.5], [0.0, 1.0, 0.5]]]).expand(40, 2, 3)
+    label = torch.tensor([[1, -1, 0]]).expand(40, 3)
+    pairs = Pairs(torch.zeros(40, 8), None, label=label, truth=truth, overall=torch.full((40,), INVALID))
+    monkeypatch.setattr(reward_model, "judged_pairs", lambda split, count: pairs)
+    rows = reward_model.untrained("oracle", 0, Namespace(eval_pairs=40))
+    assert all(row["VQ_without"] == row["MQ_without"] == row["TA_with"] == 1.0 for row in rows)
+    assert [row["split"] for row in rows] == ["validation", "benchmark"]
+    assert all(row["VQ_ties"] == 0 and row["TA_ties"] == 1 for row in rows)
+    rows = reward_model.untrained("random", 0, Namespace(eval_pairs=40))
+    assert all(0.1 < row["VQ_without"] < 0.9 for row in rows)
+
+
+class Colours(torch.nn.Module):
+    """A noise-aware reward that knows colours alone: TA is how well the clip's colour is the prompt's."""
+
+    sign = 1
+
+    def forward(self, x_t, t, y):
+        hue = world.measure(x_t)["colour"]  # how well each of the colours matches
+        names = [text.split()[1] for text in map(Vocabulary().decode, y)]
+        asked = torch.tensor([list(world.COLOURS).index(name) for name in names])
+        return torch.stack((torch.zeros(len(y)), -hue.sum(1), self.sign * hue[torch.arange(len(y)), asked]), 1)
+
+
+@pytest.mark.parametrize(("sign", "colour"), [(1, 1.0), (-1, 0.0)])
+def test_told_apart_is_the_share_whose_own_prompt_is_preferred(monkeypatch, tmp_path, sign, colour):
+    reward = Colours()
+    reward.sign = sign
+    monkeypatch.setattr(guidance, "load_noisy_reward", lambda path: (reward, []))
+    rows = guidance.told_apart("noised", 3, Namespace(work=tmp_path, eval_pairs=36), CPU)
+    assert [row["t"] for row in rows] == list(guidance.TOLD_AT) and rows[0]["variant"] == "noised"
+    assert rows[0]["colour"] == colour and rows[0]["shape"] == rows[0]["direction"] == 0.0  # equal is not preferred

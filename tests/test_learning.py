@@ -1,0 +1,300 @@
+"""Pretraining, VideoReward and the noise-aware reward through train.py's own tasks: batches, labels, each flag's loss,
+and that a model learns what the annotators said, or the opposite where their labels are turned.
+
+Models are tiny (wired.py), pairs are the toy world's; losses are held against formulas written out here.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+import wired
+from wired import BATCH, CONFIG, CPU, find, noticeable, same_pairs, splits_of, trained
+
+import train
+import world
+from data import Vocabulary
+from model import load_velocity
+from reward import load_reward
+
+drawn, tiny = wired.drawn, wired.tiny
+EVERY = slice(0, BATCH)
+TA = 2
+
+
+def spoken(args):
+    """What the annotators' pairs of a training are, by the oracle: y, clips (N, 2, ...) and true scores (N, 2, 3)."""
+    y, clips, _ = same_pairs(args)
+    prompts = world.prompt_attributes([Vocabulary().decode(row) for row in y])
+    return y, clips, torch.stack([world.oracle(clips[:, side], prompts) for side in (0, 1)], 1)
+
+
+@pytest.mark.parametrize("algo", ["reward", "nrg"])
+def test_labels_are_those_of_the_very_clips_and_say_which_is_better(tiny, algo):
+    args, task = tiny(f"--algo={algo}", "--pairs=30")
+    y, clips, truth = spoken(args)
+    a, b = ("video_a", "video_b") if algo == "reward" else ("x0_a", "x0_b")
+    clear = 0
+    for step in range(3):
+        batch = task.batch(step, EVERY)
+        for i in range(BATCH):
+            (pair, side), other = find(batch[a][i], clips), find(batch[b][i], clips)
+            assert side == 0 and other == [pair, 1] and torch.equal(y[pair], batch["y"][i])
+            gap = (truth[pair, 0] - truth[pair, 1]) / world.TRUE_STD
+            for k in torch.nonzero(gap.abs() > 1.5).flatten().tolist():  # five times what an annotator errs by
+                clear += 1
+                assert batch["label"][i, k] == gap[k].sign()
+                if algo == "reward":
+                    assert (batch["mos"][i, 0, k] - batch["mos"][i, 1, k]) * gap[k] > 0
+    assert clear > 20
+
+
+def test_ratings_follow_the_clip_that_is_rated():
+    good, bad = torch.full((200, 3), 0.95), torch.full((200, 3), 0.05)
+    for a, b, sign in ((good, bad, 1), (bad, good, -1)):
+        mos = world.rate(a, b, torch.Generator().manual_seed(2))
+        assert mos.shape == (200, 2, 3) and 1 <= mos.min() and mos.max() <= 5
+        assert (sign * (mos[:, 0] - mos[:, 1])).mean() > 1
+        label, _ = world.annotate(a, b, torch.Generator().manual_seed(2))
+        overall = world.annotate_overall(a, b, torch.Generator().manual_seed(2))
+        assert (label == sign).float().mean() > 0.95 and (overall == sign).float().mean() > 0.95
+    # one standard deviation is one step from 3, which a clip of mean quality gets
+    level = world.TRUE_MEAN.expand(20_000, 3)
+    mos = world.rate(level, level - world.TRUE_STD, torch.Generator().manual_seed(2)).mean(0)
+    assert torch.allclose(mos[0], torch.full((3,), 3.0), atol=0.03) and torch.allclose(mos[1], mos[0] - 1, atol=0.03)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# VideoReward
+
+
+def preference_by_hand(kind, r, label, mos):
+    """The three losses of section 3.2 for scores r (B, 2, 3), entry by entry."""
+    losses = []
+    for i in range(len(r)):
+        for k in range(3):
+            delta, said = (r[i, 0, k] - r[i, 1, k]).double(), label[i, k].item()
+            tie = torch.log(torch.tensor(5.0, dtype=torch.float64))
+            if kind == "regression":
+                losses += [(r[i, side, k] - (mos[i, side, k] - 3)) ** 2 for side in (0, 1)]
+            elif said:
+                losses.append(F.softplus(-said * delta + (tie if kind == "btt" else 0)))
+            elif kind == "btt":  # (theta^2 - 1) sigma(delta - log theta) sigma(-delta - log theta)
+                losses.append(F.softplus(tie - delta) + F.softplus(tie + delta) - torch.tensor(24.0).log())
+    return sum(losses).item() / len(losses)
+
+
+@pytest.mark.parametrize("tokens", ["separate", "shared"])
+@pytest.mark.parametrize("kind", ["btt", "bt", "regression"])
+def test_the_loss_is_the_one_that_is_asked_for(tiny, kind, tokens):
+    _, task = tiny("--algo=reward", "--pairs=30", f"--loss={kind}", f"--tokens={tokens}", "--caption=0.5")
+    noticeable(task.model)
+    assert len(task.model.tokens) == (3 if tokens == "separate" else 1)
+    batch = task.batch(0, EVERY)
+    assert (batch["label"] == 0).any() and (batch["label"] != 0).any()
+    with torch.no_grad():
+        scored = [task.model.scores_and_words(batch[name], batch["y"]) for name in ("video_a", "video_b")]
+        loss, logs = task.loss(batch)
+    wanted = preference_by_hand(kind, torch.stack([r for r, _ in scored], 1), batch["label"], batch["mos"])
+    assert logs["loss"] == pytest.approx(wanted, rel=1e-4)
+    bag = torch.zeros(BATCH, CONFIG.vocab)
+    for i, words in enumerate(batch["y"].tolist()):
+        bag[i, [word for word in words if word]] = 1
+    wrong = [(1 - bag + (2 * bag - 1) * torch.sigmoid(logits)).log() for _, logits in scored]
+    caption = -torch.cat(wrong).sum(1).mean().item()
+    assert loss.item() - wanted == pytest.approx(0.5 * caption, rel=1e-4)
+
+
+def test_what_is_left_out_is_btt_separate_tokens_and_caption_one(tiny):
+    said = tiny("--algo=reward", "--loss=btt", "--caption=1", "--tokens=separate"), tiny("--algo=reward")
+    losses = [task.loss(task.batch(0, EVERY))[0].item() for _, task in said]
+    assert losses[0] == losses[1]
+
+
+def turned(honest):
+    """toy_data whose training labels and ratings say the opposite; the pairs to judge by stay."""
+
+    def data(*args):
+        pairs, held, name = honest(*args)
+        return replace(pairs, label=-pairs.label, mos=6 - pairs.mos), held, name
+
+    return data
+
+
+def agreement(score, batches):
+    """Mean of label times difference of scores (videos or noisy ones, by `score`) over the decided labels."""
+    parts = []
+    with torch.no_grad():
+        for batch in batches:
+            delta = score(batch)
+            parts.append((delta * batch["label"])[batch["label"] != 0])
+    return torch.cat(parts).mean().item()
+
+
+@pytest.mark.parametrize("kind", ["btt", "bt", "regression"])
+def test_videoreward_learns_what_was_said_and_the_opposite_of_turned_labels(tiny, monkeypatch, kind):
+    flags = ["--algo=reward", "--pairs=16", f"--loss={kind}", "--caption=0", "--steps=25"]
+    args, task = tiny(*flags)
+    batches = [task.batch(step, EVERY) for step in range(2)]
+    ends = []
+    for mirrored in (False, True):
+        with monkeypatch.context() as patch:
+            if mirrored:
+                patch.setattr(train, "toy_data", turned(train.toy_data))
+            _, task = tiny(*flags)
+        model = trained(args, task)
+        ends.append(agreement(lambda x, m=model: m(x["video_a"], x["y"]) - m(x["video_b"], x["y"]), batches))
+    assert ends[0] > 0.2 and ends[1] < -0.2
+
+
+def test_a_saved_videoreward_gives_z_scores_of_the_pairs_held_out(tiny):
+    args, task = tiny("--algo=reward", "--eval-pairs=20")
+    held = task.evaluate.keywords["held"]
+    lines = train.train(task, args, CPU)
+    model, _ = load_reward(args.out / "last.pt")
+    a, b = held.sides(torch.arange(20))
+    with torch.no_grad():
+        raw = torch.cat((model(a, held.y), model(b, held.y)))
+        z = torch.cat((model.normalised(a, held.y), model.normalised(b, held.y)))
+    assert torch.allclose(model.mean, raw.mean(0), atol=1e-5) and torch.allclose(model.std, raw.std(0), rtol=1e-3)
+    assert z.mean(0).abs().max() < 1e-3 and (z.std(0) - 1).abs().max() < 1e-3
+    assert splits_of(held.y) == {"validation"} and "20 validation pairs" in lines[0]
+    right = [((raw[:20] - raw[20:])[:, k].sign() == held.label[:, k])[held.label[:, k] != 0] for k in range(3)]
+    for k, name in enumerate(("VQ", "MQ", "TA")):
+        _, without, _, ties = next(line for line in lines if line.strip().startswith(name)).split()
+        assert float(without) == pytest.approx(right[k].float().mean().item(), abs=6e-4)
+        assert float(ties) == pytest.approx((held.label[:, k] == 0).float().mean().item(), abs=6e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The noise-aware reward
+
+
+def noised(x0, x1, t):
+    t = t.reshape(-1, 1, 1, 1, 1)
+    return (1 - t) * x0 + t * x1
+
+
+@pytest.mark.parametrize("noise", ["shared", "own"])
+@pytest.mark.parametrize("contrast", [0.0, 0.7])
+def test_nrg_loss_is_bradley_terry_and_the_own_prompt_against_another(tiny, noise, contrast):
+    _, task = tiny("--algo=nrg", "--pairs=30", f"--pair-noise={noise}", f"--contrast={contrast}")
+    noticeable(task.model)
+    batch = task.batch(0, EVERY)
+    assert ("x1_b" in batch) == (noise == "own")
+    x1_b = batch.get("x1_b", batch["x1"])
+    assert torch.equal(x1_b, batch["x1"]) == (noise == "shared")
+    with torch.no_grad():
+        loss, logs = task.loss(batch)
+        a = task.model(noised(batch["x0_a"], batch["x1"], batch["t"]), batch["t"], batch["y"])
+        b = task.model(noised(batch["x0_b"], x1_b, batch["t"]), batch["t"], batch["y"])
+        other = task.model(noised(batch["x0_a"], batch["x1"], batch["t"]), batch["t"], batch["other_y"])
+    said = batch["label"] != 0  # ties are left out
+    wanted = F.softplus(-batch["label"] * (a - b))[said].mean()
+    own = F.softplus(other[:, TA] - a[:, TA]).mean()
+    assert loss.item() == pytest.approx((wanted + contrast * own).item(), rel=1e-4)
+    if contrast:
+        assert logs["contrast"] == (a[:, TA] > other[:, TA]).float().mean()
+
+
+def test_the_other_prompt_is_another_pairs(tiny):
+    _, task = tiny("--algo=nrg", "--pairs=30")
+    batch = task.batch(0, EVERY)
+    assert sorted(batch["other_y"].tolist()) == sorted(batch["y"].tolist())
+    assert torch.equal(batch["other_y"], torch.cat((batch["y"][-1:], batch["y"][:-1])))
+    assert (batch["other_y"] != batch["y"]).any(1).float().mean() > 0.5
+
+
+@pytest.mark.parametrize(("read", "trunk"), [(1, "frozen"), (3, "frozen"), (2, "trained")])
+def test_nrg_reads_so_many_blocks_of_the_base_and_leaves_them_if_frozen(tiny, read, trunk):
+    args, task = tiny("--algo=nrg", f"--read={read}", f"--trunk={trunk}")
+    base = load_velocity(args.init)[0].state_dict()
+    assert len(task.model.trunk.blocks) == read
+    assert all(torch.equal(v, base[n]) for n, v in task.model.trunk.state_dict().items())
+    head = task.model.key.weight.clone()
+    model = trained(args, task)
+    moved = {n for n, v in model.trunk.state_dict().items() if not torch.equal(v, base[n])}
+    assert bool(moved) == (trunk == "trained") and not torch.equal(model.key.weight, head)
+
+
+def test_nrg_learns_what_was_said_and_the_opposite_of_turned_labels(tiny, monkeypatch):
+    flags = ["--algo=nrg", "--pairs=16", "--contrast=0", "--time-shift=0", "--trunk=trained", "--steps=40"]
+    args, task = tiny(*flags)
+    batches = [task.batch(step, EVERY) for step in range(2)]
+    ends = []
+    for mirrored in (False, True):
+        with monkeypatch.context() as patch:
+            if mirrored:
+                patch.setattr(train, "toy_data", turned(train.toy_data))
+            _, task = tiny(*flags)
+        model = trained(args, task)
+        t = torch.zeros(BATCH)
+        ends.append(agreement(lambda x, m=model, t=t: m(x["x0_a"], t, x["y"]) - m(x["x0_b"], t, x["y"]), batches))
+    assert ends[0] > 0.2 and ends[1] < -0.2
+
+
+def test_the_loss_on_prompts_makes_the_own_prompt_preferred(tiny):
+    args, task = tiny("--algo=nrg", "--pairs=16", "--contrast=5", "--time-shift=0", "--trunk=trained", "--steps=60")
+    batches = [task.batch(step, EVERY) for step in range(2)]
+    model, t, margins = trained(args, task), torch.zeros(BATCH), []
+    for batch in batches:
+        with torch.no_grad():
+            margin = (model(batch["x0_a"], t, batch["y"]) - model(batch["x0_a"], t, batch["other_y"]))[:, TA]
+        margins.append(margin[(batch["y"] != batch["other_y"]).any(1)])
+    assert torch.cat(margins).mean() > 0.5
+
+
+def test_a_noise_aware_rewards_unit_is_the_spread_over_clips_and_times(tiny):
+    args, task = tiny("--algo=nrg", "--eval-pairs=10")
+    held = task.evaluate.keywords["held"]
+    lines = train.train(task, args, CPU)
+    assert not torch.equal(task.model.std, torch.ones(3)) and splits_of(held.y) == {"validation"}
+    raw, times = [], (0.0, 0.2, 0.4, 0.6, 0.8, 0.9)
+    x1 = torch.randn(10, *CONFIG.video_shape, generator=torch.Generator().manual_seed(args.eval_seed))
+    with torch.no_grad():
+        for now in times:
+            t = torch.full((10,), now)
+            at_t = [task.model(noised(x0, x1, t), t, held.y) for x0 in held.sides(torch.arange(10))]
+            raw.append(torch.stack(at_t, 1))
+    assert torch.allclose(torch.cat(raw).std((0, 1)), torch.ones(3), atol=1e-3)  # divided by it already
+    for now, score in zip(times, raw):
+        line = next(line for line in lines if line.startswith(f"  t {now:.2f}"))
+        right = ((score[:, 0] - score[:, 1]).sign() == held.label)
+        for k, name in enumerate(("VQ", "MQ", "TA")):
+            share = right[:, k][held.label[:, k] != 0].float().mean().item()
+            assert f"{name} {share:.3f}" in line
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pretraining
+
+
+def test_pretraining_takes_clips_of_its_prompts_and_the_flow_error(tiny, drawn):
+    _, task = tiny("--algo=pretrain", "--label-dropout=0")
+    drawn.clear()
+    batch = task.batch(0, EVERY)
+    (clips,) = drawn
+    assert torch.equal(batch["x0"], world.render(clips, CONFIG.size))
+    assert [Vocabulary().decode(row) for row in batch["y"]] == [world.prompt_text(row) for row in clips.prompt]
+    with torch.no_grad():
+        x_t = noised(batch["x0"], batch["x1"], batch["t"])
+        v = task.model(x_t, batch["t"], batch["y"])
+        wanted = (v - (batch["x1"] - batch["x0"])).square().mean()
+    assert task.loss(batch)[0].item() == pytest.approx(wanted.item(), rel=1e-4)
+
+
+def test_pretraining_times_are_logit_normal_and_alignments_uniform(tiny):
+    # the share of times in the middle half: 2 Phi(log 3) - 1 = .728 of a logit-normal(0, 1), .5 of uniform ones
+    for algo, share in (("pretrain", 0.728), ("dpo", 0.5), ("nrg", 0.5)):
+        _, task = tiny(f"--algo={algo}", "--time-shift=1", "--batch=600")
+        t = task.batch(0, slice(0, 600))["t"]
+        assert ((t > 0.25) & (t < 0.75)).float().mean().item() == pytest.approx(share, abs=0.08)
+
+
+def test_pretraining_lowers_the_error(tiny):
+    args, task = tiny("--algo=pretrain", "--steps=40")
+    batch = task.batch(1000, EVERY)
+    before = task.loss(batch)[0].item()
+    trained(args, task)
+    assert task.loss(batch)[0].item() < 0.8 * before

@@ -1,0 +1,219 @@
+"""Which prompts every training, every closing table and every study really draws: preference pairs of train, pairs to
+judge by of validation, base models of both; hard, the paper's TA-Hard, in no training and in no clip of one.
+
+What is drawn is watched at the toy world's own door, world.draw_clips, and read from the batches; which split a prompt
+belongs to is worked out anew (wired.split_of).
+"""
+
+from argparse import Namespace
+
+import pytest
+import torch
+import wired
+from wired import BATCH, CPU, split_of, splits_of
+
+import evaluate
+import train
+import world
+from data import Vocabulary, annotated_pairs
+from studies import align, beta, guidance, jobs, reward_model
+from studies.jobs import prompts_of
+
+drawn, tiny = wired.drawn, wired.tiny
+EVERY = slice(0, BATCH)
+
+
+def watched_splits(drawn):
+    """Splits of all prompts asked for so far, and of all combinations shown, which the watch then forgets."""
+    asked, shown = (set().union(*(splits_of(getattr(c, name)) for c in drawn)) for name in ("prompt", "shown"))
+    drawn.clear()
+    return asked, shown
+
+
+def test_the_splits_are_those_of_the_documents():
+    every = torch.cartesian_prod(*(torch.arange(n) for n in world.CHOICES)).tolist()
+    for name, count in (("train", 72), ("validation", 12), ("hard", 12)):
+        rows = world.split_prompts(name).tolist()
+        assert len(rows) == count and sorted(rows) == sorted(row for row in every if split_of(row) == name)
+
+
+@pytest.mark.parametrize("algo", ["dpo", "sft", "rwr", "reward", "nrg"])
+def test_preferences_are_learned_on_training_prompts_alone(tiny, drawn, algo):
+    _, task = tiny(f"--algo={algo}", "--pairs=300", "--eval-pairs=60")
+    first, rest = drawn[:2], drawn[2:]  # A and B of the pairs to train on, then of those to judge by
+    assert all(len(clips) == 300 and splits_of(clips.prompt) == {"train"} for clips in first)
+    assert torch.equal(first[0].prompt, first[1].prompt) and (first[0].generator != first[1].generator).all()
+    for step in range(30):
+        assert splits_of(task.batch(step, EVERY)["y"]) == {"train"}
+    held = task.evaluate.keywords.get("held")
+    assert (held is None) == (algo not in ("reward", "nrg"))
+    if held:
+        assert all(len(clips) == 60 and splits_of(clips.prompt) == {"validation"} for clips in rest)
+        assert splits_of(held.y) == {"validation"} and len(held) == 60
+    assert "hard" not in set().union(*(splits_of(clips.shown) for clips in drawn))
+
+
+def test_pairs_to_judge_by_are_other_clips_than_those_of_another_seed(tiny):
+    held = [tiny("--algo=reward", f"--seed={seed}")[1].evaluate.keywords["held"] for seed in (0, 1)]
+    assert not torch.equal(held[0].y, held[1].y)
+
+
+def test_pretraining_sees_train_and_validation_and_nothing_hard(tiny, drawn):
+    _, task = tiny("--algo=pretrain", "--batch=200", "--label-dropout=0")
+    seen = set().union(*(splits_of(task.batch(step, slice(0, 200))["y"]) for step in range(3)))
+    asked, shown = watched_splits(drawn)
+    assert seen == asked == shown == {"train", "validation"}
+
+
+def test_nothing_shows_a_hard_combination_under_another_prompt(drawn):
+    rng = torch.Generator().manual_seed(0)
+    for split in ("train", "validation"):
+        prompts = world.split_prompts(split).repeat(30, 1)
+        world.draw_clips(prompts, torch.zeros(len(prompts), dtype=torch.int64), rng)
+    asked, shown = watched_splits(drawn)
+    assert asked == {"train", "validation"} and "hard" not in shown
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Closing tables and prompt sets
+
+
+@pytest.mark.parametrize("algo", ["dpo", "rwr", "pretrain"])
+def test_closing_tables_ask_for_every_prompt_once(tiny, monkeypatch, tmp_path, algo):
+    asked = []
+
+    def painted(model, words, prompts, seed, device="cpu", **settings):
+        asked.append(prompts)
+        return torch.zeros(len(prompts), *wired.CONFIG.video_shape)
+
+    monkeypatch.setattr(evaluate, "sample_prompts", painted)
+    _, task = tiny(f"--algo={algo}", "--eval-prompts=96")
+    tmp_path.joinpath("out").mkdir()
+    task.evaluate(task.model, tmp_path / "out")
+    every = [row for name in ("train", "validation", "hard") for row in world.split_prompts(name).tolist()]
+    assert asked and all(sorted(prompts.tolist()) == sorted(every) for prompts in asked)
+
+
+def test_prompt_sets_are_what_they_are_called():
+    standard, hard, large = prompts_of("standard", 168), prompts_of("hard", 24), prompts_of("large", 512)
+    assert splits_of(standard[:72]) == {"train"} and splits_of(standard[72:84]) == {"validation"}
+    assert torch.equal(standard[84:], standard[:84]) and len({tuple(row) for row in standard.tolist()}) == 84
+    assert splits_of(hard) == {"hard"} and len({tuple(row) for row in hard.tolist()}) == 12
+    assert len({tuple(row) for row in large.tolist()}) == 96 and torch.equal(large, prompts_of("large", 512))
+    assert set(jobs.SETS) == {"standard", "hard", "large"} and set(beta.SETS) <= set(jobs.SETS)
+
+
+@pytest.mark.parametrize("module", [align, beta, guidance])
+def test_studies_judge_the_sets_that_their_rows_name(module, monkeypatch):
+    asked = {}
+
+    def painted(model, words, prompts, seed, device, **settings):
+        asked.setdefault(seed, []).append((prompts, settings["cfg"]))
+        return torch.zeros(len(prompts), 3, 8, 32, 32)
+
+    monkeypatch.setattr(jobs, "sample_prompts", painted)
+    cfgs = getattr(module, "CFGS", (1.0, 2.0))
+    scores = jobs.judge(jobs.WEIGHTS / "base.pt", Namespace(eval_prompts=24), CPU,
+                        module.SETS, cfgs)
+    assert list(scores) == [f"{name} {cfg:g}" for name in module.SETS for cfg in cfgs]
+    splits = {"standard": {"train"}, "hard": {"hard"}, "large": {"train", "validation", "hard"}}
+    for name, calls in zip(module.SETS, asked.values()):  # one noise for a set, the same for every model
+        assert [cfg for _, cfg in calls] == list(cfgs)
+        assert all(splits_of(prompts) <= splits[name] and len(prompts) == 24 for prompts, _ in calls)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Trainings of the studies
+
+
+@pytest.fixture
+def studied(monkeypatch, tmp_path, drawn):
+    """Runs jobs of a study by name, their trainings drawing two batches in place of learning: {name: (args, splits of
+    the batches, splits asked for and shown)}, and the study's flags."""
+    args = evaluate.arguments(["align", "--steps=1", "--eval-pairs=20", f"--work={tmp_path}", "--seeds=1"])
+    seen = []
+
+    def draws(task, settings, device, state=None):
+        batches = [task.batch(step, slice(0, settings.batch)) for step in range(2)]
+        held = task.evaluate.keywords.get("held")
+        splits = set().union(*(splits_of(batch["y"]) for batch in batches))
+        seen.append((settings, splits, held and splits_of(held.y), *watched_splits(drawn)))
+        return []
+
+    monkeypatch.setattr(train, "train", draws)
+    for module in (align, beta, guidance):
+        for name in ("judge", "base_scores"):
+            monkeypatch.setattr(module, name, lambda *args: {})
+    monkeypatch.setattr(beta, "drift", lambda out: 0.0)
+    monkeypatch.setattr(beta, "load_checkpoint", lambda path: None)
+    return args, seen
+
+
+def test_alignment_studies_train_on_training_prompts_with_what_their_rows_say(studied):
+    args, seen = studied
+    made = {**align.jobs(args, CPU), **beta.jobs(args, CPU)}
+    for name, job in made.items():
+        if name == "base" or name.startswith("dpo-constant-") and name.split("-")[2] in map(str, beta.BETAS[1:]):
+            continue
+        seen.clear()
+        job()
+        for settings, splits, held, asked, shown in seen:
+            assert splits == {"train"} and held is None and asked <= {"train"} and "hard" not in shown
+            method = name.removesuffix("-0")
+            assert settings.algo == name.split("-")[0] and settings.seed == 0
+            assert settings.schedule == ("(1-t)^2" if method.startswith("dpo-schedule") else "constant")
+            assert settings.align == ((0, 0, 1) if "TA only" in name else (1, 1, 1))
+            number = method.rsplit("-", 1)[1]
+            assert settings.beta == (float(number) if number.isdigit() else 100)
+
+
+def test_guidance_learns_train_and_is_judged_on_validation(studied, drawn, monkeypatch):
+    args, seen = studied
+    monkeypatch.setattr(guidance, "load_noisy_reward", lambda path: (torch.nn.Identity(), []))
+    for variant in guidance.VARIANTS:
+        guidance.reward_of(variant, 0, args, CPU)
+    assert [s.trunk for s, *_ in seen] == ["frozen", "frozen", "trained", "frozen"]
+    assert [s.contrast for s, *_ in seen] == [1, 1, 1, 0] and [s.time_shift for s, *_ in seen] == [1, 0, 1, 1]
+    for _, splits, held, asked, shown in seen:
+        assert splits == {"train"} and held == {"validation"}
+        assert asked == {"train", "validation"} and "hard" not in shown
+    watched_splits(drawn)
+    monkeypatch.setattr(guidance, "noisy_scores", lambda reward, pairs, device, seed: {0.0: torch.rand(20, 2, 3)})
+    guidance.accuracy_rows(None, "noised", 0, args, CPU)
+    assert watched_splits(drawn)[0] == {"validation"}
+
+
+def test_prompts_told_apart_were_never_in_a_pair(drawn, monkeypatch, tmp_path):
+    monkeypatch.setattr(guidance, "load_noisy_reward", lambda path: (Silent(), []))
+    guidance.told_apart("noised", 0, Namespace(work=tmp_path, eval_pairs=24), CPU)
+    asked, shown = watched_splits(drawn)
+    assert asked == shown == {"validation"}
+
+
+class Silent(torch.nn.Module):
+    """A noise-aware reward without an opinion."""
+
+    def forward(self, x_t, t, y):
+        return torch.zeros(len(y), 3)
+
+
+def test_the_reward_study_learns_train_and_is_judged_on_validation_and_hard(studied, drawn, monkeypatch):
+    args, seen = studied
+    monkeypatch.setattr(reward_model, "pair_scores", lambda score, pairs, device: torch.rand(len(pairs), 2, 3))
+    reward_model.judged_pairs.cache_clear()
+    for model in reward_model.MODELS:
+        seen.clear()
+        reward_model.trained(model, 1.0, 0, args, CPU)
+        ((settings, splits, held, asked, shown),) = seen
+        assert splits == {"train"} and held == {"validation"} and "hard" not in shown and "hard" not in asked
+        assert settings.tokens == ("separate" if model == "btt-separate" else "shared")
+        assert settings.loss == model.split("-")[0]
+        watched_splits(drawn)
+    assert splits_of(reward_model.judged_pairs("validation", 20).y) == {"validation"}
+    assert splits_of(reward_model.judged_pairs("benchmark", 20).y) == {"hard"}
+
+
+def test_named_splits_are_drawn_and_no_others(drawn):
+    for names in (["train"], ["validation"], ["hard"], ["validation", "hard"]):
+        pairs = annotated_pairs(60, names, 3, wired.CONFIG, Vocabulary())
+        assert splits_of(pairs.y) == watched_splits(drawn)[0] == set(names)
