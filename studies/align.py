@@ -19,6 +19,7 @@ import train
 from data import DIMENSIONS
 from evaluate import over_seeds
 from studies.jobs import ALIGNED, ATTRIBUTES, CFGS, JUDGES, METHODS, SETS, base_scores, judge, rows_of, settings_for
+from studies.report.tables import Table, plus_minus
 
 
 def untrained(args, device):
@@ -53,34 +54,32 @@ def jobs(args, device):
 
 
 def report(args, rows):
-    figure = partial(over_seeds, rows)
-
-    def cell(value):
-        return f"{value[0]:.2f} ± {value[1]:.2f}"
-
-    lines = ["# Alignment on the toy world", ""]
-    lines += [f"Win rates over the base model, mean ± standard deviation over {args.seeds} seeds."]
-    for align, table in zip(ALIGNED, ("Table 3", "Table 4")):
+    tables, figure = [], partial(over_seeds, rows)
+    for align, name in zip(ALIGNED, ("Table 3", "Table 4")):
         for cfg in CFGS:
             for by in JUDGES:
-                lines += ["", f"## {table}: {align}, CFG {cfg:g}, judged by {by}", ""]
-                lines += ["| method | " + " | ".join(f"{name} {n}" for name in SETS for n in DIMENSIONS) + " |"]
-                lines += ["|---|" + "---|" * (len(SETS) * 3)]
-                for method in METHODS:
-                    wanted = {"method": method, "align": align, "cfg": cfg, "judge": by}
-                    cells = [cell(figure(n, set=name, **wanted)) for name in SETS for n in DIMENSIONS]
-                    lines.append(f"| {method} | " + " | ".join(cells) + " |")
+                head = ["method", *(f"{name} {n}" for name in SETS for n in DIMENSIONS)]
+                wanted = {"align": align, "cfg": cfg, "judge": by}
+                cells = [
+                    [m, *(plus_minus(figure(n, set=s, method=m, **wanted)) for s in SETS for n in DIMENSIONS)]
+                    for m in METHODS
+                ]
+                tables.append(Table(f"{name}: {align}, CFG {cfg:g}, judged by {by}", head, cells))
 
-    lines += ["", "## True scores, attributes right and static quality (standard set)", ""]
-    columns = [*(f"{n}_score" for n in DIMENSIONS), *ATTRIBUTES, "quality"]
-    lines += ["| CFG | aligned | method | " + " | ".join(c.replace("_", " ") for c in columns) + " |"]
-    lines += ["|---|---|---|" + "---|" * len(columns)]
+    columns, cells = [*(f"{n}_score" for n in DIMENSIONS), *ATTRIBUTES, "quality"], []
     for cfg in CFGS:
         for align, method in [("", "base"), *((a, m) for a in ALIGNED for m in METHODS)]:
             wanted = {"method": method, "align": align, "cfg": cfg, "judge": "oracle", "set": "standard"}
-            cells = " | ".join(cell(figure(column, **wanted)) for column in columns)
-            lines.append(f"| {cfg:g} | {align} | {method} | {cells} |")
-    return {"rows": rows, "markdown": [*lines, "", *findings(figure)], "pictures": {}}
+            cells.append([f"{cfg:g}", align, method, *(plus_minus(figure(column, **wanted)) for column in columns)])
+    head = ["CFG", "aligned", "method", *(c.replace("_", " ") for c in columns)]
+    tables.append(Table("True scores, attributes right and static quality (standard set)", head, cells))
+    return {
+        "rows": rows,
+        "title": "Alignment on the toy world",
+        "introduction": [f"Win rates over the base model, mean ± standard deviation over {args.seeds} seeds."],
+        "tables": [*tables, findings(figure)],
+        "pictures": {},
+    }
 
 
 def findings(figure):
@@ -96,12 +95,10 @@ def findings(figure):
     def quality(method, align="1:1:1"):
         return figure("quality", method=method, align=align, judge="oracle", **standard)[0]
 
-    lines = ["## What the paper finds, and what is found here (standard set, CFG 1)", ""]
-    lines += ["| finding | " + " | ".join(f"by {by}" for by in JUDGES) + " |", "|---|---|---|"]
+    rows = []
 
     def line(text, test):
-        cells = [f"{'yes' if holds else 'no'}: {figures}" for holds, figures in map(test, JUDGES)]
-        lines.append(f"| {text} | " + " | ".join(cells) + " |")
+        rows.append([text, *(f"{'yes' if holds else 'no'}: {figures}" for holds, figures in map(test, JUDGES))])
 
     def compare(text, first, second, by_least=0.0):
         line(text, lambda by: (first(by) > second(by) + by_least, f"{first(by):.2f} against {second(by):.2f}"))
@@ -122,4 +119,5 @@ def findings(figure):
     line("SFT and RWR within .05 of each other, mean of the three", close)
     best = max(METHODS, key=quality)
     compare("no method raises static quality", lambda by: quality("base", ""), lambda by: quality(best))
-    return lines
+    title = "What the paper finds, and what is found here (standard set, CFG 1)"
+    return Table(title, ["finding", *(f"by {by}" for by in JUDGES)], rows, "findings")

@@ -16,6 +16,7 @@ from evaluate import mean_and_spread
 from runtime.checkpoint import load_checkpoint
 from studies.jobs import JUDGES, METHODS, base_scores, judge, rows_of, settings_for
 from studies.report.charts import Chart
+from studies.report.tables import Table, plus_minus
 from world import TRUE_MEAN, TRUE_STD
 
 BETAS = (10, 30, 100, 300, 1000, 3000)  # the paper's: 100 to 8000
@@ -81,24 +82,17 @@ def report(args, rows):
         return [mean_and_spread([row[column] for row in here if row[x] == value]) for value in xs]
 
     def table(title, head, xs, x, **wanted):
-        names = " | ".join(f"{by} {n}" for by in JUDGES for n in NAMES)
-        lines = ["", f"## {title}", "", f"| {head} | drift | {names} |"]
-        lines.append("|---|---|" + "---|" * (len(JUDGES) * len(NAMES)))
         columns = [curve("drift", x, xs, judge="oracle", set="standard", **wanted)]
         columns += [curve(n, x, xs, judge=by, set="standard", **wanted) for by in JUDGES for n in NAMES]
-        for i, value in enumerate(xs):
-            cells = [f"{columns[0][i][0]:.4f}", *(f"{column[i][0]:.2f} ± {column[i][1]:.2f}" for column in columns[1:])]
-            lines.append(f"| {value} | " + " | ".join(cells) + " |")
-        return lines
+        cells = [
+            [str(value), f"{columns[0][i][0]:.4f}", *(plus_minus(column[i]) for column in columns[1:])]
+            for i, value in enumerate(xs)
+        ]
+        return Table(title, [head, "drift", *(f"{by} {n}" for by in JUDGES for n in NAMES)], cells)
 
     steps = sorted({row["steps"] for row in rows if row["study"] == "long"})
-    lines = ["# Choosing beta on the toy world", ""]
-    lines += [f"Standard set, CFG 1, mean ± sd over {args.seeds} seeds: win rates over the base model, and mean scores"]
-    lines += ["(the oracle's own; VideoReward's as z-scores)."]
-    for method in SCHEDULES:
-        lines += table(f"{method}: sweep", "beta", BETAS, "beta", study="sweep", method=method)
-    for method in SCHEDULES:
-        lines += table(f"{method}: long run", "steps", steps, "steps", study="long", method=method)
+    tables = [table(f"{m}: sweep", "beta", BETAS, "beta", study="sweep", method=m) for m in SCHEDULES]
+    tables += [table(f"{m}: long run", "steps", steps, "steps", study="long", method=m) for m in SCHEDULES]
 
     sweeps, runs = [], []
     for name in SETS:
@@ -117,4 +111,13 @@ def report(args, rows):
             true = [(value - TRUE_MEAN[i].item()) / TRUE_STD[i].item() for value in true]
             series = [("videoreward", away, learned, None), ("oracle", away, true, None)]
             runs.append(Chart(f"{method}: {name}", series, "drift from the reference", "z-score"))
-    return {"rows": rows, "markdown": lines, "pictures": {"beta_long": runs, "beta_sweep": sweeps}}
+    return {
+        "rows": rows,
+        "title": "Choosing beta on the toy world",
+        "introduction": [
+            f"Standard set, CFG 1, mean ± sd over {args.seeds} seeds: win rates over the base model, and mean scores",
+            "(the oracle's own; VideoReward's as z-scores).",
+        ],
+        "tables": tables,
+        "pictures": {"beta_long": runs, "beta_sweep": sweeps},
+    }

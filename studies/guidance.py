@@ -28,6 +28,7 @@ from runtime.checkpoint import WEIGHTS
 from sample import CFG, NRG_EPS, NRG_INTERVAL, NRG_SCALE
 from studies.jobs import ATTRIBUTES, JUDGES, base_scores, judge, rows_of, settings_for
 from studies.report.charts import Chart
+from studies.report.tables import Table, plus_minus
 
 SETS = {"large": 256}
 TABLE_5 = ((0, 0, 1), (0.1, 0.1, 0.8), (0.1, 0.1, 0.6), (0.5, 0.5, 0), (1, 1, 1))
@@ -182,71 +183,58 @@ def report(args, rows):
     figure = partial(over_seeds, rows)
 
     def cells(columns, **wanted):
-        return " | ".join("{:.2f} ± {:.2f}".format(*figure(column, **wanted)) for column in columns)
+        return [plus_minus(figure(column, **wanted)) for column in columns]
 
     scores = [*(f"{n}_score" for n in DIMENSIONS), *ATTRIBUTES]
     columns = [*(f"{by} {n}" for by in (*JUDGES, "true") for n in DIMENSIONS), *ATTRIBUTES]
 
     def table(title, wanted_of):
-        lines = ["", f"## {title}", "", f"| | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
+        rows = []
         for name, wanted in wanted_of.items():
-            wins = [cells(DIMENSIONS, judge=by, **wanted) for by in JUDGES]
-            lines.append(f"| {name} | {' | '.join(wins)} | {cells(scores, judge='oracle', **wanted)} |")
-        return lines
+            wins = [cell for by in JUDGES for cell in cells(DIMENSIONS, judge=by, **wanted)]
+            rows.append([name, *wins, *cells(scores, judge="oracle", **wanted)])
+        return Table(title, ["", *columns], rows)
 
-    lines = ["# Flow-NRG on the toy world", ""]
-    lines += [
-        f"Win rates over the unguided base model on the same {SETS['large']} prompts and noise, CFG 1 unless said,"
-    ]
-    lines += [
-        f"and mean true scores; mean ± sd over {args.seeds} rewards. Scale {NRG_SCALE:g}, eps {NRG_EPS:g}, guided for"
-    ]
-    low, high = NRG_INTERVAL
-    lines += [f"t from {low:g} to {high:g}. colour, shape, direction: the share of clips that have the right one."]
     methods = [*map(name_of, TABLE_5), f"CFG {CFG:g}, no NRG"]
-    lines += table("Table 5: weights VQ:MQ:TA", {name: {"study": "weights", "method": name} for name in methods})
+    tables = [table("Table 5: weights VQ:MQ:TA", {name: {"study": "weights", "method": name} for name in methods})]
     alone = [name_of(tuple(w * (i == k) for k in range(3))) for i in range(3) for w in RISING]
-    lines += table("Each weight alone", {name: {"study": "one", "method": name} for name in alone})
+    tables.append(table("Each weight alone", {name: {"study": "one", "method": name} for name in alone}))
     sweep = {f"scale {f * NRG_SCALE:g}": {"study": "scale", "scale": f * NRG_SCALE} for f in SCALES}
     sweep[f"scale {NRG_SCALE:g}"] = {"study": "weights", "method": "nrg-1:1:1"}
-    lines += table("Scale, 1:1:1", dict(sorted(sweep.items(), key=lambda item: float(item[0].split()[1]))))
+    tables.append(table("Scale, 1:1:1", dict(sorted(sweep.items(), key=lambda item: float(item[0].split()[1])))))
     ways = {f"t up to {NRG_INTERVAL[1]:g}": sweep[f"scale {NRG_SCALE:g}"], "every t": {"study": "interval"}}
-    lines += table("Interval, 1:1:1", ways)
+    tables.append(table("Interval, 1:1:1", ways))
     kinds = {}
     for variant in VARIANTS:
         for weights in ((1, 1, 1), (0, 1, 0), (0, 0, 1)):
             study = "reward" if variant != "noised" else "one" if weights == (0, 1, 0) else "weights"
             wanted = {"study": study, "variant": variant, "method": name_of(weights)}
             kinds[f"{variant}, {name_of(weights)}"] = wanted
-    lines += table("The reward: noised against clean clips, frozen against trained trunk, the loss on prompts", kinds)
+    title = "The reward: noised against clean clips, frozen against trained trunk, the loss on prompts"
+    tables.append(table(title, kinds))
     top = {
         f"{m}, CFG {c:g}": {"study": "on top", "method": m, "cfg": c}
         for c in (1.0, CFG)
         for m in ("dpo", "dpo+nrg-1:1:1")
     }
     top[f"nrg-1:1:1, CFG {CFG:g}"] = {"study": "on top", "method": "cfg+nrg-1:1:1"}
-    lines += table("On top of Flow-DPO and of CFG (over the base model at the same CFG)", top)
+    tables.append(table("On top of Flow-DPO and of CFG (over the base model at the same CFG)", top))
 
     times = sorted({row["t"] for row in rows if row["study"] == "accuracy"})
-    lines += ["", "## Pair accuracy of the reward by noise (unseen prompts, without ties)", ""]
-    lines += ["| | " + " | ".join(f"t {t:g}" for t in times) + " |", "|---|" + "---|" * len(times)]
-    curves = {}
-    for variant in VARIANTS:
-        for n in DIMENSIONS:
-            curves[variant, n] = [figure(n, study="accuracy", variant=variant, t=t) for t in times]
-            lines.append(
-                f"| {variant}, {n} | " + " | ".join(f"{m:.2f} ± {sd:.2f}" for m, sd in curves[variant, n]) + " |"
-            )
+    curves = {
+        (variant, n): [figure(n, study="accuracy", variant=variant, t=t) for t in times]
+        for variant, n in product(VARIANTS, DIMENSIONS)
+    }
+    lines = [[f"{variant}, {n}", *map(plus_minus, curve)] for (variant, n), curve in curves.items()]
+    title = "Pair accuracy of the reward by noise (unseen prompts, without ties)"
+    tables.append(Table(title, ["", *(f"t {t:g}" for t in times)], lines))
 
-    lines += [
-        "",
-        "## Own prompt preferred to one with another colour, shape or direction (clean clips, unseen prompts)",
-        "",
-    ]
-    lines += ["| | " + " | ".join(f"t {t:g}" for t in TOLD_AT) + " |", "|---|" + "---|" * len(TOLD_AT)]
+    lines = []
     for variant, name in product(TOLD_BY, ATTRIBUTES):
         told = [figure(name, study="told", variant=variant, t=t) for t in TOLD_AT]
-        lines.append(f"| {variant}, {name} | " + " | ".join(f"{m:.2f} ± {sd:.2f}" for m, sd in told) + " |")
+        lines.append([f"{variant}, {name}", *map(plus_minus, told)])
+    title = "Own prompt preferred to one with another colour, shape or direction (clean clips, unseen prompts)"
+    tables.append(Table(title, ["", *(f"t {t:g}" for t in TOLD_AT)], lines))
 
     series = [(n, times, *zip(*curves["noised", n])) for n in DIMENSIONS if times]
     charts = [Chart("pair accuracy", series, "t", "accuracy", level=0.5)]
@@ -256,4 +244,15 @@ def report(args, rows):
         points = {n: [figure(n, judge=by, **w) for w in wanted] for n in DIMENSIONS}
         series = [(n, [f * NRG_SCALE for f in factors], *zip(*points[n])) for n in DIMENSIONS]
         charts.append(Chart(f"1:1:1, {by}", series, "scale", "win rate", log=True, level=0.5))
-    return {"rows": rows, "markdown": lines, "pictures": {"nrg": charts}}
+    scale, eps, (low, high) = NRG_SCALE, NRG_EPS, NRG_INTERVAL
+    return {
+        "rows": rows,
+        "title": "Flow-NRG on the toy world",
+        "introduction": [
+            f"Win rates over the unguided base model on the same {SETS['large']} prompts and noise, CFG 1 unless said,",
+            f"and mean true scores; mean ± sd over {args.seeds} rewards. Scale {scale:g}, eps {eps:g}, guided for",
+            f"t from {low:g} to {high:g}. colour, shape, direction: the share of clips that have the right one.",
+        ],
+        "tables": tables,
+        "pictures": {"nrg": charts},
+    }

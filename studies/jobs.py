@@ -26,6 +26,7 @@ from runtime.cli import BadInput, check_writable
 from runtime.resume import commit
 from sample import CFG
 from studies.report.charts import picture
+from studies.report.tables import markdown
 
 try:
     import fcntl
@@ -86,13 +87,14 @@ def save_json(path, content):
 
 
 def save(study, result, out, device):
-    """Writes `result` {"rows", "markdown", "pictures": {name: list of Chart}} as out/study.json, .md and SVGs."""
+    """Writes what a study's report() gives (rows, title, introduction, tables, pictures: {name: list of Chart}) as
+    out/study.json, .md and SVGs."""
     source = facts(device)
     note = "`{command}`, commit {commit}, torch {torch}, {device}".format(**source)
     try:
         out.mkdir(parents=True, exist_ok=True)
         save_json(out / f"{study}.json", {**source, "rows": result["rows"]})
-        (out / f"{study}.md").write_text("\n".join([*result["markdown"], "", note, ""]))
+        (out / f"{study}.md").write_text("\n".join([*markdown(result), "", note, ""]))
         for name, charts in result["pictures"].items():
             (out / f"{name}.svg").write_text(picture(charts))
     except OSError as error:
@@ -208,4 +210,4 @@ def run(study, args, device):
         return
     result = study.report(args, [row for group in rows.values() for row in group])
     save(args.study, result, args.out, device)
-    print("\n".join([*result["markdown"], "", f"wrote {args.out / args.study}.json and .md"]))
+    print("\n".join([*markdown(result), "", f"wrote {args.out / args.study}.json and .md"]))

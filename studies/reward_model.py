@@ -16,6 +16,7 @@ from data import DIMENSIONS, Vocabulary, annotated_pairs
 from evaluate import mean_and_spread, over_seeds, pair_scores
 from reward import RewardConfig, accuracy_with_ties, accuracy_without_ties
 from studies.report.charts import Chart
+from studies.report.tables import Table, plus_minus
 from world import TRUE_MEAN, TRUE_STD
 
 SHARED = ["--tokens", "shared"]
@@ -119,38 +120,36 @@ def jobs(args, device):
 
 def report(args, rows):
     figure = partial(over_seeds, rows)
-    lines = ["# VideoReward on the toy world"]
+    tables = []
     columns = [f"{name}_{kind}" for name in (*DIMENSIONS, "Overall") for kind in ("with", "without")]
     for split in SPLITS:
         ties = ", ".join(f"{n} {figure(f'{n}_ties', model='oracle', split=split)[0]:.2f}" for n in DIMENSIONS)
-        lines += ["", f"## Tables 2 and 6: {split}, {args.eval_pairs} pairs (ties: {ties})", ""]
-        lines += ["| model | " + " | ".join(f"{c.replace('_', ' ')} ties" for c in columns) + " |"]
-        lines += ["|---|" + "---|" * len(columns)]
+        cells = []
         for model in ("random", "oracle", *MODELS):
-            cells = [figure(column, model=model, split=split, fraction=1.0) for column in columns]
-            lines.append(f"| {model} | " + " | ".join(f"{mean:.3f} ± {sd:.3f}" for mean, sd in cells) + " |")
+            figures = (figure(column, model=model, split=split, fraction=1.0) for column in columns)
+            cells.append([model, *(plus_minus(value, 3) for value in figures)])
+        title = f"Tables 2 and 6: {split}, {args.eval_pairs} pairs (ties: {ties})"
+        tables.append(Table(title, ["model", *(f"{c.replace('_', ' ')} ties" for c in columns)], cells))
 
-    shares = (*FRACTIONS, 1.0)
-    lines += ["", "## Fig. 2: accuracy on validation pairs, mean of VQ, MQ and TA, by share of the training pairs", ""]
-    lines += ["| | " + " | ".join(f"{share:g}" for share in shares) + " |", "|---|" + "---|" * len(shares)]
-    curves = {}
+    shares, curves, cells = (*FRACTIONS, 1.0), {}, []
     for kind in ("without", "with"):
         for model in COMPARED:
-            cells = []
+            curves[kind, model] = []
             for share in shares:
                 here = [r for r in rows if (r["model"], r["split"], r["fraction"]) == (model, "validation", share)]
-                cells.append(mean_and_spread([sum(r[f"{n}_{kind}"] for n in DIMENSIONS) / 3 for r in here]))
-            curves[kind, model] = cells
-            text = " | ".join(f"{mean:.3f} ± {sd:.3f}" for mean, sd in cells)
-            lines.append(f"| {model}, {kind} ties | {text} |")
+                means = [sum(r[f"{n}_{kind}"] for n in DIMENSIONS) / 3 for r in here]
+                curves[kind, model].append(mean_and_spread(means))
+            cells.append([f"{model}, {kind} ties", *(plus_minus(value, 3) for value in curves[kind, model])])
+    title = "Fig. 2: accuracy on validation pairs, mean of VQ, MQ and TA, by share of the training pairs"
+    tables.append(Table(title, ["", *(f"{share:g}" for share in shares)], cells))
 
-    lines += ["", "## Fig. 3: mean |difference| of tied validation pairs, that of decided pairs being 1", ""]
-    lines += ["| | " + " | ".join(DIMENSIONS) + " |", "|---|---|---|---|"]
+    cells = []
     for model in MODELS:
-        cells = [figure(f"{n}_tied", model=model, split="validation", fraction=1.0) for n in DIMENSIONS]
-        lines.append(f"| {model} | " + " | ".join(f"{mean:.3f} ± {sd:.3f}" for mean, sd in cells) + " |")
-
-    lines += findings(figure, curves, shares, args.seeds)
+        tied = (figure(f"{n}_tied", model=model, split="validation", fraction=1.0) for n in DIMENSIONS)
+        cells.append([model, *(plus_minus(value, 3) for value in tied)])
+    title = "Fig. 3: mean |difference| of tied validation pairs, that of decided pairs being 1"
+    tables.append(Table(title, ["", *DIMENSIONS], cells))
+    tables.append(findings(figure, curves, shares, args.seeds))
 
     fractions, ties = [], []
     for kind in ("without", "with"):
@@ -164,13 +163,18 @@ def report(args, rows):
             heights = torch.tensor([r[f"{name}_tied_histogram"] for r in here]).reshape(-1, BINS).mean(0).tolist()
             series.append((model, middles, heights, None))
         ties.append(Chart(name, series, "|difference| (decided = 1)", "share of tied pairs"))
-    return {"rows": rows, "markdown": lines, "pictures": {"reward_fraction": fractions, "reward_ties": ties}}
+    return {
+        "rows": rows,
+        "title": "VideoReward on the toy world",
+        "introduction": [],
+        "tables": tables,
+        "pictures": {"reward_fraction": fractions, "reward_ties": ties},
+    }
 
 
 def findings(figure, curves, shares, seeds):
     """The paper's findings on the reward model held against these numbers: validation pairs, mean over the seeds."""
-    lines = ["", "## What the paper finds, and what is found here (validation pairs)", ""]
-    lines += ["| finding | here | figures |", "|---|---|---|"]
+    rows = []
 
     def held_out(model, column):
         return figure(column, model=model, split="validation", fraction=1.0)
@@ -178,7 +182,7 @@ def findings(figure, curves, shares, seeds):
     def compare(text, first, second, kind, names, test):
         pairs = [(held_out(first, f"{n}_{kind}"), held_out(second, f"{n}_{kind}")) for n in names]
         said = ", ".join(f"{n} {a[0]:.3f} ± {a[1]:.3f} / {b[0]:.3f} ± {b[1]:.3f}" for n, (a, b) in zip(names, pairs))
-        lines.append(f"| {text} | {'yes' if all(test(a, b) for a, b in pairs) else 'no'} | {said} |")
+        rows.append([text, "yes" if all(test(a, b) for a, b in pairs) else "no", said])
 
     def above(a, b):
         return a[0] > b[0]
@@ -195,9 +199,7 @@ def findings(figure, curves, shares, seeds):
         bt, regression = (curves[kind, model] for model in COMPARED)
         said = ", ".join(f"{share:g}: {a[0]:.3f} / {b[0]:.3f}" for share, a, b in zip(shares, bt, regression))
         holds = all(above(a, b) for a, b in zip(bt, regression))
-        lines.append(
-            f"| BT above regression at every share of the data, {kind} ties | {'yes' if holds else 'no'} | {said} |"
-        )
+        rows.append([f"BT above regression at every share of the data, {kind} ties", "yes" if holds else "no", said])
     for split in SPLITS:
         shares_of_ceiling = []
         for name in DIMENSIONS:
@@ -206,7 +208,6 @@ def findings(figure, curves, shares, seeds):
             shares_of_ceiling.append(own / top)
         said = ", ".join(f"{name} {share:.3f}" for name, share in zip(DIMENSIONS, shares_of_ceiling))
         holds = "yes" if min(shares_of_ceiling) >= 0.95 else "no"
-        lines.append(
-            f"| (ours) separate BTT has 95 % of the oracle's accuracy without ties, {split} | {holds} | {said} |"
-        )
-    return lines
+        rows.append([f"(ours) separate BTT has 95 % of the oracle's accuracy without ties, {split}", holds, said])
+    title = "What the paper finds, and what is found here (validation pairs)"
+    return Table(title, ["finding", "here", "figures"], rows, "findings")

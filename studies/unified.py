@@ -27,6 +27,7 @@ from flow_rwr import flow_rwr_step, rwr_weights
 from nrg import guide, noisy_reward_step
 from sample import sample
 from studies.report.charts import Chart
+from studies.report.tables import Table, plus_minus
 
 MEANS, STD = torch.tensor([-1.0, 1.0]), 0.4  # of the two modes, equally likely
 BETA = 1.0  # of Eq. 3
@@ -182,19 +183,11 @@ def jobs(args, device):
 
 def report(args, rows):
     share, mean = truth()
-    lines = [
-        "# Three ways to p*",
-        "",
-        f"p_ref: modes at -1 and 1, standard deviation {STD}; r(x) = x, beta {BETA:g}.",
-        "",
-    ]
-    lines += ["| | distance to p* | mean | mass above 0 |", "|---|---|---|---|"]
-    lines.append(f"| p* | 0 | {mean:.3f} | {share[EDGES[:-1] > -1e-6].sum():.3f} |")
+    cells = [["p*", "0", f"{mean:.3f}", f"{share[EDGES[:-1] > -1e-6].sum():.3f}"]]
     curves = [("p*", share)]
     for method in METHODS:
         here = [row for row in rows if row["method"] == method]
-        cells = [over_seeds(here, column) for column in ("distance", "mean", "right")]
-        lines.append(f"| {method} | " + " | ".join(f"{m:.3f} ± {sd:.3f}" for m, sd in cells) + " |")
+        cells.append([method, *(plus_minus(over_seeds(here, c), 3) for c in ("distance", "mean", "right"))])
         curves.append((method, torch.tensor([row["histogram"] for row in here]).reshape(-1, len(EDGES) - 1).mean(0)))
 
     middles, width = (EDGES[:-1] + EDGES[1:]) / 2, EDGES[1] - EDGES[0]
@@ -202,4 +195,10 @@ def report(args, rows):
     dpo = [f"dpo-{beta:g}" for beta in DPO_BETAS]
     groups = ["reference", "rwr"], dpo, ["nrg-exact", "nrg-shared", "nrg-own"]
     charts = [Chart("density", [series[name] for name in ("p*", *group)], "x", "p(x)") for group in groups]
-    return {"rows": rows, "markdown": lines, "pictures": {"unified": charts}}
+    return {
+        "rows": rows,
+        "title": "Three ways to p*",
+        "introduction": [f"p_ref: modes at -1 and 1, standard deviation {STD}; r(x) = x, beta {BETA:g}."],
+        "tables": [Table("", ["", "distance to p*", "mean", "mass above 0"], cells)],
+        "pictures": {"unified": charts},
+    }

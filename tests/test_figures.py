@@ -17,6 +17,7 @@ from data import DIMENSIONS
 from evaluate import over_seeds
 from studies import align, beta, guidance, reward_model, unified
 from studies.jobs import ALIGNED, JUDGES, METHODS
+from studies.report.tables import markdown
 
 STUDIES = {"align": align, "beta": beta, "nrg": guidance, "reward": reward_model, "unified": unified}
 PRINTED = [doc for doc in DOCS if not doc.startswith("examples/")]  # its README computes what it prints
@@ -104,7 +105,7 @@ def test_a_result_is_what_its_rows_give(name):
     args = Namespace(seeds=int(flags.get("seeds", 3)), eval_pairs=int(flags.get("eval-pairs", 2000)), steps=None)
     assert shlex.split(made["command"])[:3] == ["python", "evaluate.py", name]
     note = "`{command}`, commit {commit}, torch {torch}, {device}".format(**made)
-    assert text.splitlines() == [*STUDIES[name].report(args, made["rows"])["markdown"], "", note]
+    assert text.splitlines() == [*markdown(STUDIES[name].report(args, made["rows"])), "", note]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ def write(args, device, studies):
 
 def gather(name, module, args, device):
     """Rows of a study and how far it is: {"rows", "done", "jobs", "place": their path, "facts": if finished}."""
-    path, folder, jobs = args.out / f"{name}.json", args.work / study.folder(args), study.jobs(args, device)
+    path, folder, jobs = args.out / f"{name}.json", args.work / module.folder(args), module.jobs(args, device)
     if path.exists():
         facts = read(path, dict)
         return {"rows": facts.pop("rows", []), "done": len(jobs), "jobs": len(jobs), "place": path, "facts": facts}
@@ -101,11 +101,13 @@ def section(name, study, found, args):
     except (KeyError, TypeError) as error:
         raise BadInput(f"{found['place']}: rows of another version ({error}); run the study again") from None
     charts = "".join(f'<div class="charts">{"".join(map(figure, here))}</div>' for here in result["pictures"].values())
-    introduction, findings, tables = tables_of(result["markdown"])
+    findings = [each for each in result["tables"] if each.kind == "findings"]
+    tables = [each for each in result["tables"] if each.kind != "findings"]
     shown, folded = tables[: OPEN.get(name, 1)], tables[OPEN.get(name, 1) :]
+    introduction = escape(" ".join(result["introduction"]))
     body = f'{charts}<p class="soft">{introduction}</p>'
-    body += "".join(f"<h3>{escape(title)}</h3>{text}" for title, text in findings + shown)
-    body += "".join(f"<details><summary>{escape(title)}</summary>{text}</details>" for title, text in folded)
+    body += "".join(f"<h3>{heading(each)}</h3>{table(*each)}" for each in findings + shown)
+    body += "".join(f"<details><summary>{heading(each)}</summary>{table(*each)}</details>" for each in folded)
     if done == jobs:
         return f'<span class="status done">{seeds} seeds</span>', body
     return f'<span class="status part">unfinished: {done} of {jobs} jobs</span>', body
@@ -148,19 +150,9 @@ def cards(found):
     )
 
 
-def tables_of(markdown):
-    """(introduction, findings, tables) of a study's Markdown; the latter two are lists of (title, HTML)."""
-    introduction, findings, tables = "", [], []
-    for part in re.split("^## ", "\n".join(markdown), flags=re.MULTILINE):
-        title, *lines = (line for line in part.splitlines() if line)
-        title = title.removeprefix("# ").replace("nan", "–")
-        introduction += escape(" ".join(line for line in lines if line[0] != "|"))
-        cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line[0] == "|"]
-        if cells and "finds" in title:
-            findings.append((title, table(title, cells[0], cells[2:], "findings")))
-        elif cells:
-            tables.append((title, table(title, cells[0], cells[2:])))
-    return introduction, findings, tables
+def heading(table):
+    """A table's title; a figure that is not there yet shows as a dash."""
+    return escape(table.title.replace("nan", "–"))
 
 
 def table(title, head, rows, kind=""):
