@@ -244,8 +244,8 @@ def train(task, args, device, state=None):
     start = resume.restore(state, trained, ema, optimizer) if state else 0
     rows = distributed.local_rows(args.batch)
 
-    bar = tqdm(total=args.steps, initial=start, desc=args.algo, dynamic_ncols=True, disable=not first)
-    with resume.Log(args, start, model, trained) as log, resume.stop_requests() as stop, bar:
+    shown = {"total": args.steps, "initial": start, "desc": args.algo, "dynamic_ncols": True, "disable": not first}
+    with resume.Log(args, start, model, trained) as log, resume.stop_requests() as stop, tqdm(**shown) as bar:
         for step in range(start, args.steps):
             # this process's rows of the batch
             batch = {name: value.to(device) for name, value in task.batch(step, rows).items()}

@@ -12,11 +12,11 @@ import pytest
 import torch
 from forked import same
 
-import data
 import evaluate
 import sample
 import train
 from model import ModelConfig, VideoTransformer
+from real_data import export_toy
 from runtime import checkpoint, cli
 
 ROOT = Path(__file__).parent.parent
@@ -110,7 +110,7 @@ def test_a_reward_of_another_video_size_is_refused(command, tmp_path):
     refused(status, error, "another video size")
     flags = ["--algo", "dpo", *TINY, "--freeze", 0, "--init", tmp_path / "short.pt", "--out", tmp_path / "out"]
     status, _, error = command(train, *flags)
-    refused(status, error, "other sizes; train both with the same --preset")
+    refused(status, error, "other sizes; train both with one --preset or --data")
     assert not (tmp_path / "out").exists()
 
 
@@ -121,18 +121,25 @@ def test_a_stopped_run_resumes_to_the_same_bits(command, monkeypatch, tmp_path, 
     assert status == 0, error
     assert str(tmp_path / "whole" / "last.pt") in out.splitlines()[-1]
 
-    honest = train.step_rng
+    honest = train.TASKS[algo]
 
-    def stops_in_step_2(seed, step):
-        if step == 2:
-            signal.raise_signal(signal.SIGINT)
-        return honest(seed, step)
+    def stops_in_step_2(args, device):
+        task = honest(args, device)
+        batch = task.batch
 
-    monkeypatch.setattr(train, "step_rng", stops_in_step_2)
+        def stops(step, rows):
+            if step == 2:
+                signal.raise_signal(signal.SIGINT)
+            return batch(step, rows)
+
+        task.batch = stops
+        return task
+
+    monkeypatch.setitem(train.TASKS, algo, stops_in_step_2)
     status, out, _ = command(train, *flags, "--out", tmp_path / "parts")
     assert status == 130 and "stopped after step 3" in out
     assert checkpoint.load_checkpoint(tmp_path / "parts" / "last.pt")["step"] == 3
-    monkeypatch.setattr(train, "step_rng", honest)
+    monkeypatch.setitem(train.TASKS, algo, honest)
     status, _, error = command(train, *flags, "--out", tmp_path / "parts", "--resume")
     assert status == 0, error
 
@@ -266,15 +273,15 @@ def test_bad_checkpoints_are_refused_in_one_line(command, tmp_path, monkeypatch,
         (["--prompt", "a purple circle moving left"], "red, yellow, green, cyan, blue, magenta"),
         (["--prompt", ""], "0 words"),
         (["--prompt", "a red circle"], "direction"),
-        (["--n", "0"], "at least 1"),
-        (["--steps", "0"], "at least 1"),
+        (["--n", "0"], "argument --n: 0: must be a whole number from 1 to 4096"),
+        (["--steps", "0"], "argument --steps: 0: must be a whole number from 1 to 1000000000"),
         (["--ckpt", checkpoint.WEIGHTS / "reward.pt"], "holds a reward model"),
         (["--device", "abacus"], "abacus"),
-        (["--nrg", "1,1"], "--nrg 1,1: 3 numbers"),
-        (["--nrg", "up"], "--nrg up: 3 numbers"),
-        (["--nrg", "1,1,1", "--nrg-eps", "-0.1"], "--nrg-eps -0.1"),
-        (["--nrg", "1,1,1", "--nrg-scale", "inf"], "--nrg-scale inf"),
-        (["--nrg", "1,1,1", "--nrg-interval", "0.5"], "--nrg-interval 0.5: 2 numbers"),
+        (["--nrg", "1,1"], "argument --nrg: 1,1: must be three numbers with commas between, for example 1,1,0.5"),
+        (["--nrg", "up"], "argument --nrg: up: must be three numbers with commas between"),
+        (["--nrg", "1,1,1", "--nrg-eps", "-0.1"], "argument --nrg-eps: -0.1: must be 0 or a positive number"),
+        (["--nrg", "1,1,1", "--nrg-scale", "inf"], "argument --nrg-scale: inf: must be a finite number"),
+        (["--nrg", "1,1,1", "--nrg-interval", "0.5"], "argument --nrg-interval: 0.5: must be two numbers from 0 to 1"),
         (["--nrg", "1,1,1", "--nrg-ckpt", checkpoint.WEIGHTS / "base.pt"], "holds a velocity model"),
     ],
 )
@@ -288,9 +295,9 @@ def test_bad_sampling_flags_are_refused_in_one_line(command, tmp_path, flags, wo
     ("flags", "words"),
     [
         (["--algo", "ppo"], "choose from 'pretrain', 'reward', 'nrg', 'sft', 'rwr', 'dpo'"),
-        (["--lr", "-1"], "positive"),
-        (["--steps", "0"], "at least 1"),
-        (["--label-dropout", "2"], "between 0 and 1"),
+        (["--lr", "-1"], "argument --lr: -1: must be a positive number"),
+        (["--steps", "0"], "argument --steps: 0: must be a whole number from 1 to 1000000000"),
+        (["--label-dropout", "2"], "argument --label-dropout: 2: must be a number from 0 to 1"),
         (["--freeze", "6"], "0 to 5"),
         (["--reward", checkpoint.WEIGHTS / "base.pt"], "holds a velocity model"),
         (["--resume"], "no such checkpoint"),
@@ -298,11 +305,11 @@ def test_bad_sampling_flags_are_refused_in_one_line(command, tmp_path, flags, wo
         (["--align", "0,0,0"], "at least one weight"),
         (["--algo", "reward", "--attention", "full"], "VideoReward sees all tokens"),
         (["--attention", "tile:1,3,2"], "does not divide the grid of (4, 4, 4) tokens"),
-        (["--align", "1,1"], "3 numbers with commas between are needed"),
-        (["--align", "1,nan,1"], "3 numbers with commas between are needed"),
-        (["--time-shift", "0"], "--time-shift 0.0: must be a positive number"),
+        (["--align", "1,1"], "argument --align: 1,1: must be three numbers with commas between"),
+        (["--align", "1,nan,1"], "argument --align: 1,nan,1: must be three numbers with commas between"),
+        (["--time-shift", "0"], "--time-shift 0: clean clips are for --algo nrg alone; give a positive number"),
         (["--algo", "nrg", "--read", "7"], "--read 7: this base model has 6 blocks"),
-        (["--algo", "nrg", "--contrast", "-1"], "--contrast -1.0"),
+        (["--algo", "nrg", "--contrast", "-1"], "argument --contrast: -1: must be 0 or a positive number"),
         (["--data", "pairs.csv"], "pairs.csv: cannot be read"),
         (["--accum", "3"], "--batch 2: must be a multiple of 3"),
         (["--fsdp"], "--fsdp: shards over the processes of torchrun"),
@@ -318,11 +325,11 @@ def test_bad_training_flags_are_refused_in_one_line(command, tmp_path, flags, wo
 @pytest.mark.parametrize(
     ("script", "flags", "words"),
     [
-        (data, ["export"], "needs a new folder"),
-        (data, ["table", "x"], "needs a new folder"),
-        (data, ["table", "--pairs", "0"], "--pairs 0"),
+        (export_toy, ["export"], "needs a new folder"),
+        (export_toy, ["table", "x"], "needs a new folder"),
+        (export_toy, ["table", "--pairs", "0"], "--pairs 0"),
         (evaluate, ["everything"], "choose from 'reward', 'align', 'beta'"),
-        (evaluate, ["align", "--eval-prompts", "0"], "--eval-prompts 0"),
+        (evaluate, ["align", "--eval-prompts", "0"], "argument --eval-prompts: 0: must be a whole number from 1"),
     ],
 )
 def test_bad_flags_of_other_commands_are_refused_in_one_line(command, tmp_path, monkeypatch, script, flags, words):
@@ -332,9 +339,11 @@ def test_bad_flags_of_other_commands_are_refused_in_one_line(command, tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
-def test_the_table_of_the_preference_data(command):
-    status, out, error = command(data, "table", "--pairs", 50)
-    assert status == 0, error
+def test_the_table_of_the_preference_data_from_a_shell(tmp_path):
+    shell = [sys.executable, ROOT / "data.py", "table", "--pairs", "50"]
+    done = subprocess.run(shell, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    out = done.stdout
     assert "## train: 50 pairs" in out and "## benchmark: 10 pairs" in out
     row = next(line for line in out.splitlines() if line.startswith("| VQ"))
     shares = [float(cell) for cell in row.split("|")[2:6]]

@@ -1,19 +1,20 @@
 """The studies: what is kept, what is shared between processes, and the tables' arithmetic."""
 
 import json
+import math
+import re
 import subprocess
 import sys
+from xml.etree import ElementTree
 
-import imageio.v3 as imageio
-import numpy as np
 import pytest
 import torch
 
 import evaluate
 from data import Pairs
 from runtime.cli import BadInput
-from studies import align, beta, guidance, reward_model
-from studies.report import charts
+from studies import align, bench, beta, guidance, jobs, reward_model
+from studies.report.charts import COLOURS, Chart, picture, ticks
 
 
 def test_a_stopped_study_goes_on_and_keeps_what_it_has(tmp_path):
@@ -29,26 +30,26 @@ def test_a_stopped_study_goes_on_and_keeps_what_it_has(tmp_path):
         return run
 
     with pytest.raises(KeyboardInterrupt):
-        evaluate.work_through({"a": job("a"), "b": job("b", fails=True)}, tmp_path)
+        jobs.work_through({"a": job("a"), "b": job("b", fails=True)}, tmp_path)
     assert made == ["a"]
-    rows = evaluate.work_through({"a": job("a"), "b": job("b")}, tmp_path)
+    rows = jobs.work_through({"a": job("a"), "b": job("b")}, tmp_path)
     assert made == ["a", "b"] and rows == {"a": [{"name": "a"}], "b": [{"name": "b"}]}
 
 
-@pytest.mark.skipif(evaluate.fcntl is None, reason="no file locks on this system")
+@pytest.mark.skipif(jobs.fcntl is None, reason="no file locks on this system")
 def test_a_job_that_another_process_holds_is_left_to_it(tmp_path):
     code = f"import fcntl, time; f = open({str(tmp_path / 'a.lock')!r}, 'w'); fcntl.flock(f, fcntl.LOCK_EX)"
     code += "; print('held', flush=True); time.sleep(60)"
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout.readline() == "held\n"
-        jobs = {"a": lambda: [1], "b": lambda: [2]}
-        assert evaluate.work_through(jobs, tmp_path) is None  # b was done, a was not
+        wanted = {"a": lambda: [1], "b": lambda: [2]}
+        assert jobs.work_through(wanted, tmp_path) is None  # b was done, a was not
         assert not (tmp_path / "a.json").exists() and json.loads((tmp_path / "b.json").read_text()) == [2]
     finally:
         other.kill()
         other.wait()
-    assert evaluate.work_through(jobs, tmp_path) == {"a": [1], "b": [2]}  # a killed process leaves nothing held
+    assert jobs.work_through(wanted, tmp_path) == {"a": [1], "b": [2]}  # a killed process leaves nothing held
 
 
 def pairs(label, overall):
@@ -78,8 +79,8 @@ def test_tied_differences_by_hand():
 
 
 def test_mean_and_spread():
-    assert reward_model.mean_and_spread([1.0, 2.0, 3.0]) == (2.0, 1.0)  # the sample's standard deviation
-    assert reward_model.mean_and_spread([5.0]) == (5.0, 0.0)
+    assert evaluate.mean_and_spread([1.0, 2.0, 3.0]) == (2.0, 1.0)  # the sample's standard deviation
+    assert evaluate.mean_and_spread([5.0]) == (5.0, 0.0)
 
 
 def test_reward_study_from_end_to_end(tmp_path, monkeypatch, capsys):
@@ -97,11 +98,13 @@ def test_reward_study_from_end_to_end(tmp_path, monkeypatch, capsys):
     assert rows["random", "benchmark", 1.0]["VQ_without"] < 0.8
     text = (tmp_path / "results" / "reward.md").read_text()
     assert "| btt-separate |" in text and "Fig. 2" in text and "Fig. 3" in text
-    for name in ("reward_fraction", "reward_ties"):
-        assert imageio.imread(tmp_path / "results" / f"{name}.png").shape[2] == 3
+    shown = lines_of(tmp_path / "results" / "reward_fraction.svg")
+    assert shown == {f"validation, {kind} ties": ["bt-shared", "regression"] for kind in ("without", "with")}
+    shown = lines_of(tmp_path / "results" / "reward_ties.svg")
+    assert shown == {name: ["bt-shared", "btt-shared"] for name in ("VQ", "MQ", "TA")}
     out = capsys.readouterr().out
     assert "wrote" in out.splitlines()[-1]
-    with pytest.raises(BadInput, match="--seeds 0"):
+    with pytest.raises(BadInput, match="argument --seeds: 0: must be a whole number from 1 to 1000000000"):
         monkeypatch.setattr(sys, "argv", ["evaluate.py", "reward", "--seeds", "0"])
         evaluate.main()
 
@@ -140,8 +143,11 @@ def test_beta_study_from_end_to_end(tmp_path, monkeypatch):
     log = tmp_path / "work" / "beta" / "dpo-constant-long-0" / "metrics.jsonl"
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [0, 1]  # one run, not two
     assert "dpo-schedule: long run" in text
-    for name in ("beta_sweep", "beta_long"):
-        assert imageio.imread(tmp_path / "results" / f"{name}.png").shape[2] == 3
+    methods = ["dpo-constant", "dpo-schedule"]
+    shown = lines_of(tmp_path / "results" / "beta_sweep.svg")
+    assert shown == {f"TA, {n} set, {by}": methods for n in ("standard", "hard") for by in ("oracle", "videoreward")}
+    shown = lines_of(tmp_path / "results" / "beta_long.svg")
+    assert shown == {f"{m}: {name}": ["videoreward", "oracle"] for m in methods for name in ("VQ", "MQ", "TA")}
 
 
 def test_nrg_study_from_end_to_end(tmp_path, monkeypatch):
@@ -154,29 +160,99 @@ def test_nrg_study_from_end_to_end(tmp_path, monkeypatch):
     assert {row["method"] for row in noised if row["study"] == "weights"} == {"nrg-0:0:1", "nrg-1:1:1"}
     assert {row["method"] for row in noised if row["study"] == "one"} == {"nrg-1:0:0", "nrg-0:1:0", "nrg-0:0:1"}
     assert {row["variant"] for row in rows if row["study"] == "reward"} == {"clean", "trained trunk", "no contrast"}
-    assert all(
-        0 <= row[name] <= 1 for row in rows if row["study"] not in ("cost", "told") for name in ("VQ", "MQ", "TA")
-    )
+    assert all(0 <= row[name] <= 1 for row in rows if row["study"] != "told" for name in ("VQ", "MQ", "TA"))
     told = [row for row in rows if row["study"] == "told"]
     assert len(told) == 12 and all(0 <= row[name] <= 1 for row in told for name in ("colour", "shape", "direction"))
-    costs = {row["method"]: row["seconds"] for row in rows if row["study"] == "cost"}
-    assert costs["plain"] < costs["NRG, own trunk"] and costs["NRG, shared trunk"] < costs["NRG, own trunk"]
     assert "## Table 5" in text and "| dpo+nrg-1:1:1, CFG 2 |" in text
-    assert imageio.imread(tmp_path / "results" / "nrg.png").shape[2] == 3
+    shown = lines_of(tmp_path / "results" / "nrg.svg")
+    assert shown == dict.fromkeys(("pair accuracy", "1:1:1, oracle", "1:1:1, videoreward"), ["VQ", "MQ", "TA"])
+
+
+def test_a_step_is_cheaper_where_the_reward_shares_the_trunk():
+    costs = bench.sampling_seconds(torch.device("cpu"), rounds=1)
+    assert costs["plain"] < costs["NRG, own trunk"] and costs["NRG, shared trunk"] < costs["NRG, own trunk"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Charts
+
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def charts_of(root):
+    """{title: [(name, line)]} of a picture: the text of each name in it and the polyline of the same colour."""
+    found = {}
+    for chart in root.findall(f"{SVG}g"):
+        title, *names = (text for text in chart.findall(f"{SVG}text"))
+        lines = chart.findall(f".//{SVG}polyline")
+        assert title.get("class") == "title"
+        assert [name.get("class") for name in names] == [line.get("class").replace("line", "name") for line in lines]
+        found[title.text] = [(name.text, line) for name, line in zip(names, lines)]
+    return found
+
+
+def lines_of(path):
+    """{title: names of the lines} of a picture, which stand whole in it and hold no nan."""
+    root, shown = ElementTree.parse(path).getroot(), {}
+    width, height = map(float, root.get("viewBox").split()[2:])
+    assert root.get("width") == f"{width:g}" and not re.search(r"\bnan\b", path.read_text())
+    for title, lines in charts_of(root).items():
+        places = [point for _, line in lines for point in line.get("points").split()]
+        assert places and all(0 < x < width and 0 < y < height for x, y in (map(float, p.split(",")) for p in places))
+        shown[title] = [name for name, _ in lines]
+    return shown
 
 
 def test_a_chart_shows_its_points_where_they_belong():
-    picture = charts.draw(charts.Chart("t", [("a", [0, 1, 2], [0.0, 0.0, 1.0], None)], "x", "y"))
-    blue = (picture == np.array(charts.COLOURS[0])).all(-1)
-    blue[:40] = False  # the legend
-    columns = np.nonzero(blue.any(0))[0]
-    rows = [np.nonzero(blue[:, column])[0].mean() for column in columns]
-    middle = len(columns) // 2
-    assert np.ptp(rows[: middle - 4]) < 2  # flat, then straight up
-    slope = np.diff(rows[middle + 4 : -4])
-    assert (slope <= 0).all() and rows[-3] < rows[0] - 150
+    two = [("a", [0, 1, 2], [0.0, 0.0, 1.0], None), ("b<c", [0, 2], [0.5, 0.25], None), ("none", [1], [math.nan], None)]
+    root = ElementTree.fromstring(picture([Chart("<t>", two, "x & y", "z", level=0.5)]))
+    assert root.tag == f"{SVG}svg" and root.get("viewBox") == "0 0 340 252"  # 216 and 36 for title and names
+    (a, first), (b, second) = charts_of(root)["<t>"]
+    # 8 in from 44 and 330: x = 52, 187, 322. From 180 up to 20 for -.06 to 1.06: 180 - (y + .06) 160 / 1.12
+    assert a == "a" and first.get("points") == "52.0,171.4 187.0,171.4 322.0,28.6"
+    assert b == "b<c" and second.get("points") == "52.0,100.0 322.0,135.7"
+    circles = [(c.get("class"), c.get("cx"), c.get("cy")) for c in root.iter(f"{SVG}circle")]
+    assert circles[:3] == [("dot c0", "52.0", "171.4"), ("dot c0", "187.0", "171.4"), ("dot c0", "322.0", "28.6")]
+    assert len(circles) == 5  # a point of few is marked; none of what is not a number
+    assert [path.get("d") for path in root.iter(f"{SVG}path") if path.get("class") == "level"] == ["M44 100.0H330"]
+    texts = [text.text for text in root.iter(f"{SVG}text")]
+    assert {"x & y", "z"} <= set(texts) and "none" not in texts
+    # x: 0, .5, ... 2, y: 0, .2, ... 1, each where its points are
+    ticked = {
+        (text.text, text.get("x") if text.get("text-anchor") == "middle" else text.get("y"))
+        for text in root.iter(f"{SVG}text")
+    }
+    assert {("0", "52.0"), ("1", "187.0"), ("2", "322.0"), ("0", "174.9"), ("1", "32.1")} <= ticked
+    style = root.find(f"{SVG}style").text
+    assert all(f".line.c{i},.whisker.c{i}{{stroke:{colour}}}" in style for i, colour in enumerate(COLOURS))
+
+
+def test_spreads_are_whiskers_of_few_points_and_a_band_of_many():
+    # .5 +- .5 at x = 1 fills the range: 180 - (y + .06) 160 / 1.12 from y = 0 to 1
+    few = ElementTree.fromstring(picture([Chart("t", [("a", [0, 1, 2], [0.5] * 3, [0.0, 0.5, 0.0])], "x", "y")]))
+    whiskers = [path.get("d") for path in few.iter(f"{SVG}path") if path.get("class") == "whisker c0"]
+    assert whiskers == ["M187.0 171.4V28.6"] and not list(few.iter(f"{SVG}polygon"))
+    many = [("a", list(range(13)), [0.5] * 13, [0.5] * 13)]
+    many = ElementTree.fromstring(picture([Chart("t", many, "x", "y")]))
+    (band,) = many.iter(f"{SVG}polygon")
+    around = band.get("points").split()
+    assert len(around) == 26 and around[0] == "52.0,171.4" and around[12] == "322.0,171.4"
+    assert around[13] == "322.0,28.6" and around[-1] == "52.0,28.6" and not list(many.iter(f"{SVG}circle"))
+
+
+def test_charts_stand_three_across_and_a_logarithmic_axis_is_one():
+    chart = Chart("log", [("a", [1, 10, 100], [0.0, 0.0, 1.0], None)], "beta", "y", log=True)
+    root = ElementTree.fromstring(picture([chart] * 3 + [Chart("last", [], "x", "y")]))
+    assert root.get("viewBox") == "0 0 1020 504" and root.get("width") == "1020"  # 3 x 340, 2 x (216 + 36)
+    places = [chart.get("transform") for chart in root.findall(f"{SVG}g")]
+    assert places == ["translate(0 0)", "translate(340 0)", "translate(680 0)", "translate(0 252)"]
+    lines = [line.get("points") for line in root.iter(f"{SVG}polyline")]
+    assert lines == ["52.0,171.4 187.0,171.4 322.0,28.6"] * 3  # equal factors, equal steps; nothing of an empty chart
+    ticked = {(text.text, text.get("x")) for text in root.iter(f"{SVG}text")}
+    assert {("1", "52.0"), ("10", "187.0"), ("100", "322.0")} <= ticked  # at the points
 
 
 def test_ticks_are_round_numbers():
-    assert charts.ticks(0.0, 1.0).tolist() == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
-    assert charts.ticks(-0.04, 0.11).tolist() == pytest.approx([-0.025, 0, 0.025, 0.05, 0.075, 0.1])
+    assert ticks(0.0, 1.0).tolist() == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    assert ticks(-0.04, 0.11).tolist() == pytest.approx([-0.025, 0, 0.025, 0.05, 0.075, 0.1])

@@ -260,7 +260,7 @@ def test_a_noise_aware_rewards_unit_is_the_spread_over_clips_and_times(tiny):
     assert torch.allclose(torch.cat(raw).std((0, 1)), torch.ones(3), atol=1e-3)  # divided by it already
     for now, score in zip(times, raw):
         line = next(line for line in lines if line.startswith(f"  t {now:.2f}"))
-        right = ((score[:, 0] - score[:, 1]).sign() == held.label)
+        right = (score[:, 0] - score[:, 1]).sign() == held.label
         for k, name in enumerate(("VQ", "MQ", "TA")):
             share = right[:, k][held.label[:, k] != 0].float().mean().item()
             assert f"{name} {share:.3f}" in line

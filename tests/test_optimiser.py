@@ -46,8 +46,17 @@ def run(out, gradients, *flags, start=(1.0,)):
         return ["judged"]
 
     task = train.Task("velocity", model, ["<pad>"], batch, loss, ("loss",), evaluate)
-    args = train.arguments([f"--steps={len(wide)}", f"--lr={RATE}", "--batch=4", f"--out={out}", "--device=cpu",
-                            "--precision=float32", *flags])
+    args = train.arguments(
+        [
+            f"--steps={len(wide)}",
+            f"--lr={RATE}",
+            "--batch=4",
+            f"--out={out}",
+            "--device=cpu",
+            "--precision=float32",
+            *flags,
+        ]
+    )
     lines = train.train(task, args, CPU)
     assert lines[0] == "judged" and model.frozen.item() == 5.0
     log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import urllib.request
 from base64 import b64decode
+from contextlib import redirect_stdout
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -18,14 +19,16 @@ import torch
 import evaluate
 import world
 from data import DIMENSIONS
+from real_data.video import to_pixels
 from runtime.cli import BadInput
-from sample import to_pixels
-from studies import unified
-from studies.jobs import ALIGNED, ATTRIBUTES, CFGS, JUDGES, METHODS, SETS, STUDIES
-from studies.report import clips, page
-from studies.report.charts import Chart, svg
+from studies import align, beta, guidance, reward_model, unified
+from studies.jobs import ALIGNED, ATTRIBUTES, CFGS, JUDGES, METHODS, SETS
+from studies.report import clips as report_clips
+from studies.report import page as report
+from studies.report.charts import Chart, figure
 
 CPU = torch.device("cpu")
+STUDIES = {"reward": reward_model, "align": align, "beta": beta, "nrg": guidance, "unified": unified}
 # Win rates of seeds 0 and 1 by the oracle, all others being 0.5: 0.85 ± 0.07 (.1 / sqrt 2), and the extremes
 TRUE_VQ = {"dpo-constant": (0.9, 0.8), "dpo-schedule": (0.0, 0.0), "sft": (1.0, 1.0)}
 
@@ -42,13 +45,13 @@ def arguments(folder):
 def align_rows():
     rows = []
     for method in ("base", *METHODS):
-        for align in ALIGNED if method != "base" else ("",):
+        for aligned in ALIGNED if method != "base" else ("",):
             for seed in (0, 1) if method != "base" else (0,):
                 for name in SETS:
                     for cfg in CFGS:
                         for by in JUDGES:
-                            row = {"method": method, "align": align, "seed": seed, "set": name, "cfg": cfg, "judge": by}
-                            row |= dict.fromkeys((*DIMENSIONS, *ATTRIBUTES, "quality"), 0.5)
+                            row = {"method": method, "align": aligned, "seed": seed, "set": name, "cfg": cfg}
+                            row |= {"judge": by, **dict.fromkeys((*DIMENSIONS, *ATTRIBUTES, "quality"), 0.5)}
                             row |= {f"{n}_score": 0.25 for n in DIMENSIONS}
                             if method in TRUE_VQ and by == "oracle":
                                 row["VQ"] = TRUE_VQ[method][seed]
@@ -76,7 +79,7 @@ def page(tmp_path_factory):
     for seed in (0, 1):
         run = args.work / "align" / f"dpo-constant-111-{seed}"
         run.mkdir(parents=True)
-        shutil.copy(clips.WEIGHTS / "base.pt", run / "last.pt")
+        shutil.copy(report_clips.WEIGHTS / "base.pt", run / "last.pt")
         lines = [{"step": i, "loss/t0": i + 2 * seed, "accuracy": 0.5, "margin": 0, "drift": i} for i in range(40)]
         (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     calls = []
@@ -87,11 +90,12 @@ def page(tmp_path_factory):
         return world.render(clips) * (0.5 + 0.01 * len(calls))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(clips, "sample_prompts", sampler)
-        patch.setattr(clips, "progress_bar", lambda *_: lambda items: items)
-        lines = page.write(args, CPU, STUDIES)
+        patch.setattr(report_clips, "sample_prompts", sampler)
+        patch.setattr(report_clips, "progress_bar", lambda *_: lambda items: items)
+        with redirect_stdout(io.StringIO()) as said:
+            report.run(args, CPU)
     assert len(calls) == 27 + 3  # three values of three weights; base, dpo and nrg, as sft and rwr are not there
-    return SimpleNamespace(path=args.out / "report.html", args=args, lines=lines)
+    return SimpleNamespace(path=args.out / "report.html", args=args, lines=said.getvalue().splitlines())
 
 
 class Outline(HTMLParser):
@@ -174,15 +178,14 @@ def test_figures_are_the_means_of_the_rows(page):
     assert "dpo-constant: oracle 0.85, VideoReward 0.50" in text
     # means of three dimensions, (.85 + .5 + .5) / 3 and (1 + .5 + .5) / 3
     assert "above rwr" in text and "yes</span>: 0.62 against 0.50" in text and "no</span>: 0.62 against 0.67" in text
-    beta = text[text.index('id="beta"') : text.index('id="nrg"')]
-    assert beta.count("0.62 <small>± 0.00</small>") == 12  # one beta, two judges, win rate and score of three each
+    part = text[text.index('id="beta"') : text.index('id="nrg"')]
+    assert part.count("0.62 <small>± 0.00</small>") == 12  # one beta, two judges, win rate and score of three each
 
 
 def test_curves_are_medians_of_windows_then_means_of_seeds(page):
-    figure = re.search(r"<figure[^>]*><figcaption><span>dpo-constant: loss by time.*?</figure>", page.path.read_text())[
-        0
-    ]
-    (points,) = json.loads(re.search('data-points="(.*?)"', figure)[1].replace("&quot;", '"'))
+    curve = r"<figure[^>]*><figcaption><span>dpo-constant: loss by time.*?</figure>"
+    drawn = re.search(curve, page.path.read_text())[0]
+    (points,) = json.loads(re.search('data-points="(.*?)"', drawn)[1].replace("&quot;", '"'))
     # 20 windows of two steps; the first: 0, 1 and 2, 3 have medians 0.5 and 2.5, their mean is 1.5, their sd sqrt 2
     assert len(points) == 20 and points[0][2:] == ["1", "1.5 ± 1.4"] and points[-1][2:] == ["39", "39.5 ± 1.4"]
 
@@ -191,18 +194,19 @@ def test_a_chart_puts_points_where_their_values_are():
     chart = Chart(
         "a<b", [("one", [0, 1, 2], [0.0, 0.5, 1.0], [0.1, 0.0, 0.1]), ("two", [1], [float("nan")], None)], "x", "y"
     )
-    text = svg(chart)
+    text = figure(chart)
     (points,) = json.loads(re.search('data-points="(.*?)"', text)[1].replace("&quot;", '"'))  # none of "two"
     (left, low, *_), (middle, half, *said), (right, high, *_) = points
     assert middle == pytest.approx((left + right) / 2, abs=0.1) and half == pytest.approx((low + high) / 2, abs=0.1)
     assert left < right and low > high and said == ["1", "0.5"] and points[0][3] == "0 ± 0.1"
     assert "a&lt;b: y by x. one goes from 0 ± 0.1 to 1 ± 0.1." in text
-    assert svg(Chart("none", [("two", [1], [float("nan")], None)], "x", "y")) == svg(Chart("none", [], "x", "y")) == ""
+    assert figure(Chart("none", [("two", [1], [float("nan")], None)], "x", "y")) == ""
+    assert figure(Chart("none", [], "x", "y")) == ""
 
 
 def test_a_sheet_holds_a_clip_a_row_and_a_frame_a_column():
     videos = torch.rand(3, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    text = clips.sheet("name", videos)
+    text = report_clips.sheet("name", videos)
     assert text.startswith(".name { --rows: 3;")
     picture = imageio.imread(io.BytesIO(b64decode(re.search("base64,(.*?)\\)", text)[1])))
     assert picture.shape == (3 * 8, 4 * 8, 3)
@@ -222,7 +226,7 @@ def test_any_part_of_a_study_can_be_shown(tmp_path):
     facts = {"place": tmp_path, "facts": {"command": "evaluate.py reward --eval-pairs 77"}}
     for name, row in first.items():
         found = {"rows": [{**row, "seed": 0}], "done": 1, "jobs": 9, **facts}
-        status, body = page.section(name, STUDIES[name], found, arguments(tmp_path))
+        status, body = report.section(name, STUDIES[name], found, arguments(tmp_path))
         assert "unfinished: 1 of 9 jobs" in status and shown[name] in body and "nan" not in body
         assert ">yes<" not in body and ">no<" not in body  # no finding before there are figures
 
@@ -240,8 +244,8 @@ def test_damaged_results_are_named_in_one_line(tmp_path, content):
     args.out.mkdir()
     (args.out / "align.json").write_text(content)
     with pytest.raises(BadInput, match=r"align\.json: .*again"):
-        found = page.gather("align", STUDIES["align"], args, CPU)
-        page.section("align", STUDIES["align"], found, args)
+        found = report.gather("align", STUDIES["align"], args, CPU)
+        report.section("align", STUDIES["align"], found, args)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -113,8 +113,7 @@ def test_studies_judge_the_sets_that_their_rows_name(module, monkeypatch):
 
     monkeypatch.setattr(jobs, "sample_prompts", painted)
     cfgs = getattr(module, "CFGS", (1.0, 2.0))
-    scores = jobs.judge(jobs.WEIGHTS / "base.pt", Namespace(eval_prompts=24), CPU,
-                        module.SETS, cfgs)
+    scores = jobs.judge(jobs.WEIGHTS / "base.pt", Namespace(eval_prompts=24), CPU, module.SETS, cfgs)
     assert list(scores) == [f"{name} {cfg:g}" for name in module.SETS for cfg in cfgs]
     splits = {"standard": {"train"}, "hard": {"hard"}, "large": {"train", "validation", "hard"}}
     for name, calls in zip(module.SETS, asked.values()):  # one noise for a set, the same for every model

@@ -82,7 +82,7 @@ def drawn(monkeypatch):
 
 
 def split_of(attributes):
-    """"train", "validation" or "hard" by README's rule: of each colour and shape one direction is unseen."""
+    """ "train", "validation" or "hard" by README's rule: of each colour and shape one direction is unseen."""
     colour, shape, direction = map(int, attributes)
     if (colour + shape + direction) % 4:
         return "train"
@@ -98,7 +98,7 @@ def splits_of(prompts):
 
 
 def same_pairs(args):
-    """The pairs of a training made once more: y (N, S), clips (N, 2, C, T, H, W) and their true Brightness (N, 2, 3)."""
+    """The pairs of a training made once more: y (N, S), clips (N, 2, C, T, H, W) and their Brightness (N, 2, 3)."""
     pairs, _ = toy_pairs(args.pairs, ["train"], args.seed, CONFIG, Vocabulary())
     clips = torch.stack(pairs.sides(torch.arange(args.pairs)), 1)
     judge = Brightness()

@@ -1,0 +1,235 @@
+"""Small parts that everything stands on, each by hand: times and their shift, the floor of t, qk-norm, the split of
+rotary axes, what each defect costs in the oracle's scores, the regression's weights, the sampler's defaults.
+"""
+
+import math
+
+import pytest
+import torch
+
+import sample as sampler
+import world
+from data import drop_prompts, mean_one
+from flow import draw_time, flow_error
+from flow_rwr import flow_rwr_step
+from model import Attention, ModelConfig, VideoTransformer, apply_rope, identity_rope, rope
+from nrg import guide
+
+SMALL = ModelConfig(frames=4, size=16, dim=32, depth=1, heads=2, vocab=8, max_text=3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flow
+
+
+@pytest.mark.parametrize(("shift", "normal", "mean"), [(1.0, False, 0.5), (1.0, True, 0.5), (4.0, False, None)])
+def test_drawn_times_are_shifted(shift, normal, mean):
+    rng = torch.Generator().manual_seed(0)
+    t = draw_time(40_000, rng, shift, normal)
+    # the mean of s u / (1 + (s - 1) u) over u in [0, 1] is s / (s - 1) (1 - log s / (s - 1)): .717 for s = 4
+    mean = mean or 4 / 3 * (1 - math.log(4) / 3)
+    assert t.mean().item() == pytest.approx(mean, abs=0.01) and 0 <= t.min() and t.max() <= 1
+    # half of the times lie below the shifted middle: 1/2 stays, or becomes 4/2 / (1 + 3/2) = .8
+    assert (t < (0.8 if shift == 4 else 0.5)).float().mean().item() == pytest.approx(0.5, abs=0.01)
+
+
+def test_times_left_to_themselves_are_shifted_by_four():
+    one, other = (draw_time(64, torch.Generator().manual_seed(0), *shift) for shift in ([], [4.0]))
+    assert torch.equal(one, other)
+
+
+def test_the_regression_weighs_each_error():
+    # errors 1, 4, 9 of a model that says 0 where v is 1, 2, 3; weights 3, 0, 1/3: (3 + 0 + 3) / 3
+    x0, x1 = -torch.tensor([[1.0], [2.0], [3.0]]), torch.zeros(3, 1)
+    weight, y, t = torch.tensor([3.0, 0.0, 1 / 3]), torch.zeros(3, 1, dtype=torch.int64), torch.full((3,), 0.5)
+    loss, logs = flow_rwr_step(lambda x, t, y: torch.zeros_like(x), x0, y, weight, t, x1)
+    assert loss.item() == pytest.approx(2.0) and logs["error"] == pytest.approx(14 / 3)
+    # (3 + 1/3)^2 / (3 (9 + 1/9))
+    assert logs["effective_samples"] == pytest.approx((10 / 3) ** 2 / (3 * 82 / 9))
+
+
+def test_the_error_is_of_data_towards_noise():
+    seen = []
+
+    def velocity(x_t, t, y):
+        seen.append(x_t)
+        return torch.full_like(x_t, 3.0)
+
+    # x0 = 1, x1 = 5, t = 1/4: x_t = 2 and v = 4
+    one = torch.ones(1, 2)
+    error = flow_error(velocity, one, 5 * one, torch.tensor([0.25]), None)
+    assert seen[0].tolist() == [[2.0, 2.0]] and error.tolist() == [1.0]
+
+
+def test_dropped_prompts_are_a_share():
+    y = torch.ones(4000, 3, dtype=torch.int64)
+    kept = drop_prompts(y, 0.25, torch.Generator().manual_seed(0)).float().mean().item()
+    assert kept == pytest.approx(0.75, abs=0.03)
+
+
+def test_weights_of_mean_one_by_hand():
+    assert mean_one(torch.tensor([True, False, True, True])).tolist() == pytest.approx([4 / 3, 0, 4 / 3, 4 / 3])
+    assert mean_one(torch.tensor([False, False])).tolist() == [0, 0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampler
+
+
+def test_the_samplers_steps_are_shifted_by_four_unless_told():
+    def times(**settings):
+        seen = []
+
+        def velocity(x, t, y):
+            seen.append(t[0].item())
+            return torch.zeros_like(x)
+
+        sampler.sample(velocity, torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.int64), **settings)
+        return seen
+
+    # u = 1, 3/4, 1/2, 1/4 -> 4 u / (1 + 3 u) = 1, 12/13, 4/5, 4/7
+    assert times(steps=4) == pytest.approx([1, 12 / 13, 0.8, 4 / 7])
+    assert times(steps=4, shift=1.0) == pytest.approx([1, 0.75, 0.5, 0.25])
+    assert len(times()) == sampler.STEPS
+
+
+def test_guidance_climbs_the_reward():
+    # r = -x^2 / 2 at x = 2: grad -2; v~ = v - w t / (1 - t) grad = 1 + 3 * 1 * 2 = 7 at t = 1/2
+    guided = guide(lambda x, t, y: -x.square() / 2, [1.0], 3.0)
+    x, t = torch.tensor([[2.0]]), torch.tensor([0.5])
+    assert guided(torch.ones(1, 1), x, t, None).item() == pytest.approx(7.0)
+    assert guide(lambda x, t, y: -x.square() / 2, [-2.0], 3.0, eps=0.5)(torch.ones(1, 1), x, t, None).item() == (
+        pytest.approx(1 - 3 * 0.5 / 1.0 * 4)
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model
+
+
+def test_the_floor_of_t_divides_where_t_is_smaller():
+    torch.manual_seed(0)
+    model = VideoTransformer(SMALL)
+    x, y = torch.randn(1, *SMALL.video_shape), torch.ones(1, 3, dtype=torch.int64)
+    hidden, condition = torch.randn(1, 3 + 8, 32), torch.randn(1, 32)
+    with torch.no_grad():
+        x0_hat = x - model.head(hidden, condition, x, torch.ones(1))
+        for t, divisor in ((0.0, 0.05), (0.01, 0.05), (0.05, 0.05), (0.2, 0.2)):
+            v = model.head(hidden, condition, x, torch.tensor([t]))
+            assert torch.allclose(v * divisor, x - x0_hat, atol=1e-5)
+        assert model(x, torch.zeros(1), y).isfinite().all()
+
+
+def test_attention_by_hand_has_a_norm_for_q_and_another_for_k():
+    torch.manual_seed(0)
+    layer = Attention(8, 2)
+    with torch.no_grad():
+        layer.q_norm.copy_(torch.tensor([3.0, 0.1, 1.0, 2.0]))
+        layer.k_norm.copy_(torch.tensor([0.2, 5.0, 1.0, -1.0]))
+    x, still = torch.randn(1, 5, 8), identity_rope(5, 4)
+    out = torch.zeros(5, 8)
+    with torch.no_grad():
+        q, k, v = (x[0] @ layer.qkv.weight.T + layer.qkv.bias).split(8, 1)
+        for head in range(2):
+            part = slice(4 * head, 4 * head + 4)
+            qs, ks = (
+                [row / row.square().mean().sqrt() * norm for row in side[:, part]]
+                for side, norm in ((q, layer.q_norm), (k, layer.k_norm))
+            )
+            for i in range(5):
+                share = torch.softmax(torch.stack([qs[i] @ other for other in ks]) / 2, 0)  # over sqrt(4)
+                out[i, part] = share @ v[:, part]
+        wanted = out @ layer.out.weight.T + layer.out.bias
+        assert torch.allclose(layer(x, still)[0], wanted, atol=1e-4)
+        # the first two see only each other, the rest see all
+        alone = layer(x[:, :2], still[:, :2])
+        assert torch.allclose(layer(x, still, context=2)[0], torch.cat((alone[0], wanted[2:])), atol=1e-4)
+
+
+def test_a_quarter_of_the_pairs_turns_with_time_the_rest_with_row_and_column():
+    # head size 16: eight pairs, two for the frame, three for the row, three for the column; wavelengths by theta = 100
+    grid, theta = (3, 4, 5), 100.0
+    table = rope(grid, 16)
+    assert table.shape == (2, 60, 16)
+    for frame, row, column in ((0, 0, 0), (2, 0, 0), (0, 3, 0), (0, 0, 4), (1, 2, 3)):
+        angles = [frame * theta ** -(i / 2) for i in range(2)]
+        angles += [place * theta ** -(i / 3) for place in (row, column) for i in range(3)]
+        cos, sin = table[:, frame * 20 + row * 5 + column]
+        assert cos.tolist() == pytest.approx([math.cos(a) for a in angles] * 2, abs=1e-5)
+        assert sin.tolist() == pytest.approx([-math.sin(a) for a in angles] + [math.sin(a) for a in angles], abs=1e-5)
+
+
+def test_a_turned_channel_pairs_with_the_one_half_a_head_away():
+    # one pair, turned by a quarter: (1, 2) -> (1 cos - 2 sin, 2 cos + 1 sin) = (-2, 1)
+    quarter = torch.tensor([[[0.0, 0.0]], [[-1.0, 1.0]]])
+    assert apply_rope(torch.tensor([[[[1.0, 2.0]]]]), quarter).flatten().tolist() == [-2.0, 1.0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The oracle
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    """Sixteen clean clips of all shapes, and their prompts."""
+    prompts = world.split_prompts("train")[::4][:16]
+    rng = torch.Generator().manual_seed(0)
+    return prompts, world.draw_clips(prompts, torch.zeros(16, dtype=torch.int64), rng, clean=True)
+
+
+DEFECTS = {"blur": (0, 0), "fade": (1, 0), "haze": (2, 0), "jitter": (3, 1), "flicker": (4, 1)}
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_each_defect_costs_its_own_dimension(scenes, defect):
+    # a third of VQ for each of three defects, half of MQ for each of two; the other dimensions hardly notice
+    prompts, clips = scenes
+    where, dimension = DEFECTS[defect]
+    scores = []
+    for severity in (0.0, 0.5, 1.0):
+        clips.severity[:] = 0
+        clips.severity[:, where] = severity
+        scores.append(world.oracle(world.render(clips), prompts).mean(0))
+    clips.severity[:] = 0
+    lost = scores[0] - scores[2]
+    assert 0.2 < lost[dimension] < 0.8 and lost[dimension] > 3 * lost[1 - dimension].abs()
+    assert scores[0][dimension] > scores[1][dimension] > scores[2][dimension]
+
+
+def test_an_object_that_stands_still_has_no_motion_quality(scenes):
+    prompts, clips = scenes
+    video = world.render(clips)
+    still = video[:, :, :1].expand_as(video)
+    lost = world.oracle(video, prompts) - world.oracle(still, prompts)
+    assert lost[:, 1].mean() > 0.8 and lost[:, 0].abs().mean() < 0.1
+    # and an object that is not there has no quality at all
+    nothing = world.oracle(torch.full_like(video, -0.8), prompts)
+    assert (nothing[:, :2] < 0).all() and (nothing[:, 2] == 0).all()
+
+
+@pytest.mark.parametrize("attribute", [0, 1, 2])
+def test_each_wrong_attribute_costs_a_third_of_text_alignment(scenes, attribute):
+    prompts, clips = scenes
+    video, other = world.render(clips), prompts.clone()
+    other[:, attribute] = (other[:, attribute] + 1) % world.CHOICES[attribute]
+    right = (world.attributes_right(video, other) > 0.5).float().mean(0)
+    assert right.tolist() == [float(i != attribute) for i in range(3)]
+    lost = world.oracle(video, prompts) - world.oracle(video, other)
+    assert lost[:, 2].mean().item() == pytest.approx(1 / 3, abs=0.03) and lost[:, :2].abs().max() == 0
+
+
+def test_generators_of_high_quality_are_better_in_their_own_dimension():
+    prompts = world.split_prompts("train").repeat(6, 1)
+    for dimension, defects in ((0, slice(0, 3)), (1, slice(3, 5))):
+        best, worst = world.PROFILES[:, dimension].argmax().item(), world.PROFILES[:, dimension].argmin().item()
+        made = []
+        for generator in (best, worst):
+            rng = torch.Generator().manual_seed(3)
+            clips = world.draw_clips(prompts, torch.full((len(prompts),), generator), rng)
+            made.append((clips.hidden[:, dimension].mean(), clips.severity[:, defects].mean()))
+        assert made[0][0] > made[1][0] + 0.3 and made[0][1] < made[1][1] - 0.3
+    wrong = []
+    for generator in (world.PROFILES[:, 2].argmax().item(), world.PROFILES[:, 2].argmin().item()):
+        clips = world.draw_clips(prompts, torch.full((len(prompts),), generator), torch.Generator().manual_seed(3))
+        wrong.append((clips.shown != clips.prompt).float().mean().item())
+    assert wrong[1] > wrong[0] + 0.1
