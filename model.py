@@ -47,7 +47,7 @@ class ModelConfig:
     vocab: int = 32  # word ids
     max_text: int = 8  # words of a prompt
     t_floor: float = 0.05  # v = (x_t - x0_hat) / max(t, t_floor)
-    attention: str = "full"  # or "tile:T,H,W", see attention.parse_attention
+    attention: str = "full"  # or "tile:T,H,W", see kernels/tiles.py
 
     def __post_init__(self):
         object.__setattr__(self, "patch", tuple(self.patch))

@@ -263,8 +263,8 @@ def train(task, args, device, state=None):
             # what all processes saw, before any of it is used
             loss, logs, stopping = reduce_logs(micro_losses, bool(stop))
             if not math.isfinite(loss) or not math.isfinite(grad_norm):
-                fault = f"loss is {loss}, its gradient's norm {grad_norm} at step {step} (--seed {args.seed})"
-                raise BadInput(f"{fault}; {resume.last_state(args.out)}")
+                where = f"step {step} (--seed {args.seed}, the batch's {step_rng(args.seed, step).initial_seed()})"
+                raise BadInput(f"loss is {loss}, grad_norm {grad_norm} at {where}; {resume.last_state(args.out)}")
 
             # update
             for group in optimizer.param_groups:

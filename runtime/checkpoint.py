@@ -108,11 +108,11 @@ def load_network(path, kind, network, config_of):
     try:
         with torch.device("meta"):  # nothing is allocated before the file has shown that it holds so much
             blank = network(config_of(**state["config"]))
+        weights = dict(state.get("ema") or state["model"])
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from None
     except (TypeError, ValueError, RuntimeError, ArithmeticError, AttributeError):
-        raise BadInput(f"{path}: its config does not describe a {network.__name__}") from None
-    weights = state.get("ema") or state["model"]
+        raise BadInput(f"{path}: its config or its weights do not describe a {network.__name__}") from None
     check_fit(blank, weights, path)
     if len(state["vocabulary"]) > blank.config.vocab:
         raise BadInput(f"{path}: {len(state['vocabulary'])} words, but its model knows {blank.config.vocab}")

@@ -69,7 +69,11 @@ def last_checkpoint(out):
 
 def last_state(out):
     """What a run that fails says of what it leaves."""
-    return f"{last_checkpoint(out)} is the last good state" if last_checkpoint(out) else "nothing was saved yet"
+    last = last_checkpoint(out)
+    if last is None:
+        return "nothing was saved yet"
+    steps = int(last.name[7:]) if last.is_dir() else load_checkpoint(last)["step"]
+    return f"{last}, after step {steps - 1}, is the last good state"
 
 
 def opened_run(args):

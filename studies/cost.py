@@ -26,10 +26,10 @@ import torch
 from model import PRESETS, VideoTransformer, add_lora, freeze_trunk
 from runtime.cli import BadInput
 
-# Attention: the norm's input, 1; q, k and v in one, 3; q and k turned, 2; the kernel's output, and that after the last
-# layer, 2. MLP: again 1, the hidden layer before and after GELU, 8, and the output, 1. What lies between a norm and a
-# linear layer is made again (model.remade).
-SAVED = 2 + 1 + 3 + 2 + 2 + 2 + 2 + 1 + 8 + 1
+# Two norms' inputs and outputs, 4; what modulation gives the two linear layers behind them, 2; q, k and v, 3; q and k
+# normed, 2, and turned, 2; attention's output and the last layer's, 2; the hidden layer before and after GELU, 8; the
+# MLP's output, 1.
+SAVED = 4 + 2 + 3 + 2 + 2 + 2 + 8 + 1
 KEPT = 1
 CLIPS = {"pretrain": 1, "sft": 2, "rwr": 2, "dpo": 2}  # a row of the batch
 

@@ -57,7 +57,6 @@ def reward_of(variant, seed, args, device):
     out = args.work / "nrg" / reward_name(variant, seed)
     settings = settings_for(["--algo=nrg", *VARIANTS[variant], f"--seed={seed}"], out, args)
     train.train(train.TASKS["nrg"](settings, device), settings, device)
-    base, _ = load_velocity(WEIGHTS / "base.pt")
     return load_noisy_reward(out / "last.pt")[0].to(device)
 
 

@@ -146,6 +146,8 @@ def test_a_backend_that_is_unknown_or_lacks_a_plan_is_named(backend):
 def test_a_wrong_attention_is_refused(text):
     with pytest.raises(ValueError, match="must be full, tile:T,H,W"):
         parse_attention(text)
+    with pytest.raises(BadInput, match=f"--attention {text}: must be full, tile:T,H,W"):
+        ModelConfig(attention=text)
 
 
 def test_a_box_that_does_not_divide_the_grid_is_refused():

@@ -1,13 +1,31 @@
 """Words, pairs and batches."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+import wired
 
+import train
 import world
-from data import TOY_WORDS, Vocabulary, annotated_pairs, draw_pairs, epoch_index
+from data import INVALID, TOY_WORDS, Vocabulary, annotated_pairs, draw_noise, draw_pairs, epoch_index, mean_one, take
 from model import ModelConfig
+from runtime import distributed
 
+tiny = wired.tiny
 CONFIG = ModelConfig(vocab=len(TOY_WORDS))
+ALGORITHMS = {
+    "pretrain": ["--algo=pretrain"],
+    "reward, btt": ["--algo=reward"],
+    "reward, bt": ["--algo=reward", "--loss=bt"],
+    "reward, regression": ["--algo=reward", "--loss=regression"],
+    "nrg": ["--algo=nrg"],
+    "nrg, own noise": ["--algo=nrg", "--pair-noise=own"],
+    "sft": ["--algo=sft"],
+    "rwr": ["--algo=rwr", "--temperature=0.3"],
+    "dpo": ["--algo=dpo", "--freeze=0"],
+    "dpo, shared trunk": ["--algo=dpo", "--freeze=2"],
+}
 
 
 def test_words_become_ids_and_back():
@@ -58,3 +76,100 @@ def test_an_epoch_visits_every_item_once():
     seen = torch.cat([epoch_index(10, 4, step, seed=1) for step in range(5)])  # 20 items are two epochs
     assert sorted(seen[:10].tolist()) == sorted(seen[10:].tolist()) == list(range(10))
     assert seen[:10].tolist() != seen[10:].tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parts of a batch: for processes, and for the micro-batches of each
+
+
+@pytest.fixture
+def unlabelled(tiny, monkeypatch):
+    """`tiny`, whose annotators left out most of what they were asked of two pairs in three."""
+    honest = train.toy_data
+
+    def toy_data(args, config, vocabulary):
+        pairs, *rest = honest(args, config, vocabulary)
+        label, mos = pairs.label.clone(), pairs.mos.clone()
+        for row in range(len(pairs)):
+            if row % 3:
+                label[row, row % 2 :], mos[row, :, row % 2 :] = INVALID, 0
+        return replace(pairs, label=label, mos=mos), *rest
+
+    monkeypatch.setattr(train, "toy_data", toy_data)
+    return tiny
+
+
+def cut(batch, count, parts):
+    """The slices of a task's rows 0 to count - 1, in so many parts."""
+    return [batch(slice(i * count // parts, (i + 1) * count // parts)) for i in range(parts)]
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_parts_of_a_batch_are_its_rows_to_the_last_bit(unlabelled, algo):
+    _, task = unlabelled(*ALGORITHMS[algo], "--label-dropout=0.5")
+    count = wired.BATCH * (2 if algo in ("sft", "rwr") else 1)
+    for step in (0, 3):
+        whole, again = (task.batch(step, slice(0, wired.BATCH)) for _ in range(2))
+        assert all(len(value) == count for value in whole.values())
+        assert all(torch.equal(value, again[name]) for name, value in whole.items())
+        for parts in (2, 4):
+            pieces = cut(lambda rows, step=step: task.batch(step, rows), wired.BATCH, parts)
+            for name, value in whole.items():
+                assert all(len(piece[name]) == count // parts for piece in pieces)
+                assert torch.equal(torch.cat([piece[name] for piece in pieces]), value)
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_losses_of_equal_parts_have_the_whole_batchs_for_their_mean(unlabelled, algo):
+    _, task = unlabelled(*ALGORITHMS[algo])
+    wired.noticeable(task.model)
+    uneven = 0
+    for step in range(3):
+        whole = task.loss(task.batch(step, slice(0, wired.BATCH)))[0].item()
+        for parts in (2, 4, 8):
+            pieces = cut(lambda rows, step=step: task.batch(step, rows), wired.BATCH, parts)
+            losses = [task.loss(piece)[0].item() for piece in pieces]
+            assert sum(losses) / parts == pytest.approx(whole, rel=1e-5)
+            uneven += len({(piece["weight"] > 0).sum().item() for piece in pieces if "weight" in piece}) > 1
+    # parts with more and with fewer valid labels were among them: each one's own mean would have been another
+    assert (uneven > 3) == (algo.startswith("reward") or algo.startswith("nrg"))
+
+
+@pytest.mark.parametrize("algo", ["reward, btt", "reward, bt", "reward, regression", "nrg"])
+def test_labels_that_are_not_there_weigh_nothing(unlabelled, algo):
+    _, task = unlabelled(*ALGORITHMS[algo])
+    batch = task.batch(0, slice(0, wired.BATCH))
+    valid = {"reward, btt": batch["label"] != INVALID, "reward, regression": batch.get("mos", batch["label"]) != 0}
+    valid = valid.get(algo, (batch["label"] == 1) | (batch["label"] == -1))
+    assert (batch["label"] == INVALID).any() and 0 < valid.sum() < valid.numel()
+    # so many entries over so many valid ones, for each of the valid
+    assert torch.allclose(batch["weight"], valid * (valid.numel() / valid.sum()))
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_processes_and_micro_batches_take_their_rows_of_what_was_drawn(processes, monkeypatch):
+    # six clips: their t and noise, drawn once for all, then again by every process
+    def drawn():
+        return draw_noise(6, (2, 3), 3.0, torch.Generator().manual_seed(7))
+
+    monkeypatch.setattr(distributed, "world_size", lambda: processes)
+    found = []
+    for rank in range(processes):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        mine = take(drawn(), distributed.local_rows(6))
+        count = 1 if processes == 2 else 2  # 3 clips a process do not halve
+        found += [{name: value.chunk(count)[i] for name, value in mine.items()} for i in range(count)]
+    assert len(found) == {1: 2, 2: 2, 3: 6}[processes]
+    for name, value in drawn().items():
+        assert torch.equal(torch.cat([part[name] for part in found]), value)
+
+
+def test_weights_of_mean_one_divide_a_masked_mean_by_hand():
+    mask = torch.tensor([[True, True, True], [True, False, False], [False] * 3, [True, False, False]])  # 5 of 12
+    value = torch.arange(12.0).reshape(4, 3)  # valid: 0 1 2 | 3 | 9, mean 3
+    weight = mean_one(mask)
+    assert torch.allclose(weight, mask * 12 / 5) and weight.mean().item() == pytest.approx(1.0)
+    # the halves' means are 2.4 * 6 / 6 and 2.4 * 9 / 6, and theirs is 3; of their own valid entries 1.5 and 9: 5.25
+    halves = [(w * v).mean().item() for w, v in zip(weight.chunk(2), value.chunk(2))]
+    assert halves == pytest.approx([2.4, 3.6]) and sum(halves) / 2 == pytest.approx(3.0)
+    assert not mean_one(torch.zeros(4, 3, dtype=torch.bool)).any()  # nothing is divided by 0

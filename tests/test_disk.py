@@ -11,14 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-import data
 import train
 import world
-from data import INVALID, Vocabulary, annotated_pairs, read_pairs, vocabulary_of, write_pairs
+from data import INVALID, Vocabulary, annotated_pairs, vocabulary_of
 from model import ModelConfig
-from real_data import video
+from real_data import export_toy, video
 from real_data.disk_pairs import disk_pairs
-from real_data.pairs_csv import Pair
+from real_data.pairs_csv import Pair, read_pairs, write_pairs
 from runtime.cli import BadInput
 
 EXAMPLE = Path(__file__).parent.parent.parent / "shared/data/videoalign_example/example.csv"
@@ -28,7 +27,7 @@ CONFIG = ModelConfig()
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("export") / "toy"
-    data.export(folder, 10, seed=3)
+    export_toy.export(folder, 10, seed=3)
     return folder
 
 
@@ -98,7 +97,7 @@ def test_fit_crops_the_middle_in_space_and_time():
 
 
 def test_export_and_load_give_the_pairs_back(exported):
-    for offset, (name, split) in enumerate(data.SPLITS.items()):
+    for offset, (name, split) in enumerate(export_toy.SPLITS.items()):
         made = annotated_pairs(10 if name == "train" else 2, [split], 3 + 10 * offset, CONFIG, Vocabulary())
         path = exported / f"{name}.csv"
         rows = read_pairs(path)
@@ -130,16 +129,17 @@ def data_columns():
 
 
 def test_prompts_of_the_splits_do_not_meet(exported):
-    train_prompts, *others = ({row.prompt for row in read_pairs(exported / f"{name}.csv")} for name in data.SPLITS)
+    splits = ({row.prompt for row in read_pairs(exported / f"{name}.csv")} for name in export_toy.SPLITS)
+    train_prompts, *others = splits
     assert not any(train_prompts & other for other in others)
 
 
 def test_an_export_never_touches_what_is_there(exported, tmp_path):
     with pytest.raises(BadInput, match="is there already"):
-        data.export(exported, 2, seed=0)
+        export_toy.export(exported, 2, seed=0)
     (tmp_path / "file").write_text("kept")
     with pytest.raises(BadInput, match="cannot write"):
-        data.export(tmp_path / "file" / "toy", 1, seed=0)
+        export_toy.export(tmp_path / "file" / "toy", 1, seed=0)
     assert (tmp_path / "file").read_text() == "kept"
 
 
@@ -273,7 +273,11 @@ def test_a_bad_video_leaves_nothing_half_written(rows, tmp_path):
     path = write(rows, tmp_path / "x.csv")
     with pytest.raises(BadInput):
         load(path, read_pairs(path))
-    assert all(file.suffix == ".npy" for file in (tmp_path / "cache").glob("*"))
+    # clips, and for each an empty file that says that its 8 frames were counted
+    assert {file.suffix for file in (tmp_path / "cache").glob("*")} <= {".npy", ".8"}
+    assert all(
+        file.with_suffix(".npy").exists() and not file.stat().st_size for file in (tmp_path / "cache").glob("*.8")
+    )
     with pytest.raises(BadInput, match="all were skipped"):
         load(path, read_pairs(path)[1:2], [])
 

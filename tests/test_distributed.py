@@ -12,12 +12,11 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from forked import TINY, command, ended, fork, tiny_checkpoints, together, weights
-from parts import Part, valid_rows
 
 import train
-from flow import draw_noise, draw_time
+from data import draw_noise, mean_one, take
 from model import PRESETS
-from runtime import checkpoint, cli, resume
+from runtime import checkpoint, cli, distributed, resume
 
 ALGORITHMS = ("pretrain", "reward", "nrg", "sft", "rwr", "dpo")
 SPREAD = ("pretrain", "reward", "nrg", "dpo")  # over two processes; sft's and rwr's loss is pretrain's
@@ -34,7 +33,7 @@ def runs(tmp_path_factory):
 
     def flags(way, algo, *more):
         what = [f"--algo={algo}", *files, "--steps=5", "--batch=4", "--lr=1e-4", "--pairs=24", "--beta=20"]
-        return [*what, f"--out={folder / way / algo}", *more]
+        return [*what, "--precision=float32", f"--out={folder / way / algo}", *more]
 
     log = folder / "log"
     for way, more in {"one": [], "accum": ["--accum=2"]}.items():
@@ -68,7 +67,7 @@ def test_each_process_makes_its_own_slice_of_the_batch(runs, monkeypatch, algo):
     files = [f"--init={runs / 'velocity.pt'}", f"--reward={runs / 'reward.pt'}"]
     args = train.arguments([f"--algo={algo}", *files, "--steps=5", "--batch=4", "--pairs=24", "--device=cpu"])
     task = train.TASKS[algo](args, torch.device("cpu"))
-    whole, *halves = (task.batch(3, Part(train.step_rng(0, 3), i, n)) for i, n in ((0, 1), (0, 2), (1, 2)))
+    whole, *halves = (task.batch(3, slice(*rows)) for rows in ((0, 4), (0, 2), (2, 4)))
     rows = 8 if algo in ("sft", "rwr") else 4
     for name, value in whole.items():
         assert len(value) == rows and all(len(half[name]) == rows // 2 for half in halves)
@@ -160,28 +159,39 @@ def test_torchrun_from_a_shell(runs, tmp_path):
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
-def test_a_part_draws_the_slice_of_the_whole(processes):
+def test_processes_and_micro_batches_draw_the_rows_of_the_whole(monkeypatch, processes):
     """Draws of 6 clips: t, noise, noise again, cut for processes and then for two micro-batches each."""
-    x0 = torch.zeros(6, 2, 3)
+
+    def drawn(rows):
+        rng = torch.Generator().manual_seed(7)
+        whole = draw_noise(6, (2, 3), 3.0, rng)
+        return take({**whole, "x1_b": torch.randn(6, 2, 3, generator=rng)}, rows)
+
     rng = torch.Generator().manual_seed(7)
-    whole = [draw_time(6, rng, 3.0), draw_noise(x0, rng), draw_noise(x0, rng)]
-    found = [[], [], []]
-    for rank in range(processes):
-        part = Part(torch.Generator().manual_seed(7), rank, processes)
+    u = torch.rand(6, generator=rng)
+    x1, x1_b = torch.randn(6, 2, 3, generator=rng), torch.randn(6, 2, 3, generator=rng)
+    wanted = {"t": 3 * u / (1 + 2 * u), "x1": x1, "x1_b": x1_b}  # the shift by 3, of the whole batch
+    found = {name: [] for name in wanted}
+    monkeypatch.setattr(distributed, "world_size", lambda: processes)
+    for number in range(processes):
+        monkeypatch.setattr(distributed, "rank", lambda number=number: number)
+        rows = distributed.local_rows(6)
+        assert rows == slice(6 // processes * number, 6 // processes * (number + 1))
+        mine = drawn(rows)
         count = 1 if processes == 2 else 2  # 3 clips a process do not halve
-        for micro in part.split(count):
-            mine = micro.cut(part.cut(x0))
-            drawn = draw_time(len(mine), micro, 3.0), draw_noise(mine, micro), draw_noise(mine, micro)
-            for kept, value in zip(found, drawn):
-                kept.append(value)
-    assert all(torch.equal(torch.cat(kept), wanted) for kept, wanted in zip(found, whole))
+        for i in range(count):
+            for name, value in mine.items():
+                found[name].append(value.chunk(count)[i])
+    assert torch.equal(torch.cat(found["x1"]), x1) and torch.equal(torch.cat(found["x1_b"]), x1_b)
+    assert torch.allclose(torch.cat(found["t"]), wanted["t"], atol=1e-7)
 
 
-def test_valid_rows_divide_a_masked_mean_by_hand():
+def test_weights_of_mean_one_divide_a_masked_mean_by_hand():
     mask = torch.tensor([[True, True, True], [True, False, False], [False] * 3, [True, False, False]])  # 5 of 12
-    halves = [valid_rows(mask, Part(None, i, 2)) for i in range(2)]
-    assert [half.tolist() for half in halves] == [[1.25, 1.25]] * 2  # each half divides by 2.5, its mean number
+    weight = mean_one(mask)
+    assert torch.allclose(weight, 12 / 5 * mask.float())  # each that counts weighs 2.4, so that all weigh 1 on average
     value = torch.arange(12.0).reshape(4, 3)  # valid: 0 1 2 | 3 | 9, mean 3
-    sums = [torch.where(m, v, 0.0).sum() for m, v in zip(mask.chunk(2), value.chunk(2))]  # 6 and 9
-    assert sum(s / half.sum() for s, half in zip(sums, halves)) / 2 == 3.0
-    assert valid_rows(torch.zeros(4, 3, dtype=torch.bool), Part(None)).sum() == 1  # nothing is divided by 0
+    # each half is a mean over all its six entries: 2.4 (0 + 1 + 2 + 3) / 6 = 2.4 and 2.4 x 9 / 6 = 3.6
+    halves = [(w * v).mean().item() for w, v in zip(weight.chunk(2), value.chunk(2))]
+    assert halves == pytest.approx([2.4, 3.6]) and sum(halves) / 2 == pytest.approx(3.0)
+    assert not mean_one(torch.zeros(4, 3, dtype=torch.bool)).any()  # nothing is divided by 0

@@ -242,7 +242,7 @@ def judged(oracle, learned, right=(1.0, 0.0, 1.0), quality=0.25):
 
 def test_rows_count_wins_of_the_policy_over_the_base():
     policy = {"hard 1": judged([[1.0, 0.2, 0.0]] * 2, [[0.0, 3.0, 1.0], [0.0, 3.0, 0.0]])}
-    base = {"hard 1": judged([[0.0, 0.2, 1.0]] * 2, [[1.0, 1.0, 0.0], [-1.0, 1.0, 0.0]], quality=0.75)}
+    base = {"hard 1": judged([[0.0, 0.2, 1.0]] * 2, [[1.0, 1.0, 0.0], [-1.0, 1.0, 0.0]], (0, 1, 0), 0.75)}
     by_oracle, learned = jobs.rows_of(policy, base, method="x", seed=4)
     assert [by_oracle[n] for n in DIMENSIONS] == [1.0, 0.5, 0.0] and by_oracle["judge"] == "oracle"
     assert [learned[n] for n in DIMENSIONS] == [0.5, 1.0, 0.75] and learned["judge"] == "videoreward"

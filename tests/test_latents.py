@@ -8,12 +8,11 @@ import pytest
 import torch
 from forked import command, ended, fork, weights
 
-import data
 import sample
 import train
 from data import vocabulary_of
 from model import ModelConfig
-from real_data import video
+from real_data import export_toy, video
 from real_data.disk_pairs import disk_pairs
 from real_data.pairs_csv import Pair, read_pairs, write_pairs
 from runtime.cli import BadInput
@@ -168,7 +167,7 @@ def test_a_base_model_of_other_words_or_sizes_is_refused(latents, tmp_path):
 
 
 def test_exported_toy_pairs_align_the_shipped_model(tmp_path, capsys, monkeypatch):
-    data.export(tmp_path / "toy", 4, seed=3)
+    export_toy.export(tmp_path / "toy", 4, seed=3)
     flags = ["--algo=dpo", f"--data={tmp_path / 'toy' / 'train.csv'}", f"--cache={tmp_path / 'cache'}", "--steps=1"]
     short = ["--batch=2", "--eval-prompts=2", "--device=cpu", f"--out={tmp_path / 'run'}"]
     monkeypatch.setattr("sys.argv", ["train.py", *flags, *short])

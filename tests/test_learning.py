@@ -14,7 +14,7 @@ from wired import BATCH, CONFIG, CPU, find, noticeable, same_pairs, splits_of, t
 
 import train
 import world
-from data import Vocabulary
+from data import Vocabulary, annotated_pairs
 from model import load_velocity
 from reward import load_reward
 
@@ -48,6 +48,23 @@ def test_labels_are_those_of_the_very_clips_and_say_which_is_better(tiny, algo):
                 if algo == "reward":
                     assert (batch["mos"][i, 0, k] - batch["mos"][i, 1, k]) * gap[k] > 0
     assert clear > 20
+
+
+def test_truth_and_overall_of_annotated_pairs_are_those_of_their_sides():
+    pairs = annotated_pairs(120, ["train"], 3, CONFIG, Vocabulary())
+    prompts = world.prompt_attributes([Vocabulary().decode(row) for row in pairs.y])
+    truth = torch.stack([world.oracle(video, prompts) for video in pairs.sides(torch.arange(120))], 1)
+    assert torch.allclose(pairs.truth, truth, atol=1e-5)
+    index, side = torch.arange(4), torch.zeros(4, dtype=torch.int64)  # side 0 is A
+    assert all(torch.equal(pairs.clips(index, side + i), clip) for i, clip in enumerate(pairs.sides(index)))
+    gap = ((truth[:, 0] - truth[:, 1]) / world.TRUE_STD).mean(1)
+    clear = gap.abs() > 1
+    assert clear.sum() > 5 and torch.equal(pairs.overall[clear], gap[clear].sign().long())
+
+
+def test_pairs_to_judge_by_come_from_other_generators_than_those_to_train_on(drawn, tiny):
+    tiny("--algo=reward", "--pairs=40", "--eval-pairs=40")
+    assert len(drawn) == 4 and not torch.equal(drawn[0].generator, drawn[2].generator)
 
 
 def test_ratings_follow_the_clip_that_is_rated():

@@ -160,7 +160,7 @@ def test_both_clips_of_a_pair_share_noise_and_time():
 
 def test_shared_noise_cancels_from_a_linear_score_and_own_noise_does_not():
     # Bradley-Terry labels on r(x0) = x0: the likelihood of w - l is reached at every t by the score x_t / (1 - t),
-    # whose gradient grows towards the noise; so guidance by it diverges (unified.py)
+    # whose gradient grows towards the noise; so guidance by it diverges (studies/unified.py)
     a, _, y = inputs()
     a, b, label = a.flatten(1)[:, :1], a.flatten(1)[:, 1:2], torch.ones(4, 3, dtype=torch.int64)
 
@@ -296,6 +296,10 @@ def test_a_checkpoint_holds_its_trunk(frozen, tmp_path):
     save_checkpoint(tmp_path / "nrg.pt", state | {"model": reward.state_dict()})
     loaded, words = load_noisy_reward(tmp_path / "nrg.pt")
     assert torch.equal(loaded(*inputs()), reward(*inputs())) and words == ["", "a"]
+    head = {name: value for name, value in reward.state_dict().items() if not name.startswith("trunk.")}
+    save_checkpoint(tmp_path / "nrg.pt", state | {"model": head})
+    with pytest.raises(BadInput, match="lacks tensor 'trunk."):
+        load_noisy_reward(tmp_path / "nrg.pt")
 
 
 def test_it_cannot_read_more_blocks_than_there_are():

@@ -207,6 +207,16 @@ def test_an_object_that_stands_still_has_no_motion_quality(scenes):
     assert (nothing[:, :2] < 0).all() and (nothing[:, 2] == 0).all()
 
 
+def test_what_lies_far_from_the_object_costs_visual_quality(scenes):
+    prompts, clips = scenes
+    video = world.render(clips)
+    spotted = video.clone()
+    spotted[..., :5, :5] = video.flatten(3).amax(3)[..., None, None]  # as bright as the object, in the corner
+    share = (25 / 1024) / (25 / 1024 + torch.pi * clips.radius**2)  # of both masses; every shape's area is pi r^2
+    lost = (world.oracle(video, prompts) - world.oracle(spotted, prompts))[:, 0]
+    assert lost.mean().item() == pytest.approx(share.mean().item(), abs=0.07) and share.mean() > 0.15
+
+
 @pytest.mark.parametrize("attribute", [0, 1, 2])
 def test_each_wrong_attribute_costs_a_third_of_text_alignment(scenes, attribute):
     prompts, clips = scenes

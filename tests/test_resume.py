@@ -9,14 +9,14 @@ import shutil
 import signal
 import time
 from collections import namedtuple
+from types import SimpleNamespace
 
 import pytest
 import torch
 from forked import command, ended, fork, same, tiny_checkpoints
 
-import train
 from model import load_velocity
-from runtime import checkpoint, resume
+from runtime import checkpoint, distributed, resume
 from runtime.cli import BadInput
 
 RUN = ["--algo=pretrain", "--batch=2", "--steps=24", "--ema=0.9"]
@@ -45,7 +45,7 @@ def dies_in(module, name, call, half=False):
 # Moments in and around a save, each met on purpose: before the write, in it, written but not on the disk, on the disk
 # but not named, named but the folder's entry not on the disk; and the log's line before all of these.
 MOMENTS = {
-    "log": lambda call: dies_in(train, "write_log", call),
+    "log": lambda call: dies_in(resume.Log, "write", call),
     "before the save": lambda call: dies_in(resume, "save_checkpoint", call),
     "in the save": lambda call: dies_in(torch, "save", call, half=True),
     "at fsync": lambda call: dies_in(os, "fsync", call),
@@ -64,8 +64,8 @@ def test_killed_25_times_and_resumed_each_time_the_run_ends_at_the_same_bits(tmp
         """The user's command, which dies at `moment`: a name and a call, or at no chosen one."""
         if moment:
             MOMENTS[moment[0]](moment[1])
-        resume = ["--resume"] if (parts / "last.pt").exists() else []
-        command(*RUN, f"--out={parts}", "--save-every=3", *resume)
+        more = ["--resume"] if (parts / "last.pt").exists() else []
+        command(*RUN, f"--out={parts}", "--save-every=3", *more)
 
     rng = random.Random(0)
     chosen = [(name, call) for name in MOMENTS for call in (1, 2)]
@@ -99,8 +99,9 @@ def test_killed_25_times_and_resumed_each_time_the_run_ends_at_the_same_bits(tmp
 
 def test_the_log_is_cut_in_place_to_the_checkpoint(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1}\n{"step": 2}\n{"st')  # killed in a write
-    with resume.open_log(tmp_path, 2, 0) as log:
-        resume.write_log(log, '{"step": 2, "again": 1}\n')
+    args = SimpleNamespace(out=tmp_path, ema=0.0)
+    with resume.Log(args, 2, torch.nn.Linear(1, 1), {}) as log:
+        log.write({"step": 2, "again": 1})
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 0}\n{"step": 1}\n{"step": 2, "again": 1}\n'
 
 
@@ -134,9 +135,10 @@ def test_a_folder_that_holds_a_run_is_refused_and_left_alone(refused, tmp_path):
 
 
 def test_a_folder_that_another_run_is_writing_is_refused(refused, tmp_path):
-    with resume.open_log(tmp_path / "run", 0, 0) as log:
-        log.write("a line of the other\n")
-        log.flush()
+    args = SimpleNamespace(out=tmp_path / "run", ema=0.0)
+    with resume.Log(args, 0, torch.nn.Linear(1, 1), {}) as log:
+        log.file.write("a line of the other\n")
+        log.file.flush()
         assert "another run is writing there" in refused()
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == "a line of the other\n"
 
@@ -172,15 +174,15 @@ def test_a_disk_that_fills_up_stops_the_run_and_keeps_the_last_checkpoint(refuse
 
 def test_a_log_that_cannot_grow_stops_the_run_as_well(refused, tmp_path):
     def fills():
-        honest = train.write_log
+        honest = resume.Log.write
 
-        def write(log, line, sync=False):
-            if '"step": 4' in line:
+        def write(log, record, sync=False):
+            if record["step"] == 4:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))  # what is told must still find room
-                line = line.rstrip() + " " * 10_000 + "\n"
-            honest(log, line, sync)
+                record = record | {"blank": " " * 10_000}
+            honest(log, record, sync)
 
-        train.write_log = write
+        resume.Log.write = write
 
     line = refused("--save-every=3", prepare=fills)
     assert "cannot write" in line and "last.pt, after step 2, is the last good state" in line
@@ -206,22 +208,22 @@ def test_adapters_with_averaged_weights_can_be_sampled_and_resumed(tmp_path):
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_numbers_that_are_not_finite_stop_the_run_before_they_are_used(refused, tmp_path, what):
     def poison():
-        honest = train.spread
+        honest = distributed.wrap_model
 
-        def spread(task, device, *how):
+        def wrap_model(task, device, args):
             whole, calls = task.loss, []
 
-            def loss(batch, part):
-                value, logs = whole(batch, part)
+            def loss(batch):
+                value, logs = whole(batch)
                 calls.append(1)
                 if len(calls) == 8:  # step 7; the gradient of sqrt(0 x) is not a number, its value is 0
                     value = value * float("nan") if what == "loss" else value + (value * 0).sqrt()
                 return value, logs
 
             task.loss = loss
-            return honest(task, device, *how)
+            return honest(task, device, args)
 
-        train.spread = spread
+        distributed.wrap_model = wrap_model
 
     line = refused("--save-every=3", "--seed=5", prepare=poison)
     seed = (5 * 1_000_003 + 7) * 2 + 1  # data.step_rng

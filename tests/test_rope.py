@@ -81,8 +81,8 @@ def test_gradients_are_those_of_finite_differences():
 def test_a_second_backward_is_exact_and_compiling_gives_one_graph():
     torch.manual_seed(0)
     x, table = torch.randn(1, 4, 2, 8, dtype=torch.float64, requires_grad=True), rope((1, 2, 2), 8).double()
-    weight = torch.rand(8, dtype=torch.float64) + 0.5
-    assert torch.autograd.gradgradcheck(lambda x: norm_and_turn(x, weight, table), [x])
+    weight = (torch.rand(8, dtype=torch.float64) + 0.5).requires_grad_(True)
+    assert torch.autograd.gradgradcheck(lambda x, weight: norm_and_turn(x, weight, table), [x, weight])
     compiled = torch.compile(norm_and_turn, backend="aot_eager", fullgraph=True)
-    pairs = [torch.autograd.grad(f(x, weight, table).exp().sum(), x)[0] for f in (compiled, norm_and_turn)]
-    assert torch.allclose(*pairs, atol=1e-9)
+    pairs = [torch.autograd.grad(f(x, weight, table).exp().sum(), (x, weight)) for f in (compiled, norm_and_turn)]
+    assert all(torch.allclose(here, there, atol=1e-9) for here, there in zip(*pairs))

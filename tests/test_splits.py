@@ -198,7 +198,10 @@ class Silent(torch.nn.Module):
 
 def test_the_reward_study_learns_train_and_is_judged_on_validation_and_hard(studied, drawn, monkeypatch):
     args, seen = studied
-    monkeypatch.setattr(reward_model, "pair_scores", lambda score, pairs, device: torch.rand(len(pairs), 2, 3))
+    scores = []
+    monkeypatch.setattr(
+        reward_model, "pair_scores", lambda f, pairs, _: scores.append(f) or torch.rand(len(pairs), 2, 3)
+    )
     reward_model.judged_pairs.cache_clear()
     for model in reward_model.MODELS:
         seen.clear()
@@ -208,6 +211,7 @@ def test_the_reward_study_learns_train_and_is_judged_on_validation_and_hard(stud
         assert settings.tokens == ("separate" if model == "btt-separate" else "shared")
         assert settings.loss == model.split("-")[0]
         watched_splits(drawn)
+    assert {score.__name__ for score in scores} == {"normalised"}  # Overall adds the three
     assert splits_of(reward_model.judged_pairs("validation", 20).y) == {"validation"}
     assert splits_of(reward_model.judged_pairs("benchmark", 20).y) == {"hard"}
 
@@ -216,3 +220,33 @@ def test_named_splits_are_drawn_and_no_others(drawn):
     for names in (["train"], ["validation"], ["hard"], ["validation", "hard"]):
         pairs = annotated_pairs(60, names, 3, wired.CONFIG, Vocabulary())
         assert splits_of(pairs.y) == watched_splits(drawn)[0] == set(names)
+
+
+def test_rows_of_the_studies_are_wins_of_what_was_trained(studied, monkeypatch):
+    args, _ = studied
+    won, lost = (
+        {
+            "large 1": dict.fromkeys(("oracle", "videoreward", "right"), torch.full((3, 3), x))
+            | {"quality": torch.ones(3)}
+        }
+        for x in (1.0, 0.0)
+    )
+    for module in (align, beta, guidance):
+        monkeypatch.setattr(module, "judge", lambda *args: won)
+        monkeypatch.setattr(module, "base_scores", lambda *args: lost)
+    monkeypatch.setattr(guidance, "guided", lambda *args, **settings: won)
+    monkeypatch.setattr(guidance, "reward_of", lambda *args: None)
+    monkeypatch.setattr(guidance, "accuracy_rows", lambda *args: [])
+    rows = align.trained("sft", "1:1:1", 0, args, CPU) + beta.swept("dpo-constant", 10, 0, args, CPU)
+    rows += beta.long_run("dpo-constant", 0, args, CPU) + guidance.steered_rows("no contrast", 0, args, CPU)
+    assert len(rows) == 2 + 2 + 2 * len(beta.LENGTHS) + 6
+    assert all(row["VQ"] == row["MQ"] == row["TA"] == row["VQ_score"] == 1 for row in rows)
+
+
+def test_a_reward_that_says_what_the_labels_say_is_right(monkeypatch):
+    label = torch.tensor([[1, -1, 1], [1, -1, -1]])
+    scores = torch.tensor([[[2.0, 0, 0], [1.0, 1, 1]], [[2.0, 0, 0], [1.0, 1, 1]]])
+    monkeypatch.setattr(guidance, "annotated_pairs", lambda *args: Namespace(label=label))
+    monkeypatch.setattr(guidance, "noisy_scores", lambda *args, **settings: {0.4: scores})
+    (row,) = guidance.accuracy_rows(None, "noised", 0, Namespace(eval_pairs=2), CPU)
+    assert (row["t"], row["VQ"], row["MQ"], row["TA"]) == (0.4, 1.0, 1.0, 0.5)

@@ -15,7 +15,7 @@ from sample import CFG, NRG_EPS, NRG_INTERVAL, NRG_SCALE
 
 def test_together_they_are_small():
     assert sum(path.stat().st_size for path in checkpoint.WEIGHTS.glob("*.pt")) < 8e6
-    assert (checkpoint.WEIGHTS / "nrg.pt").stat().st_size < 2.5e6  # the head, and the two blocks that it reads
+    assert (checkpoint.WEIGHTS / "nrg.pt").stat().st_size < 2e6  # the head, and the two blocks that it reads
     for name in ("base.pt", "reward.pt", "nrg.pt"):
         state = checkpoint.load_checkpoint(checkpoint.WEIGHTS / name)
         assert all(value.dtype == torch.float16 for value in state["model"].values())
