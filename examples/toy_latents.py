@@ -18,7 +18,7 @@ from data import Vocabulary, annotated_pairs
 from model import ModelConfig
 from real_data.pairs_csv import Pair, write_pairs
 from real_data.video import FPS
-from runtime.cli import BadInput, Parser, check_writable, run
+from runtime.cli import BadInput, Parser, check_writable, positive_int, run, seed
 
 
 def encode(video):
@@ -32,11 +32,9 @@ def encode(video):
 def main():
     parser = Parser("Writes toy pairs as latents and a CSV of them.")
     parser.add_argument("folder", type=Path, help="a new folder")
-    parser.add_argument("--pairs", type=int, default=240, help="how many")
-    parser.add_argument("--seed", type=int, default=0, help="of prompts, clips and annotators")
+    parser.add_argument("--pairs", type=positive_int, default=240, help="how many")
+    parser.add_argument("--seed", type=seed, default=0, help="of prompts, clips and annotators")
     args = parser.parse_args()
-    if args.pairs < 1:
-        raise BadInput(f"--pairs {args.pairs}: must be at least 1")
     if args.folder.exists():
         raise BadInput(f"{args.folder}: is there already; name a new folder")
     config, vocabulary = ModelConfig(), Vocabulary()

@@ -25,7 +25,7 @@ from flow_rwr import flow_rwr_step, rwr_weights
 from lora import lora_disabled
 from nrg import guide, noisy_reward_step
 from runtime.checkpoint import check_fit
-from runtime.cli import BadInput, Parser, pick_device, progress_bar, run, triple
+from runtime.cli import BadInput, Parser, pick_device, progress_bar, run, seed, triple
 from sample import NRG_EPS, NRG_INTERVAL, sample
 from train import ranked
 
@@ -166,7 +166,7 @@ def arguments(argv=None):
     parser.add_argument("--nrg", type=triple, help="sample: weights of VQ, MQ and TA, for example 1,1,0.5")
     parser.add_argument("--nrg-scale", type=float, default=100.0, help="sample: w of Eq. 11")
     parser.add_argument("--reward", type=Path, help="sample: what nrg wrote (default: OUT/nrg.safetensors)")
-    parser.add_argument("--seed", type=int, default=0, help="of adapters, order, noise and times")
+    parser.add_argument("--seed", type=seed, default=0, help="of adapters, order, noise and times")
     parser.add_argument("--device", default="auto", help="auto (cuda, mps, cpu) or a torch device")
     args = parser.parse_args(argv)
     if args.algo == "nrg" or args.tiny:

@@ -13,7 +13,7 @@ from data import DIMENSIONS, INVALID, Vocabulary, annotated_pairs
 from model import ModelConfig
 from real_data.pairs_csv import Pair, write_pairs
 from real_data.video import FPS, write_video
-from runtime.cli import BadInput, Parser, progress_bar
+from runtime.cli import BadInput, Parser, positive_int, progress_bar, seed
 
 SPLITS = {"train": "train", "validation": "validation", "benchmark": "hard"}  # file -> the world's split of prompts
 
@@ -106,12 +106,10 @@ def main():
     parser.add_argument("command", choices=["export", "table"], help="write files, or print what came out")
     parser.add_argument("folder", type=Path, nargs="?", help="export: a new folder")
     parser.add_argument(
-        "--pairs", type=int, default=200, help="training pairs; a fifth more each to validate and judge"
+        "--pairs", type=positive_int, default=200, help="training pairs; a fifth more each to validate and judge"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of prompts, clips and annotators")
+    parser.add_argument("--seed", type=seed, default=0, help="of prompts, clips and annotators")
     args = parser.parse_args()
-    if args.pairs < 1:
-        raise BadInput(f"--pairs {args.pairs}: must be at least 1")
     if (args.command == "export") != (args.folder is not None):
         raise BadInput("export needs a new folder, `python data.py export DIR`; table takes none")
     if args.command == "export":

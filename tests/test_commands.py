@@ -227,6 +227,9 @@ def bad_files(folder):
     torch.save({**state, "format": 99}, folder / "format.pt")
     torch.save({**state, "config": {**state["config"], "dim": 64}}, folder / "shape.pt")
     torch.save({**state, "config": {"width": 3}}, folder / "config.pt")
+    torch.save({**state, "model": None}, folder / "none.pt")
+    torch.save({**state, "model": torch.ones(3)}, folder / "tensor.pt")
+    torch.save({**state, "ema": torch.ones(3)}, folder / "ema.pt")
     weights = dict(list(state["model"].items())[1:])
     torch.save({**state, "model": weights}, folder / "lacks.pt")
 
@@ -245,7 +248,10 @@ CHECKPOINTS = {
     "list.pt": "not a checkpoint",
     "format.pt": "format 99",
     "shape.pt": "another shape",
-    "config.pt": "config",
+    "config.pt": "its config or its weights do not describe a VideoTransformer",
+    "none.pt": "its config or its weights do not describe a VideoTransformer",
+    "tensor.pt": "its config or its weights do not describe a VideoTransformer",
+    "ema.pt": "its config or its weights do not describe a VideoTransformer",
     "lacks.pt": "lacks tensor",
 }
 
@@ -327,7 +333,8 @@ def test_bad_training_flags_are_refused_in_one_line(command, tmp_path, flags, wo
     [
         (export_toy, ["export"], "needs a new folder"),
         (export_toy, ["table", "x"], "needs a new folder"),
-        (export_toy, ["table", "--pairs", "0"], "--pairs 0"),
+        (export_toy, ["table", "--pairs", "0"], "argument --pairs: 0: must be a whole number from 1 to 1000000000"),
+        (export_toy, ["table", "--seed", "9" * 20], "--seed: 99999999999999999999: must be a whole number from 0"),
         (evaluate, ["everything"], "choose from 'reward', 'align', 'beta'"),
         (evaluate, ["align", "--eval-prompts", "0"], "argument --eval-prompts: 0: must be a whole number from 1"),
     ],

@@ -1,8 +1,11 @@
 """The shipped weights do what weights/README.md says of them (bounds leave room for the smaller samples here)."""
 
+import subprocess
+
 import pytest
 import torch
 
+import train
 import world
 from data import Vocabulary, annotated_pairs
 from evaluate import prompt_set, sample_prompts, win_rate
@@ -56,3 +59,16 @@ def test_noise_aware_reward_steers_the_base_model():
     wins = win_rate(guided, plain)
     assert wins[0] > 0.75 and wins[1] > 0.6  # .9 and .75 on more prompts
     assert (guided.mean(0) > plain.mean(0)).all()
+
+
+def test_an_exported_file_says_where_it_comes_from(tmp_path, monkeypatch):
+    export = tmp_path / "base.pt"
+    flags = ["--algo=pretrain", "--steps=1", "--batch=1", "--seed=5", "--eval-prompts=1", "--device=cpu"]
+    monkeypatch.setattr("sys.argv", ["train.py", *flags, f"--out={tmp_path / 'run'}", f"--export={export}"])
+    train.main()
+    state = checkpoint.load_checkpoint(export)
+    wanted = {"algo": "pretrain", "steps": "1", "batch": "1", "seed": "5", "lr": "0.0025", "init": "weights/base.pt"}
+    assert wanted.items() <= state["settings"].items() and "optimizer" not in state
+    git = ["git", "-C", str(checkpoint.WEIGHTS.parent), "rev-parse", "--short", "HEAD"]
+    said = subprocess.run(git, capture_output=True, text=True).stdout.strip()  # "" outside a repository
+    assert state["commit"].rstrip("+") == said

@@ -106,8 +106,8 @@ def section(name, study, found, args):
     shown, folded = tables[: OPEN.get(name, 1)], tables[OPEN.get(name, 1) :]
     introduction = escape(" ".join(result["introduction"]))
     body = f'{charts}<p class="soft">{introduction}</p>'
-    body += "".join(f"<h3>{heading(each)}</h3>{table(*each)}" for each in findings + shown)
-    body += "".join(f"<details><summary>{heading(each)}</summary>{table(*each)}</details>" for each in folded)
+    body += "".join(f"<h3>{heading(each.title)}</h3>{table(*each)}" for each in findings + shown)
+    body += "".join(f"<details><summary>{heading(each.title)}</summary>{table(*each)}</details>" for each in folded)
     if done == jobs:
         return f'<span class="status done">{seeds} seeds</span>', body
     return f'<span class="status part">unfinished: {done} of {jobs} jobs</span>', body
@@ -150,9 +150,9 @@ def cards(found):
     )
 
 
-def heading(table):
+def heading(title):
     """A table's title; a figure that is not there yet shows as a dash."""
-    return escape(table.title.replace("nan", "–"))
+    return escape(title.replace("nan", "–"))
 
 
 def table(title, head, rows, kind=""):
@@ -176,7 +176,7 @@ def table(title, head, rows, kind=""):
         cells = [f'<th scope="row">{escape(row[0])}</th>', *(cell(text, win) for text, win in zip(row[1:], wins[1:]))]
         body += f"<tr>{''.join(cells)}</tr>"
     head = f"<tr>{upper}</tr>" + (f"<tr>{lower}</tr>" if lower else "")
-    label = escape(title)
+    label = heading(title)
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="Table: {label}"><table class="{kind}">'
         f"<thead>{head}</thead><tbody>{body}</tbody></table></div>"
