@@ -26,7 +26,7 @@ import torch
 
 import world
 from flow import draw_time
-from runtime.cli import progress_bar, run
+from runtime.cli import run
 
 DIMENSIONS = ("VQ", "MQ", "TA")
 INVALID = -100  # a label that counts for nothing
@@ -175,11 +175,10 @@ def toy_pairs(count, splits, seed, config, vocabulary):
     return Pairs(y, clips, torch.stack((a.generator, b.generator), 1)), a.prompt
 
 
-def annotated_pairs(count, splits, seed, config, vocabulary, progress=lambda chunks: chunks):
-    """`count` toy pairs with labels and ratings by the annotators, who look at the rendered clips."""
-    pairs, prompt = toy_pairs(count, splits, seed, config, vocabulary)
+def annotate_pairs(pairs, prompt, seed, progress=lambda chunks: chunks):
+    """Pairs of clips of toy prompts (count, 3) with labels and ratings by the annotators, who look at the clips."""
     scores = []
-    for index in progress(torch.arange(count).split(64)):
+    for index in progress(torch.arange(len(pairs)).split(64)):
         scores.append([world.oracle(video, prompt[index]) for video in pairs.sides(index)])
     a, b = (torch.cat(side) for side in zip(*scores))
     rng = torch.Generator().manual_seed(seed + 1)
@@ -188,12 +187,9 @@ def annotated_pairs(count, splits, seed, config, vocabulary, progress=lambda chu
     return replace(pairs, label=label, unanimous=unanimous, mos=mos, overall=overall, truth=torch.stack((a, b), 1))
 
 
-def toy_data(args, config, vocabulary):
-    """Annotated pairs to train on, pairs of other prompts to judge by, and the latter's name."""
-    bar = progress_bar("annotators look at the pairs", "x64 pairs")
-    pairs = annotated_pairs(args.pairs, ["train"], args.seed, config, vocabulary, bar)
-    held = annotated_pairs(args.eval_pairs, ["validation"], args.seed + 1, config, vocabulary, bar)
-    return pairs, held, "validation pairs, prompts never seen in training"
+def annotated_pairs(count, splits, seed, config, vocabulary, progress=lambda chunks: chunks):
+    """`count` annotated pairs of rendered clips."""
+    return annotate_pairs(*toy_pairs(count, splits, seed, config, vocabulary), seed, progress)
 
 
 if __name__ == "__main__":

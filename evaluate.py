@@ -28,6 +28,7 @@ from runtime.cli import BadInput, Parser, check_writable, pick_device, positive_
 from sample import CFG, sample_many
 
 NOISE_SEED = 4321  # of the studies' samples
+PROBE_TIME = 0.8  # of denoised_right: where shapes were lost
 
 
 def win_rate(model, base):
@@ -40,7 +41,7 @@ def static_quality(videos):
     mean of contrast, sharpness and the share of the mass in one place; 0 for frames that show no object."""
     seen = world.measure(videos)
     contrast = (seen["contrast"] / (1 - world.GROUND)).clamp(0, 1)
-    sharp = 1 - ((seen["softness"] - 0.03) / 0.09).clamp(0, 1)  # between the softest and the sharpest rendered clips
+    sharp = 1 - ((seen["softness"] - world.SHARP) / (world.SOFT - world.SHARP)).clamp(0, 1)
     return (contrast + sharp + (1 - seen["stray"]).clamp(0, 1)) / 3 * seen["present"]
 
 
@@ -124,7 +125,7 @@ def scored_pairs(args, config, words, device):
     Offline and once, as in the paper: clips of the twelve generators or of --data, none of the policy's own."""
     if args.data:
         reward = load_judge(args.reward, config, tuple(words)).to(device)
-        _, _, pairs, _, _ = disk_data(args, config, words, held_out=False)
+        _, _, pairs, _ = disk_data(args, config, words, held_out=False)
         scores = pair_scores(reward.normalised, pairs, device, progress_bar("VideoReward scores the pairs", "x64"))
     else:
         pairs, scores, reward = scored_toy_pairs(args.pairs, args.seed, config, tuple(words), args.reward, device)
@@ -157,6 +158,19 @@ def load_judge(path, config, words):
 # The tables that close a training: (model, out) -> lines; pictures go to `out`
 
 
+@torch.no_grad()
+def denoised_right(model, words, prompts, now, seed, device):
+    """Share (3,) of clean clips of `prompts` (N, 3) whose colour, shape and direction x0_hat shows, from one step at
+    t = now with their own prompt: takes a second, and falls before samples do."""
+    rng = torch.Generator().manual_seed(seed)
+    clips = world.draw_clips(prompts, torch.zeros_like(prompts[:, 0]), rng, model.config.frames, clean=True)
+    x0 = world.render(clips, model.config.size).to(device)
+    t, x1 = torch.full((len(x0),), now, device=device), torch.randn(x0.shape, generator=rng).to(device)
+    x_t, y = interpolate(x0, x1, t), Vocabulary(words).encode_attributes(prompts, model.config.max_text).to(device)
+    x0_hat = x_t - now * model(x_t, t, y)
+    return (world.attributes_right(x0_hat.cpu(), prompts) > 0.5).float().mean(0)
+
+
 def pretrain_table(model, out, words, args, device):
     """True scores, and the share of clips with the right colour, shape and direction, at CFG 1 and with guidance."""
     if args.data:
@@ -170,22 +184,28 @@ def pretrain_table(model, out, words, args, device):
         right = (world.attributes_right(videos, prompts) > 0.5).float().mean(0).tolist()
         lines.append(f"CFG {cfg:g}: true score " + " ".join(f"{n} {v:.2f}" for n, v in zip(DIMENSIONS, score)))
         lines[-1] += "; right " + " ".join(f"{n} {v:.2f}" for n, v in zip(world.MARGIN, right))
+    right = denoised_right(model, words, prompts, PROBE_TIME, args.eval_seed, device).tolist()
+    shown = " ".join(f"{n} {v:.2f}" for n, v in zip(world.MARGIN, right))
+    lines.append(f"x0_hat of clean clips at t {PROBE_TIME:g}: right {shown}")
     write_gif(out / "samples.gif", list(videos[:32].split(8)))
     write_sheet(out / "samples.png", videos[:16])
     return [*lines, f"wrote {out / 'samples.gif'} and .png (CFG {CFG:g})"]
 
 
-def reward_table(model, out, held, name, device):
-    """VideoReward's accuracies on pairs `held`, which also give its z-score constants."""
-    scores = pair_scores(model, held, device)  # (N, 2, 3)
-    model.mean.copy_(scores.mean((0, 1)))
-    model.std.copy_(scores.std((0, 1)).clamp(min=1e-6))
-    lines = [f"{len(held)} {name} (accuracy without ties, with ties; share of ties):"]
-    for i, dimension in enumerate(DIMENSIONS):
-        delta, label = scores[:, 0, i] - scores[:, 1, i], held.label[:, i]
-        with_ties, _ = accuracy_with_ties(delta, label)
-        ties = (label == 0).sum().item() / max(1, (label != INVALID).sum().item())
-        lines.append(f"  {dimension}  {accuracy_without_ties(delta, label):.3f}  {with_ties:.3f}  {ties:.3f}")
+def reward_table(model, out, held, device):
+    """VideoReward's accuracies on pairs `held`, {name: Pairs}, whose scores also give its z-score constants."""
+    scores = {name: pair_scores(model, pairs, device) for name, pairs in held.items()}  # (N, 2, 3) each
+    together = torch.cat(list(scores.values()))
+    model.mean.copy_(together.mean((0, 1)))
+    model.std.copy_(together.std((0, 1)).clamp(min=1e-6))
+    lines = []
+    for name, pairs in held.items():
+        lines.append(f"{len(pairs)} {name} (accuracy without ties, with ties; share of ties):")
+        for i, dimension in enumerate(DIMENSIONS):
+            delta, label = scores[name][:, 0, i] - scores[name][:, 1, i], pairs.label[:, i]
+            with_ties, _ = accuracy_with_ties(delta, label)
+            ties = (label == 0).sum().item() / max(1, (label != INVALID).sum().item())
+            lines.append(f"  {dimension}  {accuracy_without_ties(delta, label):.3f}  {with_ties:.3f}  {ties:.3f}")
     return lines
 
 

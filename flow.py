@@ -33,11 +33,15 @@ def shift_time(t, shift):
 
 
 def draw_time(count, rng, shift=TIME_SHIFT, normal=False):
-    """Training times (count,): uniform (the paper's appendix C) or logit-normal(0, 1), then shifted.
+    """Training times (count,): uniform (the paper's appendix C), then shifted; or, `normal`, logit-normal(0, 1), then
+    shifted, but one in ten uniform on (0.9, 1), where a clip's brightness is decided and a logit-normal seldom draws.
 
     rng: a torch.Generator on the CPU, so that one seed gives one batch on every device."""
-    t = torch.sigmoid(torch.randn(count, generator=rng)) if normal else torch.rand(count, generator=rng)
-    return shift_time(t, shift)
+    if not normal:
+        return shift_time(torch.rand(count, generator=rng), shift)
+    t = shift_time(torch.sigmoid(torch.randn(count, generator=rng)), shift)
+    noisiest = 1 - 0.1 * torch.rand(count, generator=rng)
+    return torch.where(torch.rand(count, generator=rng) < 0.1, noisiest, t)
 
 
 def time_bin(t):

@@ -81,7 +81,7 @@ class ModelConfig:
 
 # `base` has 131 M parameters and 2,048 video tokens, `large` 1,032 M, the paper's scale, and 4,096; both for latents.
 PRESETS = {
-    "nano": ModelConfig(),  # 2 M parameters, 64 video tokens: a CPU
+    "nano": ModelConfig(patch=(4, 8, 8), dim=160, heads=5),  # 3 M parameters, 32 video tokens: a CPU
     "small": ModelConfig(frames=16, size=64, dim=384, depth=12, heads=6),  # 33 M, 512 tokens: one GPU
     "base": ModelConfig(frames=8, size=32, channels=16, patch=(1, 2, 2), dim=768, depth=12, heads=12, max_text=64),
     "large": ModelConfig(frames=16, size=32, channels=16, patch=(1, 2, 2), dim=1536, depth=24, heads=24, max_text=128),

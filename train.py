@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 import world
-from data import Vocabulary, draw_clips, draw_noise, drop_prompts, epoch_index, mean_one, step_rng, take, toy_data
+from data import Vocabulary, draw_clips, draw_noise, drop_prompts, epoch_index, mean_one, step_rng, take
 from evaluate import alignment_table, nrg_table, pretrain_table, reward_table, scored_pairs, study
 from flow import TIME_SHIFT, flow_error
 from flow_dpo import SCHEDULES, flow_dpo_step
@@ -31,6 +31,7 @@ from flow_rwr import flow_rwr_step, rwr_weights
 from model import PRESETS, VideoTransformer, add_lora, freeze_trunk, load_velocity, merged_state_dict, share_trunk
 from nrg import noisy_reward_on, noisy_reward_step
 from real_data.disk_pairs import disk_data
+from real_data.generated import toy_data
 from reward import LOSSES, VideoReward, counted, decided, reward_config, reward_step
 from runtime import distributed, flags, resume
 from runtime.cli import BadInput, run
@@ -39,7 +40,7 @@ from runtime.distributed import accumulating, full_tensor, rank, reduce_logs, wo
 # A flag left out takes its algorithm's value here; docs/paper.md has the paper's (Tables 10 and 11) and why.
 ALIGNMENT = {"steps": 200, "batch": 16, "lr": 1e-4, "decay": 0.0, "ema": 0.0, "time_shift": TIME_SHIFT}
 DEFAULTS = {
-    "pretrain": {"steps": 6000, "batch": 32, "lr": 2.5e-3, "decay": 0.4, "ema": 0.999, "time_shift": TIME_SHIFT},
+    "pretrain": {"steps": 12000, "batch": 32, "lr": 2.5e-3, "decay": 0.4, "ema": 0.999, "time_shift": TIME_SHIFT},
     "reward": {"steps": 900, "batch": 32, "lr": 1e-3, "decay": 0.2, "ema": 0.0, "time_shift": TIME_SHIFT},
     "nrg": {"steps": 3000, "batch": 32, "lr": 3e-3, "decay": 0.2, "ema": 0.0, "time_shift": 1.0},
     **dict.fromkeys(("sft", "rwr", "dpo"), ALIGNMENT),
@@ -68,7 +69,7 @@ class Task:
 def pretrain_task(args, device):
     """Flow matching on clips of all twelve generators, or of --data (section 4.1)."""
     if args.data:
-        vocabulary, config, pairs, _, _ = disk_data(args, PRESETS[args.preset], held_out=False)
+        vocabulary, config, pairs, _ = disk_data(args, PRESETS[args.preset], held_out=False)
     else:
         vocabulary = Vocabulary()
         config = replace(PRESETS[args.preset], vocab=len(vocabulary.words))
@@ -98,11 +99,11 @@ def pretrain_task(args, device):
 def reward_task(args, device):
     """VideoReward on pairs that annotators compared (section 3.2)."""
     if args.data:
-        vocabulary, config, pairs, held, name = disk_data(args, PRESETS[args.preset])
+        vocabulary, config, pairs, held = disk_data(args, PRESETS[args.preset])
     else:
         vocabulary = Vocabulary()
         config = replace(PRESETS[args.preset], vocab=len(vocabulary.words))
-        pairs, held, name = toy_data(args, config, vocabulary)
+        pairs, held = toy_data(args, config, vocabulary, device)
     torch.manual_seed(args.seed)
     model = VideoReward(reward_config(config, separate=args.tokens == "separate")).to(device)
 
@@ -116,7 +117,7 @@ def reward_task(args, device):
     def loss(batch):
         return reward_step(model, **batch, loss=args.loss, caption=args.caption)
 
-    table = partial(reward_table, held=held, name=name, device=device)
+    table = partial(reward_table, held=held, device=device)
     return Task("reward", model, vocabulary.words, batch, loss, ("loss", "VQ", "MQ", "TA"), table)
 
 

@@ -107,8 +107,8 @@ def disk_pairs(rows, csv_path, config, vocabulary, cache, skipped=None, progress
 
 
 def disk_data(args, config, words=None, held_out=True):
-    """(vocabulary, config, pairs to train on, pairs to judge by, the latter's name) from --data and --val; without
-    --val a tenth of the prompts is held out. `words`: of a model that is there already and has this config; otherwise
+    """(vocabulary, config, pairs to train on, {name: pairs to judge by}) from --data and --val; without --val a tenth of
+    the prompts is held out. `words`: of a model that is there already and has this config; otherwise
     the vocabulary, and what of the config depends on the data, are made for it. Without `held_out` all pairs of --data
     are trained on."""
     skipped = [] if args.skip_bad else None
@@ -128,15 +128,15 @@ def disk_data(args, config, words=None, held_out=True):
         bar = progress_bar(f"decoding {path.name}", "video")
         return disk_pairs(rows, path, config, vocabulary, args.cache, skipped, bar)
 
-    held, name, out = None, "", set()
+    held, out = {}, set()
     if held_out and args.val:
-        held, name = load(read_pairs(args.val, skipped), args.val), f"pairs of {args.val}"
+        held = {f"pairs of {args.val}": load(read_pairs(args.val, skipped), args.val)}
     elif held_out:
         order = torch.randperm(len(prompts), generator=step_rng(args.seed, -1)).tolist()
         out = {prompts[i] for i in order[: max(1, len(prompts) // 10)]} if len(prompts) > 1 else set()
-        held = load([row for row in rows if row.prompt in out] or rows, args.data)
         name = "pairs of prompts held out of training" if out else "training pairs, all there are of one prompt"
+        held = {name: load([row for row in rows if row.prompt in out] or rows, args.data)}
     pairs = load([row for row in rows if row.prompt not in out], args.data)
     if skipped:
         print(f"skipped {len(skipped)} rows or videos: {skipped[0]}" + ("; ..." if skipped[1:] else ""))
-    return vocabulary, config, pairs, held, name
+    return vocabulary, config, pairs, held

@@ -32,7 +32,7 @@ def training_flags(argv, defaults, presets, losses, schedules):
     add("--algo", choices=defaults, default="dpo", help="algorithm")
     add("--preset", choices=presets, default="nano", help="size of a model trained from nothing")
     add("--attention", help="full, or tile:T,H,W for sliding tiles (default: full, or as --init has it)")
-    add("--init", type=Path, help="base model: dpo's start and reference, nrg's trunk (weights/base.pt)")
+    add("--init", type=Path, help="base model: dpo's start and reference, nrg's trunk, a generator for reward (weights/base.pt)")
     add("--reward", type=Path, help="VideoReward that scores the pairs (weights/reward.pt)")
 
     add = parser.add_argument_group("how long and how fast").add_argument
@@ -71,6 +71,12 @@ def training_flags(argv, defaults, presets, losses, schedules):
         type=positive_int,
         help="toy pairs in the data set (default: one epoch; reward, nrg two, as in Table 11)",
     )
+    add(
+        "--generated",
+        type=fraction,
+        default=0.5,
+        help="reward: share of the toy pairs that compare clips of the base model --init, not of the twelve generators",
+    )
     add("--loss", choices=losses, default="btt", help="reward: with ties, without, or on ratings (3.2)")
     add("--tokens", choices=("separate", "shared"), default="separate", help="reward: one a score, or one")
     add("--caption", type=non_negative, help="reward: weight of the loss on the prompt's words (default: 1; --data 0)")
@@ -93,7 +99,7 @@ def training_flags(argv, defaults, presets, losses, schedules):
     add = parser.add_argument_group("real data").add_argument
     add("--data", type=Path, help="CSV of pairs of videos or latents, in VideoAlign's format (default: the toy world)")
     add("--val", type=Path, help="reward, nrg: CSV to validate on (default: a tenth of the prompts, held out)")
-    add("--cache", type=Path, default=Path("out/clips"), help="folder that keeps decoded clips")
+    add("--cache", type=Path, default=Path("out/clips"), help="folder that keeps decoded and sampled clips")
     add("--skip-bad", action="store_true", help="go on without rows that have a fault, and count them")
 
     add = parser.add_argument_group("output").add_argument

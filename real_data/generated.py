@@ -1,0 +1,108 @@
+"""The base model as four more generators: its own clips, sampled once and kept on disk, in pairs for the annotators.
+
+Every clip that people compare in the paper is a generated one (section 3.1). VideoReward will judge generated clips, so
+a share of its pairs compares these: clips of one toy prompt, sampled from the base model at the settings of MODELS.
+Held-out prompts and other settings give pairs to judge it by.
+"""
+
+import hashlib
+import math
+from dataclasses import fields
+
+import torch
+
+import world
+from data import Pairs, Vocabulary, annotate_pairs, annotated_pairs, step_rng
+from model import load_velocity
+from runtime.checkpoint import save_checkpoint
+from runtime.cli import progress_bar
+from runtime.distributed import rank, wait
+from sample import sample_many
+
+MODELS = {  # names, and settings of sample.sample
+    "base": {},
+    "base-cfg2": {"cfg": 2.0},
+    "base-cfg4": {"cfg": 4.0},
+    "base-6steps": {"steps": 6},
+}
+MOST_CLIPS = 40  # of each prompt: 71 MB for the training prompts
+NOISE_SEED = 50_000  # no other noise has seeds near it
+
+
+def generated_clips(path, prompts, count, models, seed, cache, device):
+    """`count` clips of each of `prompts` (N, 3) by a checkpoint's model, at the settings of `models` in turn: uint8
+    (N, count, C, T, H, W). Made once and kept in the folder `cache`. BadInput if they cannot be kept."""
+    model, words = load_velocity(path)
+    made_from = hashlib.sha256(repr((prompts.tolist(), count, models, seed)).encode())
+    for value in model.state_dict().values():
+        made_from.update(value.numpy().tobytes())
+    file = cache / f"generated-{made_from.hexdigest()[:16]}.pt"
+    if rank():
+        wait()  # process 0 samples for all; the others then find it done
+    try:
+        kept = torch.load(file, weights_only=True)["clips"]
+    except Exception:  # not there, or damaged: torch can raise anything
+        model, clips = model.to(device), [None] * count
+        for i, (name, settings) in enumerate(models.items()):
+            places = range(i, count, len(models))
+            y = Vocabulary(words).encode_attributes(prompts, model.config.max_text).repeat(len(places), 1)
+            rng = torch.Generator().manual_seed(NOISE_SEED + 100 * seed + i)
+            x1 = torch.randn(len(y), *model.config.video_shape, generator=rng)
+            bar = progress_bar(f"sampling {name}", "batch")
+            videos = sample_many(model, x1.to(device), y.to(device), bar, **settings).clamp(-1, 1)
+            for place, video in zip(places, ((videos + 1) * 127.5).round().byte().cpu().split(len(prompts))):
+                clips[place] = video
+        kept = torch.stack(clips, 1)
+        save_checkpoint(file, {"clips": kept})
+    if not rank():
+        wait()
+    return kept
+
+
+def generated_pairs(count, splits, seed, path, cache, device, models=MODELS, progress=lambda chunks: chunks):
+    """`count` annotated pairs of clips that a checkpoint's model generates for toy prompts of the named splits."""
+    (model, words), rng = load_velocity(path), step_rng(seed, 0)
+    prompts = world.split_prompts(*splits)
+    each = min(MOST_CLIPS, max(2 * len(models), math.ceil(2 * count / len(prompts))))
+    which = torch.randint(len(prompts), (count,), generator=rng)
+    first = torch.randint(each, (count,), generator=rng)
+    second = (first + torch.randint(1, each, (count,), generator=rng)) % each
+    chosen = torch.stack((first, second))  # (2, count)
+    kept = generated_clips(path, prompts, each, models, seed, cache, device)
+
+    def clips(index, side):
+        return kept[which[index], chosen[side, index]].float() / 127.5 - 1
+
+    y = Vocabulary(words).encode_attributes(prompts[which], model.config.max_text)
+    generator = len(world.GENERATORS) + chosen.T % len(models)  # (count, 2)
+    return annotate_pairs(Pairs(y, clips, generator), prompts[which], seed, progress)
+
+
+def join_pairs(first, second):
+    """The annotated pairs of `first`, then those of `second`."""
+
+    def clips(index, side):
+        videos = torch.empty(len(index), *first.clips(index[:0], side[:0]).shape[1:])
+        for part, where, start in ((first, index < len(first), 0), (second, index >= len(first), len(first))):
+            videos[where] = part.clips(index[where] - start, side[where])
+        return videos
+
+    both = {f.name: (getattr(first, f.name), getattr(second, f.name)) for f in fields(Pairs) if f.name != "clips"}
+    return Pairs(clips=clips, **{name: torch.cat(values) for name, values in both.items()})
+
+
+def toy_data(args, config, vocabulary, device):
+    """Annotated pairs to train on, and {name: pairs of other prompts to judge by}. A share of args.generated compares
+    clips of the base model args.init, the others compare those of the twelve generators."""
+    bar = progress_bar("annotators look at the pairs", "x64 pairs")
+
+    def parts(count, split, seed):
+        generated = round(args.generated * count)
+        made = {"rendered": annotated_pairs(count - generated, [split], seed, config, vocabulary, bar)}
+        if generated:
+            made["generated"] = generated_pairs(generated, [split], seed, args.init, args.cache, device, progress=bar)
+        return made
+
+    train, held = parts(args.pairs, "train", args.seed), parts(args.eval_pairs, "validation", args.seed + 1)
+    pairs = join_pairs(*train.values()) if len(train) == 2 else train["rendered"]
+    return pairs, {f"{name} validation pairs, prompts never seen in training": part for name, part in held.items()}
