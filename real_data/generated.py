@@ -15,7 +15,7 @@ import world
 from data import Pairs, Vocabulary, annotate_pairs, annotated_pairs, step_rng
 from model import load_velocity
 from runtime.checkpoint import save_checkpoint
-from runtime.cli import progress_bar
+from runtime.cli import BadInput, progress_bar
 from runtime.distributed import rank, wait
 from sample import sample_many
 
@@ -29,11 +29,10 @@ MOST_CLIPS = 40  # of each prompt: 71 MB for the training prompts
 NOISE_SEED = 50_000  # no other noise has seeds near it
 
 
-def generated_clips(path, prompts, count, models, seed, cache, device):
-    """`count` clips of each of `prompts` (N, 3) by a checkpoint's model, at the settings of `models` in turn: uint8
+def generated_clips(model, y, count, models, seed, cache, device):
+    """`count` clips of each of the prompts y (N, S) by a velocity model, at the settings of `models` in turn: uint8
     (N, count, C, T, H, W). Made once and kept in the folder `cache`. BadInput if they cannot be kept."""
-    model, words = load_velocity(path)
-    made_from = hashlib.sha256(repr((prompts.tolist(), count, models, seed)).encode())
+    made_from = hashlib.sha256(repr((y.tolist(), count, models, seed)).encode())
     for value in model.state_dict().values():
         made_from.update(value.numpy().tobytes())
     file = cache / f"generated-{made_from.hexdigest()[:16]}.pt"
@@ -45,12 +44,11 @@ def generated_clips(path, prompts, count, models, seed, cache, device):
         model, clips = model.to(device), [None] * count
         for i, (name, settings) in enumerate(models.items()):
             places = range(i, count, len(models))
-            y = Vocabulary(words).encode_attributes(prompts, model.config.max_text).repeat(len(places), 1)
             rng = torch.Generator().manual_seed(NOISE_SEED + 100 * seed + i)
-            x1 = torch.randn(len(y), *model.config.video_shape, generator=rng)
-            bar = progress_bar(f"sampling {name}", "batch")
-            videos = sample_many(model, x1.to(device), y.to(device), bar, **settings).clamp(-1, 1)
-            for place, video in zip(places, ((videos + 1) * 127.5).round().byte().cpu().split(len(prompts))):
+            x1 = torch.randn(len(places) * len(y), *model.config.video_shape, generator=rng)
+            bar, asked = progress_bar(f"sampling {name}", "batch"), y.repeat(len(places), 1)
+            videos = sample_many(model, x1.to(device), asked.to(device), bar, **settings).clamp(-1, 1)
+            for place, video in zip(places, ((videos + 1) * 127.5).round().byte().cpu().split(len(y))):
                 clips[place] = video
         kept = torch.stack(clips, 1)
         save_checkpoint(file, {"clips": kept})
@@ -59,23 +57,29 @@ def generated_clips(path, prompts, count, models, seed, cache, device):
     return kept
 
 
-def generated_pairs(count, splits, seed, path, cache, device, models=MODELS, progress=lambda chunks: chunks):
-    """`count` annotated pairs of clips that a checkpoint's model generates for toy prompts of the named splits."""
+def generated_pairs(count, splits, seed, path, config, cache, device, models=MODELS, progress=lambda chunks: chunks):
+    """`count` annotated pairs of clips that a checkpoint's model generates for toy prompts of the named splits. BadInput
+    unless it makes clips of the sizes of `config`."""
     (model, words), rng = load_velocity(path), step_rng(seed, 0)
+    if model.config.video_shape != config.video_shape:
+        raise BadInput(
+            f"{path}: generates clips of {model.config.video_shape}, and {config.video_shape} are needed; "
+            "give --init a base model of --preset's size, or --generated 0"
+        )
     prompts = world.split_prompts(*splits)
     each = min(MOST_CLIPS, max(2 * len(models), math.ceil(2 * count / len(prompts))))
     which = torch.randint(len(prompts), (count,), generator=rng)
     first = torch.randint(each, (count,), generator=rng)
     second = (first + torch.randint(1, each, (count,), generator=rng)) % each
     chosen = torch.stack((first, second))  # (2, count)
-    kept = generated_clips(path, prompts, each, models, seed, cache, device)
+    y = Vocabulary(words).encode_attributes(prompts, model.config.max_text)
+    kept = generated_clips(model, y, each, models, seed, cache, device)
 
     def clips(index, side):
         return kept[which[index], chosen[side, index]].float() / 127.5 - 1
 
-    y = Vocabulary(words).encode_attributes(prompts[which], model.config.max_text)
     generator = len(world.GENERATORS) + chosen.T % len(models)  # (count, 2)
-    return annotate_pairs(Pairs(y, clips, generator), prompts[which], seed, progress)
+    return annotate_pairs(Pairs(y[which], clips, generator), prompts[which], seed, progress)
 
 
 def join_pairs(first, second):
@@ -100,7 +104,8 @@ def toy_data(args, config, vocabulary, device):
         generated = round(args.generated * count)
         made = {"rendered": annotated_pairs(count - generated, [split], seed, config, vocabulary, bar)}
         if generated:
-            made["generated"] = generated_pairs(generated, [split], seed, args.init, args.cache, device, progress=bar)
+            where = args.init, config, args.cache, device
+            made["generated"] = generated_pairs(generated, [split], seed, *where, progress=bar)
         return made
 
     train, held = parts(args.pairs, "train", args.seed), parts(args.eval_pairs, "validation", args.seed + 1)
