@@ -10,7 +10,7 @@ was drawn with, and `oracle` reads (VQ, MQ, TA) from the pixels of any clip, a g
 
 Simplified: one object on a dark ground, three attributes, low-frequency defects. A small model does not generate pixel
 noise: with noise as a defect it comes out cleaner than its data and leaves nothing to align.
-Videos are `(B, 3, T, H, W)` float in [-1, 1]. Attributes are `(B, 3)` int64: colour, shape, direction. Positions and
+Videos are `(B, 3, T, H, W)` float in [-1, 1], square. Attributes are `(B, 3)` int64: colour, shape, direction. Positions and
 lengths are fractions of the frame's height, so nothing below depends on the number of pixels or frames.
 """
 
@@ -290,7 +290,7 @@ def measure(video):
     match_colour = hue / hue.norm(dim=1, keepdim=True).clamp(min=0.05) @ (palette / palette.norm(dim=1, keepdim=True)).T
     match_shape = []
     for shape in range(len(SHAPES)):
-        template = _mask(shape, centre, radius, max(height, width))[..., :height, :width]  # (B, T, H, W)
+        template = _mask(shape, centre, radius, height)  # (B, T, H, W)
         shared = torch.minimum(template, mask).sum((-1, -2))
         overlap = shared / torch.maximum(template, mask).sum((-1, -2)).clamp(min=1e-3)  # (B, T)
         match_shape.append((overlap * present).sum(1) / present.sum(1).clamp(min=1))

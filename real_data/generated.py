@@ -8,6 +8,7 @@ Held-out prompts and other settings give pairs to judge it by.
 import hashlib
 import math
 from dataclasses import fields
+from functools import reduce
 
 import torch
 
@@ -86,9 +87,11 @@ def join_pairs(first, second):
     """The annotated pairs of `first`, then those of `second`."""
 
     def clips(index, side):
-        videos = torch.empty(len(index), *first.clips(index[:0], side[:0]).shape[1:])
-        for part, where, start in ((first, index < len(first), 0), (second, index >= len(first), len(first))):
-            videos[where] = part.clips(index[where] - start, side[where])
+        sources = (first, index < len(first), 0), (second, index >= len(first), len(first))
+        made = [(here, part.clips(index[here] - start, side[here])) for part, here, start in sources if here.any()]
+        videos = torch.empty(len(index), *made[0][1].shape[1:])
+        for here, clip in made:
+            videos[here] = clip
         return videos
 
     both = {f.name: (getattr(first, f.name), getattr(second, f.name)) for f in fields(Pairs) if f.name != "clips"}
@@ -101,13 +104,14 @@ def toy_data(args, config, vocabulary, device):
     bar = progress_bar("annotators look at the pairs", "x64 pairs")
 
     def parts(count, split, seed):
-        generated = round(args.generated * count)
-        made = {"rendered": annotated_pairs(count - generated, [split], seed, config, vocabulary, bar)}
+        generated, made = round(args.generated * count), {}
+        if count > generated:
+            made["rendered"] = annotated_pairs(count - generated, [split], seed, config, vocabulary, bar)
         if generated:
             where = args.init, config, args.cache, device
             made["generated"] = generated_pairs(generated, [split], seed, *where, progress=bar)
         return made
 
     train, held = parts(args.pairs, "train", args.seed), parts(args.eval_pairs, "validation", args.seed + 1)
-    pairs = join_pairs(*train.values()) if len(train) == 2 else train["rendered"]
-    return pairs, {f"{name} validation pairs, prompts never seen in training": part for name, part in held.items()}
+    held = {f"{name} validation pairs, prompts never seen in training": part for name, part in held.items()}
+    return reduce(join_pairs, train.values()), held

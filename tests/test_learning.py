@@ -133,8 +133,8 @@ def turned(honest):
     """toy_data whose training labels and ratings say the opposite; the pairs to judge by stay."""
 
     def data(*args):
-        pairs, held, name = honest(*args)
-        return replace(pairs, label=-pairs.label, mos=6 - pairs.mos), held, name
+        pairs, held = honest(*args)
+        return replace(pairs, label=-pairs.label, mos=6 - pairs.mos), held
 
     return data
 
@@ -167,7 +167,7 @@ def test_videoreward_learns_what_was_said_and_the_opposite_of_turned_labels(tiny
 
 def test_a_saved_videoreward_gives_z_scores_of_the_pairs_held_out(tiny):
     args, task = tiny("--algo=reward", "--eval-pairs=20")
-    held = task.evaluate.keywords["held"]
+    (held,) = task.evaluate.keywords["held"].values()
     lines = train.train(task, args, CPU)
     model, _ = load_reward(args.out / "last.pt")
     a, b = held.sides(torch.arange(20))
@@ -176,7 +176,7 @@ def test_a_saved_videoreward_gives_z_scores_of_the_pairs_held_out(tiny):
         z = torch.cat((model.normalised(a, held.y), model.normalised(b, held.y)))
     assert torch.allclose(model.mean, raw.mean(0), atol=1e-5) and torch.allclose(model.std, raw.std(0), rtol=1e-3)
     assert z.mean(0).abs().max() < 1e-3 and (z.std(0) - 1).abs().max() < 1e-3
-    assert splits_of(held.y) == {"validation"} and "20 validation pairs" in lines[0]
+    assert splits_of(held.y) == {"validation"} and "20 rendered validation pairs" in lines[0]
     right = [((raw[:20] - raw[20:])[:, k].sign() == held.label[:, k])[held.label[:, k] != 0] for k in range(3)]
     for k, name in enumerate(("VQ", "MQ", "TA")):
         _, without, _, ties = next(line for line in lines if line.strip().startswith(name)).split()
@@ -264,7 +264,7 @@ def test_the_loss_on_prompts_makes_the_own_prompt_preferred(tiny):
 
 def test_a_noise_aware_rewards_unit_is_the_spread_over_clips_and_times(tiny):
     args, task = tiny("--algo=nrg", "--eval-pairs=10")
-    held = task.evaluate.keywords["held"]
+    (held,) = task.evaluate.keywords["held"].values()
     lines = train.train(task, args, CPU)
     assert not torch.equal(task.model.std, torch.ones(3)) and splits_of(held.y) == {"validation"}
     raw, times = [], (0.0, 0.2, 0.4, 0.6, 0.8, 0.9)

@@ -82,8 +82,10 @@ def test_oracle_is_not_fooled():
     assert score(still)[1] < mq - 0.9  # standing still is no good motion
     assert score(still)[0] == pytest.approx(vq, abs=0.02)
     assert score(clean[:, :, [0, 5, 2, 7, 4, 1, 6, 3]])[1] < mq - 0.4  # shuffled frames
-    twice = torch.maximum(clean, clean.roll(13, 3))
-    assert score(twice)[0] < vq - 0.1 and score(twice)[2] < ta - 0.1  # a second object, well apart
+    ground = clean[..., :1, :1].expand(-1, -1, -1, 32, 32)
+    rows = [torch.cat(row, 4) for row in ((clean, ground), (ground, ground), (ground, clean))]
+    alone, twice = (torch.cat((rows[0], below), 3) for below in rows[1:])  # a frame with room for two
+    assert score(twice)[0] < score(alone)[0] - 0.1 and score(twice)[2] < score(alone)[2] - 0.1  # a second object
     for empty in (torch.full_like(clean, -1.0), torch.rand(clean.shape, generator=rng) * 2 - 1):
         vq, mq, ta = score(empty)
         assert vq < 0 and mq < 0 and ta == 0

@@ -20,6 +20,7 @@ CPU = torch.device("cpu")
 CONFIG = model.ModelConfig(frames=4, size=16, dim=32, depth=3, heads=2, vocab=len(TOY_WORDS))
 BATCH, PAIRS = 8, 12
 SHORT = [f"--batch={BATCH}", f"--pairs={PAIRS}", "--steps=4", "--eval-prompts=2", "--eval-pairs=8", "--lr=0.003"]
+SHORT += ["--generated=0"]  # pairs of the world's clips alone
 
 
 class Brightness(torch.nn.Module):
