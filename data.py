@@ -99,6 +99,18 @@ def drop_prompts(y, probability, rng):
     return torch.where(torch.rand(len(y), 1, generator=rng) < probability, torch.zeros_like(y), y)
 
 
+def other_prompts(y, vocabulary, rng):
+    """For each toy prompt of y (B, S) one with another colour, shape or direction; real prompts change places."""
+    if vocabulary.open:
+        return y.roll(1, 0)
+    which = torch.randint(3, (len(y), 1), generator=rng)
+    for kind, words in enumerate((world.COLOURS, world.SHAPES, world.DIRECTIONS)):
+        first, count = vocabulary.ids[next(iter(words))], len(words)  # ids of a kind follow each other
+        changed = first + (y - first + torch.randint(1, count, (len(y), 1), generator=rng)) % count
+        y = torch.where((which == kind) & (y >= first) & (y < first + count), changed, y)
+    return y
+
+
 def _draw_prompts(count, splits, rng):
     prompts = world.split_prompts(*splits)
     return prompts[torch.randint(len(prompts), (count,), generator=rng)]

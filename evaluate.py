@@ -209,14 +209,17 @@ def reward_table(model, out, held, device):
     return lines
 
 
-def nrg_table(model, out, held, name, seed, device):
-    """The noise-aware reward's accuracies on pairs `held` by noise; their spread becomes its unit."""
-    scores = noisy_scores(model, held, device, seed)
-    model.std.copy_(torch.cat(list(scores.values())).std((0, 1)).clamp(min=1e-6))
-    lines = [f"{len(held)} {name}, accuracy without ties at each t:"]
-    for t, at_t in scores.items():
-        right = accuracies_without_ties(at_t[:, 0] - at_t[:, 1], held.label)
-        lines.append(f"  t {t:.2f}  " + "  ".join(f"{n} {v:.3f}" for n, v in right.items()))
+def nrg_table(model, out, held, seed, device):
+    """The noise-aware reward's accuracies on pairs `held`, {name: Pairs}, by noise; their spread becomes its unit."""
+    scores = {name: noisy_scores(model, pairs, device, seed) for name, pairs in held.items()}
+    together = [at_t for by_time in scores.values() for at_t in by_time.values()]
+    model.std.copy_(torch.cat(together).std((0, 1)).clamp(min=1e-6))
+    lines = []
+    for name, pairs in held.items():
+        lines.append(f"{len(pairs)} {name}, accuracy without ties at each t:")
+        for t, at_t in scores[name].items():
+            right = accuracies_without_ties(at_t[:, 0] - at_t[:, 1], pairs.label)
+            lines.append(f"  t {t:.2f}  " + "  ".join(f"{n} {v:.3f}" for n, v in right.items()))
     return lines
 
 

@@ -16,13 +16,13 @@ gradient falls to 0 like 1 - t at the noise, so that t / (1 - t) times it stays 
 `eps` and `interval`.
 """
 
+import math
 from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from attention import attention
 from data import DIMENSIONS
 from flow import TIME_BINS, interpolate, time_bin
 from model import ModelConfig, VideoTransformer
@@ -84,59 +84,65 @@ def trunk_tensors(model, blocks):
     return {name: value for name, value in model.state_dict().items() if name.startswith(parts)}
 
 
+PLACES = (2, 4, 4)  # cells of a clip in time, height and width that a head tells apart
+
+
 class RewardHead(nn.Module):
     """What a noise-aware reward adds to a velocity model's first blocks; a subclass's forward(x_t, t, y) runs these.
 
-    Three learned queries, one for a score, pool the trunk's hidden states by attention; hidden states and queries are
-    modulated by the trunk's condition, and a small network for each turns what it pooled into its score.
+    Which way an object moves is where it is at first and at last, and video tokens do not say where they are: RoPE acts
+    inside attention alone. So they are read by place: each gives a few numbers, averaged over the cells of PLACES, and
+    all cells together make one description of the clip. VQ and MQ are linear in it; TA also matches it with the prompt.
 
     Scores are divided by `std`, their standard deviations over validation pairs, 1 until the training ends: otherwise
     the gradient of the dimension whose pairs are easy to tell apart drowns the others'."""
 
-    def __init__(self, dim, heads):
+    def __init__(self, dim, numbers=24, width=256, match=64):
         super().__init__()
-        self.heads = heads
-        self.norm = nn.LayerNorm(dim)
-        self.modulation = nn.Linear(dim, 4 * dim)
-        self.queries = nn.Parameter(torch.randn(len(DIMENSIONS), dim) * dim**-0.5)
-        self.key = nn.Linear(dim, dim)
-        self.value = nn.Linear(dim, dim)
-        self.scores = nn.ModuleList(
-            nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, 1)) for _ in DIMENSIONS
-        )
+        self.norm = nn.LayerNorm(dim, elementwise_affine=False)
+        self.modulation = nn.Linear(dim, 2 * dim)
+        self.numbers = nn.Linear(dim, numbers)
+        self.cells = nn.Linear(numbers * math.prod(PLACES), width)
+        self.condition = nn.Linear(dim, width)
+        self.describe = nn.Sequential(nn.GELU(), nn.Linear(width, width), nn.GELU())
+        self.scores = nn.Linear(width, len(DIMENSIONS))
+        self.shown, self.asked = nn.Linear(width, match), nn.Linear(dim, match)
         self.register_buffer("std", torch.ones(len(DIMENSIONS)))
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
 
-    def head(self, hidden, condition):
-        """Hidden states (B, N, d) of the trunk, and its condition (B, d) -> scores (B, 3) in the order VQ, MQ, TA."""
-        shift, scale, move, turn = self.modulation(condition)[:, None].chunk(4, -1)  # (B, 1, d) each
-        hidden = self.norm(hidden) * (1 + scale) + shift  # (B, N, d)
-        b, n, d = hidden.shape
-        q = self.queries * (1 + turn) + move  # (B, 3, d)
-        q, k, v = (
-            x.reshape(b, -1, self.heads, d // self.heads).transpose(1, 2)
-            for x in (q, self.key(hidden), self.value(hidden))
-        )
-        pooled = attention(q, k, v).transpose(1, 2).reshape(b, -1, d)  # (B, 3, d)
-        scores = [score(x) for score, x in zip(self.scores, pooled.unbind(1))]  # 3 x (B, 1)
-        return torch.cat(scores, 1) / self.std
+    def head(self, video, grid, words, condition):
+        """Hidden states of video tokens (B, N, d) in (t, h, w) order on `grid`, of the prompt's words (B, S, d), and the
+        trunk's condition (B, d) -> scores (B, 3) in the order VQ, MQ, TA."""
+        shift, scale = self.modulation(condition)[:, None].chunk(2, -1)  # (B, 1, d) each
+        video = self.numbers(self.norm(video) * (1 + scale) + shift)  # (B, N, n)
+        video = F.adaptive_avg_pool3d(video.transpose(1, 2).unflatten(2, grid), PLACES)  # (B, n, *PLACES)
+        clip = self.describe(self.cells(video.flatten(1)) + self.condition(condition))  # (B, width)
+        asked = self.asked(self.norm(words)).mean(1)  # (B, match)
+        match = (self.shown(clip) * asked).sum(1, keepdim=True) / asked.shape[1] ** 0.5  # (B, 1)
+        return (self.scores(clip) + match * torch.tensor([0.0, 0.0, 1.0], device=match.device)) / self.std
 
 
 class NoisyReward(RewardHead):
-    """forward(x_t (B, C, T, H, W), t (B,), y (B, S)) -> scores (B, 3) in the order VQ, MQ, TA: the head on words and
-    video tokens alike, modulated by the time and the pooled prompt."""
+    """forward(x_t (B, C, T, H, W), t (B,), y (B, S)) -> scores (B, 3) in the order VQ, MQ, TA."""
 
     def __init__(self, config):
         trunk = VideoTransformer(config)
-        super().__init__(config.dim, config.heads)
+        super().__init__(config.dim)
         self.config, self.trunk = config, trunk
         self.trunk.blocks = self.trunk.blocks[: config.read]
         del self.trunk.patch_out, self.trunk.modulation  # what follows the last block
 
     def forward(self, x_t, t, y):
         hidden, condition = self.trunk.embed(x_t, t, y)
-        return self.head(self.trunk.run(hidden, condition, 0, self.config.read), condition)
+        return self.read(self.trunk.run(hidden, condition, 0, self.config.read), condition)
+
+    def read(self, hidden, condition):
+        """The trunk's hidden states (B, S + N, d) and condition -> scores (B, 3)."""
+        words, video = hidden[:, : self.config.max_text], hidden[:, self.config.max_text :]
+        if (tiles := self.trunk.tiles(hidden.device)) is not None:
+            video = video[:, tiles.inverse]
+        return self.head(video, self.config.grid, words, condition)
 
 
 def noisy_reward_on(base, read, frozen=True):
@@ -152,28 +158,32 @@ def load_noisy_reward(path):
     return load_network(path, "noisy reward", NoisyReward, NoisyRewardConfig)
 
 
-def noisy_reward_step(reward, x0_a, x0_b, y, label, t, x1, x1_b=None, weight=None, other_y=None, contrast=0.0):
+def noisy_value_step(reward, x0, y, target, t, x1, other_y, other_target):
+    """One step on clips x0 (B, ...) with prompts y (B, S) at times t (B,) with noise x1 -> (loss, logs): squared error
+    against what a reward of clean clips says of x0, target (B, 3), and for other prompts other_y, TA other_target (B,).
+
+    Not in the paper. The least error is at E[r(x0) | x_t], which is Eq. 10's value log E[exp(w r(x0)) | x_t] / w up to
+    terms in w: a direction of guidance that is right at every t, and flat where nothing can be told any more."""
+    x_t, ta = interpolate(x0, x1, t), DIMENSIONS.index("TA")
+    own, other = reward(torch.cat((x_t, x_t)), torch.cat((t, t)), torch.cat((y, other_y))).chunk(2)  # (B, 3) each
+    error = (own - target).square().mean(0)  # (3,)
+    other_error = (other[:, ta] - other_target).square().mean()
+    loss = error.sum() + other_error
+    return loss, {"loss": loss.item(), **dict(zip(DIMENSIONS, error.tolist())), "other": other_error.item()}
+
+
+def noisy_pair_step(reward, x0_a, x0_b, y, label, t, x1, x1_b=None, weight=None):
     """One step on pairs x0_a, x0_b (B, ...) with prompts y (B, S), labels (B, 3), times t (B,) -> (loss, logs).
 
     Both clips of a pair get the same noise x1 and t, assuming that noise keeps their order (section 4.4); with x1_b
     clip B has a noise of its own. The loss is Bradley-Terry, which leaves ties out; weight (B, 3) as bt_loss takes it.
-
-    `contrast` weighs a second loss, not in the paper: that clip A suits its own prompt better than another pair's,
-    other_y (B, S), by Bradley-Terry as well. Preferences tell little about prompts: they compare clips of the same one.
-
     The logs hold the accuracy in each dimension, and once more for each quarter of t, as "VQ/t0" (the cleanest) to
-    "VQ/t3"; and `contrast`, how often the own prompt is preferred, an equal one counting one half."""
+    "VQ/t3"."""
     x_t = torch.cat((interpolate(x0_a, x1, t), interpolate(x0_b, x1 if x1_b is None else x1_b, t)))
     a, b = reward(x_t, torch.cat((t, t)), torch.cat((y, y))).chunk(2)  # (B, 3) each
     loss = bt_loss(a, b, label, weight)
-    logs = {"loss": loss.item()}
-    if contrast:
-        other = reward(x_t[: len(y)], t, other_y)
-        margin = (a - other)[:, DIMENSIONS.index("TA")]
-        loss = loss - contrast * F.logsigmoid(margin).mean()
-        logs["contrast"] = ((margin > 0).float() + 0.5 * (margin == 0)).mean().item()
     delta, label, t = (a - b).detach().cpu(), label.cpu(), t.cpu()  # so that the logs wait for the device but once
-    logs |= accuracies_without_ties(delta, label)
+    logs = {"loss": loss.item(), **accuracies_without_ties(delta, label)}
     for i in range(TIME_BINS):
         in_bin = time_bin(t) == i
         logs |= {f"{name}/t{i}": value for name, value in accuracies_without_ties(delta[in_bin], label[in_bin]).items()}
@@ -212,7 +222,7 @@ class SharedTrunk:
             return reward_gradient(reward, x_t, t, y, weights)
         _, _, x, hidden, condition = self.last
         with torch.enable_grad():
-            total = (reward.head(hidden, condition) * torch.tensor(weights, device=x.device)).sum()
+            total = (reward.read(hidden, condition) * torch.tensor(weights, device=x.device)).sum()
             return torch.autograd.grad(total, x)[0]
 
 

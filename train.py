@@ -23,13 +23,24 @@ import torch
 from tqdm import tqdm
 
 import world
-from data import Vocabulary, draw_clips, draw_noise, drop_prompts, epoch_index, mean_one, step_rng, take
-from evaluate import alignment_table, nrg_table, pretrain_table, reward_table, scored_pairs, study
+from data import (
+    DIMENSIONS,
+    Vocabulary,
+    draw_clips,
+    draw_noise,
+    drop_prompts,
+    epoch_index,
+    mean_one,
+    other_prompts,
+    step_rng,
+    take,
+)
+from evaluate import alignment_table, load_judge, nrg_table, pretrain_table, reward_table, scored_pairs, study
 from flow import TIME_SHIFT, flow_error
 from flow_dpo import SCHEDULES, flow_dpo_step
 from flow_rwr import flow_rwr_step, rwr_weights
 from model import PRESETS, VideoTransformer, add_lora, freeze_trunk, load_velocity, merged_state_dict, share_trunk
-from nrg import noisy_reward_on, noisy_reward_step
+from nrg import noisy_pair_step, noisy_reward_on, noisy_value_step
 from real_data.disk_pairs import disk_data
 from real_data.generated import toy_data
 from reward import LOSSES, VideoReward, counted, decided, reward_config, reward_step
@@ -122,31 +133,44 @@ def reward_task(args, device):
 
 
 def nrg_task(args, device):
-    """A head on the base model's first blocks, on noised pairs, by Bradley-Terry (section 4.4)."""
+    """A head on the base model's first blocks, on noised clips (section 4.4): drawn to what VideoReward says of the
+    clean clip, or, with --target labels, on the annotators' pairs by Bradley-Terry, as in the paper."""
     base, words = load_velocity(args.init, args.attention)
+    vocabulary, config = Vocabulary(words), base.config
+    judge = load_judge(args.reward, config, tuple(words)).to(device) if args.target == "reward" else None
     torch.manual_seed(args.seed)
-    model, config = noisy_reward_on(base, args.read, args.trunk == "frozen").to(device), base.config
+    model = noisy_reward_on(base, args.read, args.trunk == "frozen").to(device)
     if args.data:
-        _, _, pairs, held, name = disk_data(args, config, words)
+        _, _, pairs, held = disk_data(args, config, words)
     else:
-        pairs, held, name = toy_data(args, config, Vocabulary(words))
+        pairs, held = toy_data(args, config, vocabulary, device)
 
-    def batch(step, rows):
-        rng = step_rng(args.seed, step)
+    def pair_batch(step, rows):
         index = epoch_index(len(pairs), args.batch, step, args.seed)
-        y, label = pairs.y[index], pairs.label[index]
-        whole = {"y": y, "label": label, "weight": mean_one(decided(label)), "other_y": y.roll(1, 0)}
-        whole |= draw_noise(args.batch, config.video_shape, args.time_shift, rng)
-        if args.pair_noise == "own":
-            whole["x1_b"] = torch.randn(whole["x1"].shape, generator=rng)
+        whole = {"y": pairs.y[index], "label": pairs.label[index], "weight": mean_one(decided(pairs.label[index]))}
+        whole |= draw_noise(args.batch, config.video_shape, args.time_shift, step_rng(args.seed, step))
         x0_a, x0_b = pairs.sides(index[rows])
         return {"x0_a": x0_a, "x0_b": x0_b, **take(whole, rows)}
 
-    def loss(batch):
-        return noisy_reward_step(model, **batch, contrast=args.contrast)
+    def pair_loss(batch):
+        return noisy_pair_step(model, **batch)
 
-    table = partial(nrg_table, held=held, name=name, seed=args.eval_seed, device=device)
-    return Task("noisy reward", model, words, batch, loss, ("loss", "VQ", "MQ", "TA"), table)
+    def value_batch(step, rows):
+        rng = step_rng(args.seed, step)
+        index = epoch_index(2 * len(pairs), args.batch, step, args.seed)  # both clips of each pair, in any order
+        y = pairs.y[index // 2]
+        whole = {"y": y, "other_y": other_prompts(y, vocabulary, rng)}
+        whole |= draw_noise(args.batch, config.video_shape, args.time_shift, rng)
+        return {"x0": pairs.clips(index[rows] // 2, index[rows] % 2), **take(whole, rows)}
+
+    def value_loss(batch):
+        with torch.no_grad():
+            target, other = (judge.normalised(batch["x0"], batch[name]).clamp(-3, 3) for name in ("y", "other_y"))
+        return noisy_value_step(model, **batch, target=target, other_target=other[:, DIMENSIONS.index("TA")])
+
+    table = partial(nrg_table, held=held, seed=args.eval_seed, device=device)
+    batch, loss = (pair_batch, pair_loss) if args.target == "labels" else (value_batch, value_loss)
+    return Task("noisy reward", model, words, batch, loss, ("loss", *DIMENSIONS), table)
 
 
 def dpo_task(args, device):

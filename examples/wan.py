@@ -23,7 +23,7 @@ from flow import interpolate
 from flow_dpo import flow_dpo_step
 from flow_rwr import flow_rwr_step, rwr_weights
 from lora import lora_disabled
-from nrg import guide, noisy_reward_step
+from nrg import guide, noisy_pair_step
 from runtime.checkpoint import check_fit
 from runtime.cli import BadInput, Parser, pick_device, progress_bar, run, seed, triple
 from sample import NRG_EPS, NRG_INTERVAL, sample
@@ -71,7 +71,7 @@ def nrg(reward, pairs, args):
     def loss(index, rng):
         a, b = (torch.stack((index, torch.full_like(index, side)), 1) for side in (0, 1))
         x0_a, x0_b, y = pairs.clips(a), pairs.clips(b), pairs.texts(a)
-        return noisy_reward_step(reward, x0_a, x0_b, y, label[index].to(y.device), **noise_like(x0_a, 1.0, rng))
+        return noisy_pair_step(reward, x0_a, x0_b, y, label[index].to(y.device), **noise_like(x0_a, 1.0, rng))
 
     return loss, len(label)
 

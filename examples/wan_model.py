@@ -98,8 +98,7 @@ class WanReward(RewardHead):
     These tokens hold the prompt too, by cross-attention."""
 
     def __init__(self, wan):
-        heads = wan.config.num_attention_heads
-        super().__init__(heads * wan.config.attention_head_dim, heads)
+        super().__init__(wan.config.num_attention_heads * wan.config.attention_head_dim)
         self.trunk = (wan,)  # in a tuple: no part of what is trained and saved
 
     def forward(self, x_t, t, y):
@@ -107,10 +106,11 @@ class WanReward(RewardHead):
         with lora_disabled(wan), mixed(x_t):
             table = wan.rope(x_t)
             condition, modulation, text, _ = wan.condition_embedder(1000 * t, y)  # (B, d), (B, 6 d), (B, S, d)
-            hidden = wan.patch_embedding(x_t).flatten(2).transpose(1, 2)  # (B, N, d)
+            video = wan.patch_embedding(x_t)  # (B, d, T, H, W)
+            grid, hidden = video.shape[2:], video.flatten(2).transpose(1, 2)  # (B, N, d)
             for block in wan.blocks[: len(wan.blocks) // 4]:
                 hidden = block(hidden, text, modulation.unflatten(1, (6, -1)), table)
-        return self.head(hidden.float(), F.silu(condition.float()))
+        return self.head(hidden.float(), grid, text.float(), F.silu(condition.float()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

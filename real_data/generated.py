@@ -23,7 +23,7 @@ from sample import sample_many
 MODELS = {  # names, and settings of sample.sample
     "base": {},
     "base-cfg2": {"cfg": 2.0},
-    "base-cfg4": {"cfg": 4.0},
+    "base-cfg0.5": {"cfg": 0.5},  # half-way to the model without a prompt: worse in motion and text
     "base-6steps": {"steps": 6},
 }
 MOST_CLIPS = 40  # of each prompt: 71 MB for the training prompts

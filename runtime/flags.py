@@ -74,8 +74,7 @@ def training_flags(argv, defaults, presets, losses, schedules):
     add(
         "--generated",
         type=fraction,
-        default=0.5,
-        help="reward: share of the toy pairs that compare clips of the base model --init, not of the twelve generators",
+        help="share of the toy pairs that compare clips of the base model --init (default: reward 0.5, nrg 0)",
     )
     add("--loss", choices=losses, default="btt", help="reward: with ties, without, or on ratings (3.2)")
     add("--tokens", choices=("separate", "shared"), default="separate", help="reward: one a score, or one")
@@ -87,12 +86,11 @@ def training_flags(argv, defaults, presets, losses, schedules):
     add("--freeze", type=whole, default=2, help="alignment: first blocks left as in the base; 0 = none")
     add("--lora-rank", type=whole, default=0, help="alignment: adapters of this rank; 0 = the weights")
     add("--read", type=positive_int, default=2, help="nrg: first blocks of the base model that the reward reads")
-    add("--pair-noise", choices=("shared", "own"), default="shared", help="nrg: of the clips of a pair")
     add(
-        "--contrast",
-        type=non_negative,
-        default=1.0,
-        help="nrg: weight of the loss on a clip's own prompt against another",
+        "--target",
+        choices=("reward", "labels"),
+        default="reward",
+        help="nrg: what VideoReward says of the clean clip, or the annotators' labels by Bradley-Terry (4.4)",
     )
     add("--trunk", choices=("frozen", "trained"), default="frozen", help="nrg: whether these blocks stay the base's")
 
@@ -113,6 +111,7 @@ def training_flags(argv, defaults, presets, losses, schedules):
 
     args = parser.parse_args(argv)
     filled = dict(defaults[args.algo])
+    filled["generated"] = 0.5 if args.algo == "reward" else 0.0
     filled["caption"] = 0.0 if args.data else 1.0  # measured on the toy alone, whose vocabulary is 17 words
     filled["init"], filled["reward"] = WEIGHTS / "base.pt", WEIGHTS / "reward.pt"
     filled["out"] = Path("out") / args.algo

@@ -24,7 +24,7 @@ from data import draw_noise, step_rng
 from evaluate import over_seeds
 from flow_dpo import flow_dpo_step
 from flow_rwr import flow_rwr_step, rwr_weights
-from nrg import guide, noisy_reward_step
+from nrg import guide, noisy_pair_step
 from sample import sample
 from studies.report.charts import Chart
 from studies.report.tables import Table, plus_minus
@@ -135,7 +135,7 @@ def model_of(method, seed):
         noise = draw_noise(BATCH, (1,), 1.0, rng)
         if method == "nrg-own":
             noise["x1_b"] = torch.randn(BATCH, 1, generator=rng)
-        return noisy_reward_step(lambda *x: learned(*x).expand(-1, 3), *pair, **noise)[0]
+        return noisy_pair_step(lambda *x: learned(*x).expand(-1, 3), *pair, **noise)[0]
 
     learned = Small(policy=False)
     return reference, guide(fit(learned, loss, seed), [1.0])
