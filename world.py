@@ -99,7 +99,7 @@ PROFILES = _profiles()
 GENERATORS = tuple(f"{era}-{i}" for era in ("early", "modern") for i in range(1, 7))
 
 # The strongest form of each defect, as a fraction of the frame's height where it is a length.
-MAX_BLUR = 0.05  # standard deviation of the Gaussian
+MAX_BLUR = 0.06  # standard deviation of the Gaussian
 MAX_FADE = 0.6  # share of the object's contrast that is lost
 MAX_HAZE = 0.4  # how far everything moves to light grey
 MAX_JITTER = 0.05  # standard deviation of each frame's displacement
@@ -112,7 +112,7 @@ HAZE = 0.7  # brightness that haze tends to
 # of a small one (docs/paper.md). Its path is as long as the frame then allows.
 TRAVEL = 0.32  # distance the object covers in the clip
 RADIUS = 0.23  # of the circle with the object's area
-SHARP, SOFT = 0.03, 0.152  # widths of edges that cost VQ nothing, and a third
+SHARP, SOFT = 0.03, 0.184  # widths of edges that cost VQ nothing, and a third
 
 
 @dataclass

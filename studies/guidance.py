@@ -1,12 +1,12 @@
 """Flow-NRG on the toy world (paper, section 4.4): Table 5, and Table 7 of the paper's first version.
 
 Every row samples the same prompts from the same noise as the base model, whose clips it is compared with. The judges
-are VideoReward and the oracle; the noise-aware reward that guides was trained on annotators' labels and knows neither.
+are VideoReward, which the noise-aware reward that guides has learned from, and the oracle, which it does not know.
 
     weights     VQ : MQ : TA as in Table 5, and 1:1:1
     one         each weight alone, rising: does it move its own dimension?
     scale       w of Eq. 11; and the interval of t that is guided
-    reward      trained on clean clips, with the trunk trained, without the loss on prompts; pair accuracy by noise
+    reward      trained on labels by Bradley-Terry, on clean clips, with the trunk trained; pair accuracy by noise
     told        which attributes the reward's TA can tell, by noise
     on top      of CFG, and of a policy aligned by Flow-DPO
 """
@@ -34,12 +34,12 @@ SETS = {"large": 256}
 TABLE_5 = ((0, 0, 1), (0.1, 0.1, 0.8), (0.1, 0.1, 0.6), (0.5, 0.5, 0), (1, 1, 1))
 RISING = (0.5, 1, 2)
 SCALES = (0.25, 0.5, 2, 4)  # times the default
-TOLD_AT, TOLD_BY = (0.0, 0.4, 0.6, 0.8, 0.9, 0.95), ("noised", "trained trunk")
+TOLD_AT, TOLD_BY = (0.0, 0.4, 0.6, 0.8, 0.9, 0.95), ("noised", "labels")
 VARIANTS = {
     "noised": [],
+    "labels": ["--target=labels"],
     "clean": ["--time-shift=0"],
     "trained trunk": ["--trunk=trained"],
-    "no contrast": ["--contrast=0"],
 }
 
 
@@ -209,7 +209,7 @@ def report(args, rows):
             study = "reward" if variant != "noised" else "one" if weights == (0, 1, 0) else "weights"
             wanted = {"study": study, "variant": variant, "method": name_of(weights)}
             kinds[f"{variant}, {name_of(weights)}"] = wanted
-    title = "The reward: noised against clean clips, frozen against trained trunk, the loss on prompts"
+    title = "The reward: VideoReward's scores against labels, noised against clean clips, frozen against trained trunk"
     tables.append(table(title, kinds))
     top = {
         f"{m}, CFG {c:g}": {"study": "on top", "method": m, "cfg": c}

@@ -20,7 +20,7 @@ from real_data import export_toy
 from runtime import checkpoint, cli
 
 ROOT = Path(__file__).parent.parent
-TINY = ["--steps", "5", "--batch", "2", "--eval-prompts", "4", "--eval-pairs", "20", "--device", "cpu"]
+TINY = ["--steps", "5", "--batch", "2", "--eval-prompts", "4", "--eval-pairs", "20", "--device", "cpu", "--generated", "0"]
 
 
 @pytest.fixture
@@ -315,7 +315,8 @@ def test_bad_sampling_flags_are_refused_in_one_line(command, tmp_path, flags, wo
         (["--align", "1,nan,1"], "argument --align: 1,nan,1: must be three numbers with commas between"),
         (["--time-shift", "0"], "--time-shift 0: clean clips are for --algo nrg alone; give a positive number"),
         (["--algo", "nrg", "--read", "7"], "--read 7: this base model has 6 blocks"),
-        (["--algo", "nrg", "--contrast", "-1"], "argument --contrast: -1: must be 0 or a positive number"),
+        (["--algo", "nrg", "--target", "truth"], "argument --target: invalid choice: 'truth'"),
+        (["--algo", "reward", "--generated", "2"], "argument --generated: 2: must be a number from 0 to 1"),
         (["--data", "pairs.csv"], "pairs.csv: cannot be read"),
         (["--accum", "3"], "--batch 2: must be a multiple of 3"),
         (["--fsdp"], "--fsdp: shards over the processes of torchrun"),

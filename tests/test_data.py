@@ -20,7 +20,7 @@ ALGORITHMS = {
     "reward, bt": ["--algo=reward", "--loss=bt"],
     "reward, regression": ["--algo=reward", "--loss=regression"],
     "nrg": ["--algo=nrg"],
-    "nrg, own noise": ["--algo=nrg", "--pair-noise=own"],
+    "nrg, labels": ["--algo=nrg", "--target=labels"],
     "sft": ["--algo=sft"],
     "rwr": ["--algo=rwr", "--temperature=0.3"],
     "dpo": ["--algo=dpo", "--freeze=0"],

@@ -159,7 +159,7 @@ def test_nrg_study_from_end_to_end(tmp_path, monkeypatch):
     noised = [row for row in rows if row.get("variant") == "noised" and row.get("judge") == "oracle"]
     assert {row["method"] for row in noised if row["study"] == "weights"} == {"nrg-0:0:1", "nrg-1:1:1"}
     assert {row["method"] for row in noised if row["study"] == "one"} == {"nrg-1:0:0", "nrg-0:1:0", "nrg-0:0:1"}
-    assert {row["variant"] for row in rows if row["study"] == "reward"} == {"clean", "trained trunk", "no contrast"}
+    assert {row["variant"] for row in rows if row["study"] == "reward"} == {"labels", "clean", "trained trunk"}
     assert all(0 <= row[name] <= 1 for row in rows if row["study"] != "told" for name in ("VQ", "MQ", "TA"))
     told = [row for row in rows if row["study"] == "told"]
     assert len(told) == 12 and all(0 <= row[name] <= 1 for row in told for name in ("colour", "shape", "direction"))

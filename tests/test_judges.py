@@ -158,6 +158,31 @@ def test_pretraining_ends_with_the_oracles_word_on_its_samples(tiny, tmp_path):
         numbers = [float(word) for word in rest.split()[1::2]]
         assert name.startswith("CFG 1:") and rest.split()[::2] == ["colour", "shape", "direction"]
         assert numbers == [1.0] * 3 if right else max(numbers) < 0.5
+        *_, probed, _ = painted
+        name, _, rest = probed.partition("right ")
+        assert name == "x0_hat of clean clips at t 0.8: " and rest.split()[::2] == ["colour", "shape", "direction"]
+        assert [float(word) for word in rest.split()[1::2]] == [float(right)] * 3
+
+
+def test_the_probe_noises_clean_clips_to_its_t_and_asks_with_their_own_prompt():
+    seen = []
+
+    class Spy(Painter):
+        def forward(self, x_t, t, y):
+            seen.append((x_t, t, y))
+            v = super().forward(x_t, t, y)
+            return torch.where((torch.arange(len(y)) < 3)[:, None, None, None, None], v, torch.zeros_like(v))
+
+    prompts = world.split_prompts("validation")
+    right = evaluate.denoised_right(Spy(), Vocabulary().words, prompts, 0.6, 3, CPU)
+    ((x_t, t, y),) = seen
+    assert torch.equal(t, torch.full((12,), 0.6))
+    assert torch.equal(y, Vocabulary().encode_attributes(prompts, CONFIG.max_text))
+    assert (right >= 3 / 12).all() and (right < 1).all()  # three know the answer, from the others noise is left
+    # noise of variance .36 and what is left of a clip, .4 x0, of which at most the object and no defect is bright
+    ground = x_t.flatten(2).median(2).values.mean().item()
+    assert ground == pytest.approx(0.4 * (2 * world.GROUND - 1), abs=0.05)
+    assert x_t[:, :, :, :4, :4].std().item() == pytest.approx(0.6, abs=0.1)
 
 
 def test_real_data_is_judged_by_videoreward_on_base_and_policy(tiny, tmp_path):

@@ -9,7 +9,7 @@ import torch
 
 from data import draw_noise, step_rng
 from model import ModelConfig, VideoTransformer
-from nrg import SharedTrunk, guide, load_noisy_reward, noisy_reward_on, noisy_reward_step, steer
+from nrg import SharedTrunk, guide, load_noisy_reward, noisy_pair_step, noisy_reward_on, noisy_value_step, steer
 from runtime.checkpoint import save_checkpoint
 from runtime.cli import BadInput
 from sample import sample
@@ -145,7 +145,7 @@ def test_both_clips_of_a_pair_share_noise_and_time():
         seen.append((x_t, t, y))
         return x_t.flatten(1).mean(1, keepdim=True).expand(-1, 3)
 
-    loss, logs = noisy_reward_step(reward, a, b, y, label, t, torch.randn_like(a))
+    loss, logs = noisy_pair_step(reward, a, b, y, label, t, torch.randn_like(a))
     (x_t, times, prompts), half = seen[0], 4
     assert torch.equal(times[:half], times[half:]) and torch.equal(prompts[:half], prompts[half:])
     # x_t of b minus x_t of a is (1 - t) (b - a) = 1 - t: the noise cancels
@@ -169,9 +169,9 @@ def test_shared_noise_cancels_from_a_linear_score_and_own_noise_does_not():
 
     clean = torch.log1p(torch.exp(b - a)).mean().item()
     noise = draw_noise(4, (1,), 1.0, step_rng(0, 0))
-    shared, _ = noisy_reward_step(score, a, b, y, label, **noise)
+    shared, _ = noisy_pair_step(score, a, b, y, label, **noise)
     assert shared.item() == pytest.approx(clean, rel=1e-4)
-    own, _ = noisy_reward_step(score, a, b, y, label, **noise, x1_b=draw_noise(4, (1,), 1.0, step_rng(0, 1))["x1"])
+    own, _ = noisy_pair_step(score, a, b, y, label, **noise, x1_b=draw_noise(4, (1,), 1.0, step_rng(0, 1))["x1"])
     assert abs(own.item() - clean) > 0.1
 
 
@@ -180,23 +180,66 @@ def test_shift_0_leaves_the_clips_clean():
     a, _, y = inputs()
     seen = []
     reward = lambda x_t, t, y: (seen.append((x_t, t)), x_t.flatten(1)[:, :3])[1]  # noqa: E731
-    noisy_reward_step(reward, a, -a, y, torch.ones(4, 3, dtype=torch.int64), **noise)
+    noisy_pair_step(reward, a, -a, y, torch.ones(4, 3, dtype=torch.int64), **noise)
     assert torch.equal(seen[0][0], torch.cat((a, -a))) and not seen[0][1].any()
 
 
-def test_the_contrast_prefers_the_own_prompt_in_text_alignment_alone():
-    # the score of a prompt is its first word in TA, and half of it, the other way, in VQ and MQ
-    a, t, _ = inputs(2)
+def test_values_are_drawn_to_what_is_said_of_the_clean_clip_for_its_prompt_and_for_another():
+    # the score of a prompt is its first word in TA, and 1 and 2 in VQ and MQ
+    x0, t, _ = inputs(2)
     y, other = torch.tensor([[3, 0, 0], [1, 0, 0]]), torch.tensor([[1, 0, 0], [2, 0, 0]])
-    label = torch.zeros(2, 3, dtype=torch.int64)  # ties alone: no preference loss
+    seen = []
 
     def reward(x_t, t, y):
-        return y[:, :1] * torch.tensor([-0.5, -0.5, 1.0])
+        seen.append((x_t, t))
+        return torch.cat((torch.tensor([[1.0, 2.0]]).expand(len(y), 2), y[:, :1].float()), 1)
 
-    loss, logs = noisy_reward_step(reward, a, a, y, label, t, torch.zeros_like(a), other_y=other, contrast=2.0)
-    # margins 3 - 1 and 1 - 2: -log sigma(2) and -log sigma(-1), their mean twice
-    expected = math.log1p(math.exp(-2.0)) + math.log1p(math.exp(1.0))
-    assert loss.item() == pytest.approx(expected, rel=1e-5) and logs["contrast"] == 0.5
+    target, other_target = torch.tensor([[1.0, 0.0, 3.0], [3.0, 1.0, -1.0]]), torch.tensor([1.0, 5.0])
+    x1 = torch.ones_like(x0)
+    loss, logs = noisy_value_step(reward, x0, y, target, t, x1, other, other_target)
+    # VQ (0 + 4) / 2, MQ (4 + 1) / 2, TA (0 + 4) / 2; for the other prompts (0 + 9) / 2
+    assert loss.item() == pytest.approx(2 + 2.5 + 2 + 4.5)
+    assert [logs[name] for name in ("VQ", "MQ", "TA", "other", "loss")] == pytest.approx([2, 2.5, 2, 4.5, 11])
+    (x_t, times), now = seen[0], t[:, None, None, None, None]
+    assert torch.equal(times, torch.cat((t, t))) and torch.allclose(x_t[:2], (1 - now) * x0 + now)
+    assert torch.equal(x_t[:2], x_t[2:])  # the same noised clip for both prompts
+
+
+def test_the_least_error_of_values_is_their_mean_given_the_noised_clip():
+    # x0 = +1 or -1, r = x0: E[x0 | x_t] = tanh((1 - t) x_t / t^2), and its gradient falls to 0 at the noise
+    rng = torch.Generator().manual_seed(0)
+    x0 = torch.where(torch.rand(200_000, 1, generator=rng) < 0.5, 1.0, -1.0)
+    x1, t = torch.randn(x0.shape, generator=rng), torch.full((len(x0),), 0.7)
+    y, errors = torch.zeros(len(x0), 1, dtype=torch.int64), []
+    for factor in (0.8, 1.0, 1.25):
+        value = lambda x_t, t, y, factor=factor: torch.tanh(factor * 0.3 * x_t / 0.49).expand(-1, 3)  # noqa: E731
+        errors.append(noisy_value_step(value, x0, y, x0.expand(-1, 3), t, x1, y, x0[:, 0])[0].item())
+    assert errors[1] < errors[0] and errors[1] < errors[2]
+
+
+def test_a_head_tells_places_apart():
+    reward, grid = noisy_reward_on(small_model(), 2), CONFIG.grid
+    assert grid == (2, 2, 2)
+    rng = torch.Generator().manual_seed(3)
+    video, words = torch.randn(1, 8, 24, generator=rng), torch.randn(1, 3, 24, generator=rng)
+    condition = torch.randn(1, 24, generator=rng)
+    score = reward.head(video, grid, words, condition)
+    for order in ([4, 5, 6, 7, 0, 1, 2, 3], [2, 3, 0, 1, 6, 7, 4, 5], [1, 0, 3, 2, 5, 4, 7, 6]):  # time, rows, columns
+        assert (reward.head(video[:, order], grid, words, condition) - score).abs().min() > 1e-4
+    # words count for TA alone, wherever they stand
+    assert torch.allclose(reward.head(video, grid, words.flip(1), condition), score, atol=1e-6)
+    other = reward.head(video, grid, -words, condition)
+    assert torch.allclose(other[:, :2], score[:, :2]) and (other[:, 2] - score[:, 2]).abs() > 1e-4
+
+
+def test_tokens_in_the_order_of_tiles_are_read_at_their_own_places():
+    base = small_model()
+    reward, (x, t, y) = noisy_reward_on(base, 1), inputs()
+    plain = reward(x, t, y)
+    # every token sees every other one, but they lie in the order of tiles of half a frame's width
+    reward.trunk.config = reward.config = replace(reward.config, attention="tile:1,2,1/2,2,2")
+    assert not torch.equal(reward.trunk.tiles(x.device).order, torch.arange(8))
+    assert torch.allclose(reward(x, t, y), plain, atol=1e-5)
 
 
 @pytest.mark.parametrize("frozen", [True, False])
@@ -212,7 +255,7 @@ def test_it_learns_a_preference_and_leaves_a_frozen_trunk_alone(frozen):
         a = a + torch.where(torch.rand(16, generator=rng) < 0.5, 1.0, -1.0)[:, None, None, None, None]
         label = torch.where(a.flatten(1).mean(1, keepdim=True) > 0, 1, -1).expand(-1, 3)  # the brighter clip is better
         noise = draw_noise(16, CONFIG.video_shape, 1.0, rng)
-        loss, logs = noisy_reward_step(reward, a, -a, y, label, **noise)
+        loss, logs = noisy_pair_step(reward, a, -a, y, label, **noise)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -48,6 +48,7 @@ def test_preferences_are_learned_on_training_prompts_alone(tiny, drawn, algo):
     held = task.evaluate.keywords.get("held")
     assert (held is None) == (algo not in ("reward", "nrg"))
     if held:
+        (held,) = held.values()
         assert all(len(clips) == 60 and splits_of(clips.prompt) == {"validation"} for clips in rest)
         assert splits_of(held.y) == {"validation"} and len(held) == 60
     assert "hard" not in set().union(*(splits_of(clips.shown) for clips in drawn))
@@ -55,7 +56,8 @@ def test_preferences_are_learned_on_training_prompts_alone(tiny, drawn, algo):
 
 def test_pairs_to_judge_by_are_other_clips_than_those_of_another_seed(tiny):
     held = [tiny("--algo=reward", f"--seed={seed}")[1].evaluate.keywords["held"] for seed in (0, 1)]
-    assert not torch.equal(held[0].y, held[1].y)
+    first, second = (next(iter(pairs.values())) for pairs in held)
+    assert not torch.equal(first.y, second.y)
 
 
 def test_pretraining_sees_train_and_validation_and_nothing_hard(tiny, drawn):
@@ -135,8 +137,9 @@ def studied(monkeypatch, tmp_path, drawn):
     def draws(task, settings, device, state=None):
         batches = [task.batch(step, slice(0, settings.batch)) for step in range(2)]
         held = task.evaluate.keywords.get("held")
+        held = held and set().union(*(splits_of(pairs.y) for pairs in held.values()))
         splits = set().union(*(splits_of(batch["y"]) for batch in batches))
-        seen.append((settings, splits, held and splits_of(held.y), *watched_splits(drawn)))
+        seen.append((settings, splits, held, *watched_splits(drawn)))
         return []
 
     monkeypatch.setattr(train, "train", draws)
@@ -171,8 +174,9 @@ def test_guidance_learns_train_and_is_judged_on_validation(studied, drawn, monke
     monkeypatch.setattr(guidance, "load_noisy_reward", lambda path: (torch.nn.Identity(), []))
     for variant in guidance.VARIANTS:
         guidance.reward_of(variant, 0, args, CPU)
-    assert [s.trunk for s, *_ in seen] == ["frozen", "frozen", "trained", "frozen"]
-    assert [s.contrast for s, *_ in seen] == [1, 1, 1, 0] and [s.time_shift for s, *_ in seen] == [1, 0, 1, 1]
+    assert [s.trunk for s, *_ in seen] == ["frozen", "frozen", "frozen", "trained"]
+    assert [s.target for s, *_ in seen] == ["reward", "labels", "reward", "reward"]
+    assert [s.time_shift for s, *_ in seen] == [1, 1, 0, 1]
     for _, splits, held, asked, shown in seen:
         assert splits == {"train"} and held == {"validation"}
         assert asked == {"train", "validation"} and "hard" not in shown
@@ -238,7 +242,7 @@ def test_rows_of_the_studies_are_wins_of_what_was_trained(studied, monkeypatch):
     monkeypatch.setattr(guidance, "reward_of", lambda *args: None)
     monkeypatch.setattr(guidance, "accuracy_rows", lambda *args: [])
     rows = align.trained("sft", "1:1:1", 0, args, CPU) + beta.swept("dpo-constant", 10, 0, args, CPU)
-    rows += beta.long_run("dpo-constant", 0, args, CPU) + guidance.steered_rows("no contrast", 0, args, CPU)
+    rows += beta.long_run("dpo-constant", 0, args, CPU) + guidance.steered_rows("labels", 0, args, CPU)
     assert len(rows) == 2 + 2 + 2 * len(beta.LENGTHS) + 6
     assert all(row["VQ"] == row["MQ"] == row["TA"] == row["VQ_score"] == 1 for row in rows)
 

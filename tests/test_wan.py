@@ -73,7 +73,7 @@ def prediction(model, x, y, t=500.0):
 def test_the_example_runs_what_the_toy_runs():
     assert wan.flow_dpo_step is flow_dpo.flow_dpo_step
     assert wan.flow_rwr_step is flow_rwr.flow_rwr_step and wan.rwr_weights is flow_rwr.rwr_weights
-    assert wan.noisy_reward_step is nrg.noisy_reward_step and wan.guide is nrg.guide
+    assert wan.noisy_pair_step is nrg.noisy_pair_step and wan.guide is nrg.guide
     assert wan.sample is sample.sample
     assert wan.WanReward.head is nrg.NoisyReward.head
 
@@ -136,11 +136,13 @@ def test_the_reward_reads_the_first_blocks_without_adapters(tiny):
     plain, model = wan_model.load_transformer(tiny / "model"), adapted(tiny / "model")
     seen = {}
     plain.blocks[0].register_forward_hook(lambda module, args, out: seen.update(hidden=out))
-    plain.condition_embedder.register_forward_hook(lambda module, args, out: seen.update(condition=out[0]))
+    plain.patch_embedding.register_forward_hook(lambda module, args, out: seen.update(grid=out.shape[2:]))
+    told = lambda module, args, out: seen.update(condition=out[0], text=out[2])  # noqa: E731
+    plain.condition_embedder.register_forward_hook(told)
     reward = wan.WanReward(model)
     x, y = inputs()
     prediction(plain, x, y, 300.0)
-    expected = reward.head(seen["hidden"], F.silu(seen["condition"]))
+    expected = reward.head(seen["hidden"], seen["grid"], seen["text"], F.silu(seen["condition"]))
     assert torch.allclose(reward(x, torch.full((2,), 0.3), y), expected, atol=1e-6)
     assert expected.shape == (2, 3) and not torch.allclose(expected[0], expected[1], atol=1e-4)
     assert not any(name.startswith("trunk") for name in reward.state_dict())

@@ -55,7 +55,8 @@ def tiny(tmp_path, monkeypatch):
     torch.manual_seed(1)
     save(noticeable(model.VideoTransformer(CONFIG)), "velocity", tmp_path / "base.pt")
     monkeypatch.setitem(model.PRESETS, "nano", CONFIG)
-    monkeypatch.setattr(evaluate, "load_judge", lambda path, config, words: Brightness())
+    for module in (evaluate, train):
+        monkeypatch.setattr(module, "load_judge", lambda path, config, words: Brightness())
     evaluate.scored_toy_pairs.cache_clear()
 
     def task(*flags):
