@@ -147,35 +147,42 @@ def accuracy_with_ties(delta, label):
 # The network
 
 
-class Stem(nn.Module):
-    """Videos (B, C, T, H, W) to tokens (B, N, d), a token a patch, from two views of it.
+CELLS = 4  # a side of a frame, for the token of that frame
 
-    A linear one, a low-pass filter at the start, keeps positions. Two overlapping convolutions see a shape the same
-    wherever it lies on the grid of patches. The clip's mean colour, most of it ground, enters apart."""
+
+class Stem(nn.Module):
+    """Videos (B, C, T, H, W) to tokens (B, T + N, d): one of each frame, and one of each of N places over all frames.
+
+    A place is seen twice. A linear view, a low-pass filter at the start, keeps positions; two overlapping convolutions
+    see a shape the same wherever it lies on the grid of patches. A frame's token reads the convolutions by place, for
+    motion is what differs between whole frames. The clip's mean colour, most of it ground, enters apart."""
 
     def __init__(self, config):
         super().__init__()
         self.patch = config.patch
-        time, half, dim = config.patch[0], config.patch[1] // 2, config.dim
+        half, dim = config.patch[1] // 2, config.dim
         self.linear = nn.Linear(config.channels * math.prod(config.patch), dim)
         self.linear.weight.data.copy_(low_pass(config))
-        self.frames = nn.Sequential(
+        self.convolutions = nn.Sequential(
             nn.Conv2d(config.channels, dim // 3, half + 2, stride=half, padding=1),
             nn.GELU(),
             nn.Conv2d(dim // 3, dim, 3, stride=2, padding=1),
             nn.GELU(),
         )
-        self.merge = nn.Linear(time * dim, dim)
+        self.merge = nn.Linear(config.frames * dim, dim)
+        self.frame = nn.Linear(CELLS**2 * dim, dim)
+        self.moments = nn.Parameter(torch.randn(config.frames, dim) * 0.02)
         self.level = nn.Linear(config.channels, dim)
 
     def forward(self, video):
         b, _, t = video.shape[:3]
         level = video.mean((2, 3, 4))  # (B, C)
         video = video - level[:, :, None, None, None]
-        x = self.frames(video.transpose(1, 2).flatten(0, 1))  # (B * T, d, h, w)
-        x = x.reshape(b, t // self.patch[0], self.patch[0], *x.shape[1:])  # (B, t, p, d, h, w)
-        x = x.permute(0, 1, 4, 5, 2, 3).flatten(4).flatten(1, 3)  # (B, N, p * d)
-        return self.linear(patchify(video, self.patch)) + self.merge(x) + self.level(level)[:, None]
+        x = self.convolutions(video.transpose(1, 2).flatten(0, 1))  # (B * T, d, h, w)
+        frames = self.frame(F.adaptive_avg_pool2d(x, CELLS).flatten(1)).reshape(b, t, -1)  # (B, T, d)
+        x = x.reshape(b, t, x.shape[1], -1).permute(0, 3, 1, 2).flatten(2)  # (B, N, T * d)
+        places = self.linear(patchify(video, self.patch)) + self.merge(x)  # (B, N, d)
+        return torch.cat((frames + self.moments, places), 1) + self.level(level)[:, None]
 
 
 class RewardBlock(nn.Module):
@@ -201,9 +208,10 @@ class RewardConfig(ModelConfig):
 
 
 def reward_config(config, separate=True):
-    """A VideoReward's sizes beside a model's of `config`: three quarters of its width and two thirds of its depth."""
+    """A VideoReward's sizes beside a model's of `config`: three quarters of its width, two thirds of its depth, and
+    patches as long as the clip."""
     sizes = {field.name: getattr(config, field.name) for field in fields(config)}
-    sizes |= {"dim": config.dim * 3 // 4, "depth": config.depth * 2 // 3}
+    sizes |= {"dim": config.dim * 3 // 4, "depth": config.depth * 2 // 3, "patch": (config.frames, *config.patch[1:])}
     return RewardConfig(**sizes, separate=separate)
 
 
@@ -223,8 +231,8 @@ class VideoReward(nn.Module):
         self.head = nn.Linear(dim, 1 if config.separate else 3)
         self.caption = nn.Linear(dim, config.vocab)
         head_dim = dim // config.heads
-        still = identity_rope(config.max_text + len(self.tokens), head_dim)
-        self.register_buffer("rope", torch.cat((rope(config.grid, head_dim), still), 1), persistent=False)
+        frames, rest = (identity_rope(n, head_dim) for n in (config.frames, config.max_text + len(self.tokens)))
+        self.register_buffer("rope", torch.cat((frames, rope(config.grid, head_dim), rest), 1), persistent=False)
         self.checkpointed = False  # as VideoTransformer's
         self.register_buffer("mean", torch.zeros(3))
         self.register_buffer("std", torch.ones(3))
