@@ -20,7 +20,7 @@ import importlib
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -111,7 +111,7 @@ def other_prompts(y, vocabulary, rng):
     return y
 
 
-def _draw_prompts(count, splits, rng):
+def draw_prompts(count, splits, rng):
     prompts = world.split_prompts(*splits)
     return prompts[torch.randint(len(prompts), (count,), generator=rng)]
 
@@ -134,7 +134,7 @@ def mean_one(mask):
 
 def draw_clips(count, config, vocabulary, rng):
     """Clips of all twelve generators to pretrain on, not rendered yet, and their prompts y (count, S)."""
-    prompt = _draw_prompts(count, ("train", "validation"), rng)
+    prompt = draw_prompts(count, ("train", "validation"), rng)
     generator = torch.randint(len(world.GENERATORS), (count,), generator=rng)
     clips = world.draw_clips(prompt, generator, rng, config.frames)
     return clips, vocabulary.encode_attributes(prompt, config.max_text)
@@ -163,45 +163,6 @@ class Pairs:
     def sides(self, index):
         """Videos A and B of pairs `index` (B,)."""
         return self.clips(index.repeat(2), torch.arange(2).repeat_interleave(len(index))).chunk(2)
-
-
-def draw_pairs(count, splits, seed, frames):
-    """Clips (a, b) for `count` pairs: the same prompt of the named splits, two different generators."""
-    rng = torch.Generator().manual_seed(seed)
-    prompt = _draw_prompts(count, splits, rng)
-    models = len(world.GENERATORS)
-    first = torch.randint(models, (count,), generator=rng)
-    second = (first + torch.randint(1, models, (count,), generator=rng)) % models
-    return world.draw_clips(prompt, first, rng, frames), world.draw_clips(prompt, second, rng, frames)
-
-
-def toy_pairs(count, splits, seed, config, vocabulary):
-    """`count` pairs of rendered clips, without labels, and the attributes (count, 3) of their prompts."""
-    a, b = draw_pairs(count, splits, seed, config.frames)
-    both = world.join(a, b)
-
-    def clips(index, side):
-        return world.render(both[index + side * count], config.size)
-
-    y = vocabulary.encode_attributes(a.prompt, config.max_text)
-    return Pairs(y, clips, torch.stack((a.generator, b.generator), 1)), a.prompt
-
-
-def annotate_pairs(pairs, prompt, seed, progress=lambda chunks: chunks):
-    """Pairs of clips of toy prompts (count, 3) with labels and ratings by the annotators, who look at the clips."""
-    scores = []
-    for index in progress(torch.arange(len(pairs)).split(64)):
-        scores.append([world.oracle(video, prompt[index]) for video in pairs.sides(index)])
-    a, b = (torch.cat(side) for side in zip(*scores))
-    rng = torch.Generator().manual_seed(seed + 1)
-    label, unanimous = world.annotate(a, b, rng)
-    overall, mos = world.annotate_overall(a, b, rng), world.rate(a, b, rng)
-    return replace(pairs, label=label, unanimous=unanimous, mos=mos, overall=overall, truth=torch.stack((a, b), 1))
-
-
-def annotated_pairs(count, splits, seed, config, vocabulary, progress=lambda chunks: chunks):
-    """`count` annotated pairs of rendered clips."""
-    return annotate_pairs(*toy_pairs(count, splits, seed, config, vocabulary), seed, progress)
 
 
 if __name__ == "__main__":

@@ -19,9 +19,10 @@ from pathlib import Path
 import torch
 
 import world
-from data import DIMENSIONS, INVALID, Vocabulary, toy_pairs
+from data import DIMENSIONS, INVALID, Vocabulary
 from flow import interpolate
 from real_data.disk_pairs import disk_data
+from real_data.toy_pairs import toy_pairs
 from real_data.video import write_gif, write_sheet
 from reward import accuracies_without_ties, accuracy_with_ties, accuracy_without_ties, load_reward
 from runtime.cli import BadInput, Parser, check_writable, pick_device, positive_int, progress_bar, run

@@ -160,14 +160,14 @@ def load_noisy_reward(path):
 
 def noisy_value_step(reward, x0, y, target, t, x1, other_y, other_target):
     """One step on clips x0 (B, ...) with prompts y (B, S) at times t (B,) with noise x1 -> (loss, logs): squared error
-    against what a reward of clean clips says of x0, target (B, 3), and for other prompts other_y, TA other_target (B,).
+    against what a reward of clean clips says of x0, target (B, 3), and TA for other prompts other_y, other_target (B, 3).
 
     Not in the paper. The least error is at E[r(x0) | x_t], which is Eq. 10's value log E[exp(w r(x0)) | x_t] / w up to
     terms in w: a direction of guidance that is right at every t, and flat where nothing can be told any more."""
     x_t, ta = interpolate(x0, x1, t), DIMENSIONS.index("TA")
     own, other = reward(torch.cat((x_t, x_t)), torch.cat((t, t)), torch.cat((y, other_y))).chunk(2)  # (B, 3) each
     error = (own - target).square().mean(0)  # (3,)
-    other_error = (other[:, ta] - other_target).square().mean()
+    other_error = (other - other_target)[:, ta].square().mean()
     loss = error.sum() + other_error
     return loss, {"loss": loss.item(), **dict(zip(DIMENSIONS, error.tolist())), "other": other_error.item()}
 

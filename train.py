@@ -23,18 +23,7 @@ import torch
 from tqdm import tqdm
 
 import world
-from data import (
-    DIMENSIONS,
-    Vocabulary,
-    draw_clips,
-    draw_noise,
-    drop_prompts,
-    epoch_index,
-    mean_one,
-    other_prompts,
-    step_rng,
-    take,
-)
+from data import Vocabulary, draw_clips, draw_noise, drop_prompts, epoch_index, mean_one, other_prompts, step_rng, take
 from evaluate import alignment_table, load_judge, nrg_table, pretrain_table, reward_table, scored_pairs, study
 from flow import TIME_SHIFT, flow_error
 from flow_dpo import SCHEDULES, flow_dpo_step
@@ -42,7 +31,7 @@ from flow_rwr import flow_rwr_step, rwr_weights
 from model import PRESETS, VideoTransformer, add_lora, freeze_trunk, load_velocity, merged_state_dict, share_trunk
 from nrg import noisy_pair_step, noisy_reward_on, noisy_value_step
 from real_data.disk_pairs import disk_data
-from real_data.generated import toy_data
+from real_data.toy_pairs import held_pairs, toy_pairs, training_pairs
 from reward import LOSSES, VideoReward, counted, decided, reward_config, reward_step
 from runtime import distributed, flags, resume
 from runtime.cli import BadInput, run
@@ -114,7 +103,7 @@ def reward_task(args, device):
     else:
         vocabulary = Vocabulary()
         config = replace(PRESETS[args.preset], vocab=len(vocabulary.words))
-        pairs, held = toy_data(args, config, vocabulary, device)
+        pairs, held = (made(args, config, vocabulary, device) for made in (training_pairs, held_pairs))
     torch.manual_seed(args.seed)
     model = VideoReward(reward_config(config, separate=args.tokens == "separate")).to(device)
 
@@ -143,12 +132,15 @@ def nrg_task(args, device):
     if args.data:
         _, _, pairs, held = disk_data(args, config, words)
     else:
-        pairs, held = toy_data(args, config, vocabulary, device)
+        held = held_pairs(args, config, vocabulary, device)
+        pairs, _ = toy_pairs(args.pairs, ["train"], args.seed, config, vocabulary)
+        if args.target == "labels":
+            pairs = training_pairs(args, config, vocabulary, device)
 
     def pair_batch(step, rows):
-        index = epoch_index(len(pairs), args.batch, step, args.seed)
+        index, rng = epoch_index(len(pairs), args.batch, step, args.seed), step_rng(args.seed, step)
         whole = {"y": pairs.y[index], "label": pairs.label[index], "weight": mean_one(decided(pairs.label[index]))}
-        whole |= draw_noise(args.batch, config.video_shape, args.time_shift, step_rng(args.seed, step))
+        whole |= draw_noise(args.batch, config.video_shape, args.time_shift, rng)
         x0_a, x0_b = pairs.sides(index[rows])
         return {"x0_a": x0_a, "x0_b": x0_b, **take(whole, rows)}
 
@@ -158,19 +150,18 @@ def nrg_task(args, device):
     def value_batch(step, rows):
         rng = step_rng(args.seed, step)
         index = epoch_index(2 * len(pairs), args.batch, step, args.seed)  # both clips of each pair, in any order
-        y = pairs.y[index // 2]
-        whole = {"y": y, "other_y": other_prompts(y, vocabulary, rng)}
+        whole = {"y": pairs.y[index // 2], "other_y": other_prompts(pairs.y[index // 2], vocabulary, rng)}
         whole |= draw_noise(args.batch, config.video_shape, args.time_shift, rng)
         return {"x0": pairs.clips(index[rows] // 2, index[rows] % 2), **take(whole, rows)}
 
     def value_loss(batch):
         with torch.no_grad():
             target, other = (judge.normalised(batch["x0"], batch[name]).clamp(-3, 3) for name in ("y", "other_y"))
-        return noisy_value_step(model, **batch, target=target, other_target=other[:, DIMENSIONS.index("TA")])
+        return noisy_value_step(model, **batch, target=target, other_target=other)
 
     table = partial(nrg_table, held=held, seed=args.eval_seed, device=device)
     batch, loss = (pair_batch, pair_loss) if args.target == "labels" else (value_batch, value_loss)
-    return Task("noisy reward", model, words, batch, loss, ("loss", *DIMENSIONS), table)
+    return Task("noisy reward", model, words, batch, loss, ("loss", "VQ", "MQ", "TA"), table)
 
 
 def dpo_task(args, device):

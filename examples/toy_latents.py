@@ -14,7 +14,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the project's modules, from wherever this is started
 
-from data import Vocabulary, annotated_pairs
+from data import Vocabulary
+from real_data.toy_pairs import annotated_pairs
 from model import ModelConfig
 from real_data.pairs_csv import Pair, write_pairs
 from real_data.video import FPS

@@ -9,7 +9,8 @@ import torch
 from tqdm import tqdm
 
 import world
-from data import DIMENSIONS, INVALID, Vocabulary, annotated_pairs
+from data import DIMENSIONS, INVALID, Vocabulary
+from real_data.toy_pairs import annotated_pairs
 from model import ModelConfig
 from real_data.pairs_csv import Pair, write_pairs
 from real_data.video import FPS, write_video

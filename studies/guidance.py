@@ -18,7 +18,8 @@ import torch
 
 import train
 import world
-from data import DIMENSIONS, Vocabulary, annotated_pairs, step_rng
+from data import DIMENSIONS, Vocabulary, step_rng
+from real_data.toy_pairs import annotated_pairs
 from evaluate import noisy_scores, over_seeds, prompt_set
 from flow import interpolate
 from model import load_velocity

@@ -12,7 +12,8 @@ from functools import cache, partial
 import torch
 
 import train
-from data import DIMENSIONS, Vocabulary, annotated_pairs
+from data import DIMENSIONS, Vocabulary
+from real_data.toy_pairs import annotated_pairs
 from evaluate import mean_and_spread, over_seeds, pair_scores
 from reward import RewardConfig, accuracy_with_ties, accuracy_without_ties
 from studies.report.charts import Chart

@@ -8,7 +8,8 @@ import wired
 
 import train
 import world
-from data import INVALID, TOY_WORDS, Vocabulary, annotated_pairs, draw_noise, draw_pairs, epoch_index, mean_one, take
+from data import INVALID, TOY_WORDS, Vocabulary, draw_noise, epoch_index, mean_one, take
+from real_data.toy_pairs import annotated_pairs, draw_pairs
 from model import ModelConfig
 from runtime import distributed
 
@@ -85,17 +86,17 @@ def test_an_epoch_visits_every_item_once():
 @pytest.fixture
 def unlabelled(tiny, monkeypatch):
     """`tiny`, whose annotators left out most of what they were asked of two pairs in three."""
-    honest = train.toy_data
+    honest = train.training_pairs
 
-    def toy_data(*args):
-        pairs, held = honest(*args)
+    def training_pairs(*args):
+        pairs = honest(*args)
         label, mos = pairs.label.clone(), pairs.mos.clone()
         for row in range(len(pairs)):
             if row % 3:
                 label[row, row % 2 :], mos[row, :, row % 2 :] = INVALID, 0
-        return replace(pairs, label=label, mos=mos), held
+        return replace(pairs, label=label, mos=mos)
 
-    monkeypatch.setattr(train, "toy_data", toy_data)
+    monkeypatch.setattr(train, "training_pairs", training_pairs)
     return tiny
 
 

@@ -13,7 +13,8 @@ import torch
 
 import train
 import world
-from data import INVALID, Vocabulary, annotated_pairs, vocabulary_of
+from data import INVALID, Vocabulary, vocabulary_of
+from real_data.toy_pairs import annotated_pairs
 from model import ModelConfig
 from real_data import export_toy, video
 from real_data.disk_pairs import disk_pairs

@@ -6,7 +6,8 @@ import torch
 import evaluate
 import train
 import world
-from data import TOY_WORDS, Vocabulary, toy_pairs
+from data import TOY_WORDS, Vocabulary
+from real_data.toy_pairs import toy_pairs
 from evaluate import prompt_set, sample_prompts, score_table, win_rate
 from model import ModelConfig, VideoTransformer
 from runtime.cli import BadInput

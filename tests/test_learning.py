@@ -14,7 +14,8 @@ from wired import BATCH, CONFIG, CPU, Brightness, find, noticeable, same_pairs, 
 
 import train
 import world
-from data import Vocabulary, annotated_pairs, other_prompts
+from data import Vocabulary, other_prompts
+from real_data.toy_pairs import annotated_pairs
 from model import load_velocity
 from reward import load_reward
 
@@ -130,11 +131,11 @@ def test_what_is_left_out_is_btt_separate_tokens_and_caption_one(tiny):
 
 
 def turned(honest):
-    """toy_data whose training labels and ratings say the opposite; the pairs to judge by stay."""
+    """training_pairs whose labels and ratings say the opposite."""
 
     def data(*args):
-        pairs, held = honest(*args)
-        return replace(pairs, label=-pairs.label, mos=6 - pairs.mos), held
+        pairs = honest(*args)
+        return replace(pairs, label=-pairs.label, mos=6 - pairs.mos)
 
     return data
 
@@ -158,7 +159,7 @@ def test_videoreward_learns_what_was_said_and_the_opposite_of_turned_labels(tiny
     for mirrored in (False, True):
         with monkeypatch.context() as patch:
             if mirrored:
-                patch.setattr(train, "toy_data", turned(train.toy_data))
+                patch.setattr(train, "training_pairs", turned(train.training_pairs))
             _, task = tiny(*flags)
         model = trained(args, task)
         ends.append(agreement(lambda x, m=model: m(x["video_a"], x["y"]) - m(x["video_b"], x["y"]), batches))
@@ -263,7 +264,7 @@ def test_nrg_learns_what_was_said_and_the_opposite_of_turned_labels(tiny, monkey
     for mirrored in (False, True):
         with monkeypatch.context() as patch:
             if mirrored:
-                patch.setattr(train, "toy_data", turned(train.toy_data))
+                patch.setattr(train, "training_pairs", turned(train.training_pairs))
             _, task = tiny(*flags)
         model = trained(args, task)
         t = torch.zeros(BATCH)

@@ -194,7 +194,7 @@ def test_values_are_drawn_to_what_is_said_of_the_clean_clip_for_its_prompt_and_f
         seen.append((x_t, t))
         return torch.cat((torch.tensor([[1.0, 2.0]]).expand(len(y), 2), y[:, :1].float()), 1)
 
-    target, other_target = torch.tensor([[1.0, 0.0, 3.0], [3.0, 1.0, -1.0]]), torch.tensor([1.0, 5.0])
+    target, other_target = torch.tensor([[1.0, 0.0, 3.0], [3.0, 1.0, -1.0]]), torch.tensor([[9.0, 9.0, 1.0], [9.0, 9.0, 5.0]])
     x1 = torch.ones_like(x0)
     loss, logs = noisy_value_step(reward, x0, y, target, t, x1, other, other_target)
     # VQ (0 + 4) / 2, MQ (4 + 1) / 2, TA (0 + 4) / 2; for the other prompts (0 + 9) / 2
@@ -213,7 +213,7 @@ def test_the_least_error_of_values_is_their_mean_given_the_noised_clip():
     y, errors = torch.zeros(len(x0), 1, dtype=torch.int64), []
     for factor in (0.8, 1.0, 1.25):
         value = lambda x_t, t, y, factor=factor: torch.tanh(factor * 0.3 * x_t / 0.49).expand(-1, 3)  # noqa: E731
-        errors.append(noisy_value_step(value, x0, y, x0.expand(-1, 3), t, x1, y, x0[:, 0])[0].item())
+        errors.append(noisy_value_step(value, x0, y, x0.expand(-1, 3), t, x1, y, x0.expand(-1, 3))[0].item())
     assert errors[1] < errors[0] and errors[1] < errors[2]
 
 

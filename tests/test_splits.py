@@ -15,7 +15,8 @@ from wired import BATCH, CPU, split_of, splits_of
 import evaluate
 import train
 import world
-from data import Vocabulary, annotated_pairs
+from data import Vocabulary
+from real_data.toy_pairs import annotated_pairs
 from studies import align, beta, guidance, jobs, reward_model
 from studies.jobs import prompts_of
 

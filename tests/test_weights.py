@@ -7,7 +7,8 @@ import torch
 
 import train
 import world
-from data import Vocabulary, annotated_pairs
+from data import Vocabulary
+from real_data.toy_pairs import annotated_pairs
 from evaluate import prompt_set, sample_prompts, win_rate
 from model import load_velocity
 from nrg import SharedTrunk, load_noisy_reward, steer

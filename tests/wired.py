@@ -13,7 +13,8 @@ import evaluate
 import model
 import train
 import world
-from data import TOY_WORDS, Vocabulary, toy_pairs
+from data import TOY_WORDS, Vocabulary
+from real_data.toy_pairs import toy_pairs
 from runtime.checkpoint import save_checkpoint
 
 CPU = torch.device("cpu")

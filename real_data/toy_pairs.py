@@ -1,19 +1,19 @@
-"""The base model as four more generators: its own clips, sampled once and kept on disk, in pairs for the annotators.
+"""The toy's preference pairs (section 3.1): clips of the twelve generators, and of the base model, and what annotators say.
 
-Every clip that people compare in the paper is a generated one (section 3.1). VideoReward will judge generated clips, so
-a share of its pairs compares these: clips of one toy prompt, sampled from the base model at the settings of MODELS.
-Held-out prompts and other settings give pairs to judge it by.
+Every clip that people compare in the paper is a generated one, and VideoReward will judge generated clips. So the base
+model is four more generators: a share of VideoReward's pairs compares its clips of one prompt, sampled once at the
+settings of MODELS and kept on disk. Held-out prompts and other settings give pairs to judge it by.
 """
 
 import hashlib
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import reduce
 
 import torch
 
 import world
-from data import Pairs, Vocabulary, annotate_pairs, annotated_pairs, step_rng
+from data import Pairs, Vocabulary, draw_prompts, step_rng
 from model import load_velocity
 from runtime.checkpoint import save_checkpoint
 from runtime.cli import BadInput, progress_bar
@@ -28,6 +28,52 @@ MODELS = {  # names, and settings of sample.sample
 }
 MOST_CLIPS = 40  # of each prompt: 71 MB for the training prompts
 NOISE_SEED = 50_000  # no other noise has seeds near it
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rendered clips
+
+
+def draw_pairs(count, splits, seed, frames):
+    """Clips (a, b) for `count` pairs: the same prompt of the named splits, two different generators."""
+    rng = torch.Generator().manual_seed(seed)
+    prompt = draw_prompts(count, splits, rng)
+    models = len(world.GENERATORS)
+    first = torch.randint(models, (count,), generator=rng)
+    second = (first + torch.randint(1, models, (count,), generator=rng)) % models
+    return world.draw_clips(prompt, first, rng, frames), world.draw_clips(prompt, second, rng, frames)
+
+
+def toy_pairs(count, splits, seed, config, vocabulary):
+    """`count` pairs of rendered clips, without labels, and the attributes (count, 3) of their prompts."""
+    a, b = draw_pairs(count, splits, seed, config.frames)
+    both = world.join(a, b)
+
+    def clips(index, side):
+        return world.render(both[index + side * count], config.size)
+
+    y = vocabulary.encode_attributes(a.prompt, config.max_text)
+    return Pairs(y, clips, torch.stack((a.generator, b.generator), 1)), a.prompt
+
+
+def annotate_pairs(pairs, prompt, seed, progress=lambda chunks: chunks):
+    """Pairs of clips of toy prompts (count, 3) with labels and ratings by the annotators, who look at the clips."""
+    scores = []
+    for index in progress(torch.arange(len(pairs)).split(64)):
+        scores.append([world.oracle(video, prompt[index]) for video in pairs.sides(index)])
+    a, b = (torch.cat(side) for side in zip(*scores))
+    rng = torch.Generator().manual_seed(seed + 1)
+    label, unanimous = world.annotate(a, b, rng)
+    overall, mos = world.annotate_overall(a, b, rng), world.rate(a, b, rng)
+    return replace(pairs, label=label, unanimous=unanimous, mos=mos, overall=overall, truth=torch.stack((a, b), 1))
+
+
+def annotated_pairs(count, splits, seed, config, vocabulary, progress=lambda chunks: chunks):
+    """`count` annotated pairs of rendered clips."""
+    return annotate_pairs(*toy_pairs(count, splits, seed, config, vocabulary), seed, progress)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The base model's clips
 
 
 def generated_clips(model, y, count, models, seed, cache, device):
@@ -83,6 +129,10 @@ def generated_pairs(count, splits, seed, path, config, cache, device, models=MOD
     return annotate_pairs(Pairs(y[which], clips, generator), prompts[which], seed, progress)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# What a training asks for
+
+
 def join_pairs(first, second):
     """The annotated pairs of `first`, then those of `second`."""
 
@@ -98,20 +148,24 @@ def join_pairs(first, second):
     return Pairs(clips=clips, **{name: torch.cat(values) for name, values in both.items()})
 
 
-def toy_data(args, config, vocabulary, device):
-    """Annotated pairs to train on, and {name: pairs of other prompts to judge by}. A share of args.generated compares
-    clips of the base model args.init, the others compare those of the twelve generators."""
-    bar = progress_bar("annotators look at the pairs", "x64 pairs")
+def _parts(count, split, seed, args, config, vocabulary, device):
+    """{kind: annotated pairs}: a share of args.generated compares clips of the base model args.init."""
+    bar, generated, made = progress_bar("annotators look at the pairs", "x64 pairs"), round(args.generated * count), {}
+    if count > generated:
+        made["rendered"] = annotated_pairs(count - generated, [split], seed, config, vocabulary, bar)
+    if generated:
+        made["generated"] = generated_pairs(
+            generated, [split], seed, args.init, config, args.cache, device, progress=bar
+        )
+    return made
 
-    def parts(count, split, seed):
-        generated, made = round(args.generated * count), {}
-        if count > generated:
-            made["rendered"] = annotated_pairs(count - generated, [split], seed, config, vocabulary, bar)
-        if generated:
-            where = args.init, config, args.cache, device
-            made["generated"] = generated_pairs(generated, [split], seed, *where, progress=bar)
-        return made
 
-    train, held = parts(args.pairs, "train", args.seed), parts(args.eval_pairs, "validation", args.seed + 1)
-    held = {f"{name} validation pairs, prompts never seen in training": part for name, part in held.items()}
-    return reduce(join_pairs, train.values()), held
+def training_pairs(args, config, vocabulary, device):
+    """args.pairs annotated pairs of training prompts."""
+    return reduce(join_pairs, _parts(args.pairs, "train", args.seed, args, config, vocabulary, device).values())
+
+
+def held_pairs(args, config, vocabulary, device):
+    """{name: annotated pairs of prompts that no reward trains on}, args.eval_pairs in all."""
+    parts = _parts(args.eval_pairs, "validation", args.seed + 1, args, config, vocabulary, device)
+    return {f"{kind} validation pairs, prompts never seen in training": pairs for kind, pairs in parts.items()}

@@ -8,8 +8,9 @@ import wired
 from wired import CONFIG, CPU, split_of, splits_of
 
 import world
-from data import Vocabulary, annotated_pairs
-from real_data import generated
+from data import Vocabulary
+from real_data.toy_pairs import annotated_pairs
+from real_data import toy_pairs as generated
 from runtime.cli import BadInput
 
 tiny = wired.tiny
