@@ -112,8 +112,8 @@ class RewardHead(nn.Module):
         nn.init.zeros_(self.modulation.bias)
 
     def head(self, video, grid, words, condition):
-        """Hidden states of video tokens (B, N, d) in (t, h, w) order on `grid`, of the prompt's words (B, S, d), and the
-        trunk's condition (B, d) -> scores (B, 3) in the order VQ, MQ, TA."""
+        """Hidden states of video tokens (B, N, d) in (t, h, w) order on `grid`, of the prompt's words (B, S, d), and
+        the trunk's condition (B, d) -> scores (B, 3) in the order VQ, MQ, TA."""
         shift, scale = self.modulation(condition)[:, None].chunk(2, -1)  # (B, 1, d) each
         video = self.numbers(self.norm(video) * (1 + scale) + shift)  # (B, N, n)
         video = F.adaptive_avg_pool3d(video.transpose(1, 2).unflatten(2, grid), PLACES)  # (B, n, *PLACES)
@@ -160,7 +160,7 @@ def load_noisy_reward(path):
 
 def noisy_value_step(reward, x0, y, target, t, x1, other_y, other_target):
     """One step on clips x0 (B, ...) with prompts y (B, S) at times t (B,) with noise x1 -> (loss, logs): squared error
-    against what a reward of clean clips says of x0, target (B, 3), and TA for other prompts other_y, other_target (B, 3).
+    against what a reward of clean clips says of x0: target (B, 3), and in TA for prompts other_y other_target (B, 3).
 
     Not in the paper. The least error is at E[r(x0) | x_t], which is Eq. 10's value log E[exp(w r(x0)) | x_t] / w up to
     terms in w: a direction of guidance that is right at every t, and flat where nothing can be told any more."""

@@ -10,8 +10,8 @@ was drawn with, and `oracle` reads (VQ, MQ, TA) from the pixels of any clip, a g
 
 Simplified: one object on a dark ground, three attributes, low-frequency defects. A small model does not generate pixel
 noise: with noise as a defect it comes out cleaner than its data and leaves nothing to align.
-Videos are `(B, 3, T, H, W)` float in [-1, 1], square. Attributes are `(B, 3)` int64: colour, shape, direction. Positions and
-lengths are fractions of the frame's height, so nothing below depends on the number of pixels or frames.
+Videos are `(B, 3, T, H, W)` float in [-1, 1], H = W. Attributes are `(B, 3)` int64: colour, shape, direction. Positions
+and lengths are fractions of the frame's height, so nothing below depends on the number of pixels or frames.
 """
 
 from dataclasses import dataclass, fields
@@ -108,8 +108,8 @@ MAX_MISTAKE = 0.30  # probability that an attribute is not the one asked for
 
 GROUND = 0.08  # brightness of the ground, in [0, 1]
 HAZE = 0.7  # brightness that haze tends to
-# An object fills a sixth of the frame: a small model learns the shape of a large object with far less training than that
-# of a small one (docs/paper.md). Its path is as long as the frame then allows.
+# An object fills a sixth of the frame: a small model learns the shape of a large object with far less training than
+# that of a small one (docs/paper.md). Its path is as long as the frame then allows, its blur in proportion.
 TRAVEL = 0.32  # distance the object covers in the clip
 RADIUS = 0.23  # of the circle with the object's area
 SHARP, SOFT = 0.03, 0.184  # widths of edges that cost VQ nothing, and a third

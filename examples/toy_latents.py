@@ -15,9 +15,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the project's modules, from wherever this is started
 
 from data import Vocabulary
-from real_data.toy_pairs import annotated_pairs
 from model import ModelConfig
 from real_data.pairs_csv import Pair, write_pairs
+from real_data.toy_pairs import annotated_pairs
 from real_data.video import FPS
 from runtime.cli import BadInput, Parser, check_writable, positive_int, run, seed
 

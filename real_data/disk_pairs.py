@@ -107,9 +107,9 @@ def disk_pairs(rows, csv_path, config, vocabulary, cache, skipped=None, progress
 
 
 def disk_data(args, config, words=None, held_out=True):
-    """(vocabulary, config, pairs to train on, {name: pairs to judge by}) from --data and --val; without --val a tenth of
-    the prompts is held out. `words`: of a model that is there already and has this config; otherwise
-    the vocabulary, and what of the config depends on the data, are made for it. Without `held_out` all pairs of --data
+    """(vocabulary, config, pairs to train on, {name: pairs to judge by}) from --data and --val; without --val a tenth
+    of the prompts is held out. `words`: of a model that is there already and has this config; otherwise the vocabulary,
+    and what of the config depends on the data, are made for it. Without `held_out` all pairs of --data
     are trained on."""
     skipped = [] if args.skip_bad else None
     rows = read_pairs(args.data, skipped)

@@ -10,9 +10,9 @@ from tqdm import tqdm
 
 import world
 from data import DIMENSIONS, INVALID, Vocabulary
-from real_data.toy_pairs import annotated_pairs
 from model import ModelConfig
 from real_data.pairs_csv import Pair, write_pairs
+from real_data.toy_pairs import annotated_pairs
 from real_data.video import FPS, write_video
 from runtime.cli import BadInput, Parser, positive_int, progress_bar, seed
 

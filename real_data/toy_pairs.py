@@ -1,4 +1,4 @@
-"""The toy's preference pairs (section 3.1): clips of the twelve generators, and of the base model, and what annotators say.
+"""The toy's preference pairs (section 3.1): clips of the twelve generators and of the base model, and their labels.
 
 Every clip that people compare in the paper is a generated one, and VideoReward will judge generated clips. So the base
 model is four more generators: a share of VideoReward's pairs compares its clips of one prompt, sampled once at the
@@ -105,8 +105,8 @@ def generated_clips(model, y, count, models, seed, cache, device):
 
 
 def generated_pairs(count, splits, seed, path, config, cache, device, models=MODELS, progress=lambda chunks: chunks):
-    """`count` annotated pairs of clips that a checkpoint's model generates for toy prompts of the named splits. BadInput
-    unless it makes clips of the sizes of `config`."""
+    """`count` annotated pairs of clips that a checkpoint's model generates for toy prompts of the named splits.
+    BadInput unless it makes clips of the sizes of `config`."""
     (model, words), rng = load_velocity(path), step_rng(seed, 0)
     if model.config.video_shape != config.video_shape:
         raise BadInput(

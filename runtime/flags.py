@@ -32,8 +32,8 @@ def training_flags(argv, defaults, presets, losses, schedules):
     add("--algo", choices=defaults, default="dpo", help="algorithm")
     add("--preset", choices=presets, default="nano", help="size of a model trained from nothing")
     add("--attention", help="full, or tile:T,H,W for sliding tiles (default: full, or as --init has it)")
-    add("--init", type=Path, help="base model: dpo's start and reference, nrg's trunk, a generator for reward (weights/base.pt)")
-    add("--reward", type=Path, help="VideoReward that scores the pairs (weights/reward.pt)")
+    add("--init", type=Path, help="base model: dpo's start, nrg's trunk, reward's generator (weights/base.pt)")
+    add("--reward", type=Path, help="VideoReward that scores the pairs, or nrg's clips (weights/reward.pt)")
 
     add = parser.add_argument_group("how long and how fast").add_argument
     helps = {

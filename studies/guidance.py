@@ -19,11 +19,11 @@ import torch
 import train
 import world
 from data import DIMENSIONS, Vocabulary, step_rng
-from real_data.toy_pairs import annotated_pairs
 from evaluate import noisy_scores, over_seeds, prompt_set
 from flow import interpolate
 from model import load_velocity
 from nrg import guide, load_noisy_reward, steer
+from real_data.toy_pairs import annotated_pairs
 from reward import accuracies_without_ties
 from runtime.checkpoint import WEIGHTS
 from sample import CFG, NRG_EPS, NRG_INTERVAL, NRG_SCALE

@@ -4,12 +4,12 @@ A reward can only steer by what it sees in x_t. Three readers of the same noised
 values a clean clip shows, its own or another one, with the other attributes unknown:
 
     ideal       Bayes over renders: p(a | x_t) of a known world, the ceiling of every reader
-    probe k     ridge regression on the base model's tokens after k blocks, by place, without a prompt: what a head could
-                read there
+    probe k     ridge regression on the base model's tokens after k blocks, by place, without a prompt: what a head
+                could read there
     reward      TA for the own prompt against the one with the other value
 
 Where the reward stays below the probe its head is at fault; where the probe stays below the ceiling, the trunk; and
-where the ceiling falls, guidance cannot know better. No reader is asked about clips whose prompts the rewards trained on.
+where the ceiling falls, guidance cannot know better. The clips show prompts that no reward was trained on.
 """
 
 from functools import partial
@@ -36,7 +36,9 @@ RIDGE = 10.0
 def renders(count, splits, seed, config):
     """Clean clips (count, ...) and the attributes (count, 3) that they show."""
     prompts, rng = prompt_set(count, *splits), step_rng(seed, 0)
-    return world.render(world.draw_clips(prompts, torch.zeros_like(prompts[:, 0]), rng, clean=True), config.size), prompts
+    return world.render(
+        world.draw_clips(prompts, torch.zeros_like(prompts[:, 0]), rng, clean=True), config.size
+    ), prompts
 
 
 def noised(x0, t, seed):
@@ -97,7 +99,9 @@ def audited(seed, args, device):
         readers = {"ideal": ideal(x_t, t, known, shown)}
         readers |= {f"probe {k}": probe(base, k, x_t, t, known[:2000], shown[:2000], 10 * seed) for k in PROBED}
         told = {
-            name: [(s.gather(1, own[:, i : i + 1]) > s.gather(1, other[i][:, None]))[:, 0] for i, s in enumerate(scores)]
+            name: [
+                (s.gather(1, own[:, i : i + 1]) > s.gather(1, other[i][:, None]))[:, 0] for i, s in enumerate(scores)
+            ]
             for name, scores in readers.items()
         }
         said = alignment(reward, words, x_t, t, own)

@@ -13,8 +13,8 @@ import torch
 
 import train
 from data import DIMENSIONS, Vocabulary
-from real_data.toy_pairs import annotated_pairs
 from evaluate import mean_and_spread, over_seeds, pair_scores
+from real_data.toy_pairs import annotated_pairs
 from reward import RewardConfig, accuracy_with_ties, accuracy_without_ties
 from studies.report.charts import Chart
 from studies.report.tables import Table, plus_minus

@@ -20,7 +20,8 @@ from real_data import export_toy
 from runtime import checkpoint, cli
 
 ROOT = Path(__file__).parent.parent
-TINY = ["--steps", "5", "--batch", "2", "--eval-prompts", "4", "--eval-pairs", "20", "--device", "cpu", "--generated", "0"]
+TINY = ["--steps", "5", "--batch", "2", "--eval-prompts", "4", "--eval-pairs", "20", "--device", "cpu"]
+TINY += ["--generated", "0"]
 
 
 @pytest.fixture

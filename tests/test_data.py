@@ -9,8 +9,8 @@ import wired
 import train
 import world
 from data import INVALID, TOY_WORDS, Vocabulary, draw_noise, epoch_index, mean_one, take
-from real_data.toy_pairs import annotated_pairs, draw_pairs
 from model import ModelConfig
+from real_data.toy_pairs import annotated_pairs, draw_pairs
 from runtime import distributed
 
 tiny = wired.tiny

@@ -14,11 +14,11 @@ import torch
 import train
 import world
 from data import INVALID, Vocabulary, vocabulary_of
-from real_data.toy_pairs import annotated_pairs
 from model import ModelConfig
 from real_data import export_toy, video
 from real_data.disk_pairs import disk_pairs
 from real_data.pairs_csv import Pair, read_pairs, write_pairs
+from real_data.toy_pairs import annotated_pairs
 from runtime.cli import BadInput
 
 EXAMPLE = Path(__file__).parent.parent.parent / "shared/data/videoalign_example/example.csv"

@@ -7,9 +7,9 @@ import evaluate
 import train
 import world
 from data import TOY_WORDS, Vocabulary
-from real_data.toy_pairs import toy_pairs
 from evaluate import prompt_set, sample_prompts, score_table, win_rate
 from model import ModelConfig, VideoTransformer
+from real_data.toy_pairs import toy_pairs
 from runtime.cli import BadInput
 
 CONFIG = ModelConfig(vocab=len(TOY_WORDS))

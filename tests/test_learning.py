@@ -15,8 +15,8 @@ from wired import BATCH, CONFIG, CPU, Brightness, find, noticeable, same_pairs, 
 import train
 import world
 from data import Vocabulary, other_prompts
-from real_data.toy_pairs import annotated_pairs
 from model import load_velocity
+from real_data.toy_pairs import annotated_pairs
 from reward import load_reward
 
 drawn, tiny = wired.drawn, wired.tiny

@@ -1,7 +1,6 @@
 """Flow-NRG's guidance: against closed forms, and what it must leave alone."""
 
 import copy
-import math
 from dataclasses import asdict, replace
 
 import pytest
@@ -194,7 +193,10 @@ def test_values_are_drawn_to_what_is_said_of_the_clean_clip_for_its_prompt_and_f
         seen.append((x_t, t))
         return torch.cat((torch.tensor([[1.0, 2.0]]).expand(len(y), 2), y[:, :1].float()), 1)
 
-    target, other_target = torch.tensor([[1.0, 0.0, 3.0], [3.0, 1.0, -1.0]]), torch.tensor([[9.0, 9.0, 1.0], [9.0, 9.0, 5.0]])
+    target, other_target = (
+        torch.tensor([[1.0, 0.0, 3.0], [3.0, 1.0, -1.0]]),
+        torch.tensor([[9.0, 9.0, 1.0], [9.0, 9.0, 5.0]]),
+    )
     x1 = torch.ones_like(x0)
     loss, logs = noisy_value_step(reward, x0, y, target, t, x1, other, other_target)
     # VQ (0 + 4) / 2, MQ (4 + 1) / 2, TA (0 + 4) / 2; for the other prompts (0 + 9) / 2

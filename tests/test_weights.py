@@ -8,10 +8,10 @@ import torch
 import train
 import world
 from data import Vocabulary
-from real_data.toy_pairs import annotated_pairs
 from evaluate import prompt_set, sample_prompts, win_rate
 from model import load_velocity
 from nrg import SharedTrunk, load_noisy_reward, steer
+from real_data.toy_pairs import annotated_pairs
 from reward import accuracy_without_ties, load_reward
 from runtime import checkpoint
 from sample import CFG, NRG_EPS, NRG_INTERVAL, NRG_SCALE
