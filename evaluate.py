@@ -230,7 +230,7 @@ def alignment_table(policy, out, base, reward, words, pairs, args, device):
         return learned_table((base, policy), reward, pairs, args, device)
     prompts = prompt_set(args.eval_prompts, "train", "validation", "hard")
     lines = []
-    for cfg in (CFG, 1.0):  # the pictures are made at CFG 1, where only the alignment differs
+    for cfg in (1.0, CFG):  # the pictures are made with guidance, as people sample
         bar = progress_bar(f"sampling at CFG {cfg:g}", "batch")
         videos = [
             sample_prompts(m, words, prompts, args.eval_seed, device, progress=bar, cfg=cfg) for m in (base, policy)
@@ -244,7 +244,7 @@ def alignment_table(policy, out, base, reward, words, pairs, args, device):
     write_gif(out / f"{name}.gif", [video[shown] for video in videos])
     write_sheet(out / f"{name}.png", torch.stack([video[shown] for video in videos], 1).flatten(0, 1))
     texts = "; ".join(world.prompt_text(prompt) for prompt in prompts[shown])
-    return [*lines, f"wrote {out / name}.gif and .png (CFG 1): {texts}"]
+    return [*lines, f"wrote {out / name}.gif and .png (CFG {CFG:g}): {texts}"]
 
 
 @torch.no_grad()
@@ -253,7 +253,7 @@ def learned_table(models, reward, pairs, args, device):
     y = pairs.y.unique(dim=0)[: args.eval_prompts]
     rng, shape = torch.Generator().manual_seed(args.eval_seed), models[0].config.video_shape
     x1, lines = torch.randn(len(y), *shape, generator=rng), []
-    for cfg in (CFG, 1.0):
+    for cfg in (1.0, CFG):
         bar, learned = progress_bar(f"sampling at CFG {cfg:g}", "batch"), []
         for model in models:
             videos = sample_many(model, x1.to(device), y.to(device), bar, cfg=cfg)

@@ -114,7 +114,8 @@ def generated_pairs(count, splits, seed, path, config, cache, device, models=MOD
             "give --init a base model of --preset's size, or --generated 0"
         )
     prompts = world.split_prompts(*splits)
-    each = min(MOST_CLIPS, max(2 * len(models), math.ceil(2 * count / len(prompts))))
+    prompts = prompts[torch.randperm(len(prompts), generator=rng)[:count]]
+    each = min(MOST_CLIPS, max(2, len(models), math.ceil(2 * count / len(prompts))))
     which = torch.randint(len(prompts), (count,), generator=rng)
     first = torch.randint(each, (count,), generator=rng)
     second = (first + torch.randint(1, each, (count,), generator=rng)) % each

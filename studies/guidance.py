@@ -35,7 +35,7 @@ SETS = {"large": 256}
 TABLE_5 = ((0, 0, 1), (0.1, 0.1, 0.8), (0.1, 0.1, 0.6), (0.5, 0.5, 0), (1, 1, 1))
 RISING = (0.5, 1, 2)
 SCALES = (0.25, 0.5, 2, 4)  # times the default
-TOLD_AT, TOLD_BY = (0.0, 0.4, 0.6, 0.8, 0.9, 0.95), ("noised", "labels")
+TOLD_AT, TOLD_BY = (0.0, 0.4, 0.6, 0.8, 0.9, 0.95), ("noised", "trained trunk")
 VARIANTS = {
     "noised": [],
     "labels": ["--target=labels"],
@@ -181,6 +181,7 @@ def jobs(args, device):
 
 def report(args, rows):
     figure = partial(over_seeds, rows)
+    variants = [name for name in VARIANTS if any(row.get("variant") == name for row in rows)]
 
     def cells(columns, **wanted):
         return [plus_minus(figure(column, **wanted)) for column in columns]
@@ -205,12 +206,12 @@ def report(args, rows):
     ways = {f"t up to {NRG_INTERVAL[1]:g}": sweep[f"scale {NRG_SCALE:g}"], "every t": {"study": "interval"}}
     tables.append(table("Interval, 1:1:1", ways))
     kinds = {}
-    for variant in VARIANTS:
+    for variant in variants:
         for weights in ((1, 1, 1), (0, 1, 0), (0, 0, 1)):
             study = "reward" if variant != "noised" else "one" if weights == (0, 1, 0) else "weights"
             wanted = {"study": study, "variant": variant, "method": name_of(weights)}
             kinds[f"{variant}, {name_of(weights)}"] = wanted
-    title = "The reward: VideoReward's scores against labels, noised against clean clips, frozen against trained trunk"
+    title = "The reward: what it learned from"
     tables.append(table(title, kinds))
     top = {
         f"{m}, CFG {c:g}": {"study": "on top", "method": m, "cfg": c}
@@ -223,7 +224,7 @@ def report(args, rows):
     times = sorted({row["t"] for row in rows if row["study"] == "accuracy"})
     curves = {
         (variant, n): [figure(n, study="accuracy", variant=variant, t=t) for t in times]
-        for variant, n in product(VARIANTS, DIMENSIONS)
+        for variant, n in product(variants, DIMENSIONS)
     }
     lines = [[f"{variant}, {n}", *map(plus_minus, curve)] for (variant, n), curve in curves.items()]
     title = "Pair accuracy of the reward by noise (unseen prompts, without ties)"
