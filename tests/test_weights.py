@@ -8,7 +8,7 @@ import torch
 import train
 import world
 from data import Vocabulary
-from evaluate import prompt_set, sample_prompts, win_rate
+from evaluate import PROBE_TIME, denoised_right, prompt_set, sample_prompts, win_rate
 from model import load_velocity
 from nrg import SharedTrunk, load_noisy_reward, steer
 from real_data.toy_pairs import annotated_pairs
@@ -18,8 +18,8 @@ from sample import CFG, NRG_EPS, NRG_INTERVAL, NRG_SCALE
 
 
 def test_together_they_are_small():
-    assert sum(path.stat().st_size for path in checkpoint.WEIGHTS.glob("*.pt")) < 8e6
-    assert (checkpoint.WEIGHTS / "nrg.pt").stat().st_size < 2e6  # the head, and the two blocks that it reads
+    assert sum(path.stat().st_size for path in checkpoint.WEIGHTS.glob("*.pt")) < 12.5e6
+    assert (checkpoint.WEIGHTS / "nrg.pt").stat().st_size < 3.5e6  # the head, and the two blocks that it reads
     for name in ("base.pt", "reward.pt", "nrg.pt"):
         state = checkpoint.load_checkpoint(checkpoint.WEIGHTS / name)
         assert all(value.dtype == torch.float16 for value in state["model"].values())
@@ -28,11 +28,13 @@ def test_together_they_are_small():
 def test_base_follows_its_prompts_and_leaves_something_to_align():
     model, words = load_velocity(checkpoint.WEIGHTS / "base.pt")
     prompts = prompt_set(96, "train", "validation", "hard")[::2]
-    videos = sample_prompts(model, words, prompts, seed=7, cfg=CFG)
-    colour, shape, direction = (world.attributes_right(videos, prompts) > 0.5).float().mean(0).tolist()
-    assert colour > 0.9 and direction > 0.85 and shape > 0.35  # chance: 1/6, 1/4, 1/4
+    for cfg, least in ((CFG, (0.95, 0.9, 0.95)), (1.0, (0.75, 0.6, 0.75))):  # of 48; chance: 1/6, 1/4, 1/4
+        videos = sample_prompts(model, words, prompts, seed=7, cfg=cfg)
+        right = (world.attributes_right(videos, prompts) > 0.5).float().mean(0)
+        assert (right > torch.tensor(least)).all()
     clean = torch.tensor([0.97, 0.99, 1.0])  # tests/test_world.py: clean clips score about 1
     assert (world.oracle(videos, prompts).mean(0) < clean - 0.1).all()
+    assert (denoised_right(model, words, prompts, PROBE_TIME, 7, torch.device("cpu")) > 0.9).all()
 
 
 @pytest.mark.parametrize("split", ["validation", "hard"])
