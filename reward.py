@@ -202,16 +202,20 @@ class RewardBlock(nn.Module):
 
 @dataclass(frozen=True)
 class RewardConfig(ModelConfig):
-    """Sizes of a VideoReward, and `separate`: a token for each score, or (Table 6, I-III) one last token for all."""
+    """Sizes of a VideoReward, whose patches are as long as the clip; `separate`: a token for each score, or (Table 6,
+    I-III) one last token for all."""
 
     separate: bool = True
 
+    def __post_init__(self):
+        object.__setattr__(self, "patch", (self.frames, *self.patch[1:]))
+        super().__post_init__()
+
 
 def reward_config(config, separate=True):
-    """A VideoReward's sizes beside a model's of `config`: three quarters of its width, two thirds of its depth, and
-    patches as long as the clip."""
+    """A VideoReward's sizes beside a model's of `config`: three quarters of its width and two thirds of its depth."""
     sizes = {field.name: getattr(config, field.name) for field in fields(config)}
-    sizes |= {"dim": config.dim * 3 // 4, "depth": config.depth * 2 // 3, "patch": (config.frames, *config.patch[1:])}
+    sizes |= {"dim": config.dim * 3 // 4, "depth": config.depth * 2 // 3}
     return RewardConfig(**sizes, separate=separate)
 
 

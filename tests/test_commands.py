@@ -226,7 +226,7 @@ def bad_files(folder):
     torch.save({**state, "model": wide}, folder / "expanded.pt")
     torch.save([1, 2, 3], folder / "list.pt")
     torch.save({**state, "format": 99}, folder / "format.pt")
-    torch.save({**state, "config": {**state["config"], "dim": 64}}, folder / "shape.pt")
+    torch.save({**state, "config": {**state["config"], "dim": 80}}, folder / "shape.pt")
     torch.save({**state, "config": {"width": 3}}, folder / "config.pt")
     torch.save({**state, "model": None}, folder / "none.pt")
     torch.save({**state, "model": torch.ones(3)}, folder / "tensor.pt")
@@ -311,7 +311,7 @@ def test_bad_sampling_flags_are_refused_in_one_line(command, tmp_path, flags, wo
         (["--speed", "9"], "--speed"),
         (["--align", "0,0,0"], "at least one weight"),
         (["--algo", "reward", "--attention", "full"], "VideoReward sees all tokens"),
-        (["--attention", "tile:1,3,2"], "does not divide the grid of (4, 4, 4) tokens"),
+        (["--attention", "tile:1,3,2"], "does not divide the grid of (2, 4, 4) tokens"),
         (["--align", "1,1"], "argument --align: 1,1: must be three numbers with commas between"),
         (["--align", "1,nan,1"], "argument --align: 1,nan,1: must be three numbers with commas between"),
         (["--time-shift", "0"], "--time-shift 0: clean clips are for --algo nrg alone; give a positive number"),
