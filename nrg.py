@@ -6,10 +6,10 @@ aims at p_ref exp(r)^w (Eq. 10) without any training of the generator. The minus
 climbs r. Guidance comes after classifier-free guidance, and its gradient passes through the reward alone. The form of
 appendix B that replaces p_ref in part (Eq. 21) is left out; the paper's experiments do not use it either.
 
-The reward reads what the sampler sees, a clip with noise on it, so it is trained on such clips: both of a pair with
-the same noise and t, by Bradley-Terry. It is the base model's embedding and first blocks, frozen, under a small head;
-a policy that kept these blocks runs them once for both (`SharedTrunk`). The paper trains "a few early layers" (Table
-11); pooling, head and number of blocks are our choice. Guidance and loss take any r = reward(x_t, t, y).
+The reward reads what the sampler sees, a clip with noise on it, so it is trained on such clips. It is the base model's
+embedding and first blocks, frozen, under a small head; a policy that kept these blocks runs them once for both
+(`SharedTrunk`). The paper trains "a few early layers" (Table 11) on people's pairs; head, number of blocks and, by
+default, the target are our choice. Guidance and losses take any r = reward(x_t, t, y).
 
 For exactly the tilted density, r(x_t, t) must be the value of what is still to come, log E[exp(w r(x0)) | x_t] / w; its
 gradient falls to 0 like 1 - t at the noise, so that t / (1 - t) times it stays finite. A learned reward need not, hence
@@ -90,12 +90,10 @@ PLACES = (2, 4, 4)  # cells of a clip in time, height and width that a head tell
 class RewardHead(nn.Module):
     """What a noise-aware reward adds to a velocity model's first blocks; a subclass's forward(x_t, t, y) runs these.
 
-    Which way an object moves is where it is at first and at last, and video tokens do not say where they are: RoPE acts
-    inside attention alone. So they are read by place: each gives a few numbers, averaged over the cells of PLACES, and
-    all cells together make one description of the clip. VQ and MQ are linear in it; TA also matches it with the prompt.
-
-    Scores are divided by `std`, their standard deviations over validation pairs, 1 until the training ends: otherwise
-    the gradient of the dimension whose pairs are easy to tell apart drowns the others'."""
+    Video tokens do not say where they are, as RoPE acts inside attention alone. So they are read by place: each gives a
+    few numbers, averaged over the cells of PLACES, and all cells make one description of the clip, in which VQ and MQ
+    are linear; TA also matches it with the prompt. Scores are divided by `std`, their spread over validation pairs, 1
+    until the training ends: otherwise the dimension that is easy to tell drowns the others' gradients."""
 
     def __init__(self, dim, numbers=24, width=256, match=64):
         super().__init__()
@@ -196,10 +194,8 @@ def noisy_pair_step(reward, x0_a, x0_b, y, label, t, x1, x1_b=None, weight=None)
 
 class SharedTrunk:
     """A policy as a velocity model whose first blocks serve the reward as well: sample(shared, ..., guidance=guide(
-    reward, ..., gradient=shared.gradient)).
-
-    A step then costs at best 1 + k/L forwards, with k of L blocks read: the rest of the policy runs without a graph,
-    and back go only the head and k blocks. Freezes the weights of both, as the gradient is wanted in x_t alone."""
+    reward, ..., gradient=shared.gradient)). A step costs at best 1 + k/L forwards, with k of L blocks read: the rest of
+    the policy runs without a graph. Freezes the weights of both, as the gradient is wanted in x_t alone."""
 
     def __init__(self, policy, reward):
         self.policy, self.config = policy.requires_grad_(False), policy.config

@@ -147,15 +147,14 @@ def accuracy_with_ties(delta, label):
 # The network
 
 
-CELLS = 4  # a side of a frame, for the token of that frame
+CELLS = 4  # of a frame's side, for its token
 
 
 class Stem(nn.Module):
     """Videos (B, C, T, H, W) to tokens (B, T + N, d): one of each frame, and one of each of N places over all frames.
-
-    A place is seen twice. A linear view, a low-pass filter at the start, keeps positions; two overlapping convolutions
-    see a shape the same wherever it lies on the grid of patches. A frame's token reads the convolutions by place, for
-    motion is what differs between whole frames. The clip's mean colour, most of it ground, enters apart."""
+    A place is seen twice: a linear view, a low-pass filter at the start, keeps positions, and overlapping convolutions
+    see a shape the same wherever it lies. A frame's token reads the convolutions by place, for motion is what differs
+    between whole frames. The clip's mean colour, most of it ground, enters apart."""
 
     def __init__(self, config):
         super().__init__()

@@ -31,7 +31,7 @@ from flow_rwr import flow_rwr_step, rwr_weights
 from model import PRESETS, VideoTransformer, add_lora, freeze_trunk, load_velocity, merged_state_dict, share_trunk
 from nrg import noisy_pair_step, noisy_reward_on, noisy_value_step
 from real_data.disk_pairs import disk_data
-from real_data.toy_pairs import held_pairs, toy_pairs, training_pairs
+from real_data.generated import held_pairs, training_pairs
 from reward import LOSSES, VideoReward, counted, decided, reward_config, reward_step
 from runtime import distributed, flags, resume
 from runtime.cli import BadInput, run
@@ -132,10 +132,8 @@ def nrg_task(args, device):
     if args.data:
         _, _, pairs, held = disk_data(args, config, words)
     else:
+        pairs = training_pairs(args, config, vocabulary, device, labelled=args.target == "labels")
         held = held_pairs(args, config, vocabulary, device)
-        pairs, _ = toy_pairs(args.pairs, ["train"], args.seed, config, vocabulary)
-        if args.target == "labels":
-            pairs = training_pairs(args, config, vocabulary, device)
 
     def pair_batch(step, rows):
         index, rng = epoch_index(len(pairs), args.batch, step, args.seed), step_rng(args.seed, step)

@@ -1,36 +1,16 @@
-"""The toy's preference pairs (section 3.1): clips of the twelve generators and of the base model, and their labels.
+"""The toy's preference pairs (section 3.1): rendered clips of twelve generators, and what annotators say of pairs.
 
-Every clip that people compare in the paper is a generated one, and VideoReward will judge generated clips. So the base
-model is four more generators: a share of VideoReward's pairs compares its clips of one prompt, sampled once at the
-settings of MODELS and kept on disk. Held-out prompts and other settings give pairs to judge it by.
+draw_pairs         two generators' clips of one prompt, not rendered yet
+toy_pairs          the same as Pairs, rendered when they are asked for, without labels
+annotate_pairs     any pairs of clips of toy prompts, looked at by three annotators and a reviewer
 """
 
-import hashlib
-import math
-from dataclasses import fields, replace
-from functools import reduce
+from dataclasses import replace
 
 import torch
 
 import world
-from data import Pairs, Vocabulary, draw_prompts, step_rng
-from model import load_velocity
-from runtime.checkpoint import save_checkpoint
-from runtime.cli import BadInput, progress_bar
-from runtime.distributed import rank, wait
-from sample import sample_many
-
-MODELS = {  # names, and settings of sample.sample
-    "base": {},
-    "base-cfg2": {"cfg": 2.0},
-    "base-cfg0.5": {"cfg": 0.5},  # half-way to the model without a prompt: worse in motion and text
-    "base-6steps": {"steps": 6},
-}
-MOST_CLIPS = 40  # of each prompt: 71 MB for the training prompts
-NOISE_SEED = 50_000  # no other noise has seeds near it
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Rendered clips
+from data import Pairs, draw_prompts
 
 
 def draw_pairs(count, splits, seed, frames):
@@ -70,103 +50,3 @@ def annotate_pairs(pairs, prompt, seed, progress=lambda chunks: chunks):
 def annotated_pairs(count, splits, seed, config, vocabulary, progress=lambda chunks: chunks):
     """`count` annotated pairs of rendered clips."""
     return annotate_pairs(*toy_pairs(count, splits, seed, config, vocabulary), seed, progress)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The base model's clips
-
-
-def generated_clips(model, y, count, models, seed, cache, device):
-    """`count` clips of each of the prompts y (N, S) by a velocity model, at the settings of `models` in turn: uint8
-    (N, count, C, T, H, W). Made once and kept in the folder `cache`. BadInput if they cannot be kept."""
-    made_from = hashlib.sha256(repr((y.tolist(), count, models, seed)).encode())
-    for value in model.state_dict().values():
-        made_from.update(value.numpy().tobytes())
-    file = cache / f"generated-{made_from.hexdigest()[:16]}.pt"
-    if rank():
-        wait()  # process 0 samples for all; the others then find it done
-    try:
-        kept = torch.load(file, weights_only=True)["clips"]
-    except Exception:  # not there, or damaged: torch can raise anything
-        model, clips = model.to(device), [None] * count
-        for i, (name, settings) in enumerate(models.items()):
-            places = range(i, count, len(models))
-            rng = torch.Generator().manual_seed(NOISE_SEED + 100 * seed + i)
-            x1 = torch.randn(len(places) * len(y), *model.config.video_shape, generator=rng)
-            bar, asked = progress_bar(f"sampling {name}", "batch"), y.repeat(len(places), 1)
-            videos = sample_many(model, x1.to(device), asked.to(device), bar, **settings).clamp(-1, 1)
-            for place, video in zip(places, ((videos + 1) * 127.5).round().byte().cpu().split(len(y))):
-                clips[place] = video
-        kept = torch.stack(clips, 1)
-        save_checkpoint(file, {"clips": kept})
-    if not rank():
-        wait()
-    return kept
-
-
-def generated_pairs(count, splits, seed, path, config, cache, device, models=MODELS, progress=lambda chunks: chunks):
-    """`count` annotated pairs of clips that a checkpoint's model generates for toy prompts of the named splits.
-    BadInput unless it makes clips of the sizes of `config`."""
-    (model, words), rng = load_velocity(path), step_rng(seed, 0)
-    if model.config.video_shape != config.video_shape:
-        raise BadInput(
-            f"{path}: generates clips of {model.config.video_shape}, and {config.video_shape} are needed; "
-            "give --init a base model of --preset's size, or --generated 0"
-        )
-    prompts = world.split_prompts(*splits)
-    prompts = prompts[torch.randperm(len(prompts), generator=rng)[:count]]
-    each = min(MOST_CLIPS, max(2, len(models), math.ceil(2 * count / len(prompts))))
-    which = torch.randint(len(prompts), (count,), generator=rng)
-    first = torch.randint(each, (count,), generator=rng)
-    second = (first + torch.randint(1, each, (count,), generator=rng)) % each
-    chosen = torch.stack((first, second))  # (2, count)
-    y = Vocabulary(words).encode_attributes(prompts, model.config.max_text)
-    kept = generated_clips(model, y, each, models, seed, cache, device)
-
-    def clips(index, side):
-        return kept[which[index], chosen[side, index]].float() / 127.5 - 1
-
-    generator = len(world.GENERATORS) + chosen.T % len(models)  # (count, 2)
-    return annotate_pairs(Pairs(y[which], clips, generator), prompts[which], seed, progress)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What a training asks for
-
-
-def join_pairs(first, second):
-    """The annotated pairs of `first`, then those of `second`."""
-
-    def clips(index, side):
-        sources = (first, index < len(first), 0), (second, index >= len(first), len(first))
-        made = [(here, part.clips(index[here] - start, side[here])) for part, here, start in sources if here.any()]
-        videos = torch.empty(len(index), *made[0][1].shape[1:])
-        for here, clip in made:
-            videos[here] = clip
-        return videos
-
-    both = {f.name: (getattr(first, f.name), getattr(second, f.name)) for f in fields(Pairs) if f.name != "clips"}
-    return Pairs(clips=clips, **{name: torch.cat(values) for name, values in both.items()})
-
-
-def _parts(count, split, seed, args, config, vocabulary, device):
-    """{kind: annotated pairs}: a share of args.generated compares clips of the base model args.init."""
-    bar, generated, made = progress_bar("annotators look at the pairs", "x64 pairs"), round(args.generated * count), {}
-    if count > generated:
-        made["rendered"] = annotated_pairs(count - generated, [split], seed, config, vocabulary, bar)
-    if generated:
-        made["generated"] = generated_pairs(
-            generated, [split], seed, args.init, config, args.cache, device, progress=bar
-        )
-    return made
-
-
-def training_pairs(args, config, vocabulary, device):
-    """args.pairs annotated pairs of training prompts."""
-    return reduce(join_pairs, _parts(args.pairs, "train", args.seed, args, config, vocabulary, device).values())
-
-
-def held_pairs(args, config, vocabulary, device):
-    """{name: annotated pairs of prompts that no reward trains on}, args.eval_pairs in all."""
-    parts = _parts(args.eval_pairs, "validation", args.seed + 1, args, config, vocabulary, device)
-    return {f"{kind} validation pairs, prompts never seen in training": pairs for kind, pairs in parts.items()}

@@ -116,12 +116,13 @@ def test_export_and_load_give_the_pairs_back(exported):
             assert torch.allclose(read.mos, made.mos, atol=1e-4)
             ratings = [f"MOS_{side}_{dimension}" for side in "AB" for dimension in ("VQ", "MQ", "TA")]
             assert header == [*data_columns(), *ratings]
-        # what mp4 costs: pixels by .006 on average, true scores by .01 at most
+        # what mp4 costs: pixels by .007 on average, true scores by .04 at most (a sharp object of a strong colour: mp4
+        # keeps a quarter of the colours, and since the objects grew there is twice as much colour)
         index = torch.arange(len(rows))
         for seen, real in zip(read.sides(index), made.sides(index)):
             assert (seen - real).abs().mean() < 0.012
             prompts = [row.prompt for row in rows]
-            assert (world.oracle(seen, prompts) - world.oracle(real, prompts)).abs().max() < 0.03
+            assert (world.oracle(seen, prompts) - world.oracle(real, prompts)).abs().max() < 0.05
 
 
 def data_columns():

@@ -146,7 +146,7 @@ def test_every_algorithm_trains_on_latents(latents, tmp_path, monkeypatch, capsy
     assert made["patch_in.weight"].shape[1] == 5 * 8  # channels times the patch's volume
     assert "pairs of prompts held out of training" in run("reward")
     models = [f"--init={tmp_path / 'pretrain' / 'last.pt'}", f"--reward={tmp_path / 'reward' / 'last.pt'}"]
-    assert "pairs of prompts held out of training, accuracy" in run("nrg", models[0])
+    assert "pairs of prompts held out of training, accuracy" in run("nrg", *models)
     for algo in ("sft", "rwr", "dpo"):
         out = run(algo, *models)
         assert f"{algo} wins, VideoReward" in out and "base, z-score" in out and "oracle" not in out

@@ -133,8 +133,8 @@ def test_what_is_left_out_is_btt_separate_tokens_and_caption_one(tiny):
 def turned(honest):
     """training_pairs whose labels and ratings say the opposite."""
 
-    def data(*args):
-        pairs = honest(*args)
+    def data(*args, **settings):
+        pairs = honest(*args, **settings)
         return replace(pairs, label=-pairs.label, mos=6 - pairs.mos)
 
     return data

@@ -22,7 +22,7 @@ SMALL = ModelConfig(frames=4, size=16, dim=32, depth=1, heads=2, vocab=8, max_te
 # Flow
 
 
-@pytest.mark.parametrize(("shift", "normal", "mean"), [(1.0, False, 0.5), (1.0, True, 0.5), (4.0, False, None)])
+@pytest.mark.parametrize(("shift", "normal", "mean"), [(1.0, False, 0.5), (1.0, True, 0.545), (4.0, False, None)])
 def test_drawn_times_are_shifted(shift, normal, mean):
     rng = torch.Generator().manual_seed(0)
     t = draw_time(40_000, rng, shift, normal)
@@ -30,7 +30,8 @@ def test_drawn_times_are_shifted(shift, normal, mean):
     mean = mean or 4 / 3 * (1 - math.log(4) / 3)
     assert t.mean().item() == pytest.approx(mean, abs=0.01) and 0 <= t.min() and t.max() <= 1
     # half of the times lie below the shifted middle: 1/2 stays, or becomes 4/2 / (1 + 3/2) = .8
-    assert (t < (0.8 if shift == 4 else 0.5)).float().mean().item() == pytest.approx(0.5, abs=0.01)
+    half = 0.45 if normal else 0.5  # of the nine in ten that are not drawn near the noise
+    assert (t < (0.8 if shift == 4 else 0.5)).float().mean().item() == pytest.approx(half, abs=0.01)
 
 
 def test_times_left_to_themselves_are_shifted_by_four():
@@ -211,8 +212,9 @@ def test_what_lies_far_from_the_object_costs_visual_quality(scenes):
     prompts, clips = scenes
     video = world.render(clips)
     spotted = video.clone()
-    spotted[..., :5, :5] = video.flatten(3).amax(3)[..., None, None]  # as bright as the object, in the corner
-    share = (25 / 1024) / (25 / 1024 + torch.pi * clips.radius**2)  # of both masses; every shape's area is pi r^2
+    for corner in (slice(0, 5), slice(-5, None)):  # as bright as the object
+        spotted[..., corner, corner] = video.flatten(3).amax(3)[..., None, None]
+    share = (50 / 1024) / (50 / 1024 + torch.pi * clips.radius**2)  # of all mass; every shape's area is pi r^2
     lost = (world.oracle(video, prompts) - world.oracle(spotted, prompts))[:, 0]
     assert lost.mean().item() == pytest.approx(share.mean().item(), abs=0.07) and share.mean() > 0.15
 

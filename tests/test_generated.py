@@ -9,7 +9,7 @@ from wired import CONFIG, CPU, splits_of
 
 import world
 from data import Vocabulary
-from real_data import toy_pairs as generated
+from real_data import generated
 from real_data.toy_pairs import annotated_pairs
 from runtime.cli import BadInput
 
