@@ -147,9 +147,6 @@ def accuracy_with_ties(delta, label):
 # The network
 
 
-CELLS = 4  # of a frame's side, for its token
-
-
 class Stem(nn.Module):
     """Videos (B, C, T, H, W) to tokens (B, T + N, d): one of each frame, and one of each of N places over all frames.
     A place is seen twice: a linear view, a low-pass filter at the start, keeps positions, and overlapping convolutions
@@ -169,7 +166,7 @@ class Stem(nn.Module):
             nn.GELU(),
         )
         self.merge = nn.Linear(config.frames * dim, dim)
-        self.frame = nn.Linear(CELLS**2 * dim, dim)
+        self.frame = nn.Linear(16 * dim, dim)  # from 4 x 4 cells of it
         self.moments = nn.Parameter(torch.randn(config.frames, dim) * 0.02)
         self.level = nn.Linear(config.channels, dim)
 
@@ -178,7 +175,7 @@ class Stem(nn.Module):
         level = video.mean((2, 3, 4))  # (B, C)
         video = video - level[:, :, None, None, None]
         x = self.convolutions(video.transpose(1, 2).flatten(0, 1))  # (B * T, d, h, w)
-        frames = self.frame(F.adaptive_avg_pool2d(x, CELLS).flatten(1)).reshape(b, t, -1)  # (B, T, d)
+        frames = self.frame(F.adaptive_avg_pool2d(x, 4).flatten(1)).reshape(b, t, -1)  # (B, T, d)
         x = x.reshape(b, t, x.shape[1], -1).permute(0, 3, 1, 2).flatten(2)  # (B, N, T * d)
         places = self.linear(patchify(video, self.patch)) + self.merge(x)  # (B, N, d)
         return torch.cat((frames + self.moments, places), 1) + self.level(level)[:, None]
