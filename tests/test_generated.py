@@ -49,7 +49,8 @@ def test_each_prompt_is_sampled_at_every_setting_and_pairs_are_two_clips_of_one_
     prompts = Vocabulary().encode_attributes(world.split_prompts("validation"), CONFIG.max_text)
     for x1, y, _ in calls:
         # 30 pairs of 12 prompts: 5 clips of each, of which the first setting makes three, the second two
-        assert len(x1) == len(y) and torch.equal(y, prompts.repeat(len(y) // 12, 1))
+        assert len(x1) == len(y) and torch.equal(y, y[:12].repeat(len(y) // 12, 1))
+        assert sorted(y[:12].tolist()) == sorted(prompts.tolist())
         assert len(x1.flatten(1).unique(dim=0)) == len(x1)
     assert [len(y) for _, y, _ in calls] == [36, 24]
     assert not torch.equal(calls[0][0][:24], calls[1][0])  # noise of its own
