@@ -32,7 +32,7 @@ def test_base_follows_its_prompts_and_leaves_something_to_align():
         videos = sample_prompts(model, words, prompts, seed=7, cfg=cfg)
         right = (world.attributes_right(videos, prompts) > 0.5).float().mean(0)
         assert (right > torch.tensor(least)).all()
-    clean = torch.tensor([0.97, 0.99, 1.0])  # tests/test_world.py: clean clips score about 1
+    clean = torch.tensor([0.99, 0.94, 1.0])  # tests/test_world.py: clean clips score about 1
     assert (world.oracle(videos, prompts).mean(0) < clean - 0.1).all()
     assert (denoised_right(model, words, prompts, PROBE_TIME, 7, torch.device("cpu")) > 0.9).all()
 
