@@ -237,7 +237,7 @@ def report(args, rows):
     title = "Own prompt preferred to one with another colour, shape or direction (clean clips, unseen prompts)"
     tables.append(Table(title, ["", *(f"t {t:g}" for t in TOLD_AT)], lines))
 
-    series = [(n, times, *zip(*curves["noised", n])) for n in DIMENSIONS if times]
+    series = [(n, times, *zip(*curves["noised", n])) for n in DIMENSIONS if times and "noised" in variants]
     charts = [Chart("pair accuracy", series, "t", "accuracy", level=0.5)]
     for by in JUDGES:
         factors = sorted((*SCALES, 1))
