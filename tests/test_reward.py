@@ -176,6 +176,16 @@ def test_vq_and_mq_cannot_see_the_prompt_and_ta_can(network):
     assert (first[:, 2] - second[:, 2]).abs().min() > 1e-4
 
 
+def test_a_token_of_a_frame_reads_that_frame_by_place(network):
+    video = torch.randn(1, 3, 8, 32, 32)
+    moved = video.clone()
+    moved[:, :, 3] = video[:, :, 3].roll(16, -1)  # half a frame on: its mean stays
+    with torch.no_grad():
+        change = (network.stem(moved) - network.stem(video)).abs().amax(2)[0]  # of 8 frames, then of 16 places
+    assert len(change) == 8 + 16
+    assert change[3] > 0.01 and change[[0, 1, 2, 4, 5, 6, 7]].max() < 1e-5 and change[8:].max() > 0.01
+
+
 def test_every_score_sees_the_video(network):
     y = torch.zeros(1, 8, dtype=torch.int64)
     a, b = network(torch.randn(1, 3, 8, 32, 32), y), network(torch.randn(1, 3, 8, 32, 32), y)
