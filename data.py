@@ -112,6 +112,7 @@ def other_prompts(y, vocabulary, rng):
 
 
 def draw_prompts(count, splits, rng):
+    """Attributes (count, 3) of prompts of the named splits."""
     prompts = world.split_prompts(*splits)
     return prompts[torch.randint(len(prompts), (count,), generator=rng)]
 

@@ -15,7 +15,7 @@ import torch
 import world
 from data import Pairs, Vocabulary, step_rng
 from model import load_velocity
-from real_data.toy_pairs import annotate_pairs, annotated_pairs, toy_pairs
+from real_data.toy_pairs import annotate_pairs, toy_pairs
 from runtime.checkpoint import save_checkpoint
 from runtime.cli import BadInput, progress_bar
 from runtime.distributed import rank, wait
@@ -59,9 +59,9 @@ def generated_clips(model, y, count, models, seed, cache, device):
     return kept
 
 
-def generated_pairs(count, splits, seed, path, config, cache, device, models=MODELS, progress=lambda chunks: chunks):
-    """`count` annotated pairs of clips that a checkpoint's model generates for toy prompts of the named splits.
-    BadInput unless it makes clips of the sizes of `config`."""
+def generated_pairs(count, splits, seed, path, config, cache, device, models=MODELS):
+    """As toy_pairs, of clips that a checkpoint's model generates for prompts of the named splits: `count` pairs without
+    labels, and the attributes (count, 3) of their prompts. BadInput unless its clips have the sizes of `config`."""
     (model, words), rng = load_velocity(path), step_rng(seed, 0)
     if model.config.video_shape != config.video_shape:
         raise BadInput(
@@ -82,7 +82,7 @@ def generated_pairs(count, splits, seed, path, config, cache, device, models=MOD
         return kept[which[index], chosen[side, index]].float() / 127.5 - 1
 
     generator = len(world.GENERATORS) + chosen.T % len(models)  # (count, 2)
-    return annotate_pairs(Pairs(y[which], clips, generator), prompts[which], seed, progress)
+    return Pairs(y[which], clips, generator), prompts[which]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -90,7 +90,7 @@ def generated_pairs(count, splits, seed, path, config, cache, device, models=MOD
 
 
 def join_pairs(first, second):
-    """The annotated pairs of `first`, then those of `second`."""
+    """The pairs of `first`, then those of `second`; both annotated, or neither."""
 
     def clips(index, side):
         sources = (first, index < len(first), 0), (second, index >= len(first), len(first))
@@ -101,26 +101,27 @@ def join_pairs(first, second):
         return videos
 
     both = {f.name: (getattr(first, f.name), getattr(second, f.name)) for f in fields(Pairs) if f.name != "clips"}
-    return Pairs(clips=clips, **{name: torch.cat(values) for name, values in both.items()})
+    return Pairs(clips=clips, **{n: torch.cat(values) for n, values in both.items() if values[0] is not None})
 
 
-def _parts(count, split, seed, args, config, vocabulary, device):
-    """{kind: annotated pairs}: a share of args.generated compares clips of the base model args.init."""
-    bar, generated, made = progress_bar("annotators look at the pairs", "x64 pairs"), round(args.generated * count), {}
+def _parts(count, split, seed, args, config, vocabulary, device, labelled=True):
+    """{kind: pairs}, annotated or not: a share of args.generated compares clips of the base model args.init."""
+    generated, drawn = round(args.generated * count), {}
     if count > generated:
-        made["rendered"] = annotated_pairs(count - generated, [split], seed, config, vocabulary, bar)
+        drawn["rendered"] = toy_pairs(count - generated, [split], seed, config, vocabulary)
     if generated:
-        made["generated"] = generated_pairs(
-            generated, [split], seed, args.init, config, args.cache, device, progress=bar
-        )
-    return made
+        drawn["generated"] = generated_pairs(generated, [split], seed, args.init, config, args.cache, device)
+    if not labelled:
+        return {kind: pairs for kind, (pairs, _) in drawn.items()}
+    bar = progress_bar("annotators look at the pairs", "x64 pairs")
+    return {kind: annotate_pairs(*pairs_and_prompts, seed, bar) for kind, pairs_and_prompts in drawn.items()}
 
 
 def training_pairs(args, config, vocabulary, device, labelled=True):
-    """args.pairs pairs of training prompts, annotated; or rendered ones that nobody has looked at."""
-    if not labelled:
-        return toy_pairs(args.pairs, ["train"], args.seed, config, vocabulary)[0]
-    return reduce(join_pairs, _parts(args.pairs, "train", args.seed, args, config, vocabulary, device).values())
+    """args.pairs pairs of training prompts, annotated unless nobody needs their labels."""
+    return reduce(
+        join_pairs, _parts(args.pairs, "train", args.seed, args, config, vocabulary, device, labelled).values()
+    )
 
 
 def held_pairs(args, config, vocabulary, device):

@@ -10,7 +10,7 @@ from wired import CONFIG, CPU, splits_of
 import world
 from data import Vocabulary
 from real_data import generated
-from real_data.toy_pairs import annotated_pairs
+from real_data.toy_pairs import annotate_pairs, annotated_pairs
 from runtime.cli import BadInput
 
 tiny = wired.tiny
@@ -39,7 +39,7 @@ def sampled(tiny, monkeypatch):
 
 
 def pairs_of(path, folder, count=30, splits=("validation",), seed=0, models=TWO):
-    return generated.generated_pairs(count, splits, seed, path, CONFIG, folder, CPU, models)
+    return annotate_pairs(*generated.generated_pairs(count, splits, seed, path, CONFIG, folder, CPU, models), seed)
 
 
 def test_each_prompt_is_sampled_at_every_setting_and_pairs_are_two_clips_of_one_prompt(sampled, tmp_path):
@@ -121,6 +121,15 @@ def test_a_share_of_videorewards_pairs_is_generated(tiny, tmp_path):
         assert set().union(*(splits_of(batch["y"]) for batch in seen)) == {"train"}
         for part in task.evaluate.keywords["held"].values():
             assert splits_of(part.y) == {"validation"}
+
+
+@pytest.mark.parametrize("target", ["reward", "labels"])
+def test_what_the_noise_aware_reward_trains_on_is_generated_where_the_flag_says_so(sampled, tiny, tmp_path, target):
+    for share, count in ((0, 0), (1, 8)):
+        flags = f"--target={target}", f"--generated={share}", f"--cache={tmp_path / 'clips'}", "--pairs=8"
+        _, task = tiny("--algo=nrg", *flags)
+        clips = task.batch(0, slice(0, 8))["x0" if target == "reward" else "x0_a"]
+        assert (clips.std((2, 3, 4)).amax(1) == 0).sum() == count  # clips of clip_of have one colour
 
 
 def test_joined_pairs_keep_their_clips_and_labels(tmp_path, sampled):
