@@ -104,7 +104,7 @@ def join_pairs(first, second):
     return Pairs(clips=clips, **{n: torch.cat(values) for n, values in both.items() if values[0] is not None})
 
 
-def _parts(count, split, seed, args, config, vocabulary, device, labelled=True):
+def kinds_of_pairs(count, split, seed, args, config, vocabulary, device, labelled=True):
     """{kind: pairs}, annotated or not: a share of args.generated compares clips of the base model args.init."""
     generated, drawn = round(args.generated * count), {}
     if count > generated:
@@ -117,14 +117,17 @@ def _parts(count, split, seed, args, config, vocabulary, device, labelled=True):
     return {kind: annotate_pairs(*pairs_and_prompts, seed, bar) for kind, pairs_and_prompts in drawn.items()}
 
 
+def mixed_pairs(count, split, seed, args, config, vocabulary, device, labelled=True):
+    """The same as one set: the rendered ones first."""
+    return reduce(join_pairs, kinds_of_pairs(count, split, seed, args, config, vocabulary, device, labelled).values())
+
+
 def training_pairs(args, config, vocabulary, device, labelled=True):
     """args.pairs pairs of training prompts, annotated unless nobody needs their labels."""
-    return reduce(
-        join_pairs, _parts(args.pairs, "train", args.seed, args, config, vocabulary, device, labelled).values()
-    )
+    return mixed_pairs(args.pairs, "train", args.seed, args, config, vocabulary, device, labelled)
 
 
 def held_pairs(args, config, vocabulary, device):
     """{name: annotated pairs of prompts that no reward trains on}, args.eval_pairs in all."""
-    parts = _parts(args.eval_pairs, "validation", args.seed + 1, args, config, vocabulary, device)
+    parts = kinds_of_pairs(args.eval_pairs, "validation", args.seed + 1, args, config, vocabulary, device)
     return {f"{kind} validation pairs, prompts never seen in training": pairs for kind, pairs in parts.items()}

@@ -7,7 +7,7 @@ are VideoReward, which the noise-aware reward that guides has learned from, and 
     one         each weight alone, rising: does it move its own dimension?
     scale       w of Eq. 11; and the interval of t that is guided
     reward      trained on labels by Bradley-Terry, on clean clips, with the trunk trained; pair accuracy by noise
-    told        which attributes the reward's TA can tell, by noise
+    told        which attributes the reward's TA can tell, by noise, beside what can be told (observer.py)
     on top      of CFG, and of a policy aligned by Flow-DPO
 """
 
@@ -17,16 +17,15 @@ from itertools import product
 import torch
 
 import train
-import world
-from data import DIMENSIONS, Vocabulary, step_rng
-from evaluate import noisy_scores, over_seeds, prompt_set
-from flow import interpolate
+from data import DIMENSIONS, Vocabulary
+from evaluate import noisy_scores, over_seeds
 from model import load_velocity
 from nrg import guide, load_noisy_reward, steer
 from real_data.toy_pairs import annotated_pairs
 from reward import accuracies_without_ties
 from runtime.checkpoint import WEIGHTS
 from sample import CFG, NRG_EPS, NRG_INTERVAL, NRG_SCALE
+from studies import observer
 from studies.jobs import ATTRIBUTES, JUDGES, base_scores, judge, rows_of, settings_for
 from studies.report.charts import Chart
 from studies.report.tables import Table, plus_minus
@@ -35,7 +34,7 @@ SETS = {"large": 256}
 TABLE_5 = ((0, 0, 1), (0.1, 0.1, 0.8), (0.1, 0.1, 0.6), (0.5, 0.5, 0), (1, 1, 1))
 RISING = (0.5, 1, 2)
 SCALES = (0.25, 0.5, 2, 4)  # times the default
-TOLD_AT, TOLD_BY = (0.0, 0.4, 0.6, 0.8, 0.9, 0.95), ("noised", "trained trunk")
+TOLD_BY = ("noised", "trained trunk")
 VARIANTS = {
     "noised": [],
     "labels": ["--target=labels"],
@@ -136,30 +135,11 @@ def accuracy_rows(reward, variant, seed, args, device):
     return rows
 
 
-@torch.no_grad()
-def told_apart(variant, seed, args, device):
-    """How often TA prefers the prompt that a clean clip shows to one with another colour, shape or direction, by noise:
-    what a reward, trained by `steered_rows`, can steer by."""
-    base, words = load_velocity(WEIGHTS / "base.pt")
-    reward = load_noisy_reward(args.work / "nrg" / reward_name(variant, seed) / "last.pt")[0].to(device)
-    rng, prompts = step_rng(98765, 0), prompt_set(min(256, args.eval_pairs), "validation")
-    x0 = world.render(world.draw_clips(prompts, torch.zeros_like(prompts[:, 0]), rng, clean=True)).to(device)
-    x1, rows, vocabulary = torch.randn(x0.shape, generator=rng).to(device), [], Vocabulary(words)
-
-    def alignment(now, prompts):
-        t = torch.full((len(x0),), now, device=device)
-        y = vocabulary.encode_attributes(prompts, base.config.max_text).to(device)
-        return reward(interpolate(x0, x1, t), t, y)[:, DIMENSIONS.index("TA")]
-
-    for now in TOLD_AT:
-        own = alignment(now, prompts)
-        row = {"study": "told", "method": "nrg", "variant": variant, "seed": seed, "t": now}
-        for i, choices in enumerate(world.CHOICES):
-            other = prompts.clone()
-            other[:, i] = (other[:, i] + torch.randint(1, choices, (len(prompts),), generator=rng)) % choices
-            row[ATTRIBUTES[i]] = (own > alignment(now, other)).float().mean().item()
-        rows.append(row)
-    return rows
+def told_rows(variant, seed, args, device):
+    """Rows of observer.told_apart for a reward that `steered_rows` trained."""
+    reward, words = load_noisy_reward(args.work / "nrg" / reward_name(variant, seed) / "last.pt")
+    reader = partial(observer.alignment, reward.to(device), words, device)
+    return [row | {"variant": variant} for row in observer.told_apart(reader, seed, min(256, args.eval_pairs))]
 
 
 def folder(args):
@@ -171,7 +151,9 @@ def jobs(args, device):
     for variant, seed in product(VARIANTS, range(args.seeds)):
         made[reward_name(variant, seed)] = partial(steered_rows, variant, seed, args, device)
     for variant, seed in product(TOLD_BY, range(args.seeds)):
-        made[f"told-{reward_name(variant, seed)}"] = partial(told_apart, variant, seed, args, device)
+        made[f"told-{reward_name(variant, seed)}"] = partial(told_rows, variant, seed, args, device)
+    for seed in range(args.seeds):
+        made[f"observer-{seed}"] = partial(observer.audited, seed, min(256, args.eval_pairs))
     return made
 
 
@@ -230,12 +212,18 @@ def report(args, rows):
     title = "Pair accuracy of the reward by noise (unseen prompts, without ties)"
     tables.append(Table(title, ["", *(f"t {t:g}" for t in times)], lines))
 
-    lines = []
-    for variant, name in product(TOLD_BY, ATTRIBUTES):
-        told = [figure(name, study="told", variant=variant, t=t) for t in TOLD_AT]
-        lines.append([f"{variant}, {name}", *map(plus_minus, told)])
-    title = "Own prompt preferred to one with another colour, shape or direction (clean clips, unseen prompts)"
-    tables.append(Table(title, ["", *(f"t {t:g}" for t in TOLD_AT)], lines))
+    readers, seen = ("ideal", *(f"probe {n}" for n in observer.BLOCKS), *TOLD_BY), observer.TIMES
+    told = {
+        (name, reader): [figure(name, study="told", variant=reader, t=t) for t in seen]
+        for name, reader in product(ATTRIBUTES, readers)
+    }
+    title = "What is told under noise: own prompt above one with another colour, shape or direction"
+    lines = [[f"{name}, {reader}", *map(plus_minus, curve)] for (name, reader), curve in told.items()]
+    tables.append(Table(title, ["", *(f"t {t:g}" for t in seen)], lines))
+    audits = [
+        Chart(name, [(reader, seen, *zip(*told[name, reader])) for reader in readers], "t", "told apart", level=0.5)
+        for name in ATTRIBUTES
+    ]
 
     series = [(n, times, *zip(*curves["noised", n])) for n in DIMENSIONS if times and "noised" in variants]
     charts = [Chart("pair accuracy", series, "t", "accuracy", level=0.5)]
@@ -255,5 +243,5 @@ def report(args, rows):
             f"t from {low:g} to {high:g}. colour, shape, direction: the share of clips that have the right one.",
         ],
         "tables": tables,
-        "pictures": {"nrg": charts},
+        "pictures": {"nrg": charts, "observer": audits},
     }

@@ -1,12 +1,18 @@
 """VideoReward's ablations (paper, sections 3.2 and 5.1): Tables 2 and 6, Fig. 2 and 3, on the toy world.
 
 Every model is trained by train.py's own task on labels of the toy's annotators and judged on pairs whose prompts it
-never saw: "validation", the split that also gives its z-score constants, and "benchmark", combinations of words that no
-model here ever sees (the stand-in for VideoGen-RewardBench, with an Overall label; GenAI-Bench has none). Two rows need
-no training: random scores, and the oracle, whose accuracy is the ceiling: labels are noisy, and ties depend on people.
+never saw. Two rows need no training: random scores, and the oracle, whose accuracy is the ceiling: labels are noisy,
+and ties depend on people. By the truth, the sign of the oracle's difference where people would see one, it is 1.
+
+    validation   rendered clips; with the base model's, these prompts also give a reward's z-score constants
+    benchmark    rendered, combinations of words that no model here ever sees (the stand-in for VideoGen-RewardBench)
+    base         clips of the base model at the settings that the pairs to train on were sampled at
+    policy       of a Flow-DPO policy, which no reward here has seen
+    cfg3         of the base model at a CFG that no reward here has seen
 """
 
 import math
+import os
 from functools import cache, partial
 
 import torch
@@ -14,11 +20,14 @@ import torch
 import train
 from data import DIMENSIONS, Vocabulary
 from evaluate import mean_and_spread, over_seeds, pair_scores
-from real_data.toy_pairs import annotated_pairs
-from reward import RewardConfig, accuracy_with_ties, accuracy_without_ties
+from real_data import generated
+from real_data.toy_pairs import annotate_pairs, annotated_pairs
+from reward import RewardConfig, accuracies_without_ties, accuracy_with_ties, accuracy_without_ties
+from runtime.checkpoint import WEIGHTS
+from studies.jobs import settings_for
 from studies.report.charts import Chart
 from studies.report.tables import Table, plus_minus
-from world import TRUE_MEAN, TRUE_STD
+from world import TIE_BELOW, TRUE_MEAN, TRUE_STD
 
 SHARED = ["--tokens", "shared"]
 MODELS = {  # Table 6, variants I to IV
@@ -27,21 +36,45 @@ MODELS = {  # Table 6, variants I to IV
     "btt-shared": ["--loss", "btt", *SHARED],
     "btt-separate": [],
 }
+RENDERED_ONLY = {"btt-rendered": ["--generated", "0"]}  # the default, without pairs of generated clips
 FRACTIONS = (0.01, 0.1)  # of the pairs, beside all of them (Fig. 2)
 COMPARED = ("bt-shared", "regression")
 SPLITS = {"validation": ("validation", 1), "benchmark": ("hard", 2)}  # the world's split, and a seed of its own
+GENERATED = {"base": generated.MODELS, "policy": {"policy": {}}, "cfg3": {"base-cfg3": {"cfg": 3.0}}}
 EVALUATION_SEED = 777_000
 BINS = 12  # of |difference| in units of the mean one of decided pairs, 0.2 wide (Fig. 3)
 
 
 @cache
-def judged_pairs(split, count):
-    name, offset = SPLITS[split]
-    return annotated_pairs(count, [name], EVALUATION_SEED + offset, RewardConfig(), Vocabulary())
+def judged_pairs(split, count, maker, cache, device):
+    """`count` annotated pairs of a split, of the clips of the checkpoint `maker` where it is one of GENERATED."""
+    if split in SPLITS:
+        name, offset = SPLITS[split]
+        return annotated_pairs(count, [name], EVALUATION_SEED + offset, RewardConfig(), Vocabulary())
+    seed, settings = EVALUATION_SEED + 3, (maker, RewardConfig(), cache, device, GENERATED[split])
+    return annotate_pairs(*generated.generated_pairs(count, ["validation"], seed, *settings), seed)
+
+
+def every_split(args, device):
+    """{split: its pairs}."""
+    makers = {"base": WEIGHTS / "base.pt", "policy": policy(args, device), "cfg3": WEIGHTS / "base.pt"}
+    made = (args.work / "clips", device)
+    return {name: judged_pairs(name, args.eval_pairs, makers.get(name), *made) for name in (*SPLITS, *GENERATED)}
+
+
+def policy(args, device):
+    """The checkpoint of a Flow-DPO policy, trained once; should two processes do so, both find the same weights."""
+    path = args.work / folder(args) / "policy.pt"
+    if not path.exists():
+        out = path.with_name(f"policy-{os.getpid()}")
+        settings = settings_for(["--algo=dpo"], out, args)
+        train.train(train.TASKS["dpo"](settings, device), settings, device)
+        os.replace(out / "last.pt", path)
+    return path
 
 
 def accuracies(score, pairs):
-    """Table 2's columns from z-scores (N, 2, 3) of pairs; Overall is the mean of the three."""
+    """Table 2's columns from z-scores (N, 2, 3) of pairs, and accuracies by the truth; Overall is the mean of three."""
     delta = score[:, 0] - score[:, 1]  # (N, 3)
     columns = {name: (delta[:, i], pairs.label[:, i]) for i, name in enumerate(DIMENSIONS)}
     columns["Overall"] = delta.mean(-1), pairs.overall
@@ -50,7 +83,10 @@ def accuracies(score, pairs):
         row[f"{name}_with"], _ = accuracy_with_ties(difference, label)
         row[f"{name}_without"] = accuracy_without_ties(difference, label)
         row[f"{name}_ties"] = (label == 0).float().mean().item()
-    return row
+    gap = (pairs.truth[:, 0] - pairs.truth[:, 1]) / TRUE_STD  # (N, 3)
+    truth = torch.where(gap.abs() > TIE_BELOW, gap.sign(), 0).long()
+    row |= {f"{name}_true": value for name, value in accuracies_without_ties(delta, truth).items()}
+    return row | {f"{name}_pairs": count for name, count in zip(DIMENSIONS, (truth != 0).sum(0).tolist())}
 
 
 def tied_differences(score, pairs):
@@ -64,10 +100,9 @@ def tied_differences(score, pairs):
     return row
 
 
-def untrained(model, seed, args):
+def untrained(model, seed, args, device):
     rows = []
-    for split in SPLITS:
-        pairs = judged_pairs(split, args.eval_pairs)
+    for split, pairs in every_split(args, device).items():
         if model == "oracle":
             score = (pairs.truth - TRUE_MEAN) / TRUE_STD
         else:
@@ -84,15 +119,15 @@ def trained(model, fraction, seed, args, device):
     flags = {"steps": max(1, round(steps * math.sqrt(fraction))), "pairs": max(2, round(steps * batch / 2 * fraction))}
     flags |= {"seed": seed, "out": args.work / "reward" / f"{model}-{fraction:g}-{seed}", "save-every": 10**9}
     flags["eval-pairs"] = min(1000, args.eval_pairs)
-    settings = train.arguments(["--algo", "reward", *MODELS[model], *(f"--{k}={v}" for k, v in flags.items())])
+    kind = (MODELS | RENDERED_ONLY)[model]
+    settings = train.arguments(["--algo", "reward", *kind, *(f"--{k}={v}" for k, v in flags.items())])
     task = train.TASKS["reward"](settings, device)
     train.train(task, settings, device)
     network, rows = task.model.eval(), []
-    for split in SPLITS:
-        pairs = judged_pairs(split, args.eval_pairs)
+    for split, pairs in every_split(args, device).items():
         score = pair_scores(network.normalised, pairs, device)
-        row = {"model": model, "split": split, "seed": seed, "fraction": fraction}
-        rows.append({**row, **accuracies(score, pairs), **tied_differences(score, pairs)})
+        row = {"model": model, "split": split, "seed": seed, "fraction": fraction, **accuracies(score, pairs)}
+        rows.append(row | (tied_differences(score, pairs) if split == "validation" else {}))
     return rows
 
 
@@ -104,8 +139,8 @@ def jobs(args, device):
     made = {}
     for model in ("random", "oracle"):
         for seed in range(args.seeds):
-            made[f"{model}-{seed}"] = partial(untrained, model, seed, args)
-    for model in reversed(MODELS):  # the paper's own first
+            made[f"{model}-{seed}"] = partial(untrained, model, seed, args, device)
+    for model in (*reversed(MODELS), *RENDERED_ONLY):  # the paper's own first
         for seed in range(args.seeds):
             made[f"{model}-1-{seed}"] = partial(trained, model, 1.0, seed, args, device)
     for seed in range(args.seeds):
@@ -131,6 +166,15 @@ def report(args, rows):
             cells.append([model, *(plus_minus(value, 3) for value in figures)])
         title = f"Tables 2 and 6: {split}, {args.eval_pairs} pairs (ties: {ties})"
         tables.append(Table(title, ["model", *(f"{c.replace('_', ' ')} ties" for c in columns)], cells))
+
+    columns, cells = [(split, name) for split in (*SPLITS, *GENERATED) for name in DIMENSIONS], []
+    for model in (*MODELS, *RENDERED_ONLY):
+        figures = (figure(f"{n}_true", model=model, split=split, fraction=1.0) for split, n in columns)
+        cells.append([model, *(plus_minus(value, 3) for value in figures)])
+    counts = (figure(f"{n}_pairs", model="oracle", split=split)[0] for split, n in columns)
+    cells.append(["pairs", *(f"{count:.0f}" for count in counts)])
+    title = "By the truth: accuracy on rendered and on generated clips"
+    tables.append(Table(title, ["model", *(" ".join(column) for column in columns)], cells))
 
     shares, curves, cells = (*FRACTIONS, 1.0), {}, []
     for kind in ("without", "with"):

@@ -28,8 +28,12 @@ CONFIG = ModelConfig()
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("export") / "toy"
-    export_toy.export(folder, 10, seed=3)
+    export(folder, "--pairs=10", "--seed=3")
     return folder
+
+
+def export(folder, *flags):
+    return export_toy.export(export_toy.arguments(["export", str(folder), "--generated=0", *flags]))
 
 
 @pytest.fixture
@@ -145,10 +149,10 @@ def test_prompts_of_the_splits_do_not_meet(exported):
 
 def test_an_export_never_touches_what_is_there(exported, tmp_path):
     with pytest.raises(BadInput, match="is there already"):
-        export_toy.export(exported, 2, seed=0)
+        export(exported, "--pairs=2")
     (tmp_path / "file").write_text("kept")
     with pytest.raises(BadInput, match="cannot write"):
-        export_toy.export(tmp_path / "file" / "toy", 1, seed=0)
+        export(tmp_path / "file" / "toy", "--pairs=1")
     assert (tmp_path / "file").read_text() == "kept"
 
 

@@ -13,7 +13,7 @@ import torch
 import evaluate
 from data import Pairs
 from runtime.cli import BadInput
-from studies import align, bench, beta, guidance, jobs, reward_model
+from studies import align, bench, beta, guidance, jobs, observer, reward_model
 from studies.report.charts import COLOURS, Chart, picture, ticks
 
 
@@ -53,8 +53,11 @@ def test_a_job_that_another_process_holds_is_left_to_it(tmp_path):
 
 
 def pairs(label, overall):
+    """Pairs whose clips A differ from B by .3, .3, -.3 and .1 in true VQ, and in nothing else."""
     label, overall = torch.tensor(label), torch.tensor(overall)
-    return Pairs(torch.zeros(len(label), 1), clips=None, label=label, overall=overall)
+    truth = torch.full((len(label), 2, 3), 0.5)
+    truth[:, 0, 0] += torch.tensor([0.3, 0.3, -0.3, 0.1])
+    return Pairs(torch.zeros(len(label), 1), clips=None, label=label, overall=overall, truth=truth)
 
 
 def test_table_columns_by_hand():
@@ -65,6 +68,8 @@ def test_table_columns_by_hand():
     # VQ: right on pairs 1 and 3; with ties below .5 also on pair 4
     assert row["VQ_without"] == pytest.approx(2 / 3) and row["VQ_with"] == 0.75 and row["VQ_ties"] == 0.25
     assert row["MQ_with"] == 1.0 and row["MQ_ties"] == 1.0  # all ties, all below a threshold of 1
+    # by the truth .1 is a third of a deviation, .307, and a tie; of the other three the first and the third are right
+    assert row["VQ_true"] == pytest.approx(2 / 3) and row["VQ_pairs"] == 3 and row["MQ_pairs"] == 0
     # Overall: means 4/3, 0, -2/3, 1/2 against A, A, B, tie; below 1/2 a tie: pairs 1, 3 and 4 are right
     assert row["Overall_without"] == pytest.approx(2 / 3) and row["Overall_with"] == 0.75
 
@@ -85,6 +90,7 @@ def test_mean_and_spread():
 
 def test_reward_study_from_end_to_end(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(reward_model, "FRACTIONS", (0.5,))
+    monkeypatch.setattr(reward_model, "GENERATED", {name: {name: {"steps": 1}} for name in reward_model.GENERATED})
     flags = ["reward", "--seeds", "1", "--steps", "2", "--eval-pairs", "40", "--device", "cpu"]
     flags += ["--out", str(tmp_path / "results"), "--work", str(tmp_path / "work")]
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *flags])
@@ -92,12 +98,15 @@ def test_reward_study_from_end_to_end(tmp_path, monkeypatch, capsys):
     saved = json.loads((tmp_path / "results" / "reward.json").read_text())
     assert {"command", "commit", "torch", "device", "rows"} == saved.keys() and "--eval-pairs 40" in saved["command"]
     rows = {(row["model"], row["split"], row["fraction"]): row for row in saved["rows"]}
-    assert len(rows) == 2 * (2 + 4 + 2)  # splits x (random, oracle, four models, two on half the pairs)
+    # splits x (random, oracle, four models, one without generated pairs, two on half the pairs)
+    assert len(rows) == 5 * (2 + 4 + 1 + 2)
     oracle = rows["oracle", "validation", 1.0]
     assert oracle["VQ_without"] > 0.97 and oracle["TA_with"] > 0.9 and oracle["Overall_without"] > 0.9
     assert rows["random", "benchmark", 1.0]["VQ_without"] < 0.8
+    for split in ("validation", "benchmark", "base", "policy", "cfg3"):  # nan where no pair is decided
+        assert not any(rows["oracle", split, 1.0][f"{name}_true"] < 1 for name in ("VQ", "MQ", "TA"))
     text = (tmp_path / "results" / "reward.md").read_text()
-    assert "| btt-separate |" in text and "Fig. 2" in text and "Fig. 3" in text
+    assert "| btt-separate |" in text and "| btt-rendered |" in text and "Fig. 2" in text and "Fig. 3" in text
     shown = lines_of(tmp_path / "results" / "reward_fraction.svg")
     assert shown == {f"validation, {kind} ties": ["bt-shared", "regression"] for kind in ("without", "with")}
     shown = lines_of(tmp_path / "results" / "reward_ties.svg")
@@ -155,6 +164,8 @@ def test_nrg_study_from_end_to_end(tmp_path, monkeypatch):
     monkeypatch.setattr(guidance, "TABLE_5", ((0, 0, 1), (1, 1, 1)))
     monkeypatch.setattr(guidance, "RISING", (1,))
     monkeypatch.setattr(guidance, "SCALES", (2,))
+    monkeypatch.setattr(observer, "KNOWN", 96)
+    monkeypatch.setattr(observer, "LEARNED", 96)
     rows, text = run_study("nrg", tmp_path, monkeypatch)
     noised = [row for row in rows if row.get("variant") == "noised" and row.get("judge") == "oracle"]
     assert {row["method"] for row in noised if row["study"] == "weights"} == {"nrg-0:0:1", "nrg-1:1:1"}
@@ -162,10 +173,13 @@ def test_nrg_study_from_end_to_end(tmp_path, monkeypatch):
     assert {row["variant"] for row in rows if row["study"] == "reward"} == {"labels", "clean", "trained trunk"}
     assert all(0 <= row[name] <= 1 for row in rows if row["study"] != "told" for name in ("VQ", "MQ", "TA"))
     told = [row for row in rows if row["study"] == "told"]
-    assert len(told) == 12 and all(0 <= row[name] <= 1 for row in told for name in ("colour", "shape", "direction"))
+    assert len(told) == 5 * 6 and {row["variant"] for row in told} >= {"ideal", "probe 2", "probe 4", "noised"}
+    assert all(0 <= row[name] <= 1 for row in told for name in ("colour", "shape", "direction"))
     assert "## Table 5" in text and "| dpo+nrg-1:1:1, CFG 2 |" in text
     shown = lines_of(tmp_path / "results" / "nrg.svg")
     assert shown == dict.fromkeys(("pair accuracy", "1:1:1, oracle", "1:1:1, videoreward"), ["VQ", "MQ", "TA"])
+    readers = ["ideal", "probe 2", "probe 4", "noised", "trained trunk"]
+    assert lines_of(tmp_path / "results" / "observer.svg") == dict.fromkeys(("colour", "shape", "direction"), readers)
 
 
 def test_a_step_is_cheaper_where_the_reward_shares_the_trunk():

@@ -1,5 +1,6 @@
 """Models among the generators: which clips are sampled, how they are kept and paired, what VideoReward learns on."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,8 @@ from wired import CONFIG, CPU, splits_of
 
 import world
 from data import Vocabulary
-from real_data import generated
+from real_data import export_toy, generated
+from real_data.pairs_csv import read_pairs
 from real_data.toy_pairs import annotate_pairs, annotated_pairs
 from runtime.cli import BadInput
 
@@ -121,6 +123,28 @@ def test_a_share_of_videorewards_pairs_is_generated(tiny, tmp_path):
         assert set().union(*(splits_of(batch["y"]) for batch in seen)) == {"train"}
         for part in task.evaluate.keywords["held"].values():
             assert splits_of(part.y) == {"validation"}
+
+
+def test_the_toy_data_on_disk_and_its_table_show_generated_clips(tiny, tmp_path, capsys, monkeypatch):
+    args, _ = tiny("--algo=reward")
+    flags = ["--pairs=10", "--generated=0.6", f"--init={args.init}", f"--cache={tmp_path / 'clips'}"]
+    monkeypatch.setattr(export_toy, "ModelConfig", lambda: CONFIG)
+    monkeypatch.setattr("sys.argv", ["data.py", "export", str(tmp_path / "toy"), *flags])
+    export_toy.main()
+    for name, (rendered, made) in {"train": (4, 6), "validation": (1, 1), "benchmark": (1, 1)}.items():
+        rows = read_pairs(tmp_path / "toy" / f"{name}.csv")
+        names = [{path.rpartition("_")[2].removesuffix(".mp4") for path in row.paths} for row in rows]
+        assert [pair <= set(world.GENERATORS) for pair in names] == [True] * rendered + [False] * made
+        assert set().union(*names[rendered:]) <= set(generated.MODELS)
+        assert name != "benchmark" or [set(row.models) for row in rows] == names
+        assert all((tmp_path / "toy" / path).exists() for row in rows for path in row.paths)
+    monkeypatch.setattr("sys.argv", ["data.py", "table", *flags])
+    export_toy.main()
+    printed = capsys.readouterr().out
+    shown = dict(
+        re.findall(r"^\| (base[\w.-]*) \| (\d+) \|", printed.partition("## train")[2].partition("##")[0], re.M)
+    )
+    assert set(shown) == set(generated.MODELS) and sum(map(int, shown.values())) == 12  # two clips of six pairs
 
 
 @pytest.mark.parametrize("target", ["reward", "labels"])

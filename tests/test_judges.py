@@ -4,6 +4,7 @@ Closing rows are sampled and scored again here, step by step; stub models paint 
 rewards know one thing alone, and the studies' findings are given rows whose answer is known, both ways.
 """
 
+import math
 from argparse import Namespace
 from functools import partial
 
@@ -19,7 +20,7 @@ from data import DIMENSIONS, INVALID, Pairs, Vocabulary
 from evaluate import alignment_table, learned_scores, over_seeds, pair_scores, score_table, win_rate
 from model import VideoTransformer, load_velocity
 from reward import RewardConfig, VideoReward
-from studies import align, guidance, jobs, reward_model
+from studies import align, guidance, jobs, observer, reward_model
 
 tiny = wired.tiny
 
@@ -366,19 +367,19 @@ def test_oracle_and_random_judges_of_pairs_are_what_they_are_called(monkeypatch)
     truth = torch.tensor([[[1.0, 0.0, 0.5], [0.0, 1.0, 0.5]]]).expand(40, 2, 3)
     label = torch.tensor([[1, -1, 0]]).expand(40, 3)
     pairs = Pairs(torch.zeros(40, 8), None, label=label, truth=truth, overall=torch.full((40,), INVALID))
-    monkeypatch.setattr(reward_model, "judged_pairs", lambda split, count: pairs)
-    rows = reward_model.untrained("oracle", 0, Namespace(eval_pairs=40))
+    monkeypatch.setattr(reward_model, "every_split", lambda args, device: {"validation": pairs, "policy": pairs})
+    rows = reward_model.untrained("oracle", 0, None, CPU)
     assert all(row["VQ_without"] == row["MQ_without"] == row["TA_with"] == 1.0 for row in rows)
-    assert [row["split"] for row in rows] == ["validation", "benchmark"]
+    assert [row["split"] for row in rows] == ["validation", "policy"]
     assert all(row["VQ_ties"] == 0 and row["TA_ties"] == 1 for row in rows)
-    rows = reward_model.untrained("random", 0, Namespace(eval_pairs=40))
+    rows = reward_model.untrained("random", 0, None, CPU)
     assert all(0.1 < row["VQ_without"] < 0.9 for row in rows)
 
 
 class Colours(torch.nn.Module):
     """A noise-aware reward that knows colours alone: TA is how well the clip's colour is the prompt's."""
 
-    sign = 1
+    config, sign = Namespace(max_text=8), 1
 
     def forward(self, x_t, t, y):
         hue = world.measure(x_t)["colour"]  # how well each of the colours matches
@@ -391,7 +392,53 @@ class Colours(torch.nn.Module):
 def test_told_apart_is_the_share_whose_own_prompt_is_preferred(monkeypatch, tmp_path, sign, colour):
     reward = Colours()
     reward.sign = sign
-    monkeypatch.setattr(guidance, "load_noisy_reward", lambda path: (reward, []))
-    rows = guidance.told_apart("noised", 3, Namespace(work=tmp_path, eval_pairs=36), CPU)
-    assert [row["t"] for row in rows] == list(guidance.TOLD_AT) and rows[0]["variant"] == "noised"
+    monkeypatch.setattr(guidance, "load_noisy_reward", lambda path: (reward, Vocabulary().words))
+    rows = guidance.told_rows("noised", 3, Namespace(work=tmp_path, eval_pairs=36), CPU)
+    assert [row["t"] for row in rows] == list(observer.TIMES) and rows[0]["variant"] == "noised"
     assert rows[0]["colour"] == colour and rows[0]["shape"] == rows[0]["direction"] == 0.0  # equal is not preferred
+
+
+def test_the_ideal_observer_weighs_what_it_knows_by_bayes(monkeypatch):
+    # three clips of 2 numbers: red circle left, red cross left, green circle right
+    known = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]).reshape(3, 2, 1, 1, 1)
+    shown = torch.tensor([[0, 0, 0], [0, 1, 0], [1, 0, 1]])
+    monkeypatch.setattr(observer, "clean_clips", lambda count, splits, rng: (known, shown))
+    seen, t = torch.tensor([[0.3, 0.1]]).reshape(1, 2, 1, 1, 1), torch.tensor([0.6])
+    score = observer.ideal(seen, t, None)
+    # p(x_t | clip) by the normal density of mean .4 clip and deviation .6
+    likelihood = [
+        math.exp(-((0.3 - 0.4 * a) ** 2 + (0.1 - 0.4 * b) ** 2) / (2 * 0.36)) for a, b in ((1, 0), (0, 1), (-1, 0))
+    ]
+    red = (likelihood[0] + likelihood[1]) / likelihood[2]
+    circle = (likelihood[0] + likelihood[2]) / likelihood[1]
+
+    def gap(a, b):
+        return (score(torch.tensor([a])) - score(torch.tensor([b]))).item()
+
+    assert gap([0, 0, 0], [1, 0, 0]) == pytest.approx(math.log(red))
+    assert gap([1, 0, 0], [1, 1, 0]) == pytest.approx(math.log(circle))
+    assert gap([1, 1, 0], [1, 1, 1]) == pytest.approx(math.log(red))  # left are the red ones
+    assert gap([0, 0, 0], [2, 0, 0]) == math.inf  # no clip is blue
+
+
+class Blocks(torch.nn.Module):
+    """A base model whose hidden states are the clip itself after three blocks, and nothing before."""
+
+    config = Namespace(max_text=2)
+
+    def embed(self, x_t, t, y):
+        video = x_t.flatten(2).transpose(1, 2)
+        return torch.cat((torch.zeros(len(y), 2, video.shape[2]), video), 1), None
+
+    def run(self, hidden, condition, first, last):
+        return hidden * (last == 3)
+
+
+def test_a_probe_reads_the_tokens_of_the_blocks_it_is_named_after(monkeypatch):
+    monkeypatch.setattr(observer, "LEARNED", 400)
+    told = {}
+    for blocks in (2, 3):
+        reader = partial(observer.probe, Blocks(), blocks)
+        told[blocks] = observer.told_apart(reader, 0, 60)[0]
+    assert told[3]["colour"] > 0.8 and told[3]["direction"] > 0.8
+    assert told[2]["colour"] == told[2]["shape"] == told[2]["direction"] == 0  # equal is not preferred

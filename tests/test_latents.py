@@ -167,7 +167,7 @@ def test_a_base_model_of_other_words_or_sizes_is_refused(latents, tmp_path):
 
 
 def test_exported_toy_pairs_align_the_shipped_model(tmp_path, capsys, monkeypatch):
-    export_toy.export(tmp_path / "toy", 4, seed=3)
+    export_toy.export(export_toy.arguments(["export", str(tmp_path / "toy"), "--pairs=4", "--generated=0"]))
     flags = ["--algo=dpo", f"--data={tmp_path / 'toy' / 'train.csv'}", f"--cache={tmp_path / 'cache'}", "--steps=1"]
     short = ["--batch=2", "--eval-prompts=2", "--device=cpu", f"--out={tmp_path / 'run'}"]
     monkeypatch.setattr("sys.argv", ["train.py", *flags, *short])

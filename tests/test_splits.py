@@ -16,8 +16,10 @@ import evaluate
 import train
 import world
 from data import Vocabulary
+from model import load_velocity
+from real_data import generated
 from real_data.toy_pairs import annotated_pairs
-from studies import align, beta, guidance, jobs, reward_model
+from studies import align, beta, guidance, jobs, observer, reward_model
 from studies.jobs import prompts_of
 
 drawn, tiny = wired.drawn, wired.tiny
@@ -188,14 +190,21 @@ def test_guidance_learns_train_and_is_judged_on_validation(studied, drawn, monke
 
 
 def test_prompts_told_apart_were_never_in_a_pair(drawn, monkeypatch, tmp_path):
-    monkeypatch.setattr(guidance, "load_noisy_reward", lambda path: (Silent(), []))
-    guidance.told_apart("noised", 0, Namespace(work=tmp_path, eval_pairs=24), CPU)
+    monkeypatch.setattr(guidance, "load_noisy_reward", lambda path: (Silent(), Vocabulary().words))
+    guidance.told_rows("noised", 0, Namespace(work=tmp_path, eval_pairs=24), CPU)
     asked, shown = watched_splits(drawn)
     assert asked == shown == {"validation"}
+    base, _ = load_velocity(jobs.WEIGHTS / "base.pt")
+    monkeypatch.setattr(observer, "LEARNED", 96)
+    observer.probe(base, 1, torch.zeros(2, 3, 8, 32, 32), torch.full((2,), 0.5), torch.Generator().manual_seed(0))
+    asked, shown = watched_splits(drawn)
+    assert asked == shown == {"train"}
 
 
 class Silent(torch.nn.Module):
     """A noise-aware reward without an opinion."""
+
+    config = wired.CONFIG
 
     def forward(self, x_t, t, y):
         return torch.zeros(len(y), 3)
@@ -208,17 +217,35 @@ def test_the_reward_study_learns_train_and_is_judged_on_validation_and_hard(stud
         reward_model, "pair_scores", lambda f, pairs, _: scores.append(f) or torch.rand(len(pairs), 2, 3)
     )
     reward_model.judged_pairs.cache_clear()
-    for model in reward_model.MODELS:
+    monkeypatch.setattr(reward_model, "policy", lambda *args: "policy.pt")
+    made, honest = {}, generated.generated_pairs
+
+    def generated_pairs(count, splits, seed, path, config, cache, device, models=generated.MODELS):
+        if seed == reward_model.EVALUATION_SEED + 3:
+            made[str(path), *models] = models
+        path = jobs.WEIGHTS / "base.pt"
+        return honest(count, splits, seed, path, config, cache, device, models)
+
+    monkeypatch.setattr(generated, "generated_pairs", generated_pairs)
+    monkeypatch.setattr(generated, "sample_many", lambda model, x1, y, progress, **settings: x1)
+    for model in (*reward_model.MODELS, *reward_model.RENDERED_ONLY):
         seen.clear()
         reward_model.trained(model, 1.0, 0, args, CPU)
         ((settings, splits, held, asked, shown),) = seen
         assert splits == {"train"} and held == {"validation"} and "hard" not in shown and "hard" not in asked
-        assert settings.tokens == ("separate" if model == "btt-separate" else "shared")
-        assert settings.loss == model.split("-")[0]
+        assert settings.tokens == ("separate" if model in ("btt-separate", "btt-rendered") else "shared")
+        assert settings.loss == model.split("-")[0] and settings.generated == (0 if model == "btt-rendered" else 0.5)
         watched_splits(drawn)
     assert {score.__name__ for score in scores} == {"normalised"}  # Overall adds the three
-    assert splits_of(reward_model.judged_pairs("validation", 20).y) == {"validation"}
-    assert splits_of(reward_model.judged_pairs("benchmark", 20).y) == {"hard"}
+    pairs = reward_model.every_split(args, CPU)
+    splits = {name: splits_of(here.y) for name, here in pairs.items()}
+    assert splits == dict.fromkeys(("validation", "base", "policy", "cfg3"), {"validation"}) | {"benchmark": {"hard"}}
+    base = str(jobs.WEIGHTS / "base.pt")
+    assert made == {
+        (base, *generated.MODELS): generated.MODELS,  # the settings that it learned from, on other noise
+        ("policy.pt", "policy"): {"policy": {}},
+        (base, "base-cfg3"): {"base-cfg3": {"cfg": 3.0}},
+    }
 
 
 def test_named_splits_are_drawn_and_no_others(drawn):
