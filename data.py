@@ -99,24 +99,6 @@ def drop_prompts(y, probability, rng):
     return torch.where(torch.rand(len(y), 1, generator=rng) < probability, torch.zeros_like(y), y)
 
 
-def other_prompts(y, vocabulary, rng):
-    """For each toy prompt of y (B, S) one with another colour, shape or direction; real prompts change places."""
-    if vocabulary.open:
-        return y.roll(1, 0)
-    which = torch.randint(3, (len(y), 1), generator=rng)
-    for kind, words in enumerate((world.COLOURS, world.SHAPES, world.DIRECTIONS)):
-        first, count = vocabulary.ids[next(iter(words))], len(words)  # ids of a kind follow each other
-        changed = first + (y - first + torch.randint(1, count, (len(y), 1), generator=rng)) % count
-        y = torch.where((which == kind) & (y >= first) & (y < first + count), changed, y)
-    return y
-
-
-def draw_prompts(count, splits, rng):
-    """Attributes (count, 3) of prompts of the named splits."""
-    prompts = world.split_prompts(*splits)
-    return prompts[torch.randint(len(prompts), (count,), generator=rng)]
-
-
 def draw_noise(count, shape, shift, rng, normal=False):
     """Times t (count,), as flow.draw_time has them, and noise x1 (count, *shape) of a batch."""
     return {"t": draw_time(count, rng, shift, normal), "x1": torch.randn(count, *shape, generator=rng)}
@@ -128,17 +110,8 @@ def take(batch, rows):
 
 
 def mean_one(mask):
-    """Weights of mean one for the true entries of a mask and 0 for the others: with them a mean over all entries is
-    the mean over the true ones, also as a mean over equal parts of the batch. All 0 where none is true."""
+    """Weights that make a mean over all entries, or over equal parts, the mean over those where `mask` is true."""
     return mask / mask.float().mean().clamp(min=1 / max(1, mask.numel()))
-
-
-def draw_clips(count, config, vocabulary, rng):
-    """Clips of all twelve generators to pretrain on, not rendered yet, and their prompts y (count, S)."""
-    prompt = draw_prompts(count, ("train", "validation"), rng)
-    generator = torch.randint(len(world.GENERATORS), (count,), generator=rng)
-    clips = world.draw_clips(prompt, generator, rng, config.frames)
-    return clips, vocabulary.encode_attributes(prompt, config.max_text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

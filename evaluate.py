@@ -13,7 +13,6 @@ true; where the two part ways, the policy has learned the reward's mistakes.
 """
 
 import importlib
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -21,8 +20,6 @@ import torch
 import world
 from data import DIMENSIONS, INVALID, Vocabulary
 from flow import interpolate
-from real_data.disk_pairs import disk_data
-from real_data.toy_pairs import toy_pairs
 from real_data.video import write_gif, write_sheet
 from reward import accuracies_without_ties, accuracy_with_ties, accuracy_without_ties, load_reward
 from runtime.cli import BadInput, Parser, check_writable, pick_device, positive_int, progress_bar, run
@@ -118,29 +115,6 @@ def noisy_scores(reward, pairs, device, seed, times=(0.0, 0.2, 0.4, 0.6, 0.8, 0.
             t_all = torch.full((len(x0),), t, device=device)
             scores[t].append(torch.stack(reward(interpolate(x0, x1, t_all), t_all, y).cpu().chunk(2), 1))
     return {t: torch.cat(parts) for t, parts in scores.items()}
-
-
-def scored_pairs(args, config, words, device):
-    """Pairs, the total reward r (N, 2) of both clips of each, and the VideoReward that gave it (section 5.2).
-
-    Offline and once, as in the paper: clips of the twelve generators or of --data, none of the policy's own."""
-    if args.data:
-        reward = load_judge(args.reward, config, tuple(words)).to(device)
-        _, _, pairs, _ = disk_data(args, config, words, held_out=False)
-        scores = pair_scores(reward.normalised, pairs, device, progress_bar("VideoReward scores the pairs", "x64"))
-    else:
-        pairs, scores, reward = scored_toy_pairs(args.pairs, args.seed, config, tuple(words), args.reward, device)
-    weights = torch.tensor(args.align) / sum(map(abs, args.align))  # 1:1:1 is r = (r_VQ + r_MQ + r_TA) / 3
-    return pairs, scores @ weights, reward
-
-
-@lru_cache(maxsize=1)  # a study aligns many policies on the same pairs
-def scored_toy_pairs(count, seed, config, words, path, device):
-    """Toy pairs, VideoReward's z-scores of both clips of each (N, 2, 3), and that VideoReward."""
-    reward = load_judge(path, config, words).to(device)
-    pairs, _ = toy_pairs(count, ["train"], seed, config, Vocabulary(words))
-    bar = progress_bar("VideoReward scores the pairs", "x64 pairs")
-    return pairs, pair_scores(reward.normalised, pairs, device, bar), reward
 
 
 def load_judge(path, config, words):

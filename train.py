@@ -15,26 +15,28 @@ import copy
 import math
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from tqdm import tqdm
 
 import world
-from data import Vocabulary, draw_clips, draw_noise, drop_prompts, epoch_index, mean_one, other_prompts, step_rng, take
-from evaluate import alignment_table, load_judge, nrg_table, pretrain_table, reward_table, scored_pairs, study
+from data import Vocabulary, draw_noise, drop_prompts, epoch_index, mean_one, step_rng, take
+from evaluate import alignment_table, load_judge, nrg_table, pair_scores, pretrain_table, reward_table, study
 from flow import TIME_SHIFT, flow_error
 from flow_dpo import SCHEDULES, flow_dpo_step
 from flow_rwr import flow_rwr_step, rwr_weights
 from model import PRESETS, VideoTransformer, add_lora, freeze_trunk, load_velocity, merged_state_dict, share_trunk
 from nrg import noisy_pair_step, noisy_reward_on, noisy_value_step
 from real_data.disk_pairs import disk_data
-from real_data.generated import held_pairs, training_pairs
+from real_data.generated import ON_POLICY, held_pairs, mixed_pairs, training_pairs
+from real_data.toy_pairs import draw_clips, other_prompts
 from reward import LOSSES, VideoReward, counted, decided, reward_config, reward_step
 from runtime import distributed, flags, resume
-from runtime.cli import BadInput, run
+from runtime.cli import BadInput, progress_bar, run
 from runtime.distributed import accumulating, full_tensor, rank, reduce_logs, world_size
 
 # A flag left out takes its algorithm's value here; docs/paper.md has the paper's (Tables 10 and 11) and why.
@@ -222,9 +224,34 @@ def base_and_policy(args, device):
     return base.to(device).requires_grad_(False), policy.to(device), words  # adapters are drawn on the CPU
 
 
+def scored_pairs(args, config, words, device):
+    """Pairs, the total reward r (N, 2) of both clips of each, and the VideoReward that gave it, offline and once (5.2).
+    Clips are the twelve generators', --data's or, with --generated, the base model's."""
+    if args.data:
+        reward = load_judge(args.reward, config, tuple(words)).to(device)
+        _, _, pairs, _ = disk_data(args, config, words, held_out=False)
+        scores = pair_scores(reward.normalised, pairs, device, progress_bar("VideoReward scores", "x64 pairs"))
+    else:
+        wanted = args.pairs, args.seed, config, tuple(words), args.reward, device
+        pairs, scores, reward = scored_toy_pairs(*wanted, args.generated, args.init, args.cache)
+    weights = torch.tensor(args.align) / sum(map(abs, args.align))  # 1:1:1 is r = (r_VQ + r_MQ + r_TA) / 3
+    return pairs, scores @ weights, reward
+
+
+@lru_cache(maxsize=2)  # a study aligns many policies on the same pairs
+def scored_toy_pairs(count, seed, config, words, path, device, generated=0.0, init=None, cache=None):
+    """Toy pairs, VideoReward's z-scores of both clips of each (N, 2, 3), and that VideoReward."""
+    drawn = Namespace(generated=generated, init=init, cache=cache)
+    pairs = mixed_pairs(count, "train", seed, drawn, config, Vocabulary(words), device, labelled=False, **ON_POLICY)
+    reward = load_judge(path, config, words).to(device)
+    return pairs, pair_scores(reward.normalised, pairs, device, progress_bar("VideoReward scores", "x64 pairs")), reward
+
+
 def ranked(r):
     """Winners and losers (N', 2: pair, side) by total reward r (N, 2); equal rewards make no pair."""
     index = torch.nonzero(r[:, 0] != r[:, 1])[:, 0]
+    if not len(index):
+        raise BadInput("every pair has two equal rewards: nothing to align with; look at --reward and --align")
     side = (r[index, 1] > r[index, 0]).long()
     return torch.stack((index, side), 1), torch.stack((index, 1 - side), 1)
 

@@ -28,6 +28,7 @@ MODELS = {  # names, and settings of sample.sample
     "base-6steps": {"steps": 6},
 }
 MOST_CLIPS = 40  # of each prompt: 71 MB for the training prompts
+ON_POLICY = {"models": {"base": {}}, "most": 100}  # pairs to align on: all clips by what will be aligned, as it is
 NOISE_SEED = 50_000  # no other noise has seeds near it
 
 
@@ -59,9 +60,10 @@ def generated_clips(model, y, count, models, seed, cache, device):
     return kept
 
 
-def generated_pairs(count, splits, seed, path, config, cache, device, models=MODELS):
-    """As toy_pairs, of clips that a checkpoint's model generates for prompts of the named splits: `count` pairs without
-    labels, and the attributes (count, 3) of their prompts. BadInput unless its clips have the sizes of `config`."""
+def generated_pairs(count, splits, seed, path, config, cache, device, models=MODELS, most=MOST_CLIPS):
+    """As toy_pairs, of clips that a checkpoint's model generates for prompts of the named splits, at most `most` of
+    each: `count` pairs without labels, and the attributes (count, 3) of their prompts. BadInput unless its clips have
+    the sizes of `config`."""
     (model, words), rng = load_velocity(path), step_rng(seed, 0)
     if model.config.video_shape != config.video_shape:
         raise BadInput(
@@ -70,7 +72,7 @@ def generated_pairs(count, splits, seed, path, config, cache, device, models=MOD
         )
     prompts = world.split_prompts(*splits)
     prompts = prompts[torch.randperm(len(prompts), generator=rng)[:count]]
-    each = min(MOST_CLIPS, max(2, len(models), math.ceil(2 * count / len(prompts))))
+    each = min(most, max(2, len(models), math.ceil(2 * count / len(prompts))))
     which = torch.randint(len(prompts), (count,), generator=rng)
     first = torch.randint(each, (count,), generator=rng)
     second = (first + torch.randint(1, each, (count,), generator=rng)) % each
@@ -104,22 +106,24 @@ def join_pairs(first, second):
     return Pairs(clips=clips, **{n: torch.cat(values) for n, values in both.items() if values[0] is not None})
 
 
-def kinds_of_pairs(count, split, seed, args, config, vocabulary, device, labelled=True):
-    """{kind: pairs}, annotated or not: a share of args.generated compares clips of the base model args.init."""
+def kinds_of_pairs(count, split, seed, args, config, vocabulary, device, labelled=True, **sampled):
+    """{kind: pairs}, annotated or not: a share of args.generated compares clips of the base model args.init, `sampled`
+    as generated_pairs takes it."""
     generated, drawn = round(args.generated * count), {}
     if count > generated:
         drawn["rendered"] = toy_pairs(count - generated, [split], seed, config, vocabulary)
     if generated:
-        drawn["generated"] = generated_pairs(generated, [split], seed, args.init, config, args.cache, device)
+        where = args.init, config, args.cache, device
+        drawn["generated"] = generated_pairs(generated, [split], seed, *where, **sampled)
     if not labelled:
         return {kind: pairs for kind, (pairs, _) in drawn.items()}
     bar = progress_bar("annotators look at the pairs", "x64 pairs")
     return {kind: annotate_pairs(*pairs_and_prompts, seed, bar) for kind, pairs_and_prompts in drawn.items()}
 
 
-def mixed_pairs(count, split, seed, args, config, vocabulary, device, labelled=True):
-    """The same as one set: the rendered ones first."""
-    return reduce(join_pairs, kinds_of_pairs(count, split, seed, args, config, vocabulary, device, labelled).values())
+def mixed_pairs(*wanted, **settings):
+    """The pairs of kinds_of_pairs as one set, the rendered ones first."""
+    return reduce(join_pairs, kinds_of_pairs(*wanted, **settings).values())
 
 
 def training_pairs(args, config, vocabulary, device, labelled=True):

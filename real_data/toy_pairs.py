@@ -1,5 +1,7 @@
-"""The toy's preference pairs (section 3.1): rendered clips of twelve generators, and what annotators say of pairs.
+"""What the toy hands out: prompts, clips of twelve generators to pretrain on, and preference pairs (section 3.1), with
+what annotators say of them.
 
+draw_clips         one generator's clips each, not rendered yet
 draw_pairs         two generators' clips of one prompt, not rendered yet
 toy_pairs          the same as Pairs, rendered when they are asked for, without labels
 annotate_pairs     any pairs of clips of toy prompts, looked at by three annotators and a reviewer
@@ -10,7 +12,33 @@ from dataclasses import replace
 import torch
 
 import world
-from data import Pairs, draw_prompts
+from data import Pairs
+
+
+def draw_prompts(count, splits, rng):
+    """Attributes (count, 3) of prompts of the named splits."""
+    prompts = world.split_prompts(*splits)
+    return prompts[torch.randint(len(prompts), (count,), generator=rng)]
+
+
+def draw_clips(count, config, vocabulary, rng):
+    """Clips of all twelve generators to pretrain on, not rendered yet, and their prompts y (count, S)."""
+    prompt = draw_prompts(count, ("train", "validation"), rng)
+    generator = torch.randint(len(world.GENERATORS), (count,), generator=rng)
+    clips = world.draw_clips(prompt, generator, rng, config.frames)
+    return clips, vocabulary.encode_attributes(prompt, config.max_text)
+
+
+def other_prompts(y, vocabulary, rng):
+    """For each toy prompt of y (B, S) one with another colour, shape or direction; real prompts change places."""
+    if vocabulary.open:
+        return y.roll(1, 0)
+    which = torch.randint(3, (len(y), 1), generator=rng)
+    for kind, words in enumerate((world.COLOURS, world.SHAPES, world.DIRECTIONS)):
+        first, count = vocabulary.ids[next(iter(words))], len(words)  # ids of a kind follow each other
+        changed = first + (y - first + torch.randint(1, count, (len(y), 1), generator=rng)) % count
+        y = torch.where((which == kind) & (y >= first) & (y < first + count), changed, y)
+    return y
 
 
 def draw_pairs(count, splits, seed, frames):

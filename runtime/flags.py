@@ -74,7 +74,7 @@ def training_flags(argv, defaults, presets, losses, schedules):
     add(
         "--generated",
         type=fraction,
-        help="share of the toy pairs that compare clips of the base model --init (default: reward 0.5, nrg 0)",
+        help="share of the toy pairs that compare clips of the model --init (default: reward 0.5, others 0)",
     )
     add("--loss", choices=losses, default="btt", help="reward: with ties, without, or on ratings (3.2)")
     add("--tokens", choices=("separate", "shared"), default="separate", help="reward: one a score, or one")

@@ -2,35 +2,50 @@
 
 Sweep: Flow-DPO with both schedules over a range of beta, aligned 1:1:1, judged on the standard and the hard set.
 
-Long run: five times the default length on the same pairs, with the score by VideoReward and the true score on the way,
-against the drift from the reference, |v - v_ref|^2 on the training batches. Where the learned score rises and the true
-one falls, the policy has learned the reward's mistakes. The paper could not draw this curve: it needs the truth.
+Long run: every method for five times the default length on the same pairs, with the score by VideoReward and the true
+score on the way, against the drift from the base model, |v - v_ref|^2 on clips and noise that are the same for all.
+Beside them best of n, whose drift is a KL divergence. Where the learned score rises and the true one falls, the policy
+has learned the reward's mistakes. The paper could not draw these curves: they need the truth.
 """
 
-import json
+import math
 from functools import partial
 
+import torch
+
 import train
-from data import DIMENSIONS
-from evaluate import mean_and_spread
-from runtime.checkpoint import load_checkpoint
-from studies.jobs import JUDGES, METHODS, base_scores, judge, rows_of, settings_for
+import world
+from data import DIMENSIONS, Vocabulary, draw_noise, step_rng
+from evaluate import NOISE_SEED, mean_and_spread, over_seeds
+from flow import TIME_SHIFT, interpolate
+from model import load_velocity
+from real_data.toy_pairs import draw_clips
+from runtime.checkpoint import WEIGHTS, load_checkpoint
+from studies.jobs import BEST_OF, JUDGES, METHODS, base_scores, best_of, judge, rows_of, settings_for
 from studies.report.charts import Chart
 from studies.report.tables import Table, plus_minus
 from world import TRUE_MEAN, TRUE_STD
 
 BETAS = (10, 30, 100, 300, 1000, 3000)  # the paper's: 100 to 8000
 SCHEDULES = ("dpo-constant", "dpo-schedule")
+LONG = (*SCHEDULES, "sft", "rwr")
 SETS = {"standard": 128, "hard": 96}
 CFGS = (1.0,)
+DRIFT_CLIPS = 256
 NAMES = (*DIMENSIONS, *(f"{n}_score" for n in DIMENSIONS))
 LENGTHS = (0.25, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0)  # of the default number of steps
 
 
-def drift(out, last=50):
-    """Mean drift over the last steps in a run's log."""
-    lines = (out / "metrics.jsonl").read_text().splitlines()[-last:]
-    return sum(json.loads(line)["drift"] for line in lines) / len(lines)
+@torch.no_grad()
+def drift(path, device):
+    """Mean |v - v_ref|^2 of a checkpoint against the base model, on rendered clips at times as in training."""
+    (policy, words), (base, _) = load_velocity(path), load_velocity(WEIGHTS / "base.pt")
+    config, rng = base.config, step_rng(NOISE_SEED, 1)
+    clips, y = draw_clips(DRIFT_CLIPS, config, Vocabulary(words), rng)
+    noise = draw_noise(DRIFT_CLIPS, config.video_shape, TIME_SHIFT, rng)
+    x_t = interpolate(world.render(clips, config.size), noise["x1"], noise["t"])
+    inputs = [value.to(device) for value in (x_t, noise["t"], y)]
+    return (policy.to(device)(*inputs) - base.to(device)(*inputs)).square().mean().item()
 
 
 def swept(method, beta, seed, args, device):
@@ -38,7 +53,9 @@ def swept(method, beta, seed, args, device):
     settings = settings_for([*METHODS[method], f"--beta={beta}", f"--seed={seed}"], out, args)
     train.train(train.TASKS["dpo"](settings, device), settings, device)
     scores, base = judge(out / "last.pt", args, device, SETS, CFGS), base_scores(args, device, SETS, CFGS)
-    return rows_of(scores, base, study="sweep", method=method, beta=beta, seed=seed, drift=drift(out))
+    return rows_of(
+        scores, base, study="sweep", method=method, beta=beta, seed=seed, drift=drift(out / "last.pt", device)
+    )
 
 
 def long_run(method, seed, args, device):
@@ -46,13 +63,27 @@ def long_run(method, seed, args, device):
     out = args.work / "beta" / f"{method}-long-{seed}"
     settings = settings_for([*METHODS[method], f"--seed={seed}"], out, args)
     default, base, rows, state = settings.steps, base_scores(args, device, SETS, CFGS), [], None
-    task = train.TASKS["dpo"](settings, device)
+    task = train.TASKS[settings.algo](settings, device)
     for length in LENGTHS:
         settings.steps = max(1, round(default * length))
         train.train(task, settings, device, state)
         state = load_checkpoint(out / "last.pt")
         scores = judge(out / "last.pt", args, device, SETS, CFGS)
-        facts = {"study": "long", "method": method, "steps": settings.steps, "seed": seed, "drift": drift(out)}
+        facts = {
+            "study": "long",
+            "method": method,
+            "steps": settings.steps,
+            "seed": seed,
+            "drift": drift(out / "last.pt", device),
+        }
+        rows += rows_of(scores, base, **facts)
+    return rows
+
+
+def picked(seed, args, device):
+    base, rows = base_scores(args, device, SETS, CFGS), []
+    for n, scores in best_of(seed, args, device, SETS, (1.0, 1.0, 1.0)).items():
+        facts = {"study": "best", "method": "best-of-n", "steps": n, "seed": seed, "drift": math.log(n) - (n - 1) / n}
         rows += rows_of(scores, base, **facts)
     return rows
 
@@ -64,8 +95,10 @@ def folder(args):
 def jobs(args, device):
     made = {}
     for seed in range(args.seeds):
-        for method in SCHEDULES:
+        made[f"best-of-{seed}"] = partial(picked, seed, args, device)
+        for method in LONG:
             made[f"{method}-long-{seed}"] = partial(long_run, method, seed, args, device)
+        for method in SCHEDULES:
             for beta in BETAS:
                 made[f"{method}-{beta}-{seed}"] = partial(swept, method, beta, seed, args, device)
     return made
@@ -92,7 +125,8 @@ def report(args, rows):
 
     steps = sorted({row["steps"] for row in rows if row["study"] == "long"})
     tables = [table(f"{m}: sweep", "beta", BETAS, "beta", study="sweep", method=m) for m in SCHEDULES]
-    tables += [table(f"{m}: long run", "steps", steps, "steps", study="long", method=m) for m in SCHEDULES]
+    tables += [table(f"{m}: long run", "steps", steps, "steps", study="long", method=m) for m in LONG]
+    tables.append(table("best of n", "n", BEST_OF, "steps", study="best"))
 
     sweeps, runs = [], []
     for name in SETS:
@@ -102,15 +136,22 @@ def report(args, rows):
                 points = curve("TA", "beta", BETAS, study="sweep", method=method, judge=by, set=name)
                 series.append((method, BETAS, *zip(*points)))
             sweeps.append(Chart(f"TA, {name} set, {by}", series, "beta", "win rate", log=True, level=0.5))
-    for method in SCHEDULES:
-        wanted = {"study": "long", "method": method, "set": "standard"}
-        away = [mean for mean, _ in curve("drift", "steps", steps, judge="oracle", **wanted)]
-        for i, name in enumerate(DIMENSIONS):
-            learned = [m for m, _ in curve(f"{name}_score", "steps", steps, judge="videoreward", **wanted)]
-            true = [m for m, _ in curve(f"{name}_score", "steps", steps, judge="oracle", **wanted)]
-            true = [(value - TRUE_MEAN[i].item()) / TRUE_STD[i].item() for value in true]
-            series = [("videoreward", away, learned, None), ("oracle", away, true, None)]
-            runs.append(Chart(f"{method}: {name}", series, "drift from the reference", "z-score"))
+    figure, together = partial(over_seeds, rows, set="standard"), []
+
+    def score(by, **wanted):  # of the three dimensions as z-scores
+        means = torch.tensor([figure(f"{n}_score", judge=by, **wanted)[0] for n in DIMENSIONS])
+        return ((means - TRUE_MEAN) / TRUE_STD if by == "oracle" else means).mean().item()
+
+    for method in (*LONG, "best-of-n"):
+        lengths, x = (BEST_OF[1:], "KL") if method == "best-of-n" else (steps, "drift")
+        ways = [{"method": "best-of-n", "steps": 1}]  # the base model
+        ways += [{"method": method, "steps": n, "study": "best" if x == "KL" else "long"} for n in lengths]
+        away = [figure("drift", judge="oracle", **way)[0] for way in ways]
+        scores = {by: [score(by, **way) for way in ways] for by in JUDGES}
+        series = [(by, away, scores[by], None) for by in JUDGES]
+        runs.append(Chart(method, series, f"{x} from the base model", "mean z-score"))
+        together.append((method, scores["videoreward"], scores["oracle"], None))
+    runs.append(Chart("the truth by what VideoReward says", together, "VideoReward's z-score", "true z-score"))
     return {
         "rows": rows,
         "title": "Choosing beta on the toy world",

@@ -34,6 +34,7 @@ SETS = {"large": 256}
 TABLE_5 = ((0, 0, 1), (0.1, 0.1, 0.8), (0.1, 0.1, 0.6), (0.5, 0.5, 0), (1, 1, 1))
 RISING = (0.5, 1, 2)
 SCALES = (0.25, 0.5, 2, 4)  # times the default
+HIGHEST = (0.8, 0.95, 1.0)  # t that is guided, beside the default
 TOLD_BY = ("noised", "trained trunk")
 VARIANTS = {
     "noised": [],
@@ -93,6 +94,7 @@ def steered_rows(variant, seed, args, device):
     def add(study, weights, method=None, **settings):
         scores = guided(reward, weights, args, device, clean=variant == "clean", **settings)
         facts = {"study": study, "method": method or name_of(weights), "variant": variant, "seed": seed}
+        facts["highest"] = settings.get("interval", NRG_INTERVAL)[1]
         rows.extend(rows_of(scores, base, **facts, scale=settings.get("scale", NRG_SCALE)))
 
     if variant != "noised":
@@ -106,7 +108,8 @@ def steered_rows(variant, seed, args, device):
             add("one", tuple(weight * (i == k) for k in range(3)))
     for factor in SCALES:
         add("scale", (1, 1, 1), scale=factor * NRG_SCALE)
-    add("interval", (1, 1, 1), interval=(0.0, 1.0))
+    for highest, weights in product(HIGHEST, ((1, 1, 1), (0, 0, 1))):
+        add("interval", weights, interval=(0.0, highest))
     add("on top", (1, 1, 1), "cfg+nrg-1:1:1", cfg=CFG)
     dpo = args.work / "nrg" / f"dpo-{seed}"
     settings = settings_for([f"--seed={seed}"], dpo, args)
@@ -163,13 +166,12 @@ def jobs(args, device):
 
 def report(args, rows):
     figure = partial(over_seeds, rows)
-    variants = [name for name in VARIANTS if any(row.get("variant") == name for row in rows)]
 
     def cells(columns, **wanted):
         return [plus_minus(figure(column, **wanted)) for column in columns]
 
-    scores = [*(f"{n}_score" for n in DIMENSIONS), *ATTRIBUTES]
-    columns = [*(f"{by} {n}" for by in (*JUDGES, "true") for n in DIMENSIONS), *ATTRIBUTES]
+    scores = [*(f"{n}_score" for n in DIMENSIONS), "TA_ceiling", "TA_share", *ATTRIBUTES]
+    columns = [*(f"{by} {n}" for by in (*JUDGES, "true") for n in DIMENSIONS), "TA ceiling", "TA share", *ATTRIBUTES]
 
     def table(title, wanted_of):
         rows = []
@@ -185,10 +187,17 @@ def report(args, rows):
     sweep = {f"scale {f * NRG_SCALE:g}": {"study": "scale", "scale": f * NRG_SCALE} for f in SCALES}
     sweep[f"scale {NRG_SCALE:g}"] = {"study": "weights", "method": "nrg-1:1:1"}
     tables.append(table("Scale, 1:1:1", dict(sorted(sweep.items(), key=lambda item: float(item[0].split()[1])))))
-    ways = {f"t up to {NRG_INTERVAL[1]:g}": sweep[f"scale {NRG_SCALE:g}"], "every t": {"study": "interval"}}
-    tables.append(table("Interval, 1:1:1", ways))
+    ways = {}
+    for weights, highest in product(((1, 1, 1), (0, 0, 1)), sorted((*HIGHEST, NRG_INTERVAL[1]))):
+        study = "weights" if highest == NRG_INTERVAL[1] else "interval"
+        ways[f"{name_of(weights)}, t up to {highest:g}"] = {
+            "study": study,
+            "method": name_of(weights),
+            "highest": highest,
+        }
+    tables.append(table("Interval", ways))
     kinds = {}
-    for variant in variants:
+    for variant in VARIANTS:
         for weights in ((1, 1, 1), (0, 1, 0), (0, 0, 1)):
             study = "reward" if variant != "noised" else "one" if weights == (0, 1, 0) else "weights"
             wanted = {"study": study, "variant": variant, "method": name_of(weights)}
@@ -206,7 +215,7 @@ def report(args, rows):
     times = sorted({row["t"] for row in rows if row["study"] == "accuracy"})
     curves = {
         (variant, n): [figure(n, study="accuracy", variant=variant, t=t) for t in times]
-        for variant, n in product(variants, DIMENSIONS)
+        for variant, n in product(VARIANTS, DIMENSIONS)
     }
     lines = [[f"{variant}, {n}", *map(plus_minus, curve)] for (variant, n), curve in curves.items()]
     title = "Pair accuracy of the reward by noise (unseen prompts, without ties)"
@@ -225,7 +234,7 @@ def report(args, rows):
         for name in ATTRIBUTES
     ]
 
-    series = [(n, times, *zip(*curves["noised", n])) for n in DIMENSIONS if times and "noised" in variants]
+    series = [(n, times, *zip(*curves["noised", n])) for n in DIMENSIONS if times]
     charts = [Chart("pair accuracy", series, "t", "accuracy", level=0.5)]
     for by in JUDGES:
         factors = sorted((*SCALES, 1))
@@ -240,7 +249,9 @@ def report(args, rows):
         "introduction": [
             f"Win rates over the unguided base model on the same {SETS['large']} prompts and noise, CFG 1 unless said,",
             f"and mean true scores; mean ± sd over {args.seeds} rewards. Scale {scale:g}, eps {eps:g}, guided for",
-            f"t from {low:g} to {high:g}. colour, shape, direction: the share of clips that have the right one.",
+            f"t from {low:g} to {high:g}. TA ceiling: the most that can be won, as base clips that have all of their",
+            "prompt right are at best equalled; TA share: how much of the way there from .5 is gone. colour, shape,",
+            "direction: the share of clips that have the right one.",
         ],
         "tables": tables,
         "pictures": {"nrg": charts, "observer": audits},

@@ -132,7 +132,10 @@ METHODS = {
     "rwr": ["--algo", "rwr"],
     "dpo-schedule": ["--algo", "dpo", "--schedule", "(1-t)^2"],
     "dpo-constant": ["--algo", "dpo"],
+    "dpo-own-clips": ["--algo", "dpo", "--generated", "1"],
 }
+BEST_OF = (1, 2, 4, 8, 16)
+ALL_RIGHT = 0.999  # of a true TA
 ALIGNED = {"1:1:1": "1,1,1", "TA only": "0,0,1"}
 SETS = {"standard": 256, "hard": 96, "large": 512}
 CFGS = (1.0, CFG)
@@ -148,17 +151,17 @@ def prompts_of(name, count):
     return prompt_set(count, *{"standard": ("train", "validation"), "hard": ("hard",)}[name])
 
 
-def judge(checkpoint, args, device, sets, cfgs, steered=lambda model: (model, None)):
+def judge(checkpoint, args, device, sets, cfgs, steered=lambda model: (model, None), seed=NOISE_SEED):
     """Samples of a checkpoint on each set and CFG, judged: {"set cfg": {"oracle" (N, 3), "videoreward" (N, 3),
-    "right" (N, 3), "quality" (N,)}}. steered: model -> what to sample with, a velocity model and a guidance."""
+    "right" (N, 3), "quality" (N,)}}. steered: model -> what to sample with, a velocity model and a guidance; seed: of
+    the noise."""
     model, words = load_velocity(checkpoint)
     reward, reward_words = load_reward(WEIGHTS / "reward.pt")
     (model, guidance), reward, scores = steered(model.to(device)), reward.to(device), {}
     for i, (name, count) in enumerate(sets.items()):
         prompts = prompts_of(name, min(count, args.eval_prompts or count))
         for cfg in cfgs:
-            noise = NOISE_SEED + i
-            videos = sample_prompts(model, words, prompts, noise, device, cfg=cfg, guidance=guidance)
+            videos = sample_prompts(model, words, prompts, seed + i, device, cfg=cfg, guidance=guidance)
             scores[f"{name} {cfg:g}"] = {
                 "oracle": world.oracle(videos, prompts),
                 "videoreward": learned_scores(reward, reward_words, videos, prompts, device),
@@ -181,15 +184,34 @@ def base_scores(args, device, sets, cfgs):
     return torch.load(kept, weights_only=True)
 
 
+def best_of(seed, args, device, sets, weights):
+    """{n: `judge` of the base model at CFG 1, of n clips of each prompt the one that VideoReward likes best}. The first
+    is the one that every other method is compared with. weights: of VQ, MQ and TA."""
+    base = base_scores(args, device, sets, (1.0,))
+    others = [100_000 * (seed + 1) + 100 * i for i in range(1, max(BEST_OF))]  # far from all other noise
+    each = [base, *(judge(WEIGHTS / "base.pt", args, device, sets, (1.0,), seed=noise) for noise in others)]
+    picked = {}
+    for n in BEST_OF:
+        picked[n] = {}
+        for key in base:
+            scores = {name: torch.stack([clips[key][name] for clips in each[:n]]) for name in base[key]}  # (n, N, ...)
+            best = (scores["videoreward"] @ torch.tensor(weights)).argmax(0)  # (N,)
+            picked[n][key] = {name: value[best, torch.arange(len(best))] for name, value in scores.items()}
+    return picked
+
+
 def rows_of(scores, base, **facts):
-    """Table rows, one for each set, CFG and judge."""
+    """Table rows, one for each set, CFG and judge. TA_ceiling is the most that can be won in true TA, as a clip that
+    has all of its prompt right is at best equalled; TA_share is how much of the way there from one half is gone."""
     rows = []
     for key, here in scores.items():
         name, cfg = key.split()
+        ceiling = 1 - (base[key]["oracle"][:, DIMENSIONS.index("TA")] >= ALL_RIGHT).float().mean().item() / 2
         for by in JUDGES:
             wins, mean = win_rate(here[by], base[key][by]).tolist(), here[by].mean(0).tolist()
             row = {**facts, "set": name, "cfg": float(cfg), "judge": by, **dict(zip(DIMENSIONS, wins))}
             row |= {f"{n}_score": value for n, value in zip(DIMENSIONS, mean)}
+            row |= {"TA_ceiling": ceiling, "TA_share": (row["TA"] - 0.5) / max(ceiling - 0.5, 1e-6)}
             row |= dict(zip(ATTRIBUTES, here["right"].mean(0).tolist())) | {"quality": here["quality"].mean().item()}
             rows.append(row)
     return rows

@@ -124,6 +124,9 @@ def run_study(study, tmp_path, monkeypatch):
     monkeypatch.setattr(beta, "SETS", {"standard": 3, "hard": 2})
     monkeypatch.setattr(beta, "BETAS", (1000,))
     monkeypatch.setattr(beta, "LENGTHS", (0.5, 1.0))
+    monkeypatch.setattr(beta, "DRIFT_CLIPS", 2)
+    for module in (align, beta, jobs):
+        monkeypatch.setattr(module, "BEST_OF", (1, 2))
     flags = [study, "--seeds", "1", "--steps", "2", "--eval-pairs", "10", "--device", "cpu"]
     flags += ["--out", str(tmp_path / "results"), "--work", str(tmp_path / "work")]
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *flags])
@@ -136,8 +139,11 @@ def test_align_study_from_end_to_end(tmp_path, monkeypatch):
     monkeypatch.setattr(align, "CFGS", (1.0,))
     monkeypatch.setattr(align, "ALIGNED", {"1:1:1": "1,1,1"})
     rows, text = run_study("align", tmp_path, monkeypatch)
-    assert len(rows) == (1 + 4) * 3 * 2  # base and four methods; sets; judges
-    assert {row["method"] for row in rows} == {"base", "sft", "rwr", "dpo-constant", "dpo-schedule"}
+    trained = [row for row in rows if not row["method"].startswith("best")]
+    assert len(trained) == (1 + 5) * 3 * 2 and len(rows) == len(trained) + 2 * 2  # base and five methods; sets; judges
+    assert {row["method"] for row in trained} == {"base", "sft", "rwr", "dpo-constant", "dpo-schedule", "dpo-own-clips"}
+    best = {row["method"]: row["drift"] for row in rows if row["method"].startswith("best")}
+    assert best == {"best-of-1": 0, "best-of-2": pytest.approx(math.log(2) - 0.5)}
     base = [row for row in rows if row["method"] == "base"]
     assert all(row[name] == 0.5 for row in base for name in ("VQ", "MQ", "TA"))  # a draw with itself
     assert "Table 3" in text and "| constant beta above (1-t)^2 in TA, 1:1:1 |" in text
@@ -156,7 +162,9 @@ def test_beta_study_from_end_to_end(tmp_path, monkeypatch):
     shown = lines_of(tmp_path / "results" / "beta_sweep.svg")
     assert shown == {f"TA, {n} set, {by}": methods for n in ("standard", "hard") for by in ("oracle", "videoreward")}
     shown = lines_of(tmp_path / "results" / "beta_long.svg")
-    assert shown == {f"{m}: {name}": ["videoreward", "oracle"] for m in methods for name in ("VQ", "MQ", "TA")}
+    every = [*methods, "sft", "rwr", "best-of-n"]
+    assert shown.pop("the truth by what VideoReward says") == every
+    assert shown == dict.fromkeys(every, ["oracle", "videoreward"])
 
 
 def test_nrg_study_from_end_to_end(tmp_path, monkeypatch):
@@ -164,6 +172,7 @@ def test_nrg_study_from_end_to_end(tmp_path, monkeypatch):
     monkeypatch.setattr(guidance, "TABLE_5", ((0, 0, 1), (1, 1, 1)))
     monkeypatch.setattr(guidance, "RISING", (1,))
     monkeypatch.setattr(guidance, "SCALES", (2,))
+    monkeypatch.setattr(guidance, "HIGHEST", (1.0,))
     monkeypatch.setattr(observer, "KNOWN", 96)
     monkeypatch.setattr(observer, "LEARNED", 96)
     rows, text = run_study("nrg", tmp_path, monkeypatch)

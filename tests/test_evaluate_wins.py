@@ -62,8 +62,8 @@ def ranked_clips(monkeypatch):
     """(judge, count) -> winners and losers by `judge` of toy pairs: (videos, prompts, generators) each."""
 
     def ranked(judge, count):
-        monkeypatch.setattr(evaluate, "load_judge", lambda path, config, words: judge)
-        label = evaluate.scored_toy_pairs.__wrapped__
+        monkeypatch.setattr(train, "load_judge", lambda path, config, words: judge)
+        label = train.scored_toy_pairs.__wrapped__
         pairs, scores, _ = label(count, 0, CONFIG, tuple(TOY_WORDS), None, torch.device("cpu"))
         _, prompt = toy_pairs(count, ["train"], 0, CONFIG, Vocabulary())
         sides = train.ranked(scores.mean(2))
@@ -101,3 +101,5 @@ def test_ranking_by_hand():
     better, worse = train.ranked(total)
     assert better.tolist() == [[0, 1], [1, 0], [3, 0]]  # the draw is no pair
     assert worse.tolist() == [[0, 0], [1, 1], [3, 1]]
+    with pytest.raises(BadInput, match="two equal rewards"):
+        train.ranked(torch.ones(4, 2))

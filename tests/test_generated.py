@@ -156,6 +156,24 @@ def test_what_the_noise_aware_reward_trains_on_is_generated_where_the_flag_says_
         assert (clips.std((2, 3, 4)).amax(1) == 0).sum() == count  # clips of clip_of have one colour
 
 
+@pytest.mark.parametrize("algo", ["dpo", "sft"])
+def test_an_alignment_takes_clips_of_its_own_start_where_the_flag_says_so(tiny, tmp_path, monkeypatch, algo):
+    calls = []
+
+    def sample_many(model, x1, y, progress, **settings):  # clips of one colour each
+        calls.append(settings)
+        return x1.mean((2, 3, 4), keepdim=True).expand_as(x1)
+
+    monkeypatch.setattr(generated, "sample_many", sample_many)
+    for share, count in ((0, 0), (1, 8)):
+        _, task = tiny(f"--algo={algo}", f"--generated={share}", f"--cache={tmp_path / 'clips'}", "--pairs=8")
+        batch = task.batch(0, slice(0, 8))
+        clips = batch["x0_w" if algo == "dpo" else "x0"]
+        assert (clips.std((2, 3, 4)).amax(1) == 0).sum() == count * (1 if algo == "dpo" else 2)
+        assert splits_of(batch["y"]) == {"train"}
+    assert calls == [{}]  # as it samples by itself
+
+
 def test_joined_pairs_keep_their_clips_and_labels(tmp_path, sampled):
     path, _ = sampled
     rendered, made = annotated_pairs(10, ["train"], 0, CONFIG, Vocabulary()), pairs_of(path, tmp_path, 6)

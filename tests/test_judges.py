@@ -20,7 +20,7 @@ from data import DIMENSIONS, INVALID, Pairs, Vocabulary
 from evaluate import alignment_table, learned_scores, over_seeds, pair_scores, score_table, win_rate
 from model import VideoTransformer, load_velocity
 from reward import RewardConfig, VideoReward
-from studies import align, guidance, jobs, observer, reward_model
+from studies import align, beta, guidance, jobs, observer, reward_model
 
 tiny = wired.tiny
 
@@ -230,9 +230,9 @@ def test_pairs_and_samples_are_scored_by_the_checkpoints_own_z_scores(tiny, tmp_
     wired.save(VideoTransformer(CONFIG), "velocity", tmp_path / "base.pt")
     flags = [f"--init={tmp_path / 'base.pt'}", f"--reward={tmp_path / 'reward.pt'}", "--pairs=70", "--align=1,-1,2"]
     args = train.arguments(flags)
-    evaluate.scored_toy_pairs.cache_clear()
+    train.scored_toy_pairs.cache_clear()
     words = Vocabulary().words
-    pairs, r, judge = evaluate.scored_pairs(args, CONFIG, words, CPU)
+    pairs, r, judge = train.scored_pairs(args, CONFIG, words, CPU)
     y, clips, _ = wired.same_pairs(args)
     with torch.no_grad():
         z = torch.stack([(reward(clips[:, s], y) - reward.mean) / reward.std for s in (0, 1)], 1)
@@ -274,7 +274,64 @@ def test_rows_count_wins_of_the_policy_over_the_base():
     assert [learned[n] for n in DIMENSIONS] == [0.5, 1.0, 0.75] and learned["judge"] == "videoreward"
     assert [by_oracle[f"{n}_score"] for n in DIMENSIONS] == pytest.approx([1.0, 0.2, 0.0])
     assert by_oracle["set"] == "hard" and by_oracle["cfg"] == 1.0 and by_oracle["seed"] == 4
+    # both base clips have all of their prompt right: at best equalled
+    assert by_oracle["TA_ceiling"] == learned["TA_ceiling"] == 0.5
     assert [by_oracle[n] for n in ("colour", "shape", "direction", "quality")] == [1.0, 0.0, 1.0, 0.25]
+
+
+def test_possible_wins_in_ta_leave_out_what_the_base_has_right():
+    base = {"hard 1": judged([[0.0, 0.0, ta] for ta in (1.0, 0.6, 0.3, 0.3)], [[0.0] * 3] * 4)}
+    policy = {"hard 1": judged([[0.0, 0.0, ta] for ta in (1.0, 1.0, 1.0, 0.0)], [[0.0] * 3] * 4)}
+    row, _ = jobs.rows_of(policy, base)
+    # a draw, two wins, a defeat: 2.5 of 4; with every prompt right a draw and three wins, 3.5 of 4
+    assert row["TA"] == 0.625 and row["TA_ceiling"] == 0.875 and row["TA_share"] == pytest.approx(0.125 / 0.375)
+
+
+def test_best_of_n_is_what_videoreward_likes_best_of_the_first_n(monkeypatch):
+    # one prompt; clips 0 to 15 have VideoReward's VQ 0, 1, ... and MQ 0, -3, -6, ...; the oracle says their number
+    def clip(number):
+        return {"standard 1": judged([[float(number)] * 3], [[float(number), -3.0 * number, 0.0]])}
+
+    seeds = []
+
+    def judge(path, args, device, sets, cfgs, seed):
+        seeds.append(seed)
+        assert path == jobs.WEIGHTS / "base.pt" and cfgs == (1.0,)
+        return clip(len(seeds))
+
+    monkeypatch.setattr(jobs, "judge", judge)
+    monkeypatch.setattr(jobs, "base_scores", lambda *args: clip(0))
+    picked = jobs.best_of(2, None, CPU, {"standard": 1}, [1.0, 0.0, 0.0])
+    assert {n: scores["standard 1"]["oracle"][0, 0].item() for n, scores in picked.items()} == {
+        1: 0,
+        2: 1,
+        4: 3,
+        8: 7,
+        16: 15,
+    }
+    assert len(set(seeds)) == 15 and min(seeds) > 10_000
+    picked = jobs.best_of(2, None, CPU, {"standard": 1}, [1.0, 1.0, 0.0])
+    assert all(scores["standard 1"]["oracle"][0, 0] == 0 for scores in picked.values())
+
+
+def test_drift_is_the_mean_square_between_two_models(monkeypatch, tmp_path):
+    base, words = load_velocity(jobs.WEIGHTS / "base.pt")
+    monkeypatch.setattr(beta, "DRIFT_CLIPS", 4)
+    assert beta.drift(jobs.WEIGHTS / "base.pt", CPU) == 0
+    shown = {"base.pt": 0.0, "other.pt": 0.5}
+    monkeypatch.setattr(beta, "load_velocity", lambda path: (Constant(base.config, shown[path.name]), words))
+    assert beta.drift(tmp_path / "other.pt", CPU) == 0.25
+
+
+class Constant(torch.nn.Module):
+    """A velocity model that says the same everywhere."""
+
+    def __init__(self, config, value):
+        super().__init__()
+        self.config, self.value = config, value
+
+    def forward(self, x_t, t, y):
+        return torch.full_like(x_t, self.value)
 
 
 def test_a_checkpoint_is_judged_by_both_on_its_own_samples(monkeypatch):
@@ -318,19 +375,24 @@ def test_what_is_found_of_alignment_is_what_the_rows_say():
         "rwr": (0.52, 0.5, 0.5),
         "dpo-constant": (0.9, 0.8, 0.7),
         "dpo-schedule": (0.8, 0.7, 0.4),
+        "dpo-own-clips": (0.9, 0.9, 0.9),
+        **{f"best-of-{n}": (0.4, 0.4, 0.4) for n in jobs.BEST_OF},
     }
     quality = {"base": 0.8, **dict.fromkeys(papers, 0.7)}
     said = answers(align.findings(partial(over_seeds, alignment_rows(papers, quality))))
-    assert said == [{"yes"}] * 9
+    assert said == [{"yes"}] * 13
     against = {
         "sft": (0.9, 0.9, 0.9),
         "rwr": (0.7, 0.6, 0.7),
         "dpo-constant": (0.5, 0.4, 0.3),
         "dpo-schedule": (0.4, 0.3, 0.6),
+        "dpo-own-clips": (0.4, 0.3, 0.6),
+        **{f"best-of-{n}": (0.5, 0.5, 0.9) for n in jobs.BEST_OF[:-1]},
+        "best-of-16": (0.95, 0.95, 0.95),
     }
     quality = {"base": 0.6, **dict.fromkeys(papers, 0.5), "rwr": 0.7}
     said = answers(align.findings(partial(over_seeds, alignment_rows(against, quality))))
-    assert said == [{"no"}] * 9
+    assert said == [{"no"}] * 13
 
 
 def reward_rows(high, low):

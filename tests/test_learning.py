@@ -14,9 +14,9 @@ from wired import BATCH, CONFIG, CPU, Brightness, find, noticeable, same_pairs, 
 
 import train
 import world
-from data import Vocabulary, other_prompts
+from data import Vocabulary
 from model import load_velocity
-from real_data.toy_pairs import annotated_pairs
+from real_data.toy_pairs import annotated_pairs, other_prompts
 from reward import load_reward
 
 drawn, tiny = wired.drawn, wired.tiny

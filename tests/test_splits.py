@@ -149,7 +149,9 @@ def studied(monkeypatch, tmp_path, drawn):
     for module in (align, beta, guidance):
         for name in ("judge", "base_scores"):
             monkeypatch.setattr(module, name, lambda *args: {})
-    monkeypatch.setattr(beta, "drift", lambda out: 0.0)
+    for module in (align, beta):
+        monkeypatch.setattr(module, "best_of", lambda *args: {})
+    monkeypatch.setattr(beta, "drift", lambda path, device: 0.0)
     monkeypatch.setattr(beta, "load_checkpoint", lambda path: None)
     return args, seen
 
@@ -166,6 +168,7 @@ def test_alignment_studies_train_on_training_prompts_with_what_their_rows_say(st
             assert splits == {"train"} and held is None and asked <= {"train"} and "hard" not in shown
             method = name.removesuffix("-0")
             assert settings.algo == name.split("-")[0] and settings.seed == 0
+            assert settings.generated == ("own-clips" in name)
             assert settings.schedule == ("(1-t)^2" if method.startswith("dpo-schedule") else "constant")
             assert settings.align == ((0, 0, 1) if "TA only" in name else (1, 1, 1))
             number = method.rsplit("-", 1)[1]

@@ -218,7 +218,7 @@ def test_a_pair_of_equal_rewards_is_left_out(tiny, monkeypatch):
     assert 0 < len(decided) < 40
     honest = Brightness.normalised
     monkeypatch.setattr(Brightness, "normalised", lambda *args: (honest(*args)[:, :1] > middle).float().expand(-1, 3))
-    wired.evaluate.scored_toy_pairs.cache_clear()
+    wired.train.scored_toy_pairs.cache_clear()
     for algo, name in (("dpo", "x0_w"), ("sft", "x0")):
         _, task = tiny(f"--algo={algo}", "--pairs=40")
         assert {find(clip, clips)[0] for step in range(8) for clip in task.batch(step, EVERY)[name]} == decided

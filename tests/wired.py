@@ -9,7 +9,6 @@ from dataclasses import asdict
 import pytest
 import torch
 
-import evaluate
 import model
 import train
 import world
@@ -56,9 +55,8 @@ def tiny(tmp_path, monkeypatch):
     torch.manual_seed(1)
     save(noticeable(model.VideoTransformer(CONFIG)), "velocity", tmp_path / "base.pt")
     monkeypatch.setitem(model.PRESETS, "nano", CONFIG)
-    for module in (evaluate, train):
-        monkeypatch.setattr(module, "load_judge", lambda path, config, words: Brightness())
-    evaluate.scored_toy_pairs.cache_clear()
+    monkeypatch.setattr(train, "load_judge", lambda path, config, words: Brightness())
+    train.scored_toy_pairs.cache_clear()
 
     def task(*flags):
         where = [f"--init={tmp_path / 'base.pt'}", f"--out={tmp_path / 'out'}", "--device=cpu", "--precision=float32"]
@@ -66,7 +64,7 @@ def tiny(tmp_path, monkeypatch):
         return args, train.TASKS[args.algo](args, CPU)
 
     yield task
-    evaluate.scored_toy_pairs.cache_clear()
+    train.scored_toy_pairs.cache_clear()
 
 
 @pytest.fixture
@@ -79,9 +77,9 @@ def drawn(monkeypatch):
         return kept[-1]
 
     monkeypatch.setattr(world, "draw_clips", watched)
-    evaluate.scored_toy_pairs.cache_clear()
+    train.scored_toy_pairs.cache_clear()
     yield kept
-    evaluate.scored_toy_pairs.cache_clear()
+    train.scored_toy_pairs.cache_clear()
 
 
 def split_of(attributes):
