@@ -101,7 +101,8 @@ def report(args, rows):
         head = ["n", "KL", *(f"{by} {column.replace('_', ' ')}" for by in JUDGES for column in scores)]
         tables.append(Table(f"Best of n, {align}, standard set, CFG 1", head, cells))
 
-    columns, cells = [*(f"{n}_score" for n in DIMENSIONS), "TA_ceiling", "TA_share", *ATTRIBUTES, "quality"], []
+    possible = [column for column in ("TA_ceiling", "TA_share") if column in rows[0]]  # rows of old have none
+    columns, cells = [*(f"{n}_score" for n in DIMENSIONS), *possible, *ATTRIBUTES, "quality"], []
     for cfg in CFGS:
         for align, method in [("", "base"), *((a, m) for a in ALIGNED for m in METHODS)]:
             wanted = {"method": method, "align": align, "cfg": cfg, "judge": "oracle", "set": "standard"}

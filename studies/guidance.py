@@ -170,8 +170,9 @@ def report(args, rows):
     def cells(columns, **wanted):
         return [plus_minus(figure(column, **wanted)) for column in columns]
 
-    scores = [*(f"{n}_score" for n in DIMENSIONS), "TA_ceiling", "TA_share", *ATTRIBUTES]
-    columns = [*(f"{by} {n}" for by in (*JUDGES, "true") for n in DIMENSIONS), "TA ceiling", "TA share", *ATTRIBUTES]
+    possible = ("TA_ceiling", "TA_share") if any("TA_ceiling" in row for row in rows) else ()  # rows of old have none
+    scores = [*(f"{n}_score" for n in DIMENSIONS), *possible, *ATTRIBUTES]
+    columns = [*(f"{by} {n}" for by in (*JUDGES, "true") for n in DIMENSIONS), *possible, *ATTRIBUTES]
 
     def table(title, wanted_of):
         rows = []

@@ -349,7 +349,7 @@ def test_bad_flags_of_other_commands_are_refused_in_one_line(command, tmp_path, 
 
 
 def test_the_table_of_the_preference_data_from_a_shell(tmp_path):
-    shell = [sys.executable, ROOT / "data.py", "table", "--pairs", "50"]
+    shell = [sys.executable, ROOT / "data.py", "table", "--pairs", "50", "--generated", "0"]
     done = subprocess.run(shell, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     out = done.stdout

@@ -155,13 +155,13 @@ def test_studies_that_are_missing_or_unfinished_are_named(page):
     text = Outline(page.path.read_text()).text
     for name in ("nrg", "reward", "unified"):
         assert "not run yet" in text[name] and f"python evaluate.py {name}" in text[name]
-    assert "unfinished: 1 of 28 jobs" in text["beta"]  # two seeds of two methods: six betas and a long run
+    assert "unfinished: 1 of 34 jobs" in text["beta"]  # two seeds: six betas of two methods, four long runs, best of n
     assert "2 seeds" in text["align"] and "unfinished" not in text["align"]
     assert text["clips"].count("Not trained yet") == 2  # SFT and RWR
     assert [line.split(maxsplit=1)[1] for line in page.lines[:3]] == [
         "not run yet",
         "2 seeds",
-        "unfinished: 1 of 28 jobs",
+        "unfinished: 1 of 34 jobs",
     ]
     assert "abc&lt;b&gt;" in page.path.read_text()
 

@@ -1,5 +1,6 @@
 """Tables of a study, as it makes them: for its Markdown file and for the page, which both show the same cells."""
 
+import math
 from typing import NamedTuple
 
 
@@ -13,12 +14,12 @@ class Table(NamedTuple):
 
 
 def plus_minus(value, digits=2):
-    """(mean, spread) -> "0.97 ± 0.02"."""
-    return f"{value[0]:.{digits}f} ± {value[1]:.{digits}f}"
+    """(mean, spread) -> "0.97 ± 0.02", or "nan" for a figure that is not there."""
+    return "nan" if math.isnan(value[0]) else f"{value[0]:.{digits}f} ± {value[1]:.{digits}f}"
 
 
 def _row(cells):
-    return "|" + "".join(f" {cell} |" if cell else " |" for cell in cells)
+    return "|" + "".join(f" {cell} |" if cell else " |" for cell in cells).replace(" nan |", " – |")
 
 
 def markdown(result):
