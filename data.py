@@ -114,10 +114,6 @@ def mean_one(mask):
     return mask / mask.float().mean().clamp(min=1 / max(1, mask.numel()))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Preference pairs: one class for toy and real ones
-
-
 @dataclass
 class Pairs:
     """N preference pairs. Clips are made or read when they are asked for, never all at once."""

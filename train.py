@@ -12,6 +12,7 @@ comes from the seed and n: stopped and resumed, a run ends at the same bits; ove
 """
 
 import copy
+import importlib
 import math
 import sys
 import time
@@ -45,7 +46,7 @@ DEFAULTS = {
     "pretrain": {"steps": 11000, "batch": 32, "lr": 2.5e-3, "decay": 0.4, "ema": 0.999, "time_shift": TIME_SHIFT},
     "reward": {"steps": 1500, "batch": 32, "lr": 1e-3, "decay": 0.4, "ema": 0.0, "time_shift": TIME_SHIFT},
     "nrg": {"steps": 2000, "batch": 48, "lr": 2e-3, "decay": 0.4, "ema": 0.0, "time_shift": 1.0},
-    **dict.fromkeys(("sft", "rwr", "dpo"), ALIGNMENT),
+    **dict.fromkeys(("sft", "rwr", "dpo", "nft"), ALIGNMENT),
 }
 WARMUP = 100  # steps, or a tenth of a shorter run
 
@@ -166,6 +167,8 @@ def nrg_task(args, device):
 
 def dpo_task(args, device):
     """Flow-DPO on pairs that VideoReward ranked, against the frozen start (section 4.2)."""
+    if args.rounds:
+        return TASKS["nft"](args, device)
     base, policy, words = base_and_policy(args, device)
     pairs, r, reward = scored_pairs(args, base.config, words, device)
     winners, losers = ranked(r)
@@ -263,6 +266,7 @@ TASKS = {
     "sft": regression_task,
     "rwr": regression_task,
     "dpo": dpo_task,
+    "nft": lambda *run: importlib.import_module("online.rounds").online_task(*run),  # stands above this module
 }
 
 

@@ -21,7 +21,7 @@ from real_data.video import latent_file
 from runtime.cli import BadInput
 
 LABELS = {"A": 1, "B": -1, "same": 0, "invalid": INVALID}
-NAMES = {value: name for name, value in LABELS.items()}
+NAMES = {value: name for name, value in LABELS.items()} | {None: ""}  # None: nobody has looked yet
 PATHS = ("path_A", "path_B")
 NUMBERS = ("fps_A", "num_frames_A", "fps_B", "num_frames_B")
 COLUMNS = (*PATHS, "prompt", *DIMENSIONS, *NUMBERS)
@@ -36,7 +36,7 @@ class Pair:
     path_a: str  # as written, relative to the CSV's folder
     path_b: str
     prompt: str
-    label: tuple  # VQ, MQ, TA
+    label: tuple  # VQ, MQ, TA; None to write an empty cell
     fps_a: float
     frames_a: float
     fps_b: float

@@ -94,6 +94,16 @@ def training_flags(argv, defaults, presets, losses, schedules):
     )
     add("--trunk", choices=("frozen", "trained"), default="frozen", help="nrg: whether these blocks stay the base's")
 
+    add = parser.add_argument_group("rounds (online/rounds.py)").add_argument
+    add("--rounds", type=positive_int, help="nft, dpo: rounds of the policy's own clips (default: nft 10, dpo none)")
+    add("--clips", type=clip_count, default=8, help="of each prompt in a round")
+    add("--refresh", type=positive_int, help="every so many rounds VideoReward learns from new labels (default: never)")
+    add("--reference", choices=("first", "round"), default="first", help="dpo: the start, or the round's")
+    add("--nft-beta", type=positive, default=1.0, help="nft: distance of v+ and v- from v_old, in v - v_old")
+    add("--spread", type=positive, default=1.0, help="nft: Z, in standard deviations of the reward")
+    add("--old-decay", type=fraction, default=0.5, help="nft: how much of v_old a round keeps")
+    add("--kl", type=non_negative, default=0.0, help="nft: weight of |v - v_ref|^2")
+
     add = parser.add_argument_group("real data").add_argument
     add("--data", type=Path, help="CSV of pairs of videos or latents, in VideoAlign's format (default: the toy world)")
     add("--val", type=Path, help="reward, nrg: CSV to validate on (default: a tenth of the prompts, held out)")
@@ -120,6 +130,16 @@ def training_flags(argv, defaults, presets, losses, schedules):
             setattr(args, name, value)
     if args.pairs is None:
         args.pairs = max(1, args.steps * args.batch // (2 if args.algo in ("reward", "nrg") else 1))
+    if args.algo == "nft" and args.rounds is None:
+        args.rounds = 10
+    if args.rounds:
+        if args.algo not in ("dpo", "nft") or args.steps % args.rounds:
+            raise BadInput(f"--rounds {args.rounds}: for --algo dpo and nft, whose --steps are a multiple of it")
+        args.save_every = args.steps // args.rounds  # a run goes on from the end of a round
+    if args.refresh and not args.rounds:
+        raise BadInput("--refresh: needs --rounds")
+    if args.old_decay == 1:
+        raise BadInput("--old-decay 1: the old model would never move; give less than 1")
     if args.time_shift == 0 and args.algo != "nrg":
         raise BadInput("--time-shift 0: clean clips are for --algo nrg alone; give a positive number")
     if args.attention and args.algo == "reward":

@@ -301,7 +301,7 @@ def test_bad_sampling_flags_are_refused_in_one_line(command, tmp_path, flags, wo
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--algo", "ppo"], "choose from 'pretrain', 'reward', 'nrg', 'sft', 'rwr', 'dpo'"),
+        (["--algo", "ppo"], "choose from 'pretrain', 'reward', 'nrg', 'sft', 'rwr', 'dpo', 'nft'"),
         (["--lr", "-1"], "argument --lr: -1: must be a positive number"),
         (["--steps", "0"], "argument --steps: 0: must be a whole number from 1 to 1000000000"),
         (["--label-dropout", "2"], "argument --label-dropout: 2: must be a number from 0 to 1"),

@@ -1,0 +1,334 @@
+"""Alignment in rounds: who samples, what is learned from which clips, how a run goes on, new labels for VideoReward."""
+
+import csv
+import os
+import signal
+from argparse import Namespace
+from functools import partial
+
+import pytest
+import torch
+import wired
+from forked import command, ended, fork, same, tiny_checkpoints, together, weights
+from wired import CONFIG, CPU, Brightness, splits_of
+
+import train
+import world
+from data import Vocabulary
+from online import refresh, rounds
+from real_data import export_toy
+from real_data.pairs_csv import read_pairs
+from reward import RewardConfig, VideoReward
+from runtime import checkpoint
+from runtime.cli import BadInput
+
+tiny = wired.tiny
+SHORT = ("--clips=4", "--steps=4", "--rounds=2")
+
+
+@pytest.fixture
+def online(tiny, monkeypatch, tmp_path):
+    """(a function: flags -> args and Task in rounds, calls of the sampler as (model's state, x1, y)). Clips have one
+    colour each, of their own; the judge is Brightness."""
+    calls = []
+
+    def sample_many(model, x1, y, progress):
+        calls.append(({name: value.clone() for name, value in model.state_dict().items()}, x1, y))
+        return (x1.mean((2, 3, 4), keepdim=True) * 30).tanh().expand_as(x1)
+
+    monkeypatch.setattr(rounds, "sample_many", sample_many)
+    monkeypatch.setattr(rounds, "load_judge", lambda path, config, words: Brightness())
+    (tmp_path / "out").mkdir()
+    return lambda *flags: tiny(*SHORT, *flags), calls
+
+
+def lesson(reward, algo="dpo"):
+    """The items of Rounds.lesson for total rewards (P, n), all of them VQ's."""
+    scores = torch.stack((reward, *[torch.zeros_like(reward)] * 2), 2)
+    y = Vocabulary().encode_attributes(world.split_prompts("train")[: len(reward)], 8)
+    clips = torch.zeros(*reward.shape, 3, 4, 16, 16, dtype=torch.uint8)
+    args = Namespace(align=(1, 0, 0), algo=algo, data=None, spread=1.0)
+    return rounds.Rounds.lesson(Namespace(args=args, vocabulary=Vocabulary()), y, clips, scores)
+
+
+def test_the_best_quarter_meets_the_worst():
+    reward = torch.tensor([[0.0, 5.0, 1.0, 2.0, 9.0, -3.0, 4.0, 3.0], [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0]])
+    # the best two, 9 and 5, against the worst, -3 and 0; of the second prompt only one pair differs
+    assert lesson(reward)["items"].tolist() == [[0, 4, 5], [0, 1, 0], [1, 7, 6]]
+    assert lesson(torch.tensor([[2.0, 1.0]]))["items"].tolist() == [[0, 0, 1]]
+    with pytest.raises(BadInput, match="all clips of each prompt have one reward"):
+        lesson(torch.ones(2, 4))
+
+
+def test_nft_learns_from_every_clip_by_how_good_it_is():
+    found = lesson(torch.tensor([[1.0, 3.0], [5.0, 5.0]]), "nft")
+    assert found["items"].tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
+    assert found["r"].tolist() == [[0.0, 1.0], [0.5, 0.5]]
+
+
+@pytest.mark.parametrize("algo", ["dpo", "nft"])
+def test_a_batch_has_clips_of_its_prompts_ranked_by_their_reward(online, algo):
+    make, calls = online
+    args, task = make(f"--algo={algo}", "--label-dropout=0", "--align=1,0,0")
+    for step in range(2):
+        batch = task.batch(step, slice(0, args.batch))
+        (_, x1, y) = calls[0]
+        assert splits_of(y) == {"train"} and len(y) == 72 * 4 and len(y.unique(dim=0)) == 72
+        made = (x1.mean((2, 3, 4)) * 30).tanh()  # (N, 3: colours)
+        sides = [batch[name][:, :, 0, 0, 0] for name in (("x0_w", "x0_l") if algo == "dpo" else ("x0",))]
+        for i, prompt in enumerate(batch["y"]):
+            own = made[(y == prompt).all(1)]  # the four clips of this prompt
+            distance = [(own - side[i]).abs().amax(1) for side in sides]
+            assert all(d.min() < 0.005 for d in distance)
+            red, places = own[:, 0], [d.argmin() for d in distance]
+            if algo == "dpo":
+                assert red[places[0]] == red.max() and red[places[1]] == red.min()
+            else:
+                above = red[places[0]] - red.mean()
+                assert above.abs() < 0.01 or (batch["r"][i] - 0.5) * above > 0
+        assert len(sides[0]) == (args.batch if algo == "dpo" else 2 * args.batch)
+    assert len(calls) == 1  # a round is sampled once
+
+
+def test_a_process_takes_its_rows_of_a_round(online):
+    make, _ = online
+    for algo in ("dpo", "nft"):
+        _, task = make(f"--algo={algo}")
+        whole, *halves = (task.batch(1, slice(*rows)) for rows in ((0, 8), (0, 4), (4, 8)))
+        for name, value in whole.items():
+            assert torch.equal(torch.cat([half[name] for half in halves]), value), name
+
+
+@pytest.mark.parametrize(
+    "flags", [["--algo=dpo"], ["--algo=dpo", "--reference=round"], ["--algo=nft", "--old-decay=0.25"]]
+)
+def test_every_round_is_sampled_by_the_policy_as_it_is_or_by_its_old_model(online, flags, monkeypatch):
+    make, calls = online
+    args, task = make(*flags, "--freeze=0")
+    start = {name: value.clone() for name, value in task.model.state_dict().items()}
+    references, honest = [], rounds.flow_dpo_step
+
+    def flow_dpo_step(policy, reference, *rest, **batch):
+        references.append({name: value.clone() for name, value in reference.state_dict().items()})
+        return honest(policy, reference, *rest, **batch)
+
+    monkeypatch.setattr(rounds, "flow_dpo_step", flow_dpo_step)
+    wired.trained(args, task)
+    after_one_round = checkpoint.load_checkpoint(args.out / "last.pt")  # of the second; the first's is not kept
+    assert len(calls) == 2 and same(calls[0][0], start)
+    assert not torch.equal(calls[0][1], calls[1][1])  # other noise
+    moved = {name: not torch.equal(value, start[name]) for name, value in calls[1][0].items()}
+    assert any(moved.values()) and after_one_round["step"] == 4
+    if "--reference=round" in flags:  # of each step: the start twice, then the policy that sampled
+        assert same(references, [start, start, calls[1][0], calls[1][0]])
+    elif "--algo=dpo" in flags:
+        assert same(references, [start] * 4)
+
+
+def test_the_old_model_keeps_its_share_of_what_it_was(online):
+    make, calls = online
+    args, task = make("--algo=nft", "--old-decay=0.25", "--freeze=0")
+    start = {name: value.clone() for name, value in task.model.state_dict().items()}
+    seen = {}
+    honest = task.batch
+
+    def batch(step, rows):
+        if step == 2:
+            seen.update({name: value.clone() for name, value in task.model.state_dict().items()})
+        return honest(step, rows)
+
+    task.batch = batch
+    wired.trained(args, task)
+    for name, value in calls[1][0].items():
+        assert torch.allclose(value, 0.25 * start[name] + 0.75 * seen[name], atol=1e-6), name
+
+
+def test_the_log_and_the_bar_show_round_and_scores(online):
+    make, _ = online
+    for algo in ("dpo", "nft"):
+        args, task = make(f"--algo={algo}")
+        (args.out / "round.pt").unlink(missing_ok=True)
+        task.batch(0, slice(0, args.batch))
+        _, logs = task.loss(task.batch(3, slice(0, args.batch)))
+        assert logs["round"] == 1 and -40 < logs["learned"] < 40 and -3 < logs["true"] <= 1
+        assert task.progress_keys == ("round", "learned", "true")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (
+            ["--algo=dpo", "--rounds=3", "--steps=200"],
+            "--rounds 3: for --algo dpo and nft, whose --steps are a multiple",
+        ),
+        (["--algo=sft", "--rounds=2", "--steps=4"], "--rounds 2: for --algo dpo and nft"),
+        (["--algo=dpo", "--refresh=2"], "--refresh: needs --rounds"),
+        (["--algo=nft", "--old-decay=1"], "--old-decay 1"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused(flags, words):
+    with pytest.raises(BadInput, match=words):
+        train.arguments(flags)
+
+
+def test_rounds_of_a_sharded_policy_are_refused(online):
+    with pytest.raises(BadInput, match="leave --fsdp out"):
+        online[0]("--algo=dpo", "--fsdp")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command: stopped, over two processes, with new labels
+
+
+def small_rounds(*flags, dies=None):
+    """train.py in three rounds of two steps on three prompts. dies: (a name of online.rounds, the call of it that is
+    the process's last)."""
+    rounds.MOST_PROMPTS, refresh.NEW, refresh.OLD, refresh.STEPS, refresh.BATCH = 3, 4, 4, 2, 4
+    if dies:
+        name, last = dies
+        honest, calls = getattr(rounds, name), []
+
+        def dying(*args, **settings):
+            calls.append(1)
+            if len(calls) == last:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return honest(*args, **settings)
+
+        setattr(rounds, name, dying)
+    command("--rounds=3", "--steps=6", "--batch=4", "--clips=2", "--lr=1e-3", *flags)
+
+
+def kept(out):
+    """What a run leaves: its weights, and all of its last round."""
+    return weights(out), torch.load(out / "round.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("flags", [["--algo=dpo", "--refresh=1"], ["--algo=nft"], ["--algo=dpo", "--reference=round"]])
+def test_killed_in_a_round_and_between_two_a_run_ends_at_the_same_bits(tmp_path, flags):
+    flags = [*flags, *tiny_checkpoints(tmp_path)]
+    log = tmp_path / "log"
+    assert ended(fork(small_rounds, *flags, f"--out={tmp_path / 'whole'}", output=log)) == 0, log.read_text()
+    whole, last = kept(tmp_path / "whole")
+    assert last["number"] == 2
+    # in the second step of the second round; as the third is sampled; in the first round, of which nothing is kept
+    for i, dies in enumerate((("draw_noise", 4), ("sample_many", 3), ("draw_noise", 2))):
+        out = tmp_path / str(i)
+
+        run = partial(small_rounds, *flags, f"--out={out}")
+        assert ended(fork(partial(run, dies=dies), output=log)) == -signal.SIGKILL
+        more = ["--resume"] if (out / "last.pt").exists() else []
+        assert bool(more) == (i < 2)
+        assert ended(fork(run, *more, output=log)) == 0, log.read_text()
+        again, again_last = kept(out)
+        assert same(again, whole)
+        assert same({**again_last, "settings": 0}, {**last, "settings": 0})
+
+
+def test_two_processes_take_the_same_rounds(tmp_path):
+    log = tmp_path / "log"
+    for flags in (["--algo=dpo", "--refresh=2"], ["--algo=nft"]):
+        flags = [*flags, *tiny_checkpoints(tmp_path), "--precision=float32"]
+        one, two = (tmp_path / f"{flags[0][7:]}-{way}" for way in ("one", "two"))
+        assert ended(fork(small_rounds, *flags, f"--out={one}", output=log)) == 0, log.read_text()
+        assert together(small_rounds, [(*flags, f"--out={two}")], output=log) == [0, 0], log.read_text()
+        first, second = weights(one), weights(two)
+        assert max((first[name] - second[name]).abs().max().item() for name in first) < 1e-5
+
+
+def test_a_round_of_another_run_is_not_gone_on_from(online, tmp_path):
+    make, calls = online
+    _, task = make("--algo=dpo")
+    task.batch(0, slice(0, 8))
+    _, other = make("--algo=dpo", "--beta=7")
+    other.batch(0, slice(0, 8))
+    assert len(calls) == 2  # sampled anew
+    _, third = make("--algo=dpo", "--beta=9")
+    with pytest.raises(BadInput, match=r"round\.pt: holds no round 0 of this run"):
+        third.batch(2, slice(0, 8))
+
+
+@pytest.fixture
+def refreshed(monkeypatch):
+    """(Refresh, judge): a tiny VideoReward, and its labels of a few pairs."""
+    for name, value in {"NEW": 24, "OLD": 16, "STEPS": 3, "BATCH": 8}.items():
+        monkeypatch.setattr(refresh, name, value)
+    torch.manual_seed(0)
+    judge = wired.noticeable(VideoReward(RewardConfig(frames=4, size=16, dim=24, depth=2, heads=2, vocab=CONFIG.vocab)))
+    args = Namespace(refresh=2, data=None, seed=0, caption=1.0)
+    return refresh.Refresh(args, judge.eval(), Vocabulary(), CPU), judge
+
+
+def test_new_labels_are_the_annotators_of_pairs_of_the_rounds_own_clips(refreshed):
+    ask, judge = refreshed
+    prompts = world.split_prompts("train")[:4]
+    y = Vocabulary().encode_attributes(prompts, 8)
+    drawn = world.draw_clips(
+        prompts.repeat_interleave(6, 0), torch.arange(24) % 12, torch.Generator().manual_seed(0), 4
+    )
+    clips = refresh.to_bytes(world.render(drawn, 16)).unflatten(0, (4, 6))
+    before = {name: value.clone() for name, value in judge.state_dict().items()}
+    for number in (0, 1):  # nothing is due
+        ask(number, y, clips)
+    assert ask.labelled is None and same(judge.state_dict(), before)
+    ask(2, y, clips)
+    found = ask.labelled
+    assert len(found["y"]) == 24 and found["clips"].shape == (24, 2, 3, 4, 16, 16)
+    for asked, pair, label in zip(found["y"], found["clips"], found["label"]):
+        (prompt,) = torch.nonzero((y == asked).all(1))[0]
+        places = [torch.nonzero((clips[prompt] == clip).flatten(1).all(1))[0].item() for clip in pair]
+        assert places[0] != places[1]
+        a, b = world.oracle(refresh.to_video(pair), prompts[prompt].expand(2, 3))
+        gap = (a - b) / world.TRUE_STD
+        clear = gap.abs() > 1.5  # five times what an annotator errs by
+        assert torch.equal(label[clear], gap[clear].sign().long())
+    assert not same(judge.state_dict(), before) and not any(p.requires_grad for p in judge.parameters())
+    scores = torch.cat([judge.normalised(side, ask.old.y) for side in ask.old.sides(torch.arange(16))])
+    assert torch.allclose(scores.mean(0), torch.zeros(3), atol=1e-3)
+    assert torch.allclose(scores.std(0), torch.ones(3), atol=1e-2)
+    ask(4, y, clips)
+    assert len(ask.labelled["y"]) == 48 and same(ask.labelled["label"][:24], found["label"])
+
+
+def test_what_people_say_of_exported_clips_is_taken_back(tmp_path):
+    toy, out, log = tmp_path / "toy", tmp_path / "out", tmp_path / "log"
+    export_toy.export(export_toy.arguments(["export", str(toy), "--pairs=6", "--generated=0"]))
+    flags = ["--algo=dpo", "--refresh=2", f"--data={toy / 'train.csv'}", f"--cache={tmp_path / 'cache'}"]
+    flags += [*tiny_checkpoints(tmp_path), f"--out={out}"]
+    assert ended(fork(small_rounds, *flags, output=log)) == 130, log.read_text()
+    file = out / "labels-2" / "pairs.csv"
+    assert f"wrote {file} and its videos" in log.read_text() and len(list(file.parent.glob("*.mp4"))) == 8
+    with open(file, newline="") as text:
+        rows = list(csv.DictReader(text))
+    prompts = {row.prompt for row in read_pairs(toy / "train.csv")}
+    assert len(rows) == 4 and {row["prompt"] for row in rows} <= prompts
+    assert {row[name] for row in rows for name in ("VQ", "MQ", "TA")} == {""}
+
+    def write(changed):
+        with open(file, "w", newline="") as text:
+            writer = csv.DictWriter(text, rows[0])
+            writer.writeheader()
+            writer.writerows(changed)
+
+    labels = [dict(row, VQ="A", MQ="B", TA="same") for row in rows]
+    for changed, fault in (
+        (rows, "line 2, column VQ: unknown label ''"),
+        ([*labels[:2], dict(labels[2], MQ="C"), labels[3]], "line 4, column MQ: unknown label 'C'"),
+        ([dict(labels[0], path_B="gone.mp4"), *labels[1:]], "line 2, column path_B: no video 'gone.mp4'"),
+    ):
+        write(changed)
+        log.unlink()
+        assert ended(fork(small_rounds, *flags, "--resume", output=log)) == 2
+        *_, last = log.read_text().splitlines()
+        assert f"{file}, {fault}" in last and "Traceback" not in log.read_text()
+    write(labels)
+    assert ended(fork(small_rounds, *flags, "--resume", output=log)) == 0, log.read_text()
+    found = torch.load(out / "round.pt", weights_only=True)["labelled"]
+    assert found["label"].tolist() == [[1, -1, 0]] * 4
+    shown = refresh.to_video(found["clips"]).flatten(2).mean(2)
+    assert shown.std() > 0.005  # the clips, not one colour
+
+
+def test_latents_cannot_be_labelled():
+    judge = Namespace(config=Namespace(channels=16))
+    with pytest.raises(BadInput, match="people cannot look at latents"):
+        refresh.Refresh(Namespace(data="pairs.csv"), judge, Vocabulary(), CPU)
