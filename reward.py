@@ -32,8 +32,7 @@ THETA = 5.0  # section 3.2: how often ties occur; 1 would mean never
 
 
 def _mean(loss, weight):
-    """Weighted mean; what weighs 0 changes neither the scale nor the gradient of the rest. The published code divides
-    by the number of all entries, those without a label among them."""
+    """Weighted mean; what weighs 0 changes neither the scale nor the gradient of the rest."""
     return torch.where(weight > 0, weight * loss, 0.0).mean()
 
 
@@ -220,8 +219,7 @@ class VideoReward(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
-        dim = config.dim
+        self.config, dim = config, config.dim
         self.stem = Stem(config)
         self.words = nn.Embedding(config.vocab, dim)
         self.places = nn.Parameter(torch.randn(config.max_text, dim) * 0.02)

@@ -4,6 +4,7 @@
     python train.py --algo rwr          the same by reward-weighted regression, or --algo sft on the winners alone
     python train.py --algo pretrain     the base model from nothing (flow matching, section 4.1)
     python train.py --algo reward       VideoReward from nothing (section 3.2)
+    python train.py --algo nft          alignment that goes on with fresh clips, as --algo dpo --rounds 10 (online/)
     python train.py --algo nrg          the noise-aware reward for guidance, on the base model's first blocks (4.4)
     torchrun --nproc_per_node 8 train.py --algo pretrain --preset large --fsdp       on eight GPUs
 
@@ -49,6 +50,7 @@ DEFAULTS = {
     **dict.fromkeys(("sft", "rwr", "dpo", "nft"), ALIGNMENT),
 }
 WARMUP = 100  # steps, or a tenth of a shorter run
+ONLINE = "online.rounds"  # stands above this module, as studies do, and is opened by name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -266,7 +268,7 @@ TASKS = {
     "sft": regression_task,
     "rwr": regression_task,
     "dpo": dpo_task,
-    "nft": lambda *run: importlib.import_module("online.rounds").online_task(*run),  # stands above this module
+    "nft": lambda *run: importlib.import_module(ONLINE).online_task(*run),
 }
 
 
