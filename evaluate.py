@@ -4,6 +4,7 @@
     python evaluate.py align        SFT, Flow-RWR and Flow-DPO: Tables 3 and 4
     python evaluate.py beta         Fig. 6, and the learned and the true score along a long run
     python evaluate.py nrg          Flow-NRG: Table 5
+    python evaluate.py online       rounds of fresh clips, with VideoReward frozen or refreshed; DiffusionNFT
     python evaluate.py unified      all three on a line, where the answer is known
     python evaluate.py bench        every performance ratio beside its floor
     python evaluate.py report       all of it as one page with curves and clips, whatever is done by then
@@ -246,6 +247,7 @@ STUDIES = {  # their modules in studies/
     "align": "align",
     "beta": "beta",
     "nrg": "guidance",
+    "online": "online",
     "unified": "unified",
     "bench": "bench",
     "report": "report.page",

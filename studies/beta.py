@@ -11,41 +11,32 @@ has learned the reward's mistakes. The paper could not draw these curves: they n
 import math
 from functools import partial
 
-import torch
-
 import train
-import world
-from data import DIMENSIONS, Vocabulary, draw_noise, step_rng
-from evaluate import NOISE_SEED, mean_and_spread, over_seeds
-from flow import TIME_SHIFT, interpolate
-from model import load_velocity
-from real_data.toy_pairs import draw_clips
-from runtime.checkpoint import WEIGHTS, load_checkpoint
-from studies.jobs import BEST_OF, JUDGES, METHODS, base_scores, best_of, judge, rows_of, settings_for
+from data import DIMENSIONS
+from evaluate import mean_and_spread, over_seeds
+from studies.jobs import (
+    BEST_OF,
+    JUDGES,
+    METHODS,
+    base_scores,
+    best_of,
+    drift,
+    judge,
+    mean_z,
+    rows_of,
+    settings_for,
+    train_and_judge,
+)
 from studies.report.charts import Chart
 from studies.report.tables import Table, plus_minus
-from world import TRUE_MEAN, TRUE_STD
 
 BETAS = (10, 30, 100, 300, 1000, 3000)  # the paper's: 100 to 8000
 SCHEDULES = ("dpo-constant", "dpo-schedule")
 LONG = (*SCHEDULES, "sft", "rwr")
 SETS = {"standard": 128, "hard": 96}
 CFGS = (1.0,)
-DRIFT_CLIPS = 256
 NAMES = (*DIMENSIONS, *(f"{n}_score" for n in DIMENSIONS))
 LENGTHS = (0.25, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0)  # of the default number of steps
-
-
-@torch.no_grad()
-def drift(path, device):
-    """Mean |v - v_ref|^2 of a checkpoint against the base model, on rendered clips at times as in training."""
-    (policy, words), (base, _) = load_velocity(path), load_velocity(WEIGHTS / "base.pt")
-    config, rng = base.config, step_rng(NOISE_SEED, 1)
-    clips, y = draw_clips(DRIFT_CLIPS, config, Vocabulary(words), rng)
-    noise = draw_noise(DRIFT_CLIPS, config.video_shape, TIME_SHIFT, rng)
-    x_t = interpolate(world.render(clips, config.size), noise["x1"], noise["t"])
-    inputs = [value.to(device) for value in (x_t, noise["t"], y)]
-    return (policy.to(device)(*inputs) - base.to(device)(*inputs)).square().mean().item()
 
 
 def swept(method, beta, seed, args, device):
@@ -59,24 +50,17 @@ def swept(method, beta, seed, args, device):
 
 
 def long_run(method, seed, args, device):
-    """Trains to each of LENGTHS in turn, on from the last: the same run as one without stops."""
+    """One training, judged after each of LENGTHS."""
     out = args.work / "beta" / f"{method}-long-{seed}"
     settings = settings_for([*METHODS[method], f"--seed={seed}"], out, args)
-    default, base, rows, state = settings.steps, base_scores(args, device, SETS, CFGS), [], None
-    task = train.TASKS[settings.algo](settings, device)
-    for length in LENGTHS:
-        settings.steps = max(1, round(default * length))
-        train.train(task, settings, device, state)
-        state = load_checkpoint(out / "last.pt")
-        scores = judge(out / "last.pt", args, device, SETS, CFGS)
-        facts = {
-            "study": "long",
-            "method": method,
-            "steps": settings.steps,
-            "seed": seed,
-            "drift": drift(out / "last.pt", device),
-        }
-        rows += rows_of(scores, base, **facts)
+    lengths = [max(1, round(settings.steps * length)) for length in LENGTHS]
+    settings.steps, base, rows = lengths[-1], base_scores(args, device, SETS, CFGS), []
+
+    def judged(step, path):
+        facts = {"study": "long", "method": method, "steps": step, "seed": seed, "drift": drift(path, device)}
+        rows.extend(rows_of(judge(path, args, device, SETS, CFGS), base, **facts))
+
+    train_and_judge(train.TASKS[settings.algo](settings, device), settings, device, lengths, judged)
     return rows
 
 
@@ -138,16 +122,12 @@ def report(args, rows):
             sweeps.append(Chart(f"TA, {name} set, {by}", series, "beta", "win rate", log=True, level=0.5))
     figure, together = partial(over_seeds, rows, set="standard"), []
 
-    def score(by, **wanted):  # of the three dimensions as z-scores
-        means = torch.tensor([figure(f"{n}_score", judge=by, **wanted)[0] for n in DIMENSIONS])
-        return ((means - TRUE_MEAN) / TRUE_STD if by == "oracle" else means).mean().item()
-
     for method in (*LONG, "best-of-n"):
         lengths, x = (BEST_OF[1:], "KL") if method == "best-of-n" else (steps, "drift")
         ways = [{"method": "best-of-n", "steps": 1}]  # the base model
         ways += [{"method": method, "steps": n, "study": "best" if x == "KL" else "long"} for n in lengths]
         away = [figure("drift", judge="oracle", **way)[0] for way in ways]
-        scores = {by: [score(by, **way) for way in ways] for by in JUDGES}
+        scores = {by: [mean_z(rows, by, set="standard", **way) for way in ways] for by in JUDGES}
         series = [(by, away, scores[by], None) for by in JUDGES]
         runs.append(Chart(method, series, f"{x} from the base model", "mean z-score"))
         together.append((method, scores["videoreward"], scores["oracle"], None))

@@ -17,13 +17,15 @@ from tqdm import tqdm
 
 import train
 import world
-from data import DIMENSIONS, step_rng
-from evaluate import NOISE_SEED, learned_scores, prompt_set, sample_prompts, static_quality, win_rate
+from data import DIMENSIONS, Vocabulary, draw_noise, step_rng
+from evaluate import NOISE_SEED, learned_scores, over_seeds, prompt_set, sample_prompts, static_quality, win_rate
+from flow import TIME_SHIFT, interpolate
 from model import load_velocity
+from real_data.toy_pairs import draw_clips
 from reward import load_reward
-from runtime.checkpoint import WEIGHTS
+from runtime import resume
+from runtime.checkpoint import WEIGHTS, save_checkpoint
 from runtime.cli import BadInput, check_writable
-from runtime.resume import commit
 from sample import CFG
 from studies.report.charts import picture
 from studies.report.tables import markdown
@@ -76,7 +78,7 @@ def _took(lock):
 def facts(device):
     """What a result's file says of where it came from."""
     command = " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
-    return {"command": command, "commit": commit(), "torch": torch.__version__, "device": str(device)}
+    return {"command": command, "commit": resume.commit(), "torch": torch.__version__, "device": str(device)}
 
 
 def save_json(path, content):
@@ -135,6 +137,7 @@ METHODS = {
     "dpo-own-clips": ["--algo", "dpo", "--generated", "1"],
 }
 BEST_OF = (1, 2, 4, 8, 16)
+DRIFT_CLIPS = 256
 ALL_RIGHT = 0.999  # of a true TA
 ALIGNED = {"1:1:1": "1,1,1", "TA only": "0,0,1"}
 SETS = {"standard": 256, "hard": 96, "large": 512}
@@ -200,6 +203,18 @@ def best_of(seed, args, device, sets, weights):
     return picked
 
 
+@torch.no_grad()
+def drift(path, device):
+    """Mean |v - v_ref|^2 of a checkpoint against the base model, on rendered clips at times as in training."""
+    (policy, words), (base, _) = load_velocity(path), load_velocity(WEIGHTS / "base.pt")
+    config, rng = base.config, step_rng(NOISE_SEED, 1)
+    clips, y = draw_clips(DRIFT_CLIPS, config, Vocabulary(words), rng)
+    noise = draw_noise(DRIFT_CLIPS, config.video_shape, TIME_SHIFT, rng)
+    x_t = interpolate(world.render(clips, config.size), noise["x1"], noise["t"])
+    inputs = [value.to(device) for value in (x_t, noise["t"], y)]
+    return (policy.to(device)(*inputs) - base.to(device)(*inputs)).square().mean().item()
+
+
 def rows_of(scores, base, **facts):
     """Table rows, one for each set, CFG and judge. TA_ceiling is the most that can be won in true TA, as a clip that
     has all of its prompt right is at best equalled; TA_share is how much of the way there from one half is gone."""
@@ -217,11 +232,33 @@ def rows_of(scores, base, **facts):
     return rows
 
 
+def mean_z(rows, by, **wanted):
+    """The mean of the three dimensions over the seeds, as z-scores: VideoReward's own, the oracle's by TRUE_MEAN and
+    TRUE_STD."""
+    means = torch.tensor([over_seeds(rows, f"{n}_score", judge=by, **wanted)[0] for n in DIMENSIONS])
+    return ((means - world.TRUE_MEAN) / world.TRUE_STD if by == "oracle" else means).mean().item()
+
+
 def settings_for(flags, out, args):
     """The flags of a training whose own closing table is kept short."""
     steps = [f"--steps={args.steps}"] if args.steps else []
     short = ["--save-every=1000000", "--eval-prompts=2", f"--eval-pairs={min(1000, args.eval_pairs)}"]
     return train.arguments([*flags, *steps, *short, f"--out={out}"])
+
+
+def train_and_judge(task, settings, device, steps, judged):
+    """train.train; on the way, after each of `steps` and at the end, judged(step, path of a checkpoint)."""
+    draw, path = task.batch, settings.out / "judged.pt"
+
+    def batch(step, rows):
+        if step in steps:
+            save_checkpoint(path, {**resume.facts(task, step), "model": task.state_dict(task.model)})
+            judged(step, path)
+        return draw(step, rows)
+
+    task.batch = batch
+    train.train(task, settings, device)
+    judged(settings.steps, settings.out / "last.pt")
 
 
 def run(study, args, device):

@@ -165,12 +165,12 @@ def test_figures_of_guidance():
 
 def test_figures_of_what_is_told_apart():
     figure, (head, rows) = figures_of("nrg", study="told"), table("docs/guidance.md", "| t |")
-    variants = {"frozen trunk": "noised", "trained trunk": "trained trunk"}
-    assert [row[0] for row in rows] == [f"{a}, {v}" for v, a in product(variants, ("colour", "shape", "direction"))]
+    readers = {"ideal": "ideal", "probe, 2 blocks": "probe 2", "probe, 4 blocks": "probe 4", "reward": "noised"}
+    assert [row[0] for row in rows] == [f"{a}, {r}" for a, r in product(("colour", "shape", "direction"), readers)]
     assert [float(t) for t in head[1:]] == list(observer.TIMES)
     for (label, *cells), (i, t) in product(rows, enumerate(observer.TIMES)):
-        name, _, trunk = label.partition(", ")
-        check(cells[i], figure(name, variant=variants[trunk], t=t))
+        name, _, reader = label.partition(", ")
+        check(cells[i], figure(name, variant=readers[reader], t=t))
 
 
 def test_figures_of_the_line():

@@ -20,7 +20,7 @@ from data import DIMENSIONS, INVALID, Pairs, Vocabulary
 from evaluate import alignment_table, learned_scores, over_seeds, pair_scores, score_table, win_rate
 from model import VideoTransformer, load_velocity
 from reward import RewardConfig, VideoReward
-from studies import align, beta, guidance, jobs, observer, reward_model
+from studies import align, guidance, jobs, observer, reward_model
 
 tiny = wired.tiny
 
@@ -316,11 +316,11 @@ def test_best_of_n_is_what_videoreward_likes_best_of_the_first_n(monkeypatch):
 
 def test_drift_is_the_mean_square_between_two_models(monkeypatch, tmp_path):
     base, words = load_velocity(jobs.WEIGHTS / "base.pt")
-    monkeypatch.setattr(beta, "DRIFT_CLIPS", 4)
-    assert beta.drift(jobs.WEIGHTS / "base.pt", CPU) == 0
+    monkeypatch.setattr(jobs, "DRIFT_CLIPS", 4)
+    assert jobs.drift(jobs.WEIGHTS / "base.pt", CPU) == 0
     shown = {"base.pt": 0.0, "other.pt": 0.5}
-    monkeypatch.setattr(beta, "load_velocity", lambda path: (Constant(base.config, shown[path.name]), words))
-    assert beta.drift(tmp_path / "other.pt", CPU) == 0.25
+    monkeypatch.setattr(jobs, "load_velocity", lambda path: (Constant(base.config, shown[path.name]), words))
+    assert jobs.drift(tmp_path / "other.pt", CPU) == 0.25
 
 
 class Constant(torch.nn.Module):

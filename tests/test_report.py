@@ -21,14 +21,14 @@ import world
 from data import DIMENSIONS
 from real_data.video import to_pixels
 from runtime.cli import BadInput
-from studies import align, beta, guidance, reward_model, unified
+from studies import align, beta, guidance, online, reward_model, unified
 from studies.jobs import ALIGNED, ATTRIBUTES, CFGS, JUDGES, METHODS, SETS
 from studies.report import clips as report_clips
 from studies.report import page as report
 from studies.report.charts import Chart, figure
 
 CPU = torch.device("cpu")
-STUDIES = {"reward": reward_model, "align": align, "beta": beta, "nrg": guidance, "unified": unified}
+STUDIES = {"reward": reward_model, "align": align, "beta": beta, "nrg": guidance, "online": online, "unified": unified}
 # Win rates of seeds 0 and 1 by the oracle, all others being 0.5: 0.85 ± 0.07 (.1 / sqrt 2), and the extremes
 TRUE_VQ = {"dpo-constant": (0.9, 0.8), "dpo-schedule": (0.0, 0.0), "sft": (1.0, 1.0)}
 
@@ -153,7 +153,7 @@ def test_the_page_is_whole_and_needs_nothing_else(page):
 
 def test_studies_that_are_missing_or_unfinished_are_named(page):
     text = Outline(page.path.read_text()).text
-    for name in ("nrg", "reward", "unified"):
+    for name in ("nrg", "online", "reward", "unified"):
         assert "not run yet" in text[name] and f"python evaluate.py {name}" in text[name]
     assert "unfinished: 1 of 34 jobs" in text["beta"]  # two seeds: six betas of two methods, four long runs, best of n
     assert "2 seeds" in text["align"] and "unfinished" not in text["align"]

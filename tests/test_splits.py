@@ -152,7 +152,6 @@ def studied(monkeypatch, tmp_path, drawn):
     for module in (align, beta):
         monkeypatch.setattr(module, "best_of", lambda *args: {})
     monkeypatch.setattr(beta, "drift", lambda path, device: 0.0)
-    monkeypatch.setattr(beta, "load_checkpoint", lambda path: None)
     return args, seen
 
 
@@ -180,9 +179,9 @@ def test_guidance_learns_train_and_is_judged_on_validation(studied, drawn, monke
     monkeypatch.setattr(guidance, "load_noisy_reward", lambda path: (torch.nn.Identity(), []))
     for variant in guidance.VARIANTS:
         guidance.reward_of(variant, 0, args, CPU)
-    assert [s.trunk for s, *_ in seen] == ["frozen", "frozen", "frozen", "trained"]
-    assert [s.target for s, *_ in seen] == ["reward", "labels", "reward", "reward"]
-    assert [s.time_shift for s, *_ in seen] == [1, 1, 0, 1]
+    assert [s.trunk for s, *_ in seen] == ["frozen"] * 3
+    assert [s.target for s, *_ in seen] == ["reward", "labels", "reward"]
+    assert [s.time_shift for s, *_ in seen] == [1, 1, 0]
     for _, splits, held, asked, shown in seen:
         assert splits == {"train"} and held == {"validation"}
         assert asked == {"train", "validation"} and "hard" not in shown
@@ -274,7 +273,9 @@ def test_rows_of_the_studies_are_wins_of_what_was_trained(studied, monkeypatch):
     monkeypatch.setattr(guidance, "accuracy_rows", lambda *args: [])
     rows = align.trained("sft", "1:1:1", 0, args, CPU) + beta.swept("dpo-constant", 10, 0, args, CPU)
     rows += beta.long_run("dpo-constant", 0, args, CPU) + guidance.steered_rows("labels", 0, args, CPU)
-    assert len(rows) == 2 + 2 + 2 * len(beta.LENGTHS) + 6
+    assert (
+        len(rows) == 2 + 2 + 2 * 2 + 6
+    )  # the long run is judged after its first step, the last drawn here, and its end
     assert all(row["VQ"] == row["MQ"] == row["TA"] == row["VQ_score"] == 1 for row in rows)
 
 

@@ -48,7 +48,7 @@ def write(args, device, studies):
     parts["gallery"], shown = gallery(args, device)
     parts["sheets"] += shown
     titles = {"clips": "Clips", "steer": "Sliders", "align": "Alignment", "beta": "Beta and drift"}
-    titles |= {"nrg": "Guidance", "reward": "VideoReward", "unified": "On a line"}
+    titles |= {"nrg": "Guidance", "online": "Rounds", "reward": "VideoReward", "unified": "On a line"}
     parts["nav"] = "".join(f'<li><a href="#{name}">{title}</a></li>' for name, title in titles.items())
     page = re.sub(r"{{(\w+)}}", lambda match: parts[match[1]], TEMPLATE.read_text(encoding="utf-8"))
     try:

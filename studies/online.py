@@ -1,0 +1,119 @@
+"""Alignment that goes on (not in the paper, which aligns once): learned and true scores by round and by drift.
+
+    dpo             offline: Flow-DPO once, on rendered pairs, for as many steps
+    dpo-rounds      Flow-DPO on the best and worst of the policy's own clips, VideoReward frozen
+    dpo-refreshed   the same, and every second round VideoReward learns from new labels of the policy's clips
+    nft             DiffusionNFT on the policy's own clips, VideoReward frozen
+    nft-refreshed   the same with new labels
+
+Each takes twice the default number of rounds. On the way the policy samples the standard prompts from the base model's
+noise; the judges are the oracle and the shipped VideoReward, whom the frozen arms are trained to please and the
+refreshed ones leave behind. What a refreshed VideoReward says of its own rounds stands in their metrics.jsonl.
+"""
+
+import json
+from functools import partial
+from itertools import product
+
+import train
+from data import DIMENSIONS
+from evaluate import over_seeds
+from studies.jobs import JUDGES, base_scores, drift, judge, mean_z, rows_of, settings_for, train_and_judge
+from studies.report.charts import Chart
+from studies.report.tables import Table, plus_minus
+
+ROUNDS = 20  # twice the default
+ARMS = {
+    "dpo": ["--algo=dpo"],
+    "dpo-rounds": ["--algo=dpo", f"--rounds={ROUNDS}"],
+    "dpo-refreshed": ["--algo=dpo", f"--rounds={ROUNDS}", "--refresh=2"],
+    "nft": ["--algo=nft", f"--rounds={ROUNDS}"],
+    "nft-refreshed": ["--algo=nft", f"--rounds={ROUNDS}", "--refresh=2"],
+}
+JUDGED = (1, 2, 3, 5, 7, 10, 12, 15, 17, 20)  # after so many rounds
+SETS, CFGS = {"standard": 256}, (1.0,)
+
+
+def aligned(arm, seed, args, device):
+    """Rows of one run: judged after the rounds of JUDGED, and, as study "own", what its VideoReward and the oracle say
+    of each round's own clips, from its log."""
+    out = args.work / "online" / f"{arm}-{seed}"
+    settings = settings_for([*ARMS[arm], f"--seed={seed}", f"--steps={2 * train.DEFAULTS['dpo']['steps']}"], out, args)
+    length, base, rows = settings.steps // ROUNDS, base_scores(args, device, SETS, CFGS), []
+
+    def judged(step, path):
+        facts = {"study": "judged", "method": arm, "round": step // length, "seed": seed, "drift": drift(path, device)}
+        rows.extend(rows_of(judge(path, args, device, SETS, CFGS), base, **facts))
+
+    steps = [length * number for number in JUDGED[:-1]]
+    train_and_judge(train.TASKS[settings.algo](settings, device), settings, device, steps, judged)
+    lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines()[::length])
+    own = {"study": "own", "method": arm, "seed": seed}
+    return rows + [
+        own | {name: line[name] for name in ("round", "learned", "true")} for line in lines if "round" in line
+    ]
+
+
+def unaligned(args, device):
+    base = base_scores(args, device, SETS, CFGS)
+    return rows_of(base, base, study="judged", method="base", round=0, seed=0, drift=0.0)
+
+
+def folder(args):
+    return f"online-{args.steps or 'all'}-{args.eval_prompts or 'all'}"
+
+
+def jobs(args, device):
+    made = {"base": partial(unaligned, args, device)}
+    for seed in range(args.seeds):
+        for arm in ARMS:
+            made[f"{arm}-{seed}"] = partial(aligned, arm, seed, args, device)
+    return made
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The report
+
+
+def report(args, rows):
+    figure, scores = partial(over_seeds, rows, study="judged"), [f"{n}_score" for n in DIMENSIONS]
+
+    cells = []
+    for arm, number in [("base", 0), *product(ARMS, JUDGED)]:
+        here = {"method": arm, "round": number}
+        drifted, true = figure("drift", judge="oracle", **here), [figure(n, judge="oracle", **here) for n in scores]
+        z = [mean_z(rows, by, **here) for by in JUDGES]
+        row = [f"{arm}, {number}", f"{drifted[0]:.4f}", *map(plus_minus, true), f"{sum(m for m, _ in true) / 3:.3f}"]
+        row += [f"{value:.2f}" for value in z] + [plus_minus(figure(n, judge="oracle", **here)) for n in DIMENSIONS]
+        cells.append(row)
+    head = ["arm, rounds", "drift", *(f"true {n}" for n in DIMENSIONS), "mean", *(f"z {by}" for by in JUDGES)]
+    tables = [Table("By round", [*head, *(f"oracle {n}" for n in DIMENSIONS)], cells)]
+
+    rounds = sorted({row["round"] for row in rows if row["study"] == "own"})
+    own = []
+    for arm, said in product(ARMS, ("learned", "true")):
+        curve = [over_seeds(rows, said, study="own", method=arm, round=number) for number in rounds]
+        own.append([f"{arm}, {said}", *map(plus_minus, curve)])
+    title = "What a round's own VideoReward and the oracle say of its clips, mean of the three"
+    tables.append(Table(title, ["", *(f"{number:g}" for number in rounds)], own[2:]))  # dpo has no rounds
+
+    charts, together, away = [], [], []
+    for arm in ARMS:
+        ways = [{"method": "base", "round": 0}, *({"method": arm, "round": number} for number in JUDGED)]
+        z = {by: [mean_z(rows, by, **way) for way in ways] for by in JUDGES}
+        charts.append(Chart(arm, [(by, (0, *JUDGED), z[by], None) for by in JUDGES], "round", "mean z-score"))
+        drifted = [figure("drift", judge="oracle", **way)[0] for way in ways]
+        together.append((arm, (0, *JUDGED), z["oracle"], None))
+        away.append((arm, drifted, z["oracle"], None))
+    charts.append(Chart("the truth by round", together, "round", "true z-score"))
+    charts.append(Chart("the truth by drift", away, "drift", "true z-score"))
+    return {
+        "rows": rows,
+        "title": "Alignment that goes on",
+        "introduction": [
+            f"Standard set, CFG 1, mean ± sd over {args.seeds} seeds; of offline dpo as many steps are a round. z: the",
+            "mean of the three dimensions as z-scores.",
+        ],
+        "tables": tables,
+        "pictures": {"online": charts},
+    }
