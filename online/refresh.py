@@ -49,10 +49,8 @@ class Refresh:
         if not number or number % self.args.refresh:
             return
         rng = step_rng(self.args.seed, LABEL_SEED - 1000 * number)
-        prompt, first = (
-            torch.randint(len(y), (NEW,), generator=rng),
-            torch.randint(clips.shape[1], (NEW,), generator=rng),
-        )
+        prompt = torch.randint(len(y), (NEW,), generator=rng)
+        first = torch.randint(clips.shape[1], (NEW,), generator=rng)
         second = (first + torch.randint(1, clips.shape[1], (NEW,), generator=rng)) % clips.shape[1]
         shown = {"y": y[prompt], "clips": torch.stack((clips[prompt, first], clips[prompt, second]), 1)}
         new = self.answers(number, **shown) if self.args.data else self.annotated(number, **shown)
@@ -86,16 +84,13 @@ class Refresh:
         for step in progress_bar(f"VideoReward learns on, round {number}", "step")(range(STEPS)):
             rng = step_rng(args.seed, LABEL_SEED - 1000 * number - 1 - step)
             index, other = (torch.randint(len(pool), (BATCH // 2,), generator=rng) for pool in (new["y"], self.old.y))
-            sides = [torch.cat(both) for both in zip(to_video(new["clips"][index]).unbind(1), self.old.sides(other))]
-            y, label = (
-                torch.cat((new["y"][index], self.old.y[other])),
-                torch.cat((new["label"][index], self.old.label[other])),
-            )
-            inputs = (
-                value.to(self.device)
-                for value in (*sides, y, label, torch.zeros(len(y), 2, 3), mean_one(label != INVALID))
-            )
-            loss, _ = reward_step(judge, *inputs, caption=args.caption)
+            label = torch.cat((new["label"][index], self.old.label[other]))
+            batch = {"y": torch.cat((new["y"][index], self.old.y[other])), "label": label}
+            batch |= {"mos": torch.zeros(len(label), 2, 3), "weight": mean_one(label != INVALID)}
+            sides = zip(to_video(new["clips"][index]).unbind(1), self.old.sides(other))
+            batch["video_a"], batch["video_b"] = map(torch.cat, sides)
+            batch = {name: value.to(self.device) for name, value in batch.items()}
+            loss, _ = reward_step(judge, **batch, caption=args.caption)
             optimizer.param_groups[0]["lr"] = RATE * (1 - step / STEPS)
             optimizer.zero_grad()
             loss.backward()
