@@ -462,15 +462,14 @@ def test_told_apart_is_the_share_whose_own_prompt_is_preferred(monkeypatch, tmp_
 
 def test_the_ideal_observer_weighs_what_it_knows_by_bayes(monkeypatch):
     # three clips of 2 numbers: red circle left, red cross left, green circle right
-    known = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]).reshape(3, 2, 1, 1, 1)
+    known = torch.tensor([[1.0, 0.0], [0.0, 2.0], [-1.0, 0.0]]).reshape(3, 2, 1, 1, 1)
     shown = torch.tensor([[0, 0, 0], [0, 1, 0], [1, 0, 1]])
     monkeypatch.setattr(observer, "clean_clips", lambda count, splits, rng: (known, shown))
     seen, t = torch.tensor([[0.3, 0.1]]).reshape(1, 2, 1, 1, 1), torch.tensor([0.6])
     score = observer.ideal(seen, t, None)
     # p(x_t | clip) by the normal density of mean .4 clip and deviation .6
-    likelihood = [
-        math.exp(-((0.3 - 0.4 * a) ** 2 + (0.1 - 0.4 * b) ** 2) / (2 * 0.36)) for a, b in ((1, 0), (0, 1), (-1, 0))
-    ]
+    means = ((0.4, 0.0), (0.0, 0.8), (-0.4, 0.0))
+    likelihood = [math.exp(-((0.3 - a) ** 2 + (0.1 - b) ** 2) / (2 * 0.36)) for a, b in means]
     red = (likelihood[0] + likelihood[1]) / likelihood[2]
     circle = (likelihood[0] + likelihood[2]) / likelihood[1]
 

@@ -106,13 +106,22 @@ def test_every_round_is_sampled_by_the_policy_as_it_is_or_by_its_old_model(onlin
     make, calls = online
     args, task = make(*flags, "--freeze=0")
     start = {name: value.clone() for name, value in task.model.state_dict().items()}
-    references, honest = [], rounds.flow_dpo_step
+    references, olds, by_dpo, by_nft = [], [], rounds.flow_dpo_step, rounds.flow_nft_step
 
-    def flow_dpo_step(policy, reference, *rest, **batch):
-        references.append({name: value.clone() for name, value in reference.state_dict().items()})
-        return honest(policy, reference, *rest, **batch)
+    def state(model):
+        return {name: value.clone() for name, value in model.state_dict().items()}
+
+    def flow_dpo_step(policy, reference, **batch):
+        references.append(state(reference))
+        return by_dpo(policy, reference, **batch)
+
+    def flow_nft_step(policy, old, reference, **batch):
+        olds.append(state(old))
+        references.append(state(reference))
+        return by_nft(policy, old, reference, **batch)
 
     monkeypatch.setattr(rounds, "flow_dpo_step", flow_dpo_step)
+    monkeypatch.setattr(rounds, "flow_nft_step", flow_nft_step)
     wired.trained(args, task)
     after_one_round = checkpoint.load_checkpoint(args.out / "last.pt")  # of the second; the first's is not kept
     assert len(calls) == 2 and same(calls[0][0], start)
@@ -121,8 +130,9 @@ def test_every_round_is_sampled_by_the_policy_as_it_is_or_by_its_old_model(onlin
     assert any(moved.values()) and after_one_round["step"] == 4
     if "--reference=round" in flags:  # of each step: the start twice, then the policy that sampled
         assert same(references, [start, start, calls[1][0], calls[1][0]])
-    elif "--algo=dpo" in flags:
+    else:
         assert same(references, [start] * 4)
+    assert same(olds, [] if "--algo=dpo" in flags else [start, start, calls[1][0], calls[1][0]])
 
 
 def test_the_old_model_keeps_its_share_of_what_it_was(online):
@@ -258,8 +268,15 @@ def refreshed(monkeypatch):
     return refresh.Refresh(args, judge.eval(), Vocabulary(), CPU), judge
 
 
-def test_new_labels_are_the_annotators_of_pairs_of_the_rounds_own_clips(refreshed):
+def test_new_labels_are_the_annotators_of_pairs_of_the_rounds_own_clips(refreshed, monkeypatch):
     ask, judge = refreshed
+    batches, honest = [], refresh.reward_step
+
+    def reward_step(model, caption, **batch):
+        batches.append(batch | {"caption": caption})
+        return honest(model, caption=caption, **batch)
+
+    monkeypatch.setattr(refresh, "reward_step", reward_step)
     prompts = world.split_prompts("train")[:4]
     y = Vocabulary().encode_attributes(prompts, 8)
     drawn = world.draw_clips(
@@ -281,6 +298,15 @@ def test_new_labels_are_the_annotators_of_pairs_of_the_rounds_own_clips(refreshe
         gap = (a - b) / world.TRUE_STD
         clear = gap.abs() > 1.5  # five times what an annotator errs by
         assert torch.equal(label[clear], gap[clear].sign().long())
+    old = {"y": ask.old.y, "label": ask.old.label, "clips": torch.stack(ask.old.sides(torch.arange(16)), 1)}
+    for batch in batches:  # half new, half old, each pair with its own label
+        assert batch["caption"] == 1.0 and batch["weight"].mean() == pytest.approx(1.0)
+        both = torch.stack((batch["video_a"], batch["video_b"]), 1)
+        for i, (y_i, pair, label) in enumerate(zip(batch["y"], both, batch["label"])):
+            pool = found | {"clips": refresh.to_video(found["clips"])} if i < 4 else old
+            (place,) = torch.nonzero((pool["clips"] == pair).flatten(1).all(1))[0]
+            assert torch.equal(pool["y"][place], y_i) and torch.equal(pool["label"][place], label)
+    assert len(batches) == 3
     assert not same(judge.state_dict(), before) and not any(p.requires_grad for p in judge.parameters())
     scores = torch.cat([judge.normalised(side, ask.old.y) for side in ask.old.sides(torch.arange(16))])
     assert torch.allclose(scores.mean(0), torch.zeros(3), atol=1e-3)
