@@ -119,10 +119,11 @@ def steered_rows(variant, seed, args, device):
 
 
 def classifier_free(args, device):
-    """Table 5's row for comparison: the base model with CFG over the base model without."""
-    base = base_scores(args, device, SETS, (1.0, CFG))
+    """Table 5's rows for comparison: the base model, and the base model with CFG, over itself without."""
+    base, facts = base_scores(args, device, SETS, (1.0, CFG)), {"study": "weights", "variant": "none", "seed": 0}
     with_cfg, without = ({f"large {CFG:g}": base[f"large {cfg:g}"]} for cfg in (CFG, 1.0))
-    return rows_of(with_cfg, without, study="weights", method=f"CFG {CFG:g}, no NRG", variant="none", seed=0)
+    plain = {"large 1": base["large 1"]}
+    return rows_of(plain, plain, **facts, method="base") + rows_of(with_cfg, without, **facts, method=f"CFG {CFG:g}, no NRG")
 
 
 def accuracy_rows(reward, variant, seed, args, device):
@@ -178,7 +179,7 @@ def report(args, rows):
             rows.append([name, *wins, *cells(scores, judge="oracle", **wanted)])
         return Table(title, ["", *columns], rows)
 
-    methods = [*map(name_of, TABLE_5), f"CFG {CFG:g}, no NRG"]
+    methods = ["base", *map(name_of, TABLE_5), f"CFG {CFG:g}, no NRG"]
     tables = [table("Table 5: weights VQ:MQ:TA", {name: {"study": "weights", "method": name} for name in methods})]
     alone = [name_of(tuple(w * (i == k) for k in range(3))) for i in range(3) for w in RISING]
     tables.append(table("Each weight alone", {name: {"study": "one", "method": name} for name in alone}))
