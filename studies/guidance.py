@@ -123,7 +123,8 @@ def classifier_free(args, device):
     base, facts = base_scores(args, device, SETS, (1.0, CFG)), {"study": "weights", "variant": "none", "seed": 0}
     with_cfg, without = ({f"large {CFG:g}": base[f"large {cfg:g}"]} for cfg in (CFG, 1.0))
     plain = {"large 1": base["large 1"]}
-    return rows_of(plain, plain, **facts, method="base") + rows_of(with_cfg, without, **facts, method=f"CFG {CFG:g}, no NRG")
+    rows = rows_of(plain, plain, **facts, method="base")
+    return rows + rows_of(with_cfg, without, **facts, method=f"CFG {CFG:g}, no NRG")
 
 
 def accuracy_rows(reward, variant, seed, args, device):
