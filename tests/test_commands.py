@@ -117,7 +117,8 @@ def test_a_reward_of_another_video_size_is_refused(command, tmp_path):
 
 @pytest.mark.parametrize("algo", list(train.TASKS))
 def test_a_stopped_run_resumes_to_the_same_bits(command, monkeypatch, tmp_path, algo):
-    flags = ["--algo", algo, *TINY, *(["--pairs", 40] if algo == "reward" else [])]
+    own = {"reward": ["--pairs", 40], "nft": ["--rounds", 1, "--clips", 1]}
+    flags = ["--algo", algo, *TINY, *own.get(algo, [])]
     status, out, error = command(train, *flags, "--out", tmp_path / "whole")
     assert status == 0, error
     assert str(tmp_path / "whole" / "last.pt") in out.splitlines()[-1]

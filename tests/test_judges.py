@@ -348,8 +348,10 @@ def test_a_checkpoint_is_judged_by_both_on_its_own_samples(monkeypatch):
 def test_cfg_is_held_against_the_base_without_it(monkeypatch):
     base = {"large 1": judged([[0.0] * 3], [[0.0] * 3]), "large 2": judged([[1.0] * 3], [[1.0] * 3])}
     monkeypatch.setattr(guidance, "base_scores", lambda *args: base)
-    for row in guidance.classifier_free(None, CPU):
-        assert [row[n] for n in DIMENSIONS] == [1.0] * 3 and row["cfg"] == 2.0
+    rows = guidance.classifier_free(None, CPU)
+    assert [(row["method"], row["cfg"]) for row in rows] == [("base", 1.0)] * 2 + [("CFG 2, no NRG", 2.0)] * 2
+    assert all([row[n] for n in DIMENSIONS] == [0.5] * 3 and row["VQ_score"] == 0 for row in rows[:2])
+    assert all([row[n] for n in DIMENSIONS] == [1.0] * 3 for row in rows[2:])
 
 
 STANDARD = {"set": "standard", "cfg": 1.0}

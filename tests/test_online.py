@@ -350,8 +350,7 @@ def test_what_people_say_of_exported_clips_is_taken_back(tmp_path):
     assert ended(fork(small_rounds, *flags, "--resume", output=log)) == 0, log.read_text()
     found = torch.load(out / "round.pt", weights_only=True)["labelled"]
     assert found["label"].tolist() == [[1, -1, 0]] * 4
-    shown = refresh.to_video(found["clips"]).flatten(2).mean(2)
-    assert shown.std() > 0.005  # the clips, not one colour
+    assert found["clips"].float().std() > 1  # of 255: clips, not one colour
 
 
 def test_latents_cannot_be_labelled():
