@@ -69,11 +69,15 @@ def sample_prompts(model, words, prompts, seed, device="cpu", **settings):
 
 
 @torch.no_grad()
-def learned_scores(reward, words, videos, prompts, device="cpu"):
-    """VideoReward's z-scores (N, 3) on the CPU of clips for attributes (N, 3)."""
-    y = Vocabulary(words).encode_attributes(prompts, reward.config.max_text)
+def z_scores(reward, videos, y, device="cpu"):
+    """VideoReward's z-scores (N, 3) on the CPU of clips for prompts y (N, S)."""
     parts = [reward.normalised(v.to(device), w.to(device)) for v, w in zip(videos.split(128), y.split(128))]
     return torch.cat(parts).cpu()
+
+
+def learned_scores(reward, words, videos, prompts, device="cpu"):
+    """The same for attributes (N, 3)."""
+    return z_scores(reward, videos, Vocabulary(words).encode_attributes(prompts, reward.config.max_text), device)
 
 
 def score_table(names, scores, learned=None):
@@ -232,8 +236,7 @@ def learned_table(models, reward, pairs, args, device):
         bar, learned = progress_bar(f"sampling at CFG {cfg:g}", "batch"), []
         for model in models:
             videos = sample_many(model, x1.to(device), y.to(device), bar, cfg=cfg)
-            parts = zip(videos.split(64), y.to(device).split(64))
-            learned.append(torch.cat([reward.normalised(*part).cpu() for part in parts]))
+            learned.append(z_scores(reward, videos, y, device))
         table = score_table(("base", args.algo), None, learned)
         lines += [f"{len(y)} prompts of {args.data}, the same noise for both, CFG {cfg:g}", *table, ""]
     return lines[:-1]

@@ -20,7 +20,7 @@ from evaluate import pair_scores
 from real_data.disk_pairs import disk_data, disk_pairs
 from real_data.pairs_csv import Pair, read_pairs, write_pairs
 from real_data.toy_pairs import annotate_pairs, annotated_pairs
-from real_data.video import FPS, write_video
+from real_data.video import FPS, to_bytes, to_video, write_video
 from reward import reward_step
 from runtime.cli import BadInput, progress_bar
 
@@ -117,12 +117,3 @@ def ask(file, prompts, clips):
         unfinished.rename(file.parent)
     except OSError as error:
         raise BadInput(f"cannot write {file.parent}: {error.strerror}") from None
-
-
-def to_video(clips):
-    """Clips as uint8 -> float in [-1, 1]."""
-    return clips.float() / 127.5 - 1
-
-
-def to_bytes(videos):
-    return ((videos.clamp(-1, 1) + 1) * 127.5).round().byte()

@@ -19,12 +19,13 @@ import torch
 
 import world
 from data import Vocabulary, draw_noise, drop_prompts, epoch_index, step_rng, take
-from evaluate import alignment_table, load_judge
+from evaluate import alignment_table, load_judge, z_scores
 from flow_dpo import flow_dpo_step
 from flow_nft import flow_nft_step, move_old, optimality
 from model import merged_state_dict, share_trunk
-from online.refresh import Refresh, to_bytes, to_video
+from online.refresh import Refresh
 from real_data.disk_pairs import disk_data
+from real_data.video import to_bytes, to_video
 from runtime.checkpoint import save_checkpoint
 from runtime.cli import BadInput, progress_bar
 from runtime.distributed import rank, wait
@@ -132,14 +133,11 @@ class Rounds:
         x1 = torch.randn(len(y) * args.clips, *self.policy.config.video_shape, generator=rng)
         sampler, bar = self.old if args.algo == "nft" else self.policy, progress_bar(f"round {number}", "batch")
         asked = y.repeat_interleave(args.clips, 0).to(self.device)
-        clips = to_bytes(sample_many(sampler, x1.to(self.device), asked, bar)).cpu()  # (P n, C, T, H, W)
+        clips = to_bytes(sample_many(sampler, x1.to(self.device), asked, bar)).cpu().unflatten(0, (len(y), -1))
         if self.refresh:
-            self.refresh(number, y, clips.unflatten(0, (len(y), args.clips)))
-        with torch.no_grad():
-            parts = zip(clips.split(64), asked.split(64))
-            scores = torch.cat([self.judge.normalised(to_video(c).to(self.device), w).cpu() for c, w in parts])
-        kept = {"number": number, "settings": settled(args), "y": y}
-        kept |= {"clips": clips.unflatten(0, (len(y), args.clips)), "scores": scores.unflatten(0, (len(y), args.clips))}
+            self.refresh(number, y, clips)
+        scores = z_scores(self.judge, to_video(clips.flatten(0, 1)), asked, self.device).unflatten(0, (len(y), -1))
+        kept = {"number": number, "settings": settled(args), "y": y, "clips": clips, "scores": scores}
         kept["old"] = self.old.state_dict() if self.old is not None else {}
         if self.refresh:
             kept |= {"judge": self.judge.state_dict(), "labelled": self.refresh.labelled}

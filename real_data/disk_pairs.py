@@ -15,7 +15,7 @@ import torch
 
 from data import Pairs, Vocabulary, split_words, step_rng, vocabulary_of
 from real_data.pairs_csv import PATHS, read_pairs
-from real_data.video import cached_clip, is_latent, read_latent
+from real_data.video import cached_clip, is_latent, read_latent, to_video
 from runtime.cli import BadInput, progress_bar
 from runtime.distributed import rank, wait
 
@@ -89,7 +89,7 @@ def disk_pairs(rows, csv_path, config, vocabulary, cache, skipped=None, progress
         try:
             if is_latent(path):
                 return torch.from_numpy(read_latent(root / path).astype(np.float32))
-            return cached_clip(root / path, cache, config.frames, config.size).float() / 127.5 - 1
+            return to_video(cached_clip(root / path, cache, config.frames, config.size))
         except (OSError, ValueError) as error:
             fault = getattr(error, "strerror", None) or error
             raise BadInput(f"{root / path}: cannot be read any more ({fault}); put it back and --resume") from None

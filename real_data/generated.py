@@ -16,6 +16,7 @@ import world
 from data import Pairs, Vocabulary, step_rng
 from model import load_velocity
 from real_data.toy_pairs import annotate_pairs, toy_pairs
+from real_data.video import to_bytes, to_video
 from runtime.checkpoint import save_checkpoint
 from runtime.cli import BadInput, progress_bar
 from runtime.distributed import rank, wait
@@ -50,8 +51,8 @@ def generated_clips(model, y, count, models, seed, cache, device):
             rng = torch.Generator().manual_seed(NOISE_SEED + 100 * seed + i)
             x1 = torch.randn(len(places) * len(y), *model.config.video_shape, generator=rng)
             bar, asked = progress_bar(f"sampling {name}", "batch"), y.repeat(len(places), 1)
-            videos = sample_many(model, x1.to(device), asked.to(device), bar, **settings).clamp(-1, 1)
-            for place, video in zip(places, ((videos + 1) * 127.5).round().byte().cpu().split(len(y))):
+            videos = sample_many(model, x1.to(device), asked.to(device), bar, **settings)
+            for place, video in zip(places, to_bytes(videos).cpu().split(len(y))):
                 clips[place] = video
         kept = torch.stack(clips, 1)
         save_checkpoint(file, {"clips": kept})
@@ -81,7 +82,7 @@ def generated_pairs(count, splits, seed, path, config, cache, device, models=MOD
     kept = generated_clips(model, y, each, models, seed, cache, device)
 
     def clips(index, side):
-        return kept[which[index], chosen[side, index]].float() / 127.5 - 1
+        return to_video(kept[which[index], chosen[side, index]])
 
     generator = len(world.GENERATORS) + chosen.T % len(models)  # (count, 2)
     return Pairs(y[which], clips, generator), prompts[which]

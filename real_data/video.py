@@ -74,9 +74,19 @@ def fit(frames, length, size):
     return video.transpose(0, 1).round().byte().contiguous()
 
 
+def to_bytes(video):
+    """Values in [-1, 1], what lies outside cut off -> uint8."""
+    return ((video.float().clamp(-1, 1) + 1) * 127.5).round().byte()
+
+
+def to_video(frames):
+    """uint8 -> float in [-1, 1]."""
+    return frames.float() / 127.5 - 1
+
+
 def write_video(path, video, zoom=4):
     """Writes a clip (3, T, H, W) in [-1, 1] as mp4, a pixel as zoom x zoom: H.264 halves the resolution of colour."""
-    frames = ((video.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0)
+    frames = to_bytes(video).permute(1, 2, 3, 0)
     frames = frames.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2).numpy()
     imageio.mimwrite(path, list(frames), format="FFMPEG", fps=FPS, quality=9, macro_block_size=1)
 
@@ -148,7 +158,7 @@ def cached_clip(path, folder, length, size, said=0):
 
 def to_pixels(video, zoom=1):
     """(..., C, T, H, W) in [-1, 1] -> uint8 (..., T, H * zoom, W * zoom, C)."""
-    pixels = ((video.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(-4, -1).cpu()
+    pixels = to_bytes(video).movedim(-4, -1).cpu()
     return pixels.repeat_interleave(zoom, -3).repeat_interleave(zoom, -2).numpy()
 
 

@@ -14,7 +14,6 @@ please, and the oracle, which says what is true and stands for the paper's human
 All models see the same prompts and noise. Win rates are over the base model, a draw counting one half.
 """
 
-import math
 from functools import partial
 
 import train
@@ -31,6 +30,7 @@ from studies.jobs import (
     base_scores,
     best_of,
     judge,
+    nats,
     rows_of,
     settings_for,
 )
@@ -56,7 +56,7 @@ def picked(align, seed, args, device):
     sets, weights = {"standard": SETS["standard"]}, [float(w) for w in ALIGNED[align].split(",")]
     base, rows = base_scores(args, device, sets, (1.0,)), []
     for n, scores in best_of(seed, args, device, sets, weights).items():
-        facts = {"method": f"best-of-{n}", "align": align, "seed": seed, "drift": math.log(n) - (n - 1) / n}
+        facts = {"method": f"best-of-{n}", "align": align, "seed": seed, "drift": nats(n)}
         rows += rows_of(scores, base, **facts)
     return rows
 

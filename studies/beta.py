@@ -8,7 +8,6 @@ Beside them best of n, whose drift is a KL divergence. Where the learned score r
 has learned the reward's mistakes. The paper could not draw these curves: they need the truth.
 """
 
-import math
 from functools import partial
 
 import train
@@ -23,6 +22,7 @@ from studies.jobs import (
     drift,
     judge,
     mean_z,
+    nats,
     rows_of,
     settings_for,
     train_and_judge,
@@ -67,7 +67,7 @@ def long_run(method, seed, args, device):
 def picked(seed, args, device):
     base, rows = base_scores(args, device, SETS, CFGS), []
     for n, scores in best_of(seed, args, device, SETS, (1.0, 1.0, 1.0)).items():
-        facts = {"study": "best", "method": "best-of-n", "steps": n, "seed": seed, "drift": math.log(n) - (n - 1) / n}
+        facts = {"study": "best", "method": "best-of-n", "steps": n, "seed": seed, "drift": nats(n)}
         rows += rows_of(scores, base, **facts)
     return rows
 

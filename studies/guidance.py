@@ -169,7 +169,7 @@ def report(args, rows):
     def cells(columns, **wanted):
         return [plus_minus(figure(column, **wanted)) for column in columns]
 
-    possible = ("TA_ceiling", "TA_share") if any("TA_ceiling" in row for row in rows) else ()  # rows of old have none
+    possible = ("TA_ceiling", "TA_share")
     scores = [*(f"{n}_score" for n in DIMENSIONS), *possible, *ATTRIBUTES]
     columns = [*(f"{by} {n}" for by in (*JUDGES, "true") for n in DIMENSIONS), *possible, *ATTRIBUTES]
 

@@ -5,6 +5,7 @@ and a second terminal with the same command takes its share of the jobs.
 """
 
 import json
+import math
 import os
 import random
 import statistics
@@ -185,6 +186,11 @@ def base_scores(args, device, sets, cfgs):
         torch.save(scores, temporary)
         os.replace(temporary, kept)
     return torch.load(kept, weights_only=True)
+
+
+def nats(n):
+    """KL divergence of best of n from its model, an upper bound."""
+    return math.log(n) - (n - 1) / n
 
 
 def best_of(seed, args, device, sets, weights):
