@@ -47,7 +47,8 @@ DEFAULTS = {
     "pretrain": {"steps": 11000, "batch": 32, "lr": 2.5e-3, "decay": 0.4, "ema": 0.999, "time_shift": TIME_SHIFT},
     "reward": {"steps": 1500, "batch": 32, "lr": 1e-3, "decay": 0.4, "ema": 0.0, "time_shift": TIME_SHIFT},
     "nrg": {"steps": 2000, "batch": 48, "lr": 2e-3, "decay": 0.4, "ema": 0.0, "time_shift": 1.0},
-    **dict.fromkeys(("sft", "rwr", "dpo", "nft"), ALIGNMENT),
+    **dict.fromkeys(("sft", "rwr", "dpo"), ALIGNMENT),
+    "nft": {**ALIGNMENT, "steps": 500, "lr": 3e-4},
 }
 WARMUP = 100  # steps, or a tenth of a shorter run
 ONLINE = "online.rounds"  # stands above this module, as studies do, and is opened by name
@@ -366,9 +367,7 @@ def main():
     device, begun = distributed.start_process(args.device), time.perf_counter()
     parts = world_size() * args.accum
     if args.batch % parts:
-        raise BadInput(
-            f"--batch {args.batch}: must be a multiple of {parts}, {world_size()} processes x --accum {args.accum}"
-        )
+        raise BadInput(f"--batch {args.batch}: must be a multiple of {parts}, that is of processes x --accum")
     if args.fsdp and not distributed.launched():
         raise BadInput("--fsdp: shards over the processes of torchrun; start with torchrun --nproc_per_node N train.py")
     state = resume.opened_run(args)

@@ -99,9 +99,9 @@ def training_flags(argv, defaults, presets, losses, schedules):
     add("--clips", type=clip_count, default=8, help="of each prompt in a round")
     add("--refresh", type=positive_int, help="every so many rounds VideoReward learns from new labels (default: never)")
     add("--reference", choices=("first", "round"), default="first", help="dpo: the start, or the round's")
-    add("--nft-beta", type=positive, default=1.0, help="nft: distance of v+ and v- from v_old, in v - v_old")
+    add("--nft-beta", type=positive, default=0.5, help="nft: distance of v+ and v- from v_old, in v - v_old")
     add("--spread", type=positive, default=1.0, help="nft: Z, in standard deviations of the reward")
-    add("--old-decay", type=fraction, default=0.5, help="nft: how much of v_old a round keeps")
+    add("--old-decay", type=fraction, default=0.2, help="nft: how much of v_old a round keeps")
     add("--kl", type=non_negative, default=0.0, help="nft: weight of |v - v_ref|^2")
 
     add = parser.add_argument_group("real data").add_argument

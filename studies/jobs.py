@@ -26,7 +26,7 @@ from real_data.toy_pairs import draw_clips
 from reward import load_reward
 from runtime import resume
 from runtime.checkpoint import WEIGHTS, save_checkpoint
-from runtime.cli import BadInput, check_writable
+from runtime.cli import BadInput, check_writable, has_bf16
 from sample import CFG
 from studies.report.charts import picture
 from studies.report.tables import markdown
@@ -79,7 +79,8 @@ def _took(lock):
 def facts(device):
     """What a result's file says of where it came from."""
     command = " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
-    return {"command": command, "commit": resume.commit(), "torch": torch.__version__, "device": str(device)}
+    kind = "bfloat16" if has_bf16(device) else "float32"  # of what is trained
+    return {"command": command, "commit": resume.commit(), "torch": torch.__version__, "device": f"{device}, {kind}"}
 
 
 def save_json(path, content):

@@ -6,12 +6,13 @@
     nft             DiffusionNFT on the policy's own clips, VideoReward frozen
     nft-refreshed   the same with new labels
 
-Each takes twice the default number of rounds. On the way the policy samples the standard prompts from the base model's
-noise; the judges are the oracle and the shipped VideoReward, whom the frozen arms are trained to please and the
-refreshed ones leave behind. What a refreshed VideoReward says of its own rounds stands in their metrics.jsonl.
+Each takes twice the default number of rounds, of 50 steps. On the way the policy samples the standard prompts from the
+base model's noise; the judges are the oracle and the shipped VideoReward, whom the frozen arms are trained to please
+and the refreshed ones leave behind. What a refreshed VideoReward says of its own rounds stands in their metrics.jsonl.
 """
 
 import json
+import shutil
 from functools import partial
 from itertools import product
 
@@ -23,6 +24,7 @@ from studies.report.charts import Chart
 from studies.report.tables import Table, plus_minus
 
 ROUNDS = 20  # twice the default
+STEPS = 1000  # of every arm
 ARMS = {
     "dpo": ["--algo=dpo"],
     "dpo-rounds": ["--algo=dpo", f"--rounds={ROUNDS}"],
@@ -30,7 +32,8 @@ ARMS = {
     "nft": ["--algo=nft", f"--rounds={ROUNDS}"],
     "nft-refreshed": ["--algo=nft", f"--rounds={ROUNDS}", "--refresh=2"],
 }
-JUDGED = (1, 2, 3, 5, 7, 10, 12, 15, 17, 20)  # after so many rounds
+JUDGED = (1, 2, 3, 4, 5, 7, 10, 15, 20)  # after so many rounds
+SHOWN = (2, 5, 10)  # rounds whose policies are kept, for clips on the report page
 SETS, CFGS = {"standard": 256}, (1.0,)
 
 
@@ -38,12 +41,14 @@ def aligned(arm, seed, args, device):
     """Rows of one run: judged after the rounds of JUDGED, and, as study "own", what its VideoReward and the oracle say
     of each round's own clips, from its log."""
     out = args.work / "online" / f"{arm}-{seed}"
-    settings = settings_for([*ARMS[arm], f"--seed={seed}", f"--steps={2 * train.DEFAULTS['dpo']['steps']}"], out, args)
+    settings = settings_for([*ARMS[arm], f"--seed={seed}", f"--steps={STEPS}"], out, args)
     length, base, rows = settings.steps // ROUNDS, base_scores(args, device, SETS, CFGS), []
 
     def judged(step, path):
         facts = {"study": "judged", "method": arm, "round": step // length, "seed": seed, "drift": drift(path, device)}
         rows.extend(rows_of(judge(path, args, device, SETS, CFGS), base, **facts))
+        if step // length in SHOWN:
+            shutil.copy(path, out / f"round-{step // length}.pt")
 
     steps = [length * number for number in JUDGED[:-1]]
     train_and_judge(train.TASKS[settings.algo](settings, device), settings, device, steps, judged)

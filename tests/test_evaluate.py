@@ -186,6 +186,8 @@ def test_online_study_from_end_to_end(tmp_path, monkeypatch):
     own = [(row["method"], row["round"]) for row in rows if row["study"] == "own"]
     assert own == [(arm, number) for arm in list(arms)[1:] for number in (0, 1)]
     logged = (tmp_path / "work" / "online" / "dpo-rounds-0" / "metrics.jsonl").read_text().splitlines()
+    kept = tmp_path / "work" / "online" / "nft-refreshed-0"
+    assert (kept / "round-2.pt").read_bytes() == (kept / "last.pt").read_bytes()  # for the report's clips
     said = next(row for row in rows if row["study"] == "own" and row["method"] == "dpo-rounds")
     assert said["true"] == json.loads(logged[0])["true"] and said["learned"] == json.loads(logged[0])["learned"]
     assert "| nft-refreshed, 2 |" in text and "| dpo-rounds, learned |" in text

@@ -82,6 +82,9 @@ def page(tmp_path_factory):
         shutil.copy(report_clips.WEIGHTS / "base.pt", run / "last.pt")
         lines = [{"step": i, "loss/t0": i + 2 * seed, "accuracy": 0.5, "margin": 0, "drift": i} for i in range(40)]
         (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    kept = args.work / "online" / "nft-refreshed-0" / "round-5.pt"
+    kept.parent.mkdir(parents=True)
+    shutil.copy(report_clips.WEIGHTS / "base.pt", kept)
     calls = []
 
     def sampler(model, words, prompts, seed, device, guidance=None):
@@ -94,7 +97,7 @@ def page(tmp_path_factory):
         patch.setattr(report_clips, "progress_bar", lambda *_: lambda items: items)
         with redirect_stdout(io.StringIO()) as said:
             report.run(args, CPU)
-    assert len(calls) == 27 + 3  # three values of three weights; base, dpo and nrg, as sft and rwr are not there
+    assert len(calls) == 27 + 3 + 2  # three values of three weights; base, dpo, nrg, not sft and rwr; base, a round
     return SimpleNamespace(path=args.out / "report.html", args=args, lines=said.getvalue().splitlines())
 
 
@@ -158,6 +161,7 @@ def test_studies_that_are_missing_or_unfinished_are_named(page):
     assert "unfinished: 1 of 34 jobs" in text["beta"]  # two seeds: six betas of two methods, four long runs, best of n
     assert "2 seeds" in text["align"] and "unfinished" not in text["align"]
     assert text["clips"].count("Not trained yet") == 2  # SFT and RWR
+    assert text["online"].count("Not trained yet") == 5  # of six, the fifth round of nft is there
     assert [line.split(maxsplit=1)[1] for line in page.lines[:3]] == [
         "not run yet",
         "2 seeds",

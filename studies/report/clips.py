@@ -26,12 +26,25 @@ MEANING = dict(zip(DIMENSIONS, ("visual quality", "motion quality", "text alignm
 # The first eight have every colour, shape and direction; the seventh is of the validation split, the eighth held out
 PROMPTS = world.split_prompts(*world.SPLIT_NAMES)[(11 * torch.arange(24) + 7) % 96]
 GALLERY_COLUMNS, SLIDER_COLUMNS = 8, 6  # of these are shown, averages are over all
-GALLERY = {  # what the clips of a row come from: its words, and the align study's folder or a shipped file
-    "base": ("Base model", "no feedback", WEIGHTS / "base.pt"),
-    "sft": ("SFT", "trained on winners", "align/sft-111-0/last.pt"),
-    "rwr": ("Flow-RWR", "all clips, weighted by reward", "align/rwr-111-0/last.pt"),
-    "dpo": ("Flow-DPO", "winner against loser", "align/dpo-constant-111-0/last.pt"),
-    "nrg": ("Flow-NRG 1:1:1", "base model, steered", WEIGHTS / "base.pt"),
+STEERED = "base model, steered"
+BASE = ("Base model", "no feedback", WEIGHTS / "base.pt")
+REFRESHED = ("Flow-DPO", "dpo-refreshed"), ("DiffusionNFT", "nft-refreshed")
+MAKERS = {  # what the clips of a row come from: its words, and a checkpoint that a study made or a shipped file
+    "align": [
+        BASE,
+        ("SFT", "trained on winners", "align/sft-111-0/last.pt"),
+        ("Flow-RWR", "all clips, weighted by reward", "align/rwr-111-0/last.pt"),
+        ("Flow-DPO", "winner against loser", "align/dpo-constant-111-0/last.pt"),
+        ("Flow-NRG 1:1:1", STEERED, WEIGHTS / "base.pt"),
+    ],
+    "online": [
+        BASE,
+        *(
+            (f"{name}, round {n}", "VideoReward refreshed", f"online/{arm}-0/round-{n}.pt")
+            for name, arm in REFRESHED
+            for n in (2, 5, 10)
+        ),
+    ],
 }
 VALUES = (-4, 0, 4)  # of each slider
 
@@ -87,30 +100,29 @@ def steered(weights, model, reward):
     return steer(model, reward, weights, NRG_SCALE, NRG_EPS, NRG_INTERVAL)
 
 
-def gallery(args, device):
-    """(table, CSS): a row a method of GALLERY, all on the same noise."""
+def gallery(study, args, device):
+    """(table, CSS): a row for each of a study's MAKERS, all on the same noise."""
     videos, rows = [], []
     prompts = PROMPTS[:GALLERY_COLUMNS]
-    for key, (title, said, source) in GALLERY.items():
-        path = next((p for p in (args.work / source, WEIGHTS / f"{key}.pt") if p.exists()), None)
-        head = f"{title}<small>{said}</small>"
-        if path is None:
-            text = "Not trained yet: <code>python evaluate.py align</code> does."
+    for title, said, source in MAKERS[study]:
+        path, head = args.work / source, f"{title}<small>{said}</small>"
+        if not path.exists():
+            text = f"Not trained yet: <code>python evaluate.py {study}</code> does."
             rows.append(("", head, f'<td colspan="{len(prompts)}" class="soft">{text}</td>'))
             continue
         model, words = load_velocity(path)
         model, guidance = model.to(device), None
-        if key == "nrg":
+        if said == STEERED:
             reward, _ = load_noisy_reward(WEIGHTS / "nrg.pt")
             model, guidance = steered((1, 1, 1), model, reward.to(device))
         video = sample_prompts(model, words, PROMPTS, NOISE_SEED, device, guidance=guidance)
         scores, cells = world.oracle(video, PROMPTS), ""
         for i, prompt in enumerate(prompts):
             label = f"{title}: {world.prompt_text(prompt)}"
-            cells += clip("shown", len(videos) * len(prompts) + i, label, scores[i].tolist())
+            cells += clip(f"shown-{study}", len(videos) * len(prompts) + i, label, scores[i].tolist())
         videos.append(video[: len(prompts)])
         rows.append(("", head + average(scores), cells))
-    return clip_table("Clips, a row a method, a column a prompt", prompts, rows), sheet("shown", torch.cat(videos))
+    return clip_table(f"Clips of {study}, a column a prompt", prompts, rows), sheet(f"shown-{study}", torch.cat(videos))
 
 
 def sliders(device):

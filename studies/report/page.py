@@ -23,7 +23,7 @@ from flow import TIME_BINS
 from runtime.cli import BadInput
 from studies.jobs import METHODS
 from studies.report.charts import Chart, figure
-from studies.report.clips import MEANING, gallery, sliders, two_digits
+from studies.report.clips import MAKERS, MEANING, gallery, sliders, two_digits
 
 TEMPLATE = Path(__file__).parent / "template.html"
 OPEN = {"align": 2}  # tables shown at once, 1 of the other studies; the others unfold
@@ -45,8 +45,9 @@ def write(args, device, studies):
     parts |= {"cards": cards(found), "curves": training_curves(args), "provenance": provenance(found)}
     parts["key"] = "".join(f'<span><i class="{n.lower()}"></i>{n}, {MEANING[n]}</span>' for n in DIMENSIONS)
     parts |= sliders(device)
-    parts["gallery"], shown = gallery(args, device)
-    parts["sheets"] += shown
+    for name in MAKERS:
+        parts[f"clips_{name}"], shown = gallery(name, args, device)
+        parts["sheets"] += shown
     titles = {"clips": "Clips", "steer": "Sliders", "align": "Alignment", "beta": "Beta and drift"}
     titles |= {"nrg": "Guidance", "online": "Rounds", "reward": "VideoReward", "unified": "On a line"}
     parts["nav"] = "".join(f'<li><a href="#{name}">{title}</a></li>' for name, title in titles.items())
