@@ -354,7 +354,7 @@ def test_cfg_is_held_against_the_base_without_it(monkeypatch):
     assert all([row[n] for n in DIMENSIONS] == [1.0] * 3 for row in rows[2:])
 
 
-STANDARD = {"set": "standard", "cfg": 1.0}
+STANDARD = {"set": "standard", "cfg": 1.0, "seed": 0}
 
 
 def alignment_rows(wins, quality):
@@ -381,7 +381,7 @@ def test_what_is_found_of_alignment_is_what_the_rows_say():
         **{f"best-of-{n}": (0.4, 0.4, 0.4) for n in jobs.BEST_OF},
     }
     quality = {"base": 0.8, **dict.fromkeys(papers, 0.7)}
-    said = answers(align.findings(partial(over_seeds, alignment_rows(papers, quality))))
+    said = answers(align.findings(partial(over_seeds, alignment_rows(papers, quality)), 1))
     assert said == [{"yes"}] * 13
     against = {
         "sft": (0.9, 0.9, 0.9),
@@ -393,7 +393,7 @@ def test_what_is_found_of_alignment_is_what_the_rows_say():
         "best-of-16": (0.95, 0.95, 0.95),
     }
     quality = {"base": 0.6, **dict.fromkeys(papers, 0.5), "rwr": 0.7}
-    said = answers(align.findings(partial(over_seeds, alignment_rows(against, quality))))
+    said = answers(align.findings(partial(over_seeds, alignment_rows(against, quality)), 1))
     assert said == [{"no"}] * 13
 
 

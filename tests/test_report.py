@@ -33,6 +33,7 @@ STUDIES = {"reward": reward_model, "align": align, "beta": beta, "nrg": guidance
 TRUE_VQ = {"dpo-constant": (0.9, 0.8), "dpo-schedule": (0.0, 0.0), "sft": (1.0, 1.0)}
 
 
+MEASURED = (*DIMENSIONS, *ATTRIBUTES, "quality", "TA_ceiling", "TA_share")  # of a row of align
 LACKING = {"method": "sft", "align": "1:1:1", "set": "hard", "cfg": 1.0, "judge": "oracle", "seed": 0}  # win rates
 
 
@@ -51,7 +52,7 @@ def align_rows():
                     for cfg in CFGS:
                         for by in JUDGES:
                             row = {"method": method, "align": aligned, "seed": seed, "set": name, "cfg": cfg}
-                            row |= {"judge": by, **dict.fromkeys((*DIMENSIONS, *ATTRIBUTES, "quality"), 0.5)}
+                            row |= {"judge": by, **dict.fromkeys(MEASURED, 0.5)}
                             row |= {f"{n}_score": 0.25 for n in DIMENSIONS}
                             if method in TRUE_VQ and by == "oracle":
                                 row["VQ"] = TRUE_VQ[method][seed]

@@ -204,7 +204,7 @@ def cell(text, win):
 
 def judges(rows):
     """The two judges side by side: for each dimension and method a line from the true win rate to the learned one."""
-    figures = ""
+    figures, bottom = "", 18 + 27 * len(METHODS)
     for name in DIMENSIONS:
         marks, said = "", []
         for i, method in enumerate(METHODS):
@@ -224,15 +224,15 @@ def judges(rows):
         if not said:
             return ""
         scale = "".join(
-            f'<line class="{kind}" x1="{x}" x2="{x}" y1="18" y2="126"/>'
-            f'<text x="{x}" y="142" text-anchor="middle">{value}</text>'
+            f'<line class="{kind}" x1="{x}" x2="{x}" y1="18" y2="{bottom}"/>'
+            f'<text x="{x}" y="{bottom + 16}" text-anchor="middle">{value}</text>'
             for x, value, kind in ((96, "0", "grid"), (171, "0.5", "level"), (246, "1", "grid"))
         )
         heads = '<text class="true" x="262" y="12">oracle</text><text class="learned" x="308" y="12">learned</text>'
         label = escape(f"Win rates over the base model in {name}. " + "; ".join(said))
         figures += (
             f'<figure class="judges"><figcaption>{name}: win rate, in truth and as learned</figcaption>'
-            f'<svg viewBox="0 0 346 148" role="img" aria-label="{label}">{scale}{heads}{marks}</svg></figure>'
+            f'<svg viewBox="0 0 346 {bottom + 22}" role="img" aria-label="{label}">{scale}{heads}{marks}</svg></figure>'
         )
     text = (
         "Standard prompts, CFG 1, aligned 1:1:1. ● the oracle, ○ VideoReward: a long line is where the two judges part."
