@@ -79,8 +79,8 @@ def _took(lock):
 def facts(device):
     """What a result's file says of where it came from."""
     command = " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
-    kind = "bfloat16" if has_bf16(device) else "float32"  # of what is trained
-    return {"command": command, "commit": resume.commit(), "torch": torch.__version__, "device": f"{device}, {kind}"}
+    kind = f"{device} with{'' if has_bf16(device) else 'out'} bfloat16"  # what train.py trains in if there is
+    return {"command": command, "commit": resume.commit(), "torch": torch.__version__, "device": kind}
 
 
 def save_json(path, content):
