@@ -60,7 +60,7 @@ def choose(q, plan=None):
     if q.device.type == "cpu":
         if q.dtype == torch.bfloat16 and not has_bf16(q.device):
             return "sdpa32"  # the fused kernel's backward takes 3 to 6 times as long in bfloat16
-        short = 1024 if q.dtype == torch.bfloat16 else 80  # bfloat16 on a Zen 4: sdpa takes 1.4 to 3.7 times as long
+        short = 4096 if q.dtype == torch.bfloat16 else 80  # in bfloat16 sdpa takes 1.4 to 3.7 times as long
         return "naive" if q.shape[-2] <= short else "sdpa"
     return "sdpa"
 
