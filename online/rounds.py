@@ -97,6 +97,8 @@ class Rounds:
             if rank():
                 wait()  # process 0 makes it for all
             kept = self.read()
+            if kept and number < kept["number"]:
+                kept = None  # of a run that is begun anew
             if kept and (rank() or self.now is None):
                 self.restore(kept)
             if kept is None or kept["number"] != number:

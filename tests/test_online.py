@@ -257,6 +257,17 @@ def test_a_round_of_another_run_is_not_gone_on_from(online, tmp_path):
         third.batch(2, slice(0, 8))
 
 
+@pytest.mark.parametrize("flags", [["--algo=dpo", "--refresh=1"], ["--algo=nft"]])
+def test_begun_anew_in_the_folder_of_a_killed_run_the_rounds_are_those_of_an_empty_folder(tmp_path, flags):
+    flags, log, out = [*flags, *tiny_checkpoints(tmp_path)], tmp_path / "log", tmp_path / "again"
+    assert ended(fork(small_rounds, *flags, f"--out={tmp_path / 'whole'}", output=log)) == 0, log.read_text()
+    dying = partial(small_rounds, *flags, f"--out={out}", dies=("sample_many", 3))
+    assert ended(fork(dying, output=log)) == -signal.SIGKILL
+    (out / "last.pt").unlink()
+    assert ended(fork(small_rounds, *flags, f"--out={out}", output=log)) == 0, log.read_text()
+    assert same(kept(out)[0], kept(tmp_path / "whole")[0])
+
+
 @pytest.fixture
 def refreshed(monkeypatch):
     """(Refresh, judge): a tiny VideoReward, and its labels of a few pairs."""
