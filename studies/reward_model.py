@@ -167,15 +167,14 @@ def report(args, rows):
         title = f"Tables 2 and 6: {split}, {args.eval_pairs} pairs (ties: {ties})"
         tables.append(Table(title, ["model", *(f"{c.replace('_', ' ')} ties" for c in columns)], cells))
 
-    if any("VQ_true" in row for row in rows):  # rows of old have none
-        columns, cells = [(split, name) for split in (*SPLITS, *GENERATED) for name in DIMENSIONS], []
-        for model in (*MODELS, *RENDERED_ONLY):
-            figures = (figure(f"{n}_true", model=model, split=split, fraction=1.0) for split, n in columns)
-            cells.append([model, *(plus_minus(value, 3) for value in figures)])
-        counts = (figure(f"{n}_pairs", model="oracle", split=split)[0] for split, n in columns)
-        cells.append(["pairs", *(f"{count:.0f}" for count in counts)])
-        title = "By the truth: accuracy on rendered and on generated clips"
-        tables.append(Table(title, ["model", *(" ".join(column) for column in columns)], cells))
+    columns, cells = [(split, name) for split in (*SPLITS, *GENERATED) for name in DIMENSIONS], []
+    for model in (*MODELS, *RENDERED_ONLY):
+        figures = (figure(f"{n}_true", model=model, split=split, fraction=1.0) for split, n in columns)
+        cells.append([model, *(plus_minus(value, 3) for value in figures)])
+    counts = (figure(f"{n}_pairs", model="oracle", split=split)[0] for split, n in columns)
+    cells.append(["pairs", *(f"{count:.0f}" for count in counts)])
+    title = "By the truth: accuracy on rendered and on generated clips"
+    tables.append(Table(title, ["model", *(" ".join(column) for column in columns)], cells))
 
     shares, curves, cells = (*FRACTIONS, 1.0), {}, []
     for kind in ("without", "with"):

@@ -8,7 +8,7 @@ that holds figures, but for tables that test_figures.py compares cell by cell:
 Above them stands the document, and above each group the command that measured what has no query. A query names a column
 of a result and the values of a row: "align:TA/dpo-constant/videoreward" is the mean over the seeds of column TA in
 results/align.json; "@sd" behind it asks for the spread; DEFAULTS has what a query leaves out; "mean" is that of VQ, MQ
-and TA; "_" in a value stands for a space.
+and TA, "mean_with" that of VQ_with, MQ_with and TA_with; "_" in a value stands for a space.
 
     python tests/figures.py          writes figures.txt anew, with queries and commands kept where the block's words are
 """
@@ -86,7 +86,7 @@ def value(query):
     usual = {key: value for key, value in DEFAULTS[result].items() if key not in wanted}
     here = [row for row in here if all(row.get(key, value) == value for key, value in usual.items())]
     assert here, f"no row for {query}"
-    columns = ("VQ", "MQ", "TA") if column == "mean" else (column,)
+    columns = [n + column[4:] for n in ("VQ", "MQ", "TA")] if column.startswith("mean") else [column]
     assert len({row.get("seed") for row in here}) == len(here), f"{query} fits several rows of one seed"
     mean, spread = mean_and_spread([sum(row[name] for name in columns) / len(columns) for row in here])
     return spread if kind == "sd" else mean
