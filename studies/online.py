@@ -81,18 +81,20 @@ def jobs(args, device):
 
 
 def report(args, rows):
-    figure, scores = partial(over_seeds, rows, study="judged"), [f"{n}_score" for n in DIMENSIONS]
-
-    cells = []
+    scores = [f"{n}_score" for n in DIMENSIONS]
+    judged = [
+        row | {"mean_score": sum(row[n] for n in scores) / len(scores)} for row in rows if row["study"] == "judged"
+    ]
+    figure, cells = partial(over_seeds, judged), []
     for arm, number in [("base", 0), *product(ARMS, JUDGED)]:
         here = {"method": arm, "round": number}
-        drifted, true = figure("drift", judge="oracle", **here), [figure(n, judge="oracle", **here) for n in scores]
-        z = [mean_z(rows, by, **here) for by in JUDGES]
-        row = [f"{arm}, {number}", f"{drifted[0]:.4f}", *map(plus_minus, true), f"{sum(m for m, _ in true) / 3:.3f}"]
-        row += [f"{value:.2f}" for value in z] + [plus_minus(figure(n, judge="oracle", **here)) for n in DIMENSIONS]
-        cells.append(row)
+        true = [plus_minus(figure(n, judge="oracle", **here)) for n in scores]
+        row = [f"{arm}, {number}", f"{figure('drift', judge='oracle', **here)[0]:.4f}", *true]
+        row += [plus_minus(figure("mean_score", judge="oracle", **here), 3)]
+        row += [f"{mean_z(judged, by, **here):.2f}" for by in JUDGES]
+        cells.append(row + [plus_minus(figure(n, judge="oracle", **here)) for n in DIMENSIONS])
     head = ["arm, rounds", "drift", *(f"true {n}" for n in DIMENSIONS), "mean", *(f"z {by}" for by in JUDGES)]
-    tables = [Table("By round", [*head, *(f"oracle {n}" for n in DIMENSIONS)], cells)]
+    tables = [findings(figure, args.seeds), Table("By round", [*head, *(f"oracle {n}" for n in DIMENSIONS)], cells)]
 
     rounds = sorted({row["round"] for row in rows if row["study"] == "own"})
     own = []
@@ -105,7 +107,7 @@ def report(args, rows):
     charts, together, away = [], [], []
     for arm in ARMS:
         ways = [{"method": "base", "round": 0}, *({"method": arm, "round": number} for number in JUDGED)]
-        z = {by: [mean_z(rows, by, **way) for way in ways] for by in JUDGES}
+        z = {by: [mean_z(judged, by, **way) for way in ways] for by in JUDGES}
         charts.append(Chart(arm, [(by, (0, *JUDGED), z[by], None) for by in JUDGES], "round", "mean z-score"))
         drifted = [figure("drift", judge="oracle", **way)[0] for way in ways]
         together.append((arm, (0, *JUDGED), z["oracle"], None))
@@ -122,3 +124,51 @@ def report(args, rows):
         "tables": tables,
         "pictures": {"online": charts},
     }
+
+
+def findings(figure, seeds):
+    """What is asked of rounds, held against the oracle. Yes is in every seed, no in none."""
+    once, last = train.DEFAULTS["dpo"]["steps"] // (STEPS // ROUNDS), ROUNDS
+    rows = []
+
+    def mean(arm, number, **seed):
+        return figure("mean_score", method=arm, round=number, judge="oracle", **seed)[0]
+
+    def line(text, test):
+        """test: a seed or none for all -> (whether it holds, figures)."""
+        held = sum(test(seed=seed)[0] for seed in range(seeds))
+        answer = {0: "no", seeds: "yes"}.get(held, f"in {held} of {seeds}")
+        rows.append([text, f"{answer}: {test()[1]}"])
+
+    def above(text, first, second, by_least=0.0):
+        def test(**seed):
+            one, other = mean(*first, **seed), mean(*second, **seed)
+            return one >= other + by_least, f"{one:.3f} against {other:.3f}"
+
+        line(text, test)
+
+    def no_worse(arm, **seed):
+        changes = []
+        for name in DIMENSIONS:
+            wanted = {"column": f"{name}_score", "judge": "oracle", **seed}
+            ends = [figure(method=m, round=number, **wanted)[0] for m, number in ((arm, last), ("dpo", last))]
+            changes.append(ends[0] - ends[1])
+        return min(changes) >= -0.02, ", ".join(f"{n} {change:+.3f}" for n, change in zip(DIMENSIONS, changes))
+
+    def stays(arm, **seed):
+        best = max(mean(arm, number, **seed) for number in JUDGED)
+        return mean(arm, last, **seed) >= best - 0.03, f"{mean(arm, last, **seed):.3f}, best {best:.3f}"
+
+    for arm in ("dpo-refreshed", "nft-refreshed"):
+        for number, said in ((once, "the default's"), (last, "as many")):
+            text = f"{arm} ends .08 above offline dpo of {said} steps, mean of the three"
+            above(text, (arm, last), ("dpo", number), by_least=0.08)
+        line(f"{arm} ends with none of the three .02 below offline dpo of as many steps", partial(no_worse, arm))
+        line(f"{arm} ends no more than .03 below its best round", partial(stays, arm))
+    for one, other in (("nft", "dpo-rounds"), ("nft-refreshed", "dpo-refreshed")):
+        above(f"{one} ends above {other}, of as many clips", (one, last), (other, last))
+    for arm in ("dpo", "nft"):
+        frozen = "dpo-rounds" if arm == "dpo" else arm
+        above(f"{arm}-refreshed ends above {frozen}", (f"{arm}-refreshed", last), (frozen, last))
+    title = "What is asked of rounds, and what is found here (true scores)"
+    return Table(title, ["asked", "here"], rows, "findings")

@@ -20,7 +20,7 @@ from data import DIMENSIONS, INVALID, Pairs, Vocabulary
 from evaluate import alignment_table, learned_scores, over_seeds, pair_scores, score_table, win_rate
 from model import VideoTransformer, load_velocity
 from reward import RewardConfig, VideoReward
-from studies import align, guidance, jobs, observer, reward_model
+from studies import align, guidance, jobs, observer, online, reward_model
 
 tiny = wired.tiny
 
@@ -425,6 +425,40 @@ def test_what_is_found_of_rewards_is_what_the_rows_say():
     assert rewards_found(0.88, 0.7, ("bt-shared", 0.8), ("regression", 0.6), fits) == [{"yes"}] * 9
     worse = {"bt-shared": (0.8,) * 3, "btt-shared": (0.7,) * 3, "btt-separate": (0.75, 0.6, 0.6)}
     assert rewards_found(0.6, 0.7, ("bt-shared", 0.6), ("regression", 0.8), worse) == [{"no"}] * 9
+
+
+def rounds_found(**scores):
+    """The answers of studies/online.py; scores: {arm: true VQ, MQ and TA of a round}."""
+    scores = {"base": lambda n: (0.5,) * 3, **{arm.replace("_", "-"): score for arm, score in scores.items()}}
+    rows = []
+    for arm, score in scores.items():
+        for n in (0,) if arm == "base" else online.JUDGED:
+            facts = {
+                "study": "judged",
+                "method": arm,
+                "round": n,
+                "seed": 0,
+                "drift": 0.1,
+                **dict.fromkeys(DIMENSIONS, 0),
+            }
+            facts |= {f"{name}_score": value for name, value in zip(DIMENSIONS, score(n))}
+            rows += [{**facts, "judge": by} for by in online.JUDGES]
+    return answers(online.report(Namespace(seeds=1), rows)["tables"][0])
+
+
+def test_what_is_found_of_rounds_is_what_the_rows_say():
+    def flat(value):
+        return lambda n: (value,) * 3
+
+    def falling(worse):
+        return lambda n: (0.6,) * 3 if n < 20 else (0.55 - worse, 0.47 - worse, 0.55 - worse)
+
+    good = {"dpo_rounds": flat(0.55), "dpo_refreshed": flat(0.6), "nft": flat(0.61), "nft_refreshed": flat(0.62)}
+    assert rounds_found(dpo=flat(0.5), **good) == [{"yes"}] * 12
+    bad = {"dpo_rounds": flat(0.7), "dpo_refreshed": falling(0.0), "nft": flat(0.6), "nft_refreshed": falling(0.01)}
+    assert rounds_found(dpo=flat(0.5), **bad) == [{"no"}] * 12
+    late = rounds_found(dpo=lambda n: (0.5 if n <= 4 else 0.59,) * 3, **good)  # four rounds are the default's steps
+    assert [late[0], late[1], late[4], late[5]] == [{"yes"}, {"no"}, {"yes"}, {"no"}]
 
 
 def test_oracle_and_random_judges_of_pairs_are_what_they_are_called(monkeypatch):
