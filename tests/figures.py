@@ -38,6 +38,7 @@ DEFAULTS = {
     "align": {"set": "standard", "cfg": 1.0, "align": "1:1:1", "judge": "oracle"},
     "beta": {"set": "standard", "judge": "oracle"},
     "nrg": {"judge": "oracle", "variant": "noised"},
+    "online": {"study": "judged", "judge": "oracle"},
     "reward": {"split": "validation", "fraction": 1.0},
     "unified": {},
     "bench": {},

@@ -15,17 +15,17 @@ from readme import DOCS, ROOT, TABLE, tables
 
 from data import DIMENSIONS
 from evaluate import over_seeds
-from studies import align, beta, guidance, observer, reward_model, unified
-from studies.jobs import ALIGNED, JUDGES, METHODS
+from studies import align, beta, guidance, observer, online, reward_model, unified
+from studies.jobs import ALIGNED, JUDGES, METHODS, mean_z
 from studies.report.tables import markdown
 
-STUDIES = {"align": align, "beta": beta, "nrg": guidance, "reward": reward_model, "unified": unified}
+STUDIES = {"align": align, "beta": beta, "nrg": guidance, "online": online, "reward": reward_model, "unified": unified}
 PRINTED = [doc for doc in DOCS if not doc.startswith("examples/")]  # its README computes what it prints
 
 # The tables compared cell by cell: document, and what its first line or one of its rows begins with.
 COMPARED = {
     "README.md": ["| aligned 1:1:1 |"],
-    "docs/alignment.md": ["| **aligned 1:1:1** |", "| beta |", "| steps |"],
+    "docs/alignment.md": ["| **aligned 1:1:1** |", "| beta |", "| steps |", "| arm, rounds |"],
     "docs/reward.md": ["| random scores |"],
     "docs/guidance.md": ["| VQ : MQ : TA |", "| t |"],
     "docs/unified.md": ["| p_ref |"],
@@ -138,6 +138,20 @@ def test_figures_of_beta(study, key):
         wanted = {"judge": judge.lower() if judge == "VideoReward" else "oracle", key: int(row[0])}
         method = beta.SCHEDULES[head[:i].count(column)]
         check(row[i], figure(f"{name}_score" if judge else name, method=method, **wanted))
+
+
+def test_figures_of_rounds():
+    rows = [row for row in result("online")["rows"] if row["study"] == "judged"]
+    rows = [row | {"mean": sum(row[f"{name}_score"] for name in DIMENSIONS) / 3} for row in rows]
+    _, shown = table("docs/alignment.md", "| arm, rounds |")
+    assert [row[0] for row in shown] == ["base, 0", *(f"{arm}, {n}" for arm, n in product(online.ARMS, (2, 5, 10, 20)))]
+    for label, drift, *true, mean, z_true, z_learned in shown:
+        arm, _, number = label.partition(", ")
+        wanted = {"method": arm, "round": int(number)}
+        for cell, column in zip((drift, *true, mean), ("drift", *(f"{n}_score" for n in DIMENSIONS), "mean"), strict=True):
+            check(cell, over_seeds(rows, column, judge="oracle", **wanted))
+        for cell, by in ((z_true, "oracle"), (z_learned, "videoreward")):
+            check(cell, (mean_z(rows, by, **wanted), 0.0))
 
 
 def test_figures_of_the_reward():
