@@ -4,6 +4,7 @@ A study is many trainings, each a job of its own whose result is kept in --work:
 and a second terminal with the same command takes its share of the jobs.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -83,6 +84,12 @@ def facts(device):
     return {"command": command, "commit": resume.commit(), "torch": torch.__version__, "device": kind}
 
 
+def source(made):
+    """What stands under a study's tables: where its rows are from, and their digest, so that none changes unseen."""
+    digest = hashlib.sha256(json.dumps(made["rows"]).encode()).hexdigest()[:8]
+    return "`{command}`, commit {commit}, torch {torch}, {device}, rows {digest}".format(**made, digest=digest)
+
+
 def save_json(path, content):
     try:
         path.write_text(json.dumps(content, indent=1) + "\n")
@@ -93,12 +100,11 @@ def save_json(path, content):
 def save(study, result, out, device):
     """Writes what a study's report() gives (rows, title, introduction, tables, pictures: {name: list of Chart}) as
     out/study.json, .md and SVGs."""
-    source = facts(device)
-    note = "`{command}`, commit {commit}, torch {torch}, {device}".format(**source)
+    made = {**facts(device), "rows": result["rows"]}
     try:
         out.mkdir(parents=True, exist_ok=True)
-        save_json(out / f"{study}.json", {**source, "rows": result["rows"]})
-        (out / f"{study}.md").write_text("\n".join([*markdown(result), "", note, ""]))
+        save_json(out / f"{study}.json", made)
+        (out / f"{study}.md").write_text("\n".join([*markdown(result), "", source(made), ""]))
         for name, charts in result["pictures"].items():
             (out / f"{name}.svg").write_text(picture(charts))
     except OSError as error:

@@ -16,7 +16,7 @@ from readme import DOCS, ROOT, TABLE, tables
 from data import DIMENSIONS
 from evaluate import over_seeds
 from studies import align, beta, guidance, observer, online, reward_model, unified
-from studies.jobs import ALIGNED, JUDGES, METHODS, mean_z
+from studies.jobs import ALIGNED, JUDGES, METHODS, mean_z, source
 from studies.report.tables import markdown
 
 STUDIES = {"align": align, "beta": beta, "nrg": guidance, "online": online, "reward": reward_model, "unified": unified}
@@ -104,8 +104,7 @@ def test_a_result_is_what_its_rows_give(name):
     flags = dict(re.findall(r"--([\w-]+)[ =](\S+)", made["command"]))
     args = Namespace(seeds=int(flags.get("seeds", 3)), eval_pairs=int(flags.get("eval-pairs", 2000)), steps=None)
     assert shlex.split(made["command"])[:3] == ["python", "evaluate.py", name]
-    note = "`{command}`, commit {commit}, torch {torch}, {device}".format(**made)
-    assert text.splitlines() == [*markdown(STUDIES[name].report(args, made["rows"])), "", note]
+    assert text.splitlines() == [*markdown(STUDIES[name].report(args, made["rows"])), "", source(made)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,7 +195,6 @@ def test_figures_of_the_line():
     methods = ["reference"], ["rwr"], dpo, ["nrg-exact"], ["nrg-shared"], ["nrg-own"]
     for (_, *cells), group in zip(rows, methods, strict=True):
         for cell, column in zip(cells, ("distance", "mean", "right"), strict=True):
-            cell = re.sub(r" \(±.*\)", "", cell)
             for text, method in zip(cell.split(" / "), group, strict=True):
                 check(text, figure(column, method=method))
 
