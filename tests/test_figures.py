@@ -193,6 +193,7 @@ def test_figures_of_the_line():
     check(first[3], [share[unified.EDGES[:-1] > -1e-6].sum().item()])
     dpo = [f"dpo-{b:g}" for b in unified.DPO_BETAS]
     methods = ["reference"], ["rwr"], dpo, ["nrg-exact"], ["nrg-shared"], ["nrg-own"]
+    assert rows[2][0].endswith(" / ".join(f"{b:g}" for b in unified.DPO_BETAS))
     for (_, *cells), group in zip(rows, methods, strict=True):
         for cell, column in zip(cells, ("distance", "mean", "right"), strict=True):
             for text, method in zip(cell.split(" / "), group, strict=True):
