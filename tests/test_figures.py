@@ -147,7 +147,8 @@ def test_figures_of_rounds():
     for label, drift, *true, mean, z_true, z_learned in shown:
         arm, _, number = label.partition(", ")
         wanted = {"method": arm, "round": int(number)}
-        for cell, column in zip((drift, *true, mean), ("drift", *(f"{n}_score" for n in DIMENSIONS), "mean"), strict=True):
+        columns = "drift", *(f"{name}_score" for name in DIMENSIONS), "mean"
+        for cell, column in zip((drift, *true, mean), columns, strict=True):
             check(cell, over_seeds(rows, column, judge="oracle", **wanted))
         for cell, by in ((z_true, "oracle"), (z_learned, "videoreward")):
             check(cell, (mean_z(rows, by, **wanted), 0.0))
