@@ -56,6 +56,7 @@ def choose(q, plan=None):
     """The fastest backend for the device, dtype, length and plan."""
     if plan is not None:
         fits = plan.tile in (16, 32, 64, 128) and q.shape[-1] in (16, 32, 64, 128)
+        fits &= plan.tile * q.shape[-1] * q.element_size() <= 2**15  # or shared memory, of 227 KiB, is too small
         return "triton" if q.is_cuda and fits and HAS_TRITON else "gather"
     if q.device.type == "cpu":
         if q.dtype == torch.bfloat16 and not has_bf16(q.device):

@@ -9,12 +9,14 @@ matrix products, against which a training step is held, is measured in the same 
 should carry over.
 """
 
+import itertools
 import json
 import math
 from dataclasses import replace
 from functools import partial
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attention import attention, choose
 from flow_dpo import flow_dpo_step
@@ -33,10 +35,11 @@ from train import TASKS, arguments
 MEDIUM = ModelConfig(frames=4, size=32, channels=16, patch=(1, 4, 4), dim=256, depth=4, heads=4)
 
 
-def product(device, dtype, size=1024):
-    """(function, FLOPs) of a matrix product of the shape of a model's: 4096 tokens."""
-    a, b = (torch.randn(n, size, device=device, dtype=dtype) for n in (4096, size))
-    return lambda: a @ b, 2 * 4096 * size * size
+def product(device, dtype):
+    """(function, FLOPs) of a matrix product: on a CPU of the shape of a model's, on a GPU one that fills it."""
+    tokens, size = (8192, 8192) if device.type == "cuda" else (4096, 1024)
+    a, b = (torch.randn(n, size, device=device, dtype=dtype) for n in (tokens, size))
+    return lambda: a @ b, 2 * tokens * size * size
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -94,7 +97,11 @@ def training(device):
     """The step against matrix products, what its layers alone would take of it, and what checkpointing costs."""
     rows = []
     kinds = {"float32": torch.float32} | ({"bfloat16": torch.bfloat16} if has_bf16(device) else {})
-    for name, config, batch in (("nano", PRESETS["nano"], 32), ("d256, 256 tokens", MEDIUM, 8)):
+    sizes = [("nano", PRESETS["nano"], 32), ("d256, 256 tokens", MEDIUM, 8)]
+    if device.type == "cuda":
+        kinds.pop("float32")
+        sizes += [("small", PRESETS["small"], 64), ("base", PRESETS["base"], 16)]
+    for name, config, batch in sizes:
         for kind, dtype in kinds.items():
             model, (x0, x1, y) = awake(config, device), clips(config, batch, device)
             weight, t = torch.ones(batch, device=device), torch.rand(batch, device=device)
@@ -113,11 +120,21 @@ def training(device):
             multiply, flops = product(device, dtype)
             alone = bare(config, batch, device, dtype)
             ways = {"product": multiply, "step": step, "checkpointed": checkpointed, "bare": alone}
+            if device.type == "cuda":
+                compiled = awake(config, device)
+                for block in compiled.blocks:
+                    block.compile()
+                ways["compiled"] = stepper(compiled, partial(loss, compiled))
             took = medians(ways, device)
             rate = flops / took["product"]
             needed = step_flops(config, arguments(["--algo=pretrain", f"--batch={batch}"]))
             share = needed / took["step"] / rate
             rows.append((f"{name}, {kind}: share of the matrix rate ({rate / 1e9:,.0f} GFLOP/s)", share, 1.0))
+            if "compiled" in took:
+                share = needed / took["compiled"] / rate
+                rows.append((f"{name}, {kind}, compiled blocks: share of the matrix rate", share, 1.0))
+                label = f"{name}, {kind}, compiled blocks: {batch / took['compiled']:,.0f} clips/s; compiled / not"
+                rows.append((label, took["compiled"] / took["step"], 0.0))
             rows.append((f"{name}, {kind}: linear layers and attention alone / step", took["bare"] / took["step"], 1.0))
             rows.append((f"{name}, {kind}: checkpointed / not", took["checkpointed"] / took["step"], 4 / 3))
     return rows
@@ -199,7 +216,8 @@ def dense(device):
     for dtype in (torch.float32, torch.bfloat16):
         slow = set()
         for count in (64, 128, 256, 512, 1024, 2048, 4096):
-            q, k, v = torch.randn(3, max(1, 2048 // count), count, 4, 64, device=device, dtype=dtype).transpose(2, 3)
+            clips_n = max(1, (65536 if device.type == "cuda" else 2048) // count)  # a GPU wants more to do
+            q, k, v = torch.randn(3, clips_n, count, 4, 64, device=device, dtype=dtype).transpose(2, 3)
             backends = {"naive", "sdpa", *(["sdpa32"] if dtype == torch.bfloat16 else [])} - slow
             if device.type == "cuda":
                 backends |= {"triton"}
@@ -222,10 +240,44 @@ def tiles(device):
         mask, count = tile_mask(text, grid, 0, device), math.prod(grid)
         density = boolean_mask(mask, count).float().mean().item()
         q, k, v = torch.randn(3, 1, 4, count, 64, device=device)
+        if device.type == "cuda":
+            q, k, v = torch.randn(3, 8, 16, count, 64, device=device, dtype=torch.bfloat16)
         ways = {"dense": forward_backward(q, k, v), "tile": forward_backward(q, k, v, plan=mask)}
         took = medians(ways, device, 9)
         name = f"{text}, {count} tokens, density {density:.2f}, {choose(q, mask)}: speed-up x density"
         rows.append((name, took["dense"] / took["tile"] * density, 1.0))
+    return rows
+
+
+def kernels(device):
+    """Triton's dense kernels against the best that torch has, forward and backward (on a GPU alone)."""
+    rows = []
+    if device.type != "cuda":
+        return rows
+    torch_has = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
+    for dim, count in itertools.product((64, 128), (4096, 8192, 16384)):
+        heads = 2048 // dim
+        q, k, v = torch.randn(3, 32768 // count, heads, count, dim, device=device, dtype=torch.bfloat16)
+        flops = 4 * 32768 * count * heads * dim  # forward; backward has 5 products for its 2
+
+        def forward(backend=None, q=q, k=k, v=v):
+            if backend is None:
+                return attention(q, k, v, backend="triton")
+            with sdpa_kernel(backend):
+                return attention(q, k, v, backend="sdpa")
+
+        def backward(backend=None, q=q, k=k, v=v):
+            x = [tensor.detach().requires_grad_(True) for tensor in (q, k, v)]
+            out = forward(backend, *x)
+            torch.autograd.grad(out, x, out.detach())
+
+        ways = {"Triton": None} | torch_has
+        for name, run, times in (("forward", forward, 1), ("forward and backward", backward, 3.5)):
+            took = medians({way: partial(run, backend) for way, backend in ways.items()}, device, 9)
+            rates = ", ".join(f"{way} {times * flops / seconds / 1e12:.0f}" for way, seconds in took.items())
+            best = min(took[way] for way in torch_has)
+            label = f"D {dim}, {count} tokens, {name} ({rates} TFLOP/s): Triton / best"
+            rows.append((label, best / took["Triton"], 1.0))
     return rows
 
 
@@ -297,6 +349,7 @@ PARTS = {
     "outside": outside,
     "dense": dense,
     "tiles": tiles,
+    "kernels": kernels,
     "sampling": sampling,
     "memory": memory,
 }

@@ -80,7 +80,8 @@ def _took(lock):
 def facts(device):
     """What a result's file says of where it came from."""
     command = " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
-    kind = f"{device} with{'' if has_bf16(device) else 'out'} bfloat16"  # what train.py trains in if there is
+    name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+    kind = f"{device}{name} with{'' if has_bf16(device) else 'out'} bfloat16"  # what train.py trains in if there is
     return {"command": command, "commit": resume.commit(), "torch": torch.__version__, "device": kind}
 
 

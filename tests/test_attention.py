@@ -37,7 +37,7 @@ def with_gradients(function, tensors, grad):
 
 
 def check(tensors, plan, mask, backend, tolerance):
-    grad = torch.randn(tensors[0].shape).to(tensors[0].dtype)
+    grad = torch.randn(tensors[0].shape).to(tensors[0])
     found = with_gradients(lambda *x: attention(*x, plan, backend), tensors, grad)
     wanted = with_gradients(lambda *x: expected(*x, mask), [x.double() for x in tensors], grad)
     assert all(x.dtype == tensors[0].dtype for x in found)

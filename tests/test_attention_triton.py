@@ -1,4 +1,4 @@
-"""The GPU kernels without a GPU: in Triton's interpreter, and as machine code, compiled ahead of time."""
+"""The GPU kernels: on a GPU, or else in Triton's interpreter; and as machine code, compiled ahead of time."""
 
 import json
 import math
@@ -13,7 +13,9 @@ from attention import attention
 from kernels.tiles import tile_mask
 from tests.test_attention import check, near
 
-os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+if DEVICE.type == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 triton = pytest.importorskip("triton")
 
 
@@ -22,12 +24,31 @@ triton = pytest.importorskip("triton")
 def test_output_and_gradients(dtype, tolerance, case):
     torch.manual_seed(0)
     if case is None:  # dense, ragged, other lengths of queries and keys
-        q, k, v = (torch.randn(1, 2, count, 16).to(dtype) for count in (70, 40, 40))
+        q, k, v = (torch.randn(1, 2, count, 16).to(DEVICE, dtype) for count in (70, 40, 40))
         return check((q, k, v), None, None, "triton", tolerance)
     text, grid, words = case
     mask, _ = near(text, grid, words)
-    q, k, v = torch.randn(3, 1, 1, words + math.prod(grid), 16).to(dtype)
-    check((q, k, v), tile_mask(text, grid, words, torch.device("cpu")), mask, "triton", tolerance)
+    q, k, v = torch.randn(3, 1, 1, words + math.prod(grid), 16).to(DEVICE, dtype)
+    check((q, k, v), tile_mask(text, grid, words, DEVICE), mask.to(DEVICE), "triton", tolerance)
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="needs CUDA")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("dim", [32, 64, 128])
+@pytest.mark.parametrize("case", [None, ("tile:1,8,8/1,3,3", (2, 32, 32), 77), ("tile:2,8,8/3,1,1", (8, 16, 16), 8)])
+def test_long_sequences_on_a_gpu(case, dim, dtype, tolerance):
+    torch.manual_seed(0)
+    if case is None:
+        q, k, v = (torch.randn(2, 3, count, dim).to(DEVICE, dtype) for count in (1000, 777, 777))
+        return check((q, k, v), None, None, "triton", tolerance)
+    text, grid, words = case
+    mask, _ = near(text, grid, words)
+    q, k, v = torch.randn(3, 2, 3, words + math.prod(grid), dim).to(DEVICE, dtype)
+    plan = tile_mask(text, grid, words, DEVICE)
+    backend = (
+        "triton" if plan.tile * dim * q.element_size() <= 2**15 else "auto"
+    )  # which copies where a tile is too big
+    check((q, k, v), plan, mask.to(DEVICE), backend, tolerance)
 
 
 def test_sizes_that_the_kernels_do_not_take_are_named():

@@ -29,7 +29,7 @@ COMPARED = {
     "docs/reward.md": ["| random scores |"],
     "docs/guidance.md": ["| VQ : MQ : TA |", "| t |"],
     "docs/unified.md": ["| p_ref |"],
-    "docs/scaling.md": ["| `python evaluate.py bench"],
+    "docs/scaling.md": ["| `python evaluate.py bench", "| one H200 |"],
 }
 
 
@@ -201,10 +201,11 @@ def test_figures_of_the_line():
                 check(text, figure(column, method=method))
 
 
-def test_costs_are_those_of_the_bench():
-    rows = result("bench")["rows"]
+@pytest.mark.parametrize(("name", "start"), [("bench", "| `python evaluate.py bench"), ("bench_h200", "| one H200 |")])
+def test_costs_are_those_of_the_bench(name, start):
+    rows = result(name)["rows"]
     seen = {re.sub(r" \([\d,]+ GFLOP/s\)", "", f"{row['part']}: {row['name']}"): row for row in rows}
-    _, table_rows = table("docs/scaling.md", "| `python evaluate.py bench")
+    _, table_rows = table("docs/scaling.md", start)
     assert {label for label, *_ in table_rows} == {
         name for name, row in seen.items() if row["part"] not in ("dense", "memory")
     }
