@@ -45,9 +45,8 @@ def test_long_sequences_on_a_gpu(case, dim, dtype, tolerance):
     mask, _ = near(text, grid, words)
     q, k, v = torch.randn(3, 2, 3, words + math.prod(grid), dim).to(DEVICE, dtype)
     plan = tile_mask(text, grid, words, DEVICE)
-    backend = (
-        "triton" if plan.tile * dim * q.element_size() <= 2**15 else "auto"
-    )  # which copies where a tile is too big
+    fits = plan.tile * dim * q.element_size() <= 2**15  # in shared memory; `auto` copies what does not
+    backend = "triton" if fits else "auto"
     check((q, k, v), plan, mask.to(DEVICE), backend, tolerance)
 
 
