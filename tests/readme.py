@@ -1,4 +1,4 @@
-"""Reading the Markdown files: sections, tables, what stands in backticks, and commands; and which modules there are."""
+"""Reading the Markdown files: sections, what stands in backticks, and commands; and which modules there are."""
 
 import re
 import shlex
@@ -26,7 +26,6 @@ def modules(root=ROOT):
 
 
 FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.M | re.S)
-TABLE = re.compile(r"(?:^\|.*\n){2,}", re.M)
 COMMAND = re.compile(r" *(?:\$ )?((?:\w+=\S* +)*(?:python|torchrun|pip) .*|for \w+ in .*)")
 
 
@@ -43,13 +42,6 @@ def sections(text):
     """{heading: text below it}"""
     _, *parts = re.split(r"^#+ +(.*)\n", text, flags=re.M)
     return dict(zip(parts[::2], parts[1::2]))
-
-
-def tables(text):
-    """Lists of rows, lists of cells; the head is the first."""
-    for block in TABLE.findall(text):
-        head, _, *rows = [re.split(r" *(?<!\\)\| *", line)[1:-1] for line in block.splitlines()]
-        yield [head, *rows]
 
 
 def commands(text):

@@ -5,11 +5,10 @@ import re
 import runpy
 import shlex
 import sys
-from itertools import product
 from unittest import mock
 
 import pytest
-from readme import DOCS, ROOT, WINGS, all_commands, commands, fenced, modules, prose, sections, spans, tables
+from readme import DOCS, ROOT, WINGS, all_commands, commands, fenced, modules, prose, sections, spans
 from torch.distributed import run as torchrun
 
 import train
@@ -128,12 +127,6 @@ def test_the_commands_of_a_section_run_one_after_the_other(doc, heading, tmp_pat
         assert said == output if planned else said
 
 
-def test_the_two_set_up_commands_stand_in_the_first_screen():
-    screen = "\n".join((ROOT / "README.md").read_text().splitlines()[:25])
-    for command in ("python train.py --algo dpo", "python -m pytest"):
-        assert f"pip install -r requirements.txt && {command}" in screen
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Names
 
@@ -199,36 +192,3 @@ def test_flags_are_those_of_a_parser():
     text = [span for doc in docs for span in spans(prose(doc)) if not span.startswith("pip")]
     flags = set(re.findall(r"(?<![\w-])--\w[\w-]*", " ".join(text)))
     assert flags and flags - {flag for parser in parsers for flag in parser._option_string_actions} == set()
-
-
-CORE = ("flow", "flow_dpo", "flow_rwr", "data", "model", "reward", "nrg", "sample", "train")
-
-
-def test_the_reading_order_has_every_module_and_the_length_of_the_core():
-    text = sections(prose("README.md"))["Reading order"]
-    named = set(spans(text))
-    ours = {str(path.relative_to(ROOT)) for name, path in modules().items() if not name.startswith("examples.")}
-    assert ours - named == set()
-    head, *rows = next(tables(text))
-    assert [row[0].strip("`") for row in rows] == [f"{name}.py" for name in CORE] and head[1] == "lines"
-    for name, lines, *_ in rows:  # to the nearest ten, give or take one
-        assert abs(int(lines) - len((ROOT / name.strip("`")).read_text().splitlines())) <= 10, name
-
-
-def test_code_in_the_readme_is_that_of_the_core():
-    text = (ROOT / "README.md").read_text()
-    core = {line.strip() for name in CORE for line in (ROOT / f"{name}.py").read_text().splitlines()}
-    quoted = [line.strip() for line in "\n".join(re.findall(r"```python\n(.*?)```", text, re.S)).splitlines()]
-    assert [line for line in quoted if line not in core] == []
-    for equation in ("Eq. 6", "Eq. 9", "Eq. 11"):
-        assert any(line.endswith(f"# {equation}") for line in quoted), equation
-
-
-def test_the_map_has_every_equation_and_table_of_the_paper():
-    (_, *rows), found = next(tables(sections(prose("docs/paper.md"))["The paper, line by line"])), set()
-    for row in rows:
-        assert any(map(resolved, spans(row[-1]))) or "not here" in " ".join(row), row
-        for kind, numbers in re.findall(r"(Eq|Table)s?\.? (\d+(?:(?:[-–]|, | and )\d+(?!\d|\.\d))*)", row[0]):
-            for low, high in re.findall(r"(\d+)(?:[-–](\d+))?", numbers):
-                found |= set(product([kind], range(int(low), int(high or low) + 1)))
-    assert set(product(("Eq", "Table"), range(1, 12))) - found == set()
