@@ -8,6 +8,7 @@
     python evaluate.py unified      all three on a line, where the answer is known
     python evaluate.py bench        every performance ratio beside its floor
     python evaluate.py report       all of it as one page with curves and clips, whatever is done by then
+    python evaluate.py tables       writes the tables of README.md and docs/ from results/*.json
 
 The paper judges its aligned models by the reward they were aligned with. Here a second judge, the oracle, says what is
 true; where the two part ways, the policy has learned the reward's mistakes.
@@ -254,6 +255,7 @@ STUDIES = {  # their modules in studies/
     "unified": "unified",
     "bench": "bench",
     "report": "report.page",
+    "tables": "tables",
 }
 
 
@@ -274,6 +276,7 @@ def arguments(argv=None):
     parser.add_argument(
         "--eval-pairs", type=positive_int, default=2000, help="reward: pairs of each split; nrg: at most 1000"
     )
+    parser.add_argument("--check", action="store_true", help="tables: write nothing, fail if one is outdated")
     parser.add_argument("--only", action="append", help="bench: this part alone; may be repeated")
     return parser.parse_args(argv)
 

@@ -4,7 +4,6 @@ A study is many trainings, each a job of its own whose result is kept in --work:
 and a second terminal with the same command takes its share of the jobs.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -85,10 +84,15 @@ def facts(device):
     return {"command": command, "commit": resume.commit(), "torch": torch.__version__, "device": kind}
 
 
-def source(made):
-    """What stands under a study's tables: where its rows are from, and their digest, so that none changes unseen."""
-    digest = hashlib.sha256(json.dumps(made["rows"]).encode()).hexdigest()[:8]
-    return "`{command}`, commit {commit}, torch {torch}, {device}, rows {digest}".format(**made, digest=digest)
+def rendered(study, result, saved):
+    """{file name: text} of what study.report() gives: the Markdown page, and an SVG for each picture.
+
+    saved: the content of the study's JSON file, whose command and machine the page names."""
+    source = "`{command}`, commit {commit}, torch {torch}, {device}".format(**saved)
+    files = {f"{study}.md": "\n".join([*markdown(result), "", source, ""])}
+    for name, charts in result["pictures"].items():
+        files[f"{name}.svg"] = picture(charts)
+    return files
 
 
 def save_json(path, content):
@@ -101,13 +105,12 @@ def save_json(path, content):
 def save(study, result, out, device):
     """Writes what a study's report() gives (rows, title, introduction, tables, pictures: {name: list of Chart}) as
     out/study.json, .md and SVGs."""
-    made = {**facts(device), "rows": result["rows"]}
+    saved = {**facts(device), "rows": result["rows"]}
     try:
         out.mkdir(parents=True, exist_ok=True)
-        save_json(out / f"{study}.json", made)
-        (out / f"{study}.md").write_text("\n".join([*markdown(result), "", source(made), ""]))
-        for name, charts in result["pictures"].items():
-            (out / f"{name}.svg").write_text(picture(charts))
+        save_json(out / f"{study}.json", saved)
+        for name, text in rendered(study, result, saved).items():
+            (out / name).write_text(text)
     except OSError as error:
         raise BadInput(f"cannot write to {out}: {error.strerror}") from None
 

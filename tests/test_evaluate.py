@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from xml.etree import ElementTree
@@ -14,7 +15,7 @@ import evaluate
 from data import Pairs
 from online import refresh, rounds
 from runtime.cli import BadInput
-from studies import align, bench, beta, guidance, jobs, observer, online, reward_model
+from studies import align, bench, beta, guidance, jobs, observer, online, reward_model, tables
 from studies.report.charts import COLOURS, Chart, picture, ticks
 
 
@@ -309,3 +310,34 @@ def test_charts_stand_three_across_and_a_logarithmic_axis_is_one():
 def test_ticks_are_round_numbers():
     assert ticks(0.0, 1.0).tolist() == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
     assert ticks(-0.04, 0.11).tolist() == pytest.approx([-0.025, 0, 0.025, 0.05, 0.075, 0.1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables in the documents
+
+
+def run_tables(monkeypatch, *flags):
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "tables", *flags])
+    evaluate.main()
+
+
+def test_tables_in_the_documents_are_those_of_the_results(monkeypatch):
+    run_tables(monkeypatch, "--check")
+
+
+def test_an_outdated_table_is_found_and_written_anew(tmp_path, monkeypatch):
+    for part in ("README.md", "docs", "results"):
+        copy = shutil.copytree if (tables.ROOT / part).is_dir() else shutil.copy
+        copy(tables.ROOT / part, tmp_path / part)
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    readme = tmp_path / "README.md"
+    before = readme.read_text()
+    readme.write_text(before.replace("| SFT | 0.87", "| SFT | 0.88"))
+    with pytest.raises(BadInput, match="README.md"):
+        run_tables(monkeypatch, "--check")
+    run_tables(monkeypatch)
+    assert readme.read_text() == before
+    result = tmp_path / "results" / "align.json"
+    result.write_text(re.sub(r'"VQ": 0\.\d+', '"VQ": 0.25', result.read_text()))
+    with pytest.raises(BadInput, match="align.md.*README.md.*alignment.md"):
+        run_tables(monkeypatch, "--check")

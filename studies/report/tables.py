@@ -22,11 +22,16 @@ def _row(cells):
     return "|" + "".join(f" {cell} |" if cell else " |" for cell in cells).replace(" nan |", " – |")
 
 
+def table_lines(table):
+    """A table as Markdown lines, without its title."""
+    return [_row(table.head), "|" + "---|" * len(table.head), *map(_row, table.rows)]
+
+
 def markdown(result):
     """Lines of a study's result: its title, introduction (lines) and tables."""
     lines = [f"# {result['title']}"]
     lines += ["", *result["introduction"]] if result["introduction"] else []
     for table in result["tables"]:
         lines += ["", f"## {table.title}"] if table.title else []
-        lines += ["", _row(table.head), "|" + "---|" * len(table.head), *map(_row, table.rows)]
+        lines += ["", *table_lines(table)]
     return lines

@@ -1,0 +1,294 @@
+"""Writes the tables of README.md and docs/, results/*.md and the charts from results/*.json.
+
+    python evaluate.py tables             writes every file whose contents would change
+    python evaluate.py tables --check     writes nothing; an outdated file is an error
+
+A document holds a generated table between two comments; NAME is a key of TABLES below:
+
+    <!-- table: NAME -->
+    <!-- end of table -->
+"""
+
+import json
+import re
+from itertools import product
+from pathlib import Path
+
+from data import DIMENSIONS
+from evaluate import arguments, over_seeds
+from runtime.cli import BadInput
+from sample import CFG
+from studies import align, beta, guidance, observer, online, reward_model, unified
+from studies.jobs import BEST_OF, JUDGES, METHODS, mean_z, rendered
+from studies.report.tables import Table, plus_minus, table_lines
+
+ROOT = Path(__file__).resolve().parents[1]
+STUDIES = {
+    "align": align,
+    "beta": beta,
+    "nrg": guidance,
+    "online": online,
+    "reward": reward_model,
+    "unified": unified,
+}
+BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+SCORES = [f"{name}_score" for name in DIMENSIONS]
+WINS_BY_JUDGE = [f"{name}, {judge}" for judge in ("truth", "VideoReward") for name in DIMENSIONS]
+METHOD_NAMES = {
+    "base": "base model",
+    "sft": "SFT",
+    "rwr": "Flow-RWR",
+    "dpo-schedule": "Flow-DPO, (1-t)^2",
+    "dpo-constant": "Flow-DPO, constant beta",
+    "dpo-own-clips": "Flow-DPO, own clips",
+}
+
+
+def load(name):
+    return json.loads((ROOT / "results" / f"{name}.json").read_text())
+
+
+def mean(rows, column, digits=2, **query):
+    return f"{over_seeds(rows, column, **query)[0]:.{digits}f}"
+
+
+def mean_and_sd(rows, column, digits=2, **query):
+    return plus_minus(over_seeds(rows, column, **query), digits)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tables: each function returns a Table
+
+
+def win_rates(aligned):
+    """Win rates over the base model by both judges: standard set, CFG 1."""
+    rows = load("align")["rows"]
+    query = {"align": aligned, "set": "standard", "cfg": 1.0}
+    cells = []
+    for method in METHODS:
+        wins = [
+            mean_and_sd(rows, name, method=method, judge=judge, **query)
+            for judge in JUDGES
+            for name in DIMENSIONS
+        ]
+        cells.append([METHOD_NAMES[method], *wins])
+    return Table("", [f"aligned {aligned}", *WINS_BY_JUDGE], cells)
+
+
+def true_scores():
+    """What the oracle says of every method aligned 1:1:1: standard set, CFG 1, and two of them at CFG 2."""
+    rows = [
+        row | {"wins": sum(row[name] for name in DIMENSIONS) / 3}
+        for row in load("align")["rows"]
+        if row["align"] in ("", "1:1:1")
+    ]
+    columns = [*SCORES, "TA_share", "shape", "quality"]
+    methods = ["base", *METHODS, *(f"best-of-{n}" for n in BEST_OF[1:])]
+    cells = []
+    for method, cfg in [*((method, 1.0) for method in methods), ("base", CFG), ("dpo-constant", CFG)]:
+        query = {"method": method, "set": "standard", "cfg": cfg, "judge": "oracle"}
+        label = METHOD_NAMES.get(method, method.replace("-", " "))
+        if cfg != 1.0:
+            label += f", CFG {cfg:g}"
+        values = [mean(rows, column, **query) for column in columns]
+        cells.append([label, mean_and_sd(rows, "wins", **query), *values])
+    head = ["", "mean of three true wins", *(f"true {name}" for name in DIMENSIONS)]
+    return Table("", [*head, "share of TA wins", "shapes right", "static quality"], cells)
+
+
+def beta_table(study, key):
+    """Drift, win rates and VQ scores at each value of `key`, for both schedules."""
+    rows = [row for row in load("beta")["rows"] if row["study"] == study]
+    values = sorted({row[key] for row in rows})
+    cells = []
+    for method, value in product(beta.SCHEDULES, values):
+        query = {"method": method, key: value, "set": "standard"}
+        wins = [mean(rows, name, judge="oracle", **query) for name in DIMENSIONS]
+        scores = [mean(rows, "VQ_score", judge=judge, **query) for judge in JUDGES]
+        drift = mean(rows, "drift", 3, judge="oracle", **query)
+        cells.append([METHOD_NAMES[method], str(value), drift, *wins, *scores])
+    return Table("", ["method", key, "drift", *DIMENSIONS, "true VQ", "VideoReward's VQ"], cells)
+
+
+def rounds():
+    """True and learned scores of online alignment after 2, 5, 10 and 20 rounds."""
+    rows = [row for row in load("online")["rows"] if row["study"] == "judged"]
+    rows = [row | {"mean": sum(row[score] for score in SCORES) / 3} for row in rows]
+    cells = []
+    for arm, number in [("base", 0), *product(online.ARMS, (2, 5, 10, 20))]:
+        query = {"method": arm, "round": number, "judge": "oracle"}
+        scores = [mean_and_sd(rows, score, **query) for score in SCORES]
+        z_scores = [f"{mean_z(rows, judge, method=arm, round=number):.2f}" for judge in JUDGES]
+        average = mean_and_sd(rows, "mean", 3, **query)
+        cells.append([arm, str(number), mean(rows, "drift", 3, **query), *scores, average, *z_scores])
+    true = [f"true {name}" for name in DIMENSIONS]
+    return Table("", ["arm", "rounds", "drift", *true, "mean", "true z", "learned z"], cells)
+
+
+def reward_losses():
+    """Validation accuracy of VideoReward by its loss, with ties / without."""
+    names = {
+        "random": "random scores",
+        "oracle": "the oracle",
+        "regression": "regression on ratings",
+        "bt-shared": "BT, one shared token",
+        "btt-shared": "BTT, one shared token",
+        "btt-separate": "BTT, separate tokens (the default)",
+    }
+    rows = load("reward")["rows"]
+    columns = (*DIMENSIONS, "Overall")
+    cells = []
+    for model, label in names.items():
+        query = {"model": model, "split": "validation", "fraction": 1.0}
+        cells.append([label])
+        for column in columns:
+            with_ties = mean(rows, f"{column}_with", 3, **query)
+            without = mean(rows, f"{column}_without", 3, **query)
+            cells[-1].append(f"{with_ties} / {without}")
+    return Table("", ["with ties / without", *columns], cells)
+
+
+def reward_pairs():
+    """VideoReward's true accuracy by the kind of clips, trained with and without generated clips."""
+    splits = {
+        "validation": "rendered clips",
+        "benchmark": "rendered clips, held-out combinations",
+        "base": "the base model's clips",
+        "policy": "clips of a Flow-DPO policy",
+        "cfg3": "the base model's clips at CFG 3",
+    }
+    models = {"btt-separate": "half generated", **dict.fromkeys(reward_model.RENDERED_ONLY, "rendered")}
+    rows = load("reward")["rows"]
+    cells = []
+    for split, label in splits.items():
+        values = [
+            mean_and_sd(rows, f"{name}_true", 3, model=model, split=split, fraction=1.0)
+            for model in models
+            for name in DIMENSIONS
+        ]
+        cells.append([label, *values])
+    head = [f"{name}, {kind}" for kind in models.values() for name in DIMENSIONS]
+    return Table("", ["pairs of", *head], cells)
+
+
+def guidance_weights():
+    """Flow-NRG by its weights: win rates over the unguided base model, and true scores."""
+    rows = load("nrg")["rows"]
+    methods = {" : ".join(f"{w:g}" for w in weights): guidance.name_of(weights) for weights in guidance.TABLE_5}
+    methods["none, CFG 2"] = "CFG 2, no NRG"
+    cells = []
+    for label, method in methods.items():
+        query = {"study": "weights", "method": method}
+        wins = [mean_and_sd(rows, name, judge=judge, **query) for judge in JUDGES for name in DIMENSIONS]
+        scores = [mean(rows, score, judge="oracle", **query) for score in SCORES]
+        cells.append([label, *wins, *scores])
+    return Table("", ["VQ : MQ : TA", *WINS_BY_JUDGE, *(f"true {name}" for name in DIMENSIONS)], cells)
+
+
+def attributes_under_noise():
+    """Two-way accuracy for each attribute at each t: ideal observer, probes and the reward."""
+    readers = {
+        "ideal": "ideal observer",
+        **{f"probe {n}": f"linear probe on {n} blocks" for n in observer.BLOCKS},
+        "noised": "noise-aware reward",
+    }
+    rows = load("nrg")["rows"]
+    cells = []
+    for attribute, reader in product(("colour", "shape", "direction"), readers):
+        query = {"study": "told", "variant": reader}
+        values = [mean_and_sd(rows, attribute, t=t, **query) for t in observer.TIMES]
+        cells.append([attribute, readers[reader], *values])
+    return Table("", ["attribute", "reader", *(f"t {t:g}" for t in observer.TIMES)], cells)
+
+
+def mixture():
+    """The three algorithms on the line where p* is known."""
+    rows = load("unified")["rows"]
+    names = {
+        "reference": "p_ref",
+        "rwr": "Flow-RWR",
+        **{f"dpo-{beta:g}": f"Flow-DPO, its beta {beta:g}" for beta in unified.DPO_BETAS},
+        "nrg-exact": "Flow-NRG, exact value function",
+        "nrg-shared": "Flow-NRG, reward learned with the same noise for both clips",
+        "nrg-own": "Flow-NRG, reward learned with separate noise",
+    }
+    share, target_mean = unified.truth()
+    right = share[unified.EDGES[:-1] > -1e-6].sum()
+    cells = [["p*", "0", f"{target_mean:.3f}", f"{right:.3f}"]]
+    for method, label in names.items():
+        columns = ("distance", "mean", "right")
+        cells.append([label, *(mean_and_sd(rows, column, 3, method=method) for column in columns)])
+    return Table("", ["", "distance to p*", "mean", "mass above 0"], cells)
+
+
+def costs(name):
+    """Measured costs beside the best that is possible."""
+    cells = []
+    for row in load(name)["rows"]:
+        if row["part"] in ("dense", "memory"):
+            continue
+        what = re.sub(r" \([\d,]+ GFLOP/s\)", "", row["name"])
+        measured = row["value"]
+        digits = f"{measured:.2f}" if measured >= 0.1 else f"{measured:.2g}"
+        cells.append([row["part"], what, digits, f"{row['floor']:.3g}"])
+    return Table("", ["part", "ratio", "measured", "at best"], cells)
+
+
+TABLES = {
+    "align": lambda: win_rates("1:1:1"),
+    "align-ta": lambda: win_rates("TA only"),
+    "align-true": true_scores,
+    "beta-sweep": lambda: beta_table("sweep", "beta"),
+    "beta-long": lambda: beta_table("long", "steps"),
+    "online": rounds,
+    "reward-losses": reward_losses,
+    "reward-pairs": reward_pairs,
+    "nrg-weights": guidance_weights,
+    "nrg-noise": attributes_under_noise,
+    "unified": mixture,
+    "bench": lambda: costs("bench"),
+    "bench-h200": lambda: costs("bench_h200"),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The files
+
+
+def with_tables(text, path):
+    """A document's text with its tables written anew. BadInput for an unknown table."""
+
+    def block(match):
+        name = match[2]
+        if name not in TABLES:
+            raise BadInput(f"{path}: unknown table {name!r}; known: {', '.join(TABLES)}")
+        return match[1] + "\n".join(table_lines(TABLES[name]())) + "\n" + match[3]
+
+    return BLOCK.sub(block, text)
+
+
+def generated_files():
+    """{path: text} of every file that is made from results/*.json."""
+    files = {}
+    for name, study in STUDIES.items():
+        saved = load(name)
+        args = arguments(saved["command"].split()[2:])
+        for file, text in rendered(name, study.report(args, saved["rows"]), saved).items():
+            files[ROOT / "results" / file] = text
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        files[path] = with_tables(path.read_text(), path)
+    return files
+
+
+def run(args, device):
+    outdated = [path for path, text in generated_files().items() if path.read_text() != text]
+    names = ", ".join(str(path.relative_to(ROOT)) for path in outdated)
+    if args.check:
+        if outdated:
+            raise BadInput(f"{names}: not what results/ gives; run `python evaluate.py tables`")
+        return
+    for path, text in generated_files().items():
+        if path in outdated:
+            path.write_text(text)
+    print(f"wrote {names}" if outdated else "every table is up to date")
