@@ -22,57 +22,70 @@ from flow import TIME_BINS, interpolate, mean_square, time_bin
 SCHEDULES = ("constant", "(1-t)^2")
 
 
-def flow_dpo_loss(err_w, err_l, ref_err_w, ref_err_l, t, beta, schedule="constant"):
-    """Eq. 6 from per-sample errors (B,) of policy and reference on winner and loser, t (B,) -> (loss, logs).
+def flow_dpo_terms(err_w, err_l, ref_err_w, ref_err_l, t, beta, schedule="constant"):
+    """Eq. 6 sample by sample, from errors (B,) of policy and reference on winner and loser and
+    t (B,): a dict of (B,) tensors. ValueError for an unknown schedule.
 
-    logs: loss; accuracy, the implicit one: the share of pairs moved the right way, a draw one half; margin, the
-    mean of Eq. 6's bracket with its sign turned; the four mean errors. ValueError for an unknown schedule."""
+    loss; accuracy, the implicit one: 1 where a pair moved the right way, one half for a draw;
+    margin, the bracket of Eq. 6 with its sign turned; and the four errors."""
     if schedule not in SCHEDULES:
         raise ValueError(f"unknown schedule {schedule!r}; known: {', '.join(SCHEDULES)}")
-    beta_t = beta * (1 - t) ** 2 if schedule == "(1-t)^2" else beta  # derived (Eq. 5), or as advised
+    beta_t = beta * (1 - t) ** 2 if schedule == "(1-t)^2" else beta  # derived (Eq. 5), or advised
     margin = (err_l - ref_err_l) - (err_w - ref_err_w)  # (B,)
     logit = beta_t / 2 * margin  # (B,)
-    loss = -F.logsigmoid(logit).mean()  # Eq. 6
-    with torch.no_grad():
-        logs = {
-            "loss": loss.item(),
-            "accuracy": ((logit > 0).float() + 0.5 * (logit == 0)).mean().item(),
-            "margin": margin.mean().item(),
-            "error_w": err_w.mean().item(),
-            "error_l": err_l.mean().item(),
-            "ref_error_w": ref_err_w.mean().item(),
-            "ref_error_l": ref_err_l.mean().item(),
-        }
-    return loss, logs
+    return {
+        "loss": -F.logsigmoid(logit),  # Eq. 6
+        "accuracy": (logit > 0).float() + 0.5 * (logit == 0),
+        "margin": margin,
+        "error_w": err_w,
+        "error_l": err_l,
+        "ref_error_w": ref_err_w,
+        "ref_error_l": ref_err_l,
+    }
 
 
-def flow_dpo_step(policy, reference, x0_w, x0_l, y, t, x1, beta, schedule="constant", shared_forward=None):
+def flow_dpo_loss(err_w, err_l, ref_err_w, ref_err_l, t, beta, schedule="constant"):
+    """Eq. 6, the mean over the batch -> (loss, logs). The arguments and the names of the logs are
+    those of flow_dpo_terms."""
+    terms = flow_dpo_terms(err_w, err_l, ref_err_w, ref_err_l, t, beta, schedule)
+    logs = {name: values.mean().item() for name, values in terms.items()}
+    return terms["loss"].mean(), logs
+
+
+def flow_dpo_step(
+    policy, reference, x0_w, x0_l, y, t, x1, beta, schedule="constant", shared_forward=None
+):
     """One step on winners and losers x0_w, x0_l (B, ...) of prompts y (B, S) -> (loss, logs).
 
-    t (B,) and the noise x1 (B, ...) are common to winner and loser (appendix C). `shared_forward`, if given, is called
-    in place of policy and reference: (x_t, t, y) -> their two velocities, for models that share their first blocks.
+    t (B,) and the noise x1 (B, ...) are common to winner and loser (appendix C). `shared_forward`,
+    if given, is called in place of policy and reference: (x_t, t, y) -> their two velocities, for
+    models that share their first blocks.
 
-    The logs also hold the drift |v - v_ref|^2, a mean over both clips: how far the policy has moved; and everything
-    once more for each quarter of t that the batch met, as "name/t0" (the cleanest) to "name/t3"."""
-    x0, x1, t2, y = torch.cat((x0_w, x0_l)), torch.cat((x1, x1)), torch.cat((t, t)), torch.cat((y, y))
-    inputs = interpolate(x0, x1, t2), t2, y
+    The logs also hold the drift |v - v_ref|^2, a mean over both clips: how far the policy has
+    moved; and everything once more for each quarter of t that the batch met, as "name/t0" (the
+    cleanest) to "name/t3"."""
+    x0 = torch.cat((x0_w, x0_l))  # (2B, ...)
+    x1 = torch.cat((x1, x1))
+    t_both = torch.cat((t, t))
+    y = torch.cat((y, y))
+    x_t = interpolate(x0, x1, t_both)
     if shared_forward is None:
-        v_policy = policy(*inputs)
+        v_policy = policy(x_t, t_both, y)
         with torch.no_grad():
-            v_reference = reference(*inputs)
+            v_reference = reference(x_t, t_both, y)
     else:
-        v_policy, v_reference = shared_forward(*inputs)
-    err_w, err_l = mean_square(v_policy, x1 - x0).chunk(2)
+        v_policy, v_reference = shared_forward(x_t, t_both, y)
+    err_w, err_l = mean_square(v_policy, x1 - x0).chunk(2)  # (B,) each
     ref_err_w, ref_err_l = mean_square(v_reference, x1 - x0).chunk(2)
-    loss, logs = flow_dpo_loss(err_w, err_l, ref_err_w, ref_err_l, t, beta, schedule)
-    with torch.no_grad():
-        drift = mean_square(v_policy, v_reference).reshape(2, -1).mean(0)
-        *errors, t, drift = torch.stack((err_w, err_l, ref_err_w, ref_err_l, t, drift)).cpu()  # one wait, not forty
-        logs["drift"] = drift.mean().item()
-        for i in range(TIME_BINS):
-            in_bin = time_bin(t) == i
-            if in_bin.any():
-                _, bin_logs = flow_dpo_loss(*(error[in_bin] for error in errors), t[in_bin], beta, schedule)
-                bin_logs["drift"] = drift[in_bin].mean().item()
-                logs |= {f"{name}/t{i}": value for name, value in bin_logs.items()}
+    terms = flow_dpo_terms(err_w, err_l, ref_err_w, ref_err_l, t, beta, schedule)
+    loss = terms["loss"].mean()
+
+    terms["drift"] = mean_square(v_policy, v_reference).reshape(2, -1).mean(0)
+    values = torch.stack(list(terms.values())).detach().cpu()  # (terms, B), in one transfer
+    logs = dict(zip(terms, values.mean(1).tolist()))
+    bins = time_bin(t).cpu()
+    for i in range(TIME_BINS):
+        if (bins == i).any():
+            means = values[:, bins == i].mean(1).tolist()
+            logs |= {f"{name}/t{i}": mean for name, mean in zip(terms, means)}
     return loss, logs
