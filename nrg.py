@@ -112,13 +112,16 @@ class RewardHead(nn.Module):
     def head(self, video, grid, words, condition):
         """Hidden states of video tokens (B, N, d) in (t, h, w) order on `grid`, of the prompt's words (B, S, d), and
         the trunk's condition (B, d) -> scores (B, 3) in the order VQ, MQ, TA."""
-        shift, scale = self.modulation(condition)[:, None].chunk(2, -1)  # (B, 1, d) each
-        video = self.numbers(self.norm(video) * (1 + scale) + shift)  # (B, N, n)
-        video = F.adaptive_avg_pool3d(video.transpose(1, 2).unflatten(2, grid), PLACES)  # (B, n, *PLACES)
-        clip = self.describe(self.cells(video.flatten(1)) + self.condition(condition))  # (B, width)
-        asked = self.asked(self.norm(words)).mean(1)  # (B, match)
-        match = (self.shown(clip) * asked).sum(1, keepdim=True) / asked.shape[1] ** 0.5  # (B, 1)
-        return (self.scores(clip) + F.pad(match, (2, 0))) / self.std  # VQ and MQ know no prompt
+        # scores are subtracted: near ones would be equal in bfloat16
+        with torch.autocast(video.device.type, enabled=False):
+            video, words, condition = video.float(), words.float(), condition.float()
+            shift, scale = self.modulation(condition)[:, None].chunk(2, -1)  # (B, 1, d) each
+            video = self.numbers(self.norm(video) * (1 + scale) + shift)  # (B, N, n)
+            video = F.adaptive_avg_pool3d(video.transpose(1, 2).unflatten(2, grid), PLACES)  # (B, n, *PLACES)
+            clip = self.describe(self.cells(video.flatten(1)) + self.condition(condition))  # (B, width)
+            asked = self.asked(self.norm(words)).mean(1)  # (B, match)
+            match = (self.shown(clip) * asked).sum(1, keepdim=True) / asked.shape[1] ** 0.5  # (B, 1)
+            return (self.scores(clip) + F.pad(match, (2, 0))) / self.std  # VQ and MQ know no prompt
 
 
 class NoisyReward(RewardHead):

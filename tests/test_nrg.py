@@ -135,6 +135,30 @@ def inputs(count=4, seed=1):
     return x, torch.rand(count, generator=rng), torch.randint(1, 6, (count, 3), generator=rng)
 
 
+def test_under_autocast_scores_and_losses_are_float32():
+    """Scores just above 1, where bfloat16 has steps of 1/128: the last layer adds a little of what it reads."""
+    reward, read = noisy_reward_on(small_model(), read=2), []
+    reward.scores.weight.data.mul_(0.01)
+    reward.scores.bias.data.fill_(1.0)
+    reward.shown.weight.data.zero_()
+    reward.shown.bias.data.zero_()
+    reward.scores.register_forward_pre_hook(lambda layer, inputs: read.append(inputs[0].detach()))
+    a, t, y = inputs(1)
+    label = torch.ones(1, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = reward(torch.cat((a, -a)), t.repeat(2), y.repeat(2, 1))
+        _, pair = noisy_pair_step(reward, a, -a, y, label, t, x1=torch.zeros_like(a))
+        _, value = noisy_value_step(reward, a, y, 0 * label, t, torch.zeros_like(a), y, 0 * label)
+    assert scores.dtype == torch.float32
+    by_hand = [1 + clip.double() @ reward.scores.weight.double().T for clip in read]  # (2, 3) each
+    assert torch.allclose(scores.double(), by_hand[0], rtol=0, atol=1e-6)
+    delta = by_hand[1][0] - by_hand[1][1]
+    assert 1e-5 < delta.abs().min() and delta.abs().max() < 1 / 128
+    assert pair["loss"] == pytest.approx(torch.log1p(torch.exp(-delta)).mean().item(), abs=1e-6)
+    error = by_hand[2][0].square()
+    assert value["loss"] == pytest.approx((error.sum() + error[2]).item(), abs=1e-5)
+
+
 def test_both_clips_of_a_pair_share_noise_and_time():
     a, t, y = inputs()
     b, label = a + 1, torch.tensor([[1, -1, 0]] * 4)

@@ -16,6 +16,7 @@ from reward import (
     btt_probabilities,
     caption_loss,
     regression_loss,
+    reward_step,
 )
 
 # Rao-Kupper with theta = 5, computed independently from e^{r_A} / (e^{r_A} + 5 e^{r_B})
@@ -190,6 +191,27 @@ def test_every_score_sees_the_video(network):
     y = torch.zeros(1, 8, dtype=torch.int64)
     a, b = network(torch.randn(1, 3, 8, 32, 32), y), network(torch.randn(1, 3, 8, 32, 32), y)
     assert (a - b).abs().min() > 1e-4
+
+
+def test_under_autocast_scores_and_losses_are_float32():
+    """Scores just above 1, where bfloat16 has steps of 1/128: the head adds a little of what it reads."""
+    torch.manual_seed(0)
+    model, read = VideoReward(RewardConfig(vocab=20, dim=64, depth=3, heads=4)), []
+    model.head.weight.data.mul_(0.01)
+    model.head.bias.data.fill_(1.0)
+    model.head.register_forward_pre_hook(lambda head, inputs: read.append(inputs[0].detach()))
+    video, y = torch.randn(2, 3, 8, 32, 32), torch.tensor([[1, 2, 3, 0, 0, 0, 0, 0]])
+    label, mos, weight = torch.ones(1, 3), torch.zeros(1, 2, 3), torch.ones(1, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        scores, words = model.scores_and_words(video, y.repeat(2, 1))
+        _, logs = reward_step(model, video[:1], video[1:], y, label, mos, weight, loss="bt")
+    assert scores.dtype == words.dtype == torch.float32
+    by_hand = 1 + read[0].double() @ model.head.weight[0].double()  # (2, 3)
+    assert torch.allclose(scores.double(), by_hand, rtol=0, atol=1e-6)
+    delta = by_hand[0] - by_hand[1]
+    assert 1e-4 < delta.abs().min() and delta.abs().max() < 1 / 128
+    bradley_terry = sum(math.log(1 + math.exp(-each)) for each in delta.tolist()) / 3
+    assert logs["loss"] == pytest.approx(bradley_terry, abs=1e-6)
 
 
 def test_normalised_is_a_z_score(network):
