@@ -4,6 +4,7 @@
     python evaluate.py align        SFT, Flow-RWR and Flow-DPO: Tables 3 and 4
     python evaluate.py beta         Fig. 6, and the learned and the true score along a long run
     python evaluate.py nrg          Flow-NRG: Table 5
+    python evaluate.py rank         Flow-DPO from labels, with and without a reward model
     python evaluate.py online       rounds of fresh clips, with VideoReward frozen or refreshed; DiffusionNFT
     python evaluate.py unified      all three on a line, where the answer is known
     python evaluate.py bench        every performance ratio beside its floor
@@ -205,7 +206,11 @@ def nrg_table(model, out, held, seed, device):
 
 
 def alignment_table(policy, out, base, reward, words, pairs, args, device):
-    """Base and policy on the same prompts and noise, by both judges; by VideoReward alone on the prompts of --data."""
+    """Base and policy on the same prompts and noise, by the oracle and by VideoReward if there is one; by VideoReward
+    alone on the prompts of --data."""
+    if args.data and reward is None:
+        return ["no closing table: labels ranked the pairs, and the shipped VideoReward does not know this data; "
+                "--reward names one that does"]
     if args.data:
         return learned_table((base, policy), reward, pairs, args, device)
     prompts = prompt_set(args.eval_prompts, "train", "validation", "hard")
@@ -216,7 +221,7 @@ def alignment_table(policy, out, base, reward, words, pairs, args, device):
             sample_prompts(m, words, prompts, args.eval_seed, device, progress=bar, cfg=cfg) for m in (base, policy)
         ]
         scores = [world.oracle(video, prompts) for video in videos]
-        learned = [learned_scores(reward, words, video, prompts, device) for video in videos]
+        learned = [learned_scores(reward, words, video, prompts, device) for video in videos] if reward else None
         table = score_table(("base", args.algo), scores, learned)
         lines += [f"{args.eval_prompts} prompts, the same noise for both, CFG {cfg:g}", *table, ""]
     shown = torch.arange(8) * (args.eval_prompts // 8 + 1) % args.eval_prompts  # eight spread over the set
@@ -251,6 +256,7 @@ STUDIES = {  # their modules in studies/
     "align": "align",
     "beta": "beta",
     "nrg": "guidance",
+    "rank": "rank",
     "online": "online",
     "unified": "unified",
     "bench": "bench",

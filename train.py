@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 import world
-from data import Vocabulary, draw_noise, drop_prompts, epoch_index, mean_one, step_rng, take
+from data import Vocabulary, draw_noise, drop_prompts, epoch_index, label_rewards, mean_one, step_rng, take
 from evaluate import alignment_table, load_judge, nrg_table, pair_scores, pretrain_table, reward_table, study
 from flow import TIME_SHIFT, flow_error
 from flow_dpo import SCHEDULES, flow_dpo_step
@@ -169,7 +169,7 @@ def nrg_task(args, device):
 
 
 def dpo_task(args, device):
-    """Flow-DPO on pairs that VideoReward ranked, against the frozen start (section 4.2)."""
+    """Flow-DPO on pairs that VideoReward or people ranked, against the frozen start (section 4.2)."""
     if args.rounds:
         return TASKS["nft"](args, device)
     base, policy, words = base_and_policy(args, device)
@@ -198,10 +198,11 @@ def regression_task(args, device):
     """Flow-RWR on both clips of these pairs, weighted by their reward (section 4.3), or SFT on the winners (5.2)."""
     base, policy, words = base_and_policy(args, device)
     pairs, r, reward = scored_pairs(args, base.config, words, device)
-    winners, losers = ranked(r)
-    chosen, weight = winners, torch.ones(len(winners))  # (N, 2: pair, side), (N,)
-    if args.algo == "rwr":
-        chosen = torch.cat((winners, losers))
+    if args.algo == "sft":
+        chosen, _ = ranked(r)  # (N, 2: pair, side)
+        weight = torch.ones(len(chosen))
+    else:
+        chosen = torch.nonzero(r.isfinite()) if args.rank == "labels" else torch.cat(ranked(r))
         weight = rwr_weights(r[chosen[:, 0], chosen[:, 1]], args.temperature)
     count = 2 * args.batch  # as many clips as DPO takes: SFT sees a winner twice as often
 
@@ -233,7 +234,11 @@ def base_and_policy(args, device):
 def scored_pairs(args, config, words, device):
     """Pairs, the total reward r (N, 2) of both clips of each, and the VideoReward that gave it, offline and once (5.2).
     Clips are the twelve generators', --data's or, with --generated, the base model's."""
+    if args.rank == "labels":
+        return labelled_pairs(args, config, words, device)
     if args.data:
+        if rank() == 0:
+            print("VideoReward ranks the pairs; the labels of --data are not used (--rank labels)")
         reward = load_judge(args.reward, config, tuple(words)).to(device)
         _, _, pairs, _ = disk_data(args, config, words, held_out=False)
         scores = pair_scores(reward.normalised, pairs, device, progress_bar("VideoReward scores", "x64 pairs"))
@@ -242,6 +247,20 @@ def scored_pairs(args, config, words, device):
         pairs, scores, reward = scored_toy_pairs(*wanted, args.generated, args.init, args.cache)
     weights = torch.tensor(args.align) / sum(map(abs, args.align))  # 1:1:1 is r = (r_VQ + r_MQ + r_TA) / 3
     return pairs, scores @ weights, reward
+
+
+def labelled_pairs(args, config, words, device):
+    """The same with people's labels for the reward, and --reward's VideoReward or None."""
+    reward = load_judge(args.reward, config, tuple(words)).to(device) if args.reward else None
+    if args.data:
+        _, _, pairs, _ = disk_data(args, config, words, held_out=False)
+    else:
+        drawn = args.pairs, "train", args.seed, args, config, Vocabulary(words), device
+        pairs = mixed_pairs(*drawn, **ON_POLICY)
+    r = label_rewards(pairs.label, pairs.mos, args.align, ratings=args.algo == "rwr")
+    if not r.isfinite().any():
+        raise BadInput("--rank labels: no label or rating counts under --align")
+    return pairs, r, reward
 
 
 @lru_cache(maxsize=2)  # a study aligns many policies on the same pairs
@@ -254,10 +273,10 @@ def scored_toy_pairs(count, seed, config, words, path, device, generated=0.0, in
 
 
 def ranked(r):
-    """Winners and losers (N', 2: pair, side) by total reward r (N, 2); equal rewards make no pair."""
-    index = torch.nonzero(r[:, 0] != r[:, 1])[:, 0]
+    """Winners and losers (N', 2: pair, side) by total reward r (N, 2); equal rewards and nan make no pair."""
+    index = torch.nonzero((r[:, 0] - r[:, 1]).abs() > 0)[:, 0]
     if not len(index):
-        raise BadInput("every pair has two equal rewards: nothing to align with; look at --reward and --align")
+        raise BadInput("no pair has a better clip: nothing to align with; look at --rank, --reward and --align")
     side = (r[index, 1] > r[index, 0]).long()
     return torch.stack((index, side), 1), torch.stack((index, 1 - side), 1)
 

@@ -82,6 +82,12 @@ def training_flags(argv, defaults, presets, losses, schedules):
     add("--beta", type=positive, default=100.0, help="dpo: on mean errors; larger stays closer to the reference")
     add("--schedule", choices=schedules, default="constant", help="dpo: beta over t (section 4.2)")
     add("--temperature", type=positive, default=1.0, help="rwr: of exp(reward / temperature); lower = sharper")
+    add(
+        "--rank",
+        choices=("reward", "labels"),
+        default="reward",
+        help="dpo, sft, rwr: what says which clip is better, VideoReward or people's labels",
+    )
     add("--align", type=triple, default="1,1,1", help="alignment: weights of VQ, MQ and TA in the reward (5.2)")
     add("--freeze", type=whole, default=2, help="alignment: first blocks left as in the base; 0 = none")
     add("--lora-rank", type=whole, default=0, help="alignment: adapters of this rank; 0 = the weights")
@@ -123,7 +129,8 @@ def training_flags(argv, defaults, presets, losses, schedules):
     filled = dict(defaults[args.algo])
     filled["generated"] = 0.5 if args.algo == "reward" else 0.0
     filled["caption"] = 0.0 if args.data else 1.0  # measured on the toy alone, whose vocabulary is 17 words
-    filled["init"], filled["reward"] = WEIGHTS / "base.pt", WEIGHTS / "reward.pt"
+    filled["init"] = WEIGHTS / "base.pt"
+    filled["reward"] = None if args.rank == "labels" else WEIGHTS / "reward.pt"
     filled["out"] = Path("out") / args.algo
     for name, value in filled.items():
         if getattr(args, name) is None:
@@ -136,6 +143,8 @@ def training_flags(argv, defaults, presets, losses, schedules):
         if args.algo not in ("dpo", "nft") or args.steps % args.rounds:
             raise BadInput(f"--rounds {args.rounds}: for --algo dpo and nft, whose --steps are a multiple of it")
         args.save_every = args.steps // args.rounds  # a run goes on from the end of a round
+    if args.rank == "labels" and (args.algo not in ("dpo", "sft", "rwr") or args.rounds):
+        raise BadInput("--rank labels: for --algo dpo, sft and rwr without --rounds, whose clips no one labelled")
     if args.refresh and not args.rounds:
         raise BadInput("--refresh: needs --rounds")
     if args.old_decay == 1:

@@ -1,0 +1,88 @@
+"""When is a reward model worth its training? Flow-DPO from N labelled pairs, with and without VideoReward.
+
+    labels     the annotators' labels of the N pairs rank their clips (--rank labels)
+    reward     VideoReward, trained on these N pairs, ranks the clips of as many toy pairs as the
+               policy trains on: the same N, or 3,200, the first of which need no labels
+
+A VideoReward learns for as many steps as gave the best accuracy on held-out labelled pairs; the
+truth decides nothing but the table. All policies take the default steps and beta, and are judged
+by the oracle on the standard set at CFG 1.
+"""
+
+from functools import partial
+
+import train
+from data import DIMENSIONS
+from evaluate import over_seeds
+from studies.jobs import base_scores, clock, judge, rows_of, settings_for
+from studies.report.tables import Table, plus_minus
+
+REWARD_STEPS = {3200: 550, 300: 170}  # by the number of labelled pairs
+SETS, CFGS = {"standard": 256}, (1.0,)
+
+
+def aligned(labelled, clips, ranked_by, seed, args, device, reward=None, seconds=0.0):
+    """Rows of a Flow-DPO on `clips` toy pairs, ranked by their labels or by a VideoReward."""
+    out = args.work / "rank" / f"{ranked_by}-{labelled}-{clips}-{seed}"
+    source = [f"--reward={reward}"] if reward else ["--rank=labels"]
+    flags = ["--algo=dpo", *source, f"--pairs={clips}", f"--seed={seed}"]
+    settings = settings_for(flags, out, args)
+    train.train(train.TASKS["dpo"](settings, device), settings, device)
+    scores = judge(out / "last.pt", args, device, SETS, CFGS)
+    facts = {"labelled": labelled, "clips": clips, "method": ranked_by, "seed": seed}
+    base = base_scores(args, device, SETS, CFGS)
+    return rows_of(scores, base, **facts, reward_minutes=seconds / 60)
+
+
+def with_reward(labelled, seed, args, device):
+    """Rows of all policies that a VideoReward of `labelled` pairs ranks clips for."""
+    out = args.work / "rank" / f"videoreward-{labelled}-{seed}"
+    steps = REWARD_STEPS[labelled]
+    flags = ["--algo=reward", "--generated=0", f"--pairs={labelled}", f"--steps={steps}"]
+    settings = settings_for([*flags, f"--seed={seed}"], out, args)
+    begun = clock(device)
+    train.train(train.TASKS["reward"](settings, device), settings, device)
+    ranks = {"reward": out / "last.pt", "seconds": clock(device) - begun}
+    rows = []
+    for clips in sorted({labelled, max(REWARD_STEPS)}):
+        rows += aligned(labelled, clips, "reward", seed, args, device, **ranks)
+    return rows
+
+
+def folder(args):
+    return f"rank-{args.steps or train.DEFAULTS['dpo']['steps']}-{args.eval_prompts or 'all'}"
+
+
+def jobs(args, device):
+    by_labels, by_reward = {}, {}
+    for seed in range(args.seeds):
+        for n in REWARD_STEPS:
+            by_labels[f"labels-{n}-{seed}"] = partial(aligned, n, n, "labels", seed, args, device)
+            by_reward[f"reward-{n}-{seed}"] = partial(with_reward, n, seed, args, device)
+    return by_labels | by_reward
+
+
+def report(args, rows):
+    columns = [*DIMENSIONS, *(f"{name}_score" for name in DIMENSIONS)]
+    cells = []
+    for labelled in REWARD_STEPS:
+        for clips, method in ((labelled, "labels"), (labelled, "reward"), (3200, "reward")):
+            run = {"labelled": labelled, "clips": clips, "method": method, "judge": "oracle"}
+            figures = [plus_minus(over_seeds(rows, column, **run)) for column in columns]
+            minutes, _ = over_seeds(rows, "reward_minutes", **run)
+            name = [f"{labelled:,}", method, f"{clips:,}"]
+            if name not in [row[:3] for row in cells]:
+                cells.append([*name, *figures, f"{minutes:.1f}"])
+    wins = [f"{name} wins" for name in DIMENSIONS]
+    scores = [f"{name} score" for name in DIMENSIONS]
+    head = ["labelled pairs", "ranked by", "pairs of clips", *wins, *scores, "reward training, min"]
+    return {
+        "rows": rows,
+        "title": "Flow-DPO with and without a reward model",
+        "introduction": [
+            f"True win rates over the base model and true scores, standard set, CFG 1, "
+            f"mean ± standard deviation over {args.seeds} seeds."
+        ],
+        "tables": [Table("", head, cells)],
+        "pictures": {},
+    }
