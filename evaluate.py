@@ -209,8 +209,10 @@ def alignment_table(policy, out, base, reward, words, pairs, args, device):
     """Base and policy on the same prompts and noise, by the oracle and by VideoReward if there is one; by VideoReward
     alone on the prompts of --data."""
     if args.data and reward is None:
-        return ["no closing table: labels ranked the pairs, and the shipped VideoReward does not know this data; "
-                "--reward names one that does"]
+        return [
+            "no closing table: labels ranked the pairs, and the shipped VideoReward does not know this data; "
+            "--reward names one that does"
+        ]
     if args.data:
         return learned_table((base, policy), reward, pairs, args, device)
     prompts = prompt_set(args.eval_prompts, "train", "validation", "hard")

@@ -101,5 +101,5 @@ def test_ranking_by_hand():
     better, worse = train.ranked(total)
     assert better.tolist() == [[0, 1], [1, 0], [3, 0]]  # the draw is no pair
     assert worse.tolist() == [[0, 0], [1, 1], [3, 1]]
-    with pytest.raises(BadInput, match="two equal rewards"):
+    with pytest.raises(BadInput, match="no pair has a better clip"):
         train.ranked(torch.ones(4, 2))
