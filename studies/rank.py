@@ -1,8 +1,8 @@
 """When is a reward model worth its training? Flow-DPO from N labelled pairs, with and without VideoReward.
 
     labels     the annotators' labels of the N pairs rank their clips (--rank labels)
-    reward     VideoReward, trained on these N pairs, ranks the clips of as many toy pairs as the
-               policy trains on: the same N, or 3,200, the first of which need no labels
+    reward     VideoReward, trained on these N pairs, ranks the clips that the policy trains on:
+               those of the N pairs, or of 3,200 others, whose labels are not used
 
 The steps of a VideoReward follow the square root of its pairs, as in `evaluate.py reward`; on 300
 pairs, half and twice as many gave a lower accuracy on held-out labelled pairs. The truth is used
