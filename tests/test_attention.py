@@ -93,10 +93,18 @@ def test_a_plan_sees_what_the_coordinates_say(case):
     assert (boxes == boxes[0]).all()  # every box sees equally many: `gather` and balanced GPU programs need it
 
 
-def test_a_window_as_wide_as_the_grid_is_dense():
-    assert tile_mask("full", (2, 4, 4), 3, CPU) is None
-    plan = tile_mask("tile:1,2,2/2,2,2", (2, 4, 4), 3, CPU)
-    assert boolean_mask(plan, 35).all()
+@pytest.mark.parametrize(
+    ("window", "seen"),
+    [
+        ("/1,1,2", [[0, 1], [0, 1], [1, 2], [2, 3], [3, 4]]),  # an even one reaches further back than ahead
+        ("/2,4,1", [[0], [1], [2], [3], [4]]),
+        ("/1,1,4", [[0, 1, 2, 3]] * 3 + [[1, 2, 3, 4]] * 2),
+        ("", [[0, 1, 2], [0, 1, 2], [1, 2, 3], [2, 3, 4], [2, 3, 4]]),  # three boxes unless told
+    ],
+)
+def test_windows_on_a_line_by_hand(window, seen):
+    mask = boolean_mask(tile_mask("tile:1,1,1" + window, (1, 1, 5), 0, CPU), 5)
+    assert [torch.nonzero(row).flatten().tolist() for row in mask] == seen
 
 
 def test_blocks_by_hand():

@@ -1,5 +1,6 @@
 """Attention and the video transformer."""
 
+import math
 from dataclasses import asdict, replace
 
 import pytest
@@ -49,6 +50,14 @@ def test_the_low_pass_is_orthonormal_and_keeps_smooth_clips():
     assert (ramp @ basis.T @ basis - ramp).square().mean() < 0.01 * ramp.var()
 
 
+def test_a_patch_of_unequal_sides_enters_by_its_longest_waves():
+    # of 2 rows and 8 columns: half a wave over the rows is as short as two waves over the columns
+    basis = low_pass(ModelConfig(frames=1, size=8, channels=1, patch=(1, 2, 8), dim=4, heads=2))
+    for k in range(4):  # k half waves over the columns, the two rows alike
+        wave = torch.tensor([math.cos(math.pi * k * (j + 0.5) / 8) for j in range(8)]).repeat(2)
+        assert torch.allclose(basis[k], wave / wave.norm(), atol=1e-6)
+
+
 def test_a_new_model_predicts_a_low_pass_of_its_input():
     x, t, y = inputs(SMALL)
     basis = low_pass(SMALL)
@@ -71,8 +80,11 @@ def test_output_depends_on_every_input_and_not_on_the_rest_of_the_batch():
     v = model(x, t, y)
     assert v.shape == x.shape
     assert torch.allclose(model(x[1:], t[1:], y[1:]), v[1:], atol=1e-5)
-    for other in ((x + 0.1, t, y), (x, t + 0.05, y), (x, t, (y + 1) % 8)):
+    moved = y[:, [2, 0, 1]]
+    for other in ((x + 0.1, t, y), (x, t + 0.05, y), (x, t, (y + 1) % 8), (x, t, moved)):
         assert (model(*other) - v).abs().max() > 1e-3
+    model.places.data.zero_()  # without which a word stands nowhere: RoPE turns the video's tokens alone
+    assert torch.allclose(model(x, t, moved), model(x, t, y), atol=1e-5)
 
 
 def test_features_are_the_first_blocks_and_continue_to_the_same_velocity():
@@ -101,6 +113,8 @@ def test_lora_starts_as_the_reference_trains_alone_and_merges():
     v = reference(x, t, y)
     model = add_lora(scrambled(SMALL), rank=4)
     assert torch.equal(model(x, t, y), v)
+    down = torch.cat([value.flatten() for name, value in model.named_parameters() if "down" in name])
+    assert down.std().item() == pytest.approx(32**-0.5, rel=0.15)  # down(x) is about as large as x, at any rank
     assert {name.split(".")[-1] for name, p in model.named_parameters() if p.requires_grad} == {"down", "up"}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.05)
     for _ in range(2):  # `down` gets its first gradient once `up` is no longer zero
@@ -146,7 +160,7 @@ def test_config_survives_json_and_bad_sizes_are_refused():
 
 def test_tiles_that_see_everything_are_full_attention():
     torch.manual_seed(0)
-    full = scrambled(replace(SMALL, size=32))
+    full = scrambled(replace(SMALL, size=24, patch=(2, 6, 4)))  # 4 x 6 tokens a frame: an order is not its inverse
     tiled = VideoTransformer(replace(full.config, attention="tile:1,2,2/9,9,9"))
     tiled.load_state_dict(full.state_dict())
     x, t, y = torch.randn(2, *full.config.video_shape), torch.tensor([0.2, 0.9]), torch.tensor([[1, 2, 0], [3, 0, 0]])

@@ -10,6 +10,7 @@ import torch
 import sample as sampler
 import world
 from data import drop_prompts, mean_one
+from evaluate import static_quality
 from flow import draw_time, flow_error
 from flow_rwr import flow_rwr_step
 from model import Attention, ModelConfig, VideoTransformer, apply_rope, identity_rope, rope
@@ -217,6 +218,27 @@ def test_what_lies_far_from_the_object_costs_visual_quality(scenes):
     share = (50 / 1024) / (50 / 1024 + torch.pi * clips.radius**2)  # of all mass; every shape's area is pi r^2
     lost = (world.oracle(video, prompts) - world.oracle(spotted, prompts))[:, 0]
     assert lost.mean().item() == pytest.approx(share.mean().item(), abs=0.07) and share.mean() > 0.15
+
+
+def test_static_quality_falls_with_blur_fading_and_spots_and_not_with_jitter(scenes):
+    _, clips = scenes
+    clean = world.render(clips)
+
+    def lost(video):
+        return (static_quality(clean) - static_quality(video)).mean().item()
+
+    def spoilt(defect):
+        clips.severity[:, defect] = 1.0
+        video = world.render(clips)
+        clips.severity[:] = 0
+        return video
+
+    spotted = clean.clone()
+    spotted[..., :5, :5] = spotted[..., -5:, -5:] = clean.flatten(3).amax(3)[..., None, None]
+    assert lost(spoilt(0)) > 0.2  # a third of it at most
+    assert lost(spoilt(1)) == pytest.approx(world.MAX_FADE / 3, abs=0.03)
+    assert lost(spotted) > 0.05 and abs(lost(spoilt(3))) < 0.03
+    assert static_quality(torch.full_like(clean, -0.8)).max() == 0  # nothing is seen
 
 
 @pytest.mark.parametrize("attribute", [0, 1, 2])

@@ -187,6 +187,21 @@ def test_a_token_of_a_frame_reads_that_frame_by_place(network):
     assert change[3] > 0.01 and change[[0, 1, 2, 4, 5, 6, 7]].max() < 1e-5 and change[8:].max() > 0.01
 
 
+def test_the_mean_colour_enters_every_token_alike(network):
+    video = 0.3 * torch.randn(1, 3, 8, 32, 32)
+    with torch.no_grad():
+        change = network.stem(video + torch.tensor([0.2, 0.0, -0.1]).reshape(3, 1, 1, 1)) - network.stem(video)
+    assert change.abs().max() > 0.01 and torch.allclose(change, change[:, :1].expand_as(change), atol=1e-4)
+
+
+def test_places_are_told_by_rotary_positions_and_frames_are_not(network, monkeypatch):
+    tokens, y, scores = torch.randn(1, 8 + 16, 64), torch.ones(1, 8, dtype=torch.int64), []
+    for order in (range(24), [*range(7, -1, -1), *range(8, 24)], [*range(8), *range(23, 7, -1)]):
+        monkeypatch.setattr(network.stem, "forward", lambda video, order=list(order): tokens[:, order])
+        scores.append(network(None, y))
+    assert torch.allclose(scores[1], scores[0], atol=1e-5) and (scores[2] - scores[0]).abs().min() > 1e-5
+
+
 def test_every_score_sees_the_video(network):
     y = torch.zeros(1, 8, dtype=torch.int64)
     a, b = network(torch.randn(1, 3, 8, 32, 32), y), network(torch.randn(1, 3, 8, 32, 32), y)
