@@ -310,27 +310,32 @@ def test_best_of_n_is_what_videoreward_likes_best_of_the_first_n(monkeypatch):
         16: 15,
     }
     assert len(set(seeds)) == 15 and min(seeds) > 10_000
-    picked = jobs.best_of(2, None, CPU, {"standard": 1}, [1.0, 1.0, 0.0])
+    picked = jobs.best_of(3, None, CPU, {"standard": 1}, [1.0, 1.0, 0.0])
+    assert len(set(seeds)) == 30  # another seed's clips are others
     assert all(scores["standard 1"]["oracle"][0, 0] == 0 for scores in picked.values())
 
 
 def test_drift_is_the_mean_square_between_two_models(monkeypatch, tmp_path):
     base, words = load_velocity(jobs.WEIGHTS / "base.pt")
-    monkeypatch.setattr(jobs, "DRIFT_CLIPS", 4)
+    monkeypatch.setattr(jobs, "DRIFT_CLIPS", 100)
     assert jobs.drift(jobs.WEIGHTS / "base.pt", CPU) == 0
     shown = {"base.pt": 0.0, "other.pt": 0.5}
     monkeypatch.setattr(jobs, "load_velocity", lambda path: (Constant(base.config, shown[path.name]), words))
     assert jobs.drift(tmp_path / "other.pt", CPU) == 0.25
+    # times as in training, of which half lie above .8, and clips that are noised by them
+    assert 0.35 < (Constant.t > 0.8).float().mean() < 0.65
+    assert (Constant.x_t[Constant.t > 0.9].std() > 0.85) and (Constant.x_t[Constant.t < 0.4].std() < 0.75)
 
 
 class Constant(torch.nn.Module):
-    """A velocity model that says the same everywhere."""
+    """A velocity model that says the same everywhere; the class keeps what was asked last."""
 
     def __init__(self, config, value):
         super().__init__()
         self.config, self.value = config, value
 
     def forward(self, x_t, t, y):
+        Constant.x_t, Constant.t = x_t, t
         return torch.full_like(x_t, self.value)
 
 
@@ -470,16 +475,17 @@ def test_oracle_and_random_judges_of_pairs_are_what_they_are_called(monkeypatch)
     assert all(row["VQ_without"] == row["MQ_without"] == row["TA_with"] == 1.0 for row in rows)
     assert [row["split"] for row in rows] == ["validation", "policy"]
     assert all(row["VQ_ties"] == 0 and row["TA_ties"] == 1 for row in rows)
-    rows = reward_model.untrained("random", 0, None, CPU)
-    assert all(0.1 < row["VQ_without"] < 0.9 for row in rows)
+    random = [reward_model.untrained("random", seed, None, CPU)[0] for seed in range(4)]
+    assert all(0.1 < row["VQ_without"] < 0.9 for row in random) and len({row["VQ_without"] for row in random}) > 1
 
 
 class Colours(torch.nn.Module):
     """A noise-aware reward that knows colours alone: TA is how well the clip's colour is the prompt's."""
 
-    config, sign = Namespace(max_text=8), 1
+    config, sign, times = Namespace(max_text=8), 1, set()
 
     def forward(self, x_t, t, y):
+        self.times.update(t.tolist())
         hue = world.measure(x_t)["colour"]  # how well each of the colours matches
         names = [text.split()[1] for text in map(Vocabulary().decode, y)]
         asked = torch.tensor([list(world.COLOURS).index(name) for name in names])
@@ -489,10 +495,11 @@ class Colours(torch.nn.Module):
 @pytest.mark.parametrize(("sign", "colour"), [(1, 1.0), (-1, 0.0)])
 def test_told_apart_is_the_share_whose_own_prompt_is_preferred(monkeypatch, tmp_path, sign, colour):
     reward = Colours()
-    reward.sign = sign
+    reward.sign, reward.times = sign, set()
     monkeypatch.setattr(guidance, "load_noisy_reward", lambda path: (reward, Vocabulary().words))
     rows = guidance.told_rows("noised", 3, Namespace(work=tmp_path, eval_pairs=36), CPU)
     assert [row["t"] for row in rows] == list(observer.TIMES) and rows[0]["variant"] == "noised"
+    assert sorted(reward.times) == pytest.approx(observer.TIMES)
     assert rows[0]["colour"] == colour and rows[0]["shape"] == rows[0]["direction"] == 0.0  # equal is not preferred
 
 
@@ -521,9 +528,10 @@ def test_the_ideal_observer_weighs_what_it_knows_by_bayes(monkeypatch):
 class Blocks(torch.nn.Module):
     """A base model whose hidden states are the clip itself after three blocks, and nothing before."""
 
-    config = Namespace(max_text=2)
+    config, spread = Namespace(max_text=2), {}
 
     def embed(self, x_t, t, y):
+        self.spread.setdefault(t[0].item(), []).append(x_t.std().item())
         video = x_t.flatten(2).transpose(1, 2)
         return torch.cat((torch.zeros(len(y), 2, video.shape[2]), video), 1), None
 
@@ -539,3 +547,4 @@ def test_a_probe_reads_the_tokens_of_the_blocks_it_is_named_after(monkeypatch):
         told[blocks] = observer.told_apart(reader, 0, 60)[0]
     assert told[3]["colour"] > 0.8 and told[3]["direction"] > 0.8
     assert told[2]["colour"] == told[2]["shape"] == told[2]["direction"] == 0  # equal is not preferred
+    assert all(max(stds) < 1.2 * min(stds) for stds in Blocks.spread.values())  # it learns at the t that it reads

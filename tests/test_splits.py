@@ -134,7 +134,7 @@ def test_studies_judge_the_sets_that_their_rows_name(module, monkeypatch):
 def studied(monkeypatch, tmp_path, drawn):
     """Runs jobs of a study by name, their trainings drawing two batches in place of learning: {name: (args, splits of
     the batches, splits asked for and shown)}, and the study's flags."""
-    args = evaluate.arguments(["align", "--steps=1", "--eval-pairs=20", f"--work={tmp_path}", "--seeds=1"])
+    args = evaluate.arguments(["align", "--steps=1", "--eval-pairs=20", f"--work={tmp_path}", "--seeds=3"])
     seen = []
 
     def draws(task, settings, device, state=None):
@@ -149,24 +149,27 @@ def studied(monkeypatch, tmp_path, drawn):
     for module in (align, beta, guidance):
         for name in ("judge", "base_scores"):
             monkeypatch.setattr(module, name, lambda *args: {})
-    for module in (align, beta):
-        monkeypatch.setattr(module, "best_of", lambda *args: {})
     monkeypatch.setattr(beta, "drift", lambda path, device: 0.0)
     return args, seen
 
 
-def test_alignment_studies_train_on_training_prompts_with_what_their_rows_say(studied):
+def test_alignment_studies_train_on_training_prompts_with_what_their_rows_say(studied, monkeypatch):
     args, seen = studied
+    picked = []
+    for module in (align, beta):
+        monkeypatch.setattr(module, "best_of", lambda seed, *rest: picked.append((seed, *rest[3])) or {})
     made = {**align.jobs(args, CPU), **beta.jobs(args, CPU)}
     for name, job in made.items():
-        if name == "base" or name.startswith("dpo-constant-") and name.split("-")[2] in map(str, beta.BETAS[1:]):
+        if not name.endswith("-2") or name.split("-")[2] in map(str, beta.BETAS[1:]):
             continue
         seen.clear()
         job()
+        if name.startswith("best-of"):
+            assert not seen and picked.pop() == ((2, 0, 0, 1) if "TA only" in name else (2, 1, 1, 1))
         for settings, splits, held, asked, shown in seen:
             assert splits == {"train"} and held is None and asked <= {"train"} and "hard" not in shown
-            method = name.removesuffix("-0")
-            assert settings.algo == name.split("-")[0] and settings.seed == 0
+            method = name.removesuffix("-2")
+            assert settings.algo == name.split("-")[0] and settings.seed == 2
             assert settings.generated == ("own-clips" in name)
             assert settings.schedule == ("(1-t)^2" if method.startswith("dpo-schedule") else "constant")
             assert settings.align == ((0, 0, 1) if "TA only" in name else (1, 1, 1))
@@ -178,7 +181,8 @@ def test_guidance_learns_train_and_is_judged_on_validation(studied, drawn, monke
     args, seen = studied
     monkeypatch.setattr(guidance, "load_noisy_reward", lambda path: (torch.nn.Identity(), []))
     for variant in guidance.VARIANTS:
-        guidance.reward_of(variant, 0, args, CPU)
+        guidance.reward_of(variant, 2, args, CPU)
+    assert [s.seed for s, *_ in seen] == [2] * 3
     assert [s.trunk for s, *_ in seen] == ["frozen"] * 3
     assert [s.target for s, *_ in seen] == ["reward", "labels", "reward"]
     assert [s.time_shift for s, *_ in seen] == [1, 1, 0]
@@ -232,13 +236,19 @@ def test_the_reward_study_learns_train_and_is_judged_on_validation_and_hard(stud
     monkeypatch.setattr(generated, "sample_many", lambda model, x1, y, progress, **settings: x1)
     for model in (*reward_model.MODELS, *reward_model.RENDERED_ONLY):
         seen.clear()
-        reward_model.trained(model, 1.0, 0, args, CPU)
+        reward_model.trained(model, 1.0, 2, args, CPU)
         ((settings, splits, held, asked, shown),) = seen
+        assert settings.seed == 2 and settings.steps == 1 and settings.pairs == 16  # of two epochs
         assert splits == {"train"} and held == {"validation"} and "hard" not in shown and "hard" not in asked
         assert settings.tokens == ("separate" if model in ("btt-separate", "btt-rendered") else "shared")
         assert settings.loss == model.split("-")[0] and settings.generated == (0 if model == "btt-rendered" else 0.5)
         watched_splits(drawn)
     assert {score.__name__ for score in scores} == {"normalised"}  # Overall adds the three
+    seen.clear()
+    args.steps = 20
+    reward_model.trained("bt-shared", 0.25, 0, args, CPU)  # a quarter of 320 pairs in half as many steps
+    assert (seen[0][0].pairs, seen[0][0].steps) == (80, 10)
+    watched_splits(drawn)
     pairs = reward_model.every_split(args, CPU)
     splits = {name: splits_of(here.y) for name, here in pairs.items()}
     assert splits == dict.fromkeys(("validation", "base", "policy", "cfg3"), {"validation"}) | {"benchmark": {"hard"}}
