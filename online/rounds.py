@@ -21,8 +21,8 @@ import world
 from data import Vocabulary, draw_noise, drop_prompts, epoch_index, step_rng, take
 from evaluate import alignment_table, load_judge, z_scores
 from flow_dpo import flow_dpo_step
-from flow_nft import flow_nft_step, move_old, optimality
 from model import merged_state_dict, share_trunk
+from online.flow_nft import flow_nft_step, move_old, optimality
 from online.refresh import Refresh
 from real_data.disk_pairs import disk_data
 from real_data.video import to_bytes, to_video

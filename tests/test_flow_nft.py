@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from flow_nft import flow_nft_loss, flow_nft_step, move_old, nft_error, optimality
+from online.flow_nft import flow_nft_loss, flow_nft_step, move_old, nft_error, optimality
 
 
 def test_optimality_by_hand():

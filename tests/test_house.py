@@ -14,7 +14,7 @@ CORE = ("flow", "flow_dpo", "flow_rwr", "nrg", "reward", "model", "data", "sampl
 # modules that are not named apart.
 FLOORS = (
     {"world", "flow", "runtime", "kernels"},
-    {"attention", "lora", "flow_dpo", "flow_rwr", "flow_nft", "data", "real_data.pairs_csv", "real_data.video"},
+    {"attention", "lora", "flow_dpo", "flow_rwr", "online.flow_nft", "data", "real_data.pairs_csv", "real_data.video"},
     {"model"},
     {"reward", "nrg"},
     {"sample", "real_data"},
