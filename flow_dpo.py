@@ -33,8 +33,9 @@ def flow_dpo_terms(err_w, err_l, ref_err_w, ref_err_l, t, beta, schedule="consta
     beta_t = beta * (1 - t) ** 2 if schedule == "(1-t)^2" else beta  # derived (Eq. 5), or advised
     margin = (err_l - ref_err_l) - (err_w - ref_err_w)  # (B,)
     logit = beta_t / 2 * margin  # (B,)
+    losses = -F.logsigmoid(logit)  # Eq. 6, (B,)
     return {
-        "loss": -F.logsigmoid(logit),  # Eq. 6
+        "loss": losses,
         "accuracy": (logit > 0).float() + 0.5 * (logit == 0),
         "margin": margin,
         "error_w": err_w,

@@ -1,16 +1,23 @@
-"""Writes the tables of README.md and docs/, results/*.md and the charts from results/*.json.
+"""Writes the tables and the excerpts of code in README.md and docs/, results/*.md and the charts.
 
     python evaluate.py tables             writes every file whose contents would change
     python evaluate.py tables --check     writes nothing; an outdated file is an error
 
-A document holds a generated table between two comments; NAME is a key of TABLES below:
+Three things in a document are generated:
 
-    <!-- table: NAME -->
+    <!-- table: NAME -->                  a table from results/*.json; NAME is a key of TABLES below
     <!-- end of table -->
+
+    <!-- code: FILE | FIRST | LAST -->    lines of FILE, from the one that begins with FIRST to the
+    <!-- end of code -->                  next one that begins with LAST, and a link to them
+
+    [`module.name`](file.py#L12)          the line number of a link to a definition
 """
 
 import json
+import os
 import re
+import textwrap
 from itertools import product
 from pathlib import Path
 
@@ -32,6 +39,9 @@ STUDIES = {
     "unified": unified,
 }
 BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+CODE = re.compile(r"(<!-- code: (\S+) \| (.+?) \| (.+?) -->\n).*?(<!-- end of code -->)", re.DOTALL)
+LINK = re.compile(r"\[`([\w.]+)`\]\(([\w./]+\.py)#L\d+\)")
 
 SCORES = [f"{name}_score" for name in DIMENSIONS]
 WINS_BY_JUDGE = [f"{name}, {judge}" for judge in ("truth", "VideoReward") for name in DIMENSIONS]
@@ -268,6 +278,41 @@ def with_tables(text, path):
     return BLOCK.sub(block, text)
 
 
+def excerpt(match, path):
+    """A block of code lines with a link to them. BadInput if the file has no such lines."""
+    file, first, last = match[2], match[3], match[4]
+    lines = (ROOT / file).read_text().splitlines()
+    starts = [i for i, line in enumerate(lines) if line.strip().startswith(first)]
+    if len(starts) != 1:
+        raise BadInput(f"{path}: {len(starts)} lines of {file} begin with {first!r}; one is needed")
+    ends = [i for i in range(starts[0], len(lines)) if lines[i].strip().startswith(last)]
+    if not ends:
+        raise BadInput(f"{path}: no line of {file} after {first!r} begins with {last!r}")
+    start, stop = starts[0], ends[0] + 1
+    code = textwrap.dedent("\n".join(lines[start:stop]))
+    link = f"{os.path.relpath(ROOT / file, path.parent)}#L{start + 1}-L{stop}"
+    caption = f"[{file}, lines {start + 1} to {stop}]({link})"
+    return f"{match[1]}{caption}\n\n```python\n{code}\n```\n{match[5]}"
+
+
+def definition_link(match, path):
+    """A link to the line that defines a name. BadInput if no line does."""
+    name, file = match[1], match[2]
+    last = name.split(".")[-1]
+    definition = re.compile(rf"\s*(def|class) {last}\b|{last}(:[^=]*)? =")
+    for number, line in enumerate((path.parent / file).read_text().splitlines(), 1):
+        if definition.match(line):
+            return f"[`{name}`]({file}#L{number})"
+    raise BadInput(f"{path}: {file} does not define {name}")
+
+
+def generated(path):
+    """The text of a document with its tables, excerpts and line numbers written anew."""
+    text = with_tables(path.read_text(), path)
+    text = CODE.sub(lambda match: excerpt(match, path), text)
+    return LINK.sub(lambda match: definition_link(match, path), text)
+
+
 def generated_files():
     """{path: text} of every file that is made from results/*.json."""
     files = {}
@@ -277,7 +322,7 @@ def generated_files():
         for file, text in rendered(name, study.report(args, saved["rows"]), saved).items():
             files[ROOT / "results" / file] = text
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
-        files[path] = with_tables(path.read_text(), path)
+        files[path] = generated(path)
     return files
 
 
