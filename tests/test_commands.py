@@ -91,6 +91,9 @@ def test_guided_clips_come_with_those_without(command, tmp_path):
         list(none) == ["CFG 2", "CFG 2 NRG 0,0,0"]
         and len({*map(tuple, none.values()), *map(tuple, plain.values())}) == 1
     )
+    for nothing in ("--nrg-scale=0", "--nrg-eps=1e9", "--nrg-interval=0,0.1"):  # steps at t = 1, .89 and .67
+        left, _ = scores("--nrg", "1,1,0.5", nothing)
+        assert left["CFG 2 NRG 1,1,0.5"] == plain["CFG 2"]
     up, pictures = scores("--nrg", "1,1,0.5")
     down, others = scores("--nrg", "-1,0,2")
     assert up["CFG 2"] == down["CFG 2"] == plain["CFG 2"]

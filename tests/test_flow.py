@@ -5,7 +5,7 @@ import torch
 
 from data import drop_prompts, step_rng
 from flow import draw_time, flow_error, interpolate, shift_time
-from sample import sample
+from sample import sample, sample_many
 
 X0 = torch.tensor([[2.0, -4.0]])
 X1 = torch.tensor([[6.0, 8.0]])
@@ -35,6 +35,11 @@ def test_one_euler_step_of_the_true_velocity_lands_on_the_data(shift):
     x0, x1 = torch.randn(2, 3, 2, 4, 4), torch.randn(2, 3, 2, 4, 4)
     out = sample(lambda x, t, y: x1 - x0, x1, torch.zeros(2, 1), steps=1, shift=shift)
     assert torch.allclose(out, x0, atol=1e-6)
+
+
+def test_batches_of_samples_take_their_own_prompts():
+    y = torch.arange(6.0)[:, None]
+    assert sample_many(lambda x, t, y: y, torch.zeros(6, 1), y, batch=2).flatten().tolist() == [0, -1, -2, -3, -4, -5]
 
 
 @pytest.mark.parametrize(("steps", "shift"), [(400, 1.0), (400, 4.0)])

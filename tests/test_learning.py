@@ -166,17 +166,19 @@ def test_videoreward_learns_what_was_said_and_the_opposite_of_turned_labels(tiny
     assert ends[0] > 0.2 and ends[1] < -0.2
 
 
-def test_a_saved_videoreward_gives_z_scores_of_the_pairs_held_out(tiny):
-    args, task = tiny("--algo=reward", "--eval-pairs=20")
-    (held,) = task.evaluate.keywords["held"].values()
+def test_a_saved_videoreward_gives_z_scores_of_the_pairs_held_out(tiny, tmp_path):
+    args, task = tiny("--algo=reward", "--eval-pairs=40", "--generated=0.5", f"--cache={tmp_path}")
+    held, other = task.evaluate.keywords["held"].values()
     lines = train.train(task, args, CPU)
     model, _ = load_reward(args.out / "last.pt")
-    a, b = held.sides(torch.arange(20))
     with torch.no_grad():
-        raw = torch.cat((model(a, held.y), model(b, held.y)))
-        z = torch.cat((model.normalised(a, held.y), model.normalised(b, held.y)))
-    assert torch.allclose(model.mean, raw.mean(0), atol=1e-5) and torch.allclose(model.std, raw.std(0), rtol=1e-3)
-    assert z.mean(0).abs().max() < 1e-3 and (z.std(0) - 1).abs().max() < 1e-3
+        raw, of_other = (
+            torch.cat([model(video, pairs.y) for video in pairs.sides(torch.arange(20))]) for pairs in (held, other)
+        )
+        z = torch.cat([model.normalised(video, held.y) for video in held.sides(torch.arange(20))])
+    every = torch.cat((raw, of_other))  # rendered and generated
+    assert torch.allclose(model.mean, every.mean(0), atol=1e-5) and torch.allclose(model.std, every.std(0), rtol=1e-3)
+    assert torch.allclose(z, (raw - every.mean(0)) / every.std(0), atol=1e-3)
     assert splits_of(held.y) == {"validation"} and "20 rendered validation pairs" in lines[0]
     right = [((raw[:20] - raw[20:])[:, k].sign() == held.label[:, k])[held.label[:, k] != 0] for k in range(3)]
     for k, name in enumerate(("VQ", "MQ", "TA")):
@@ -282,19 +284,22 @@ def test_nrg_ends_closer_to_what_videoreward_says(tiny):
     assert losses[1] < 0.6 * losses[0]
 
 
-def test_a_noise_aware_rewards_unit_is_the_spread_over_clips_and_times(tiny):
-    args, task = tiny("--algo=nrg", "--eval-pairs=10")
-    (held,) = task.evaluate.keywords["held"].values()
+def test_a_noise_aware_rewards_unit_is_the_spread_over_clips_and_times(tiny, tmp_path):
+    args, task = tiny("--algo=nrg", "--eval-pairs=20", "--generated=0.5", f"--cache={tmp_path}")
+    held, other = task.evaluate.keywords["held"].values()
     lines = train.train(task, args, CPU)
     assert not torch.equal(task.model.std, torch.ones(3)) and splits_of(held.y) == {"validation"}
-    raw, times = [], (0.0, 0.2, 0.4, 0.6, 0.8, 0.9)
+    times = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9)
     x1 = torch.randn(10, *CONFIG.video_shape, generator=torch.Generator().manual_seed(args.eval_seed))
-    with torch.no_grad():
-        for now in times:
-            t = torch.full((10,), now)
-            at_t = [task.model(noised(x0, x1, t), t, held.y) for x0 in held.sides(torch.arange(10))]
-            raw.append(torch.stack(at_t, 1))
-    assert torch.allclose(torch.cat(raw).std((0, 1)), torch.ones(3), atol=1e-3)  # divided by it already
+
+    @torch.no_grad()
+    def score(pairs, now):
+        t = torch.full((10,), now)
+        return torch.stack([task.model(noised(x0, x1, t), t, pairs.y) for x0 in pairs.sides(torch.arange(10))], 1)
+
+    raw = [score(held, now) for now in times]
+    every = torch.cat([*raw, *(score(other, now) for now in times)])
+    assert torch.allclose(every.std((0, 1)), torch.ones(3), atol=1e-3)  # divided by it already
     for now, score in zip(times, raw):
         line = next(line for line in lines if line.startswith(f"  t {now:.2f}"))
         right = (score[:, 0] - score[:, 1]).sign() == held.label

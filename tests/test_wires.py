@@ -93,8 +93,25 @@ def test_pairs_seed_and_rows_are_what_the_flags_say(tiny, algo):
     assert len(batch[name]) == count
     assert all(torch.equal(batch[key], again[key]) for key in batch)
     assert all(torch.equal(batch[key][count // 2 :], half[key]) for key in batch)
-    other = tiny(f"--algo={algo}", "--pairs=3", "--seed=1")[1].batch(0, EVERY)
-    assert not torch.equal(batch["x1"], other["x1"]) and not torch.equal(batch[name], other[name])
+
+
+@pytest.mark.parametrize(
+    "flags", ["pretrain", "reward", "nrg", "nrg --target=labels", "dpo --lora-rank=2", "sft", "rwr"]
+)
+def test_a_seed_varies_start_pairs_order_and_noise(tiny, flags):
+    seen = []
+    for seed in (1, 2):
+        args, task = tiny(*f"--algo={flags}".split(), f"--seed={seed}")
+        batch, start = task.batch(0, EVERY), {n: v.clone() for n, v in task.model.named_parameters()}
+        clips = next(batch[name] for name in ("x0", "x0_w", "x0_a", "video_a") if name in batch)
+        pairs = None if args.algo == "pretrain" else same_pairs(args)[1]  # those of this seed
+        order = pairs is not None and [find(clip, pairs) for clip in clips]
+        seen.append((start, clips, order, batch.get("x1"), batch.get("t")))
+    (start, clips, order, *noise), (other_start, other_clips, other_order, *other_noise) = seen
+    moved = {name for name, value in start.items() if not torch.equal(value, other_start[name])}
+    assert moved or flags in ("sft", "rwr")  # which start as the base model
+    assert not torch.equal(clips, other_clips) and (not order or order != other_order)
+    assert flags == "reward" or not any(torch.equal(a, b) for a, b in zip(noise, other_noise))
 
 
 @pytest.mark.parametrize("algo", ["dpo", "sft", "rwr", "nrg", "pretrain"])

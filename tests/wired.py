@@ -28,6 +28,9 @@ class Brightness(torch.nn.Module):
 
     config = CONFIG
 
+    def forward(self, video, y):  # raw scores, whose units and zeros say nothing
+        return self.normalised(video, y) * torch.tensor([-3.0, 50.0, 0.1]) + 7
+
     def normalised(self, video, y):
         words = torch.tensor([0.0, 0.0, 0.02]) * y.sum(1, keepdim=True)
         return 10 * video.mean((2, 3, 4)) + words
