@@ -28,7 +28,7 @@ from real_data.disk_pairs import disk_data
 from real_data.video import to_bytes, to_video
 from runtime.checkpoint import save_checkpoint
 from runtime.cli import BadInput, progress_bar
-from runtime.distributed import rank, wait
+from runtime.distributed import process_0_first, rank
 from runtime.resume import settled
 from sample import sample_many
 from train import Task, base_and_policy
@@ -94,20 +94,18 @@ class Rounds:
     def at(self, number):
         """The round of this number: kept, or made by the policy as it is. BadInput if the round before is unknown."""
         if self.now is None or self.now["number"] != number:
-            if rank():
-                wait()  # process 0 makes it for all
-            kept = self.read()
-            if kept and number < kept["number"]:
-                kept = None  # of a run that is begun anew
-            if kept and (rank() or self.now is None):
-                self.restore(kept)
-            if kept is None or kept["number"] != number:
-                if number != (kept["number"] + 1 if kept else 0):
-                    raise BadInput(f"{self.file}: holds no round {number - 1} of this run to go on from; start it anew")
-                kept = self.made(number)
-                save_checkpoint(self.file, kept)
-            if not rank():
-                wait()
+            with process_0_first():
+                kept = self.read()
+                if kept and number < kept["number"]:
+                    kept = None  # of a run that is begun anew
+                if kept and (rank() or self.now is None):
+                    self.restore(kept)
+                if kept is None or kept["number"] != number:
+                    if number != (kept["number"] + 1 if kept else 0):
+                        fault = f"holds no round {number - 1} of this run to go on from; start it anew"
+                        raise BadInput(f"{self.file}: {fault}")
+                    kept = self.made(number)
+                    save_checkpoint(self.file, kept)
             self.now = kept | self.lesson(kept["y"], kept["clips"], kept["scores"])
             self.now["logs"] = {"round": float(number), **self.now["logs"]}
         return self.now

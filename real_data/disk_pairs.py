@@ -17,7 +17,7 @@ from data import Pairs, Vocabulary, split_words, step_rng, vocabulary_of
 from real_data.pairs_csv import PATHS, read_pairs
 from real_data.video import cached_clip, is_latent, read_latent, to_video
 from runtime.cli import BadInput, progress_bar
-from runtime.distributed import rank, wait
+from runtime.distributed import process_0_first
 
 MOST_WORDS = 128  # of a real prompt; the paper's are about 100 words long
 
@@ -68,17 +68,14 @@ def disk_pairs(rows, csv_path, config, vocabulary, cache, skipped=None, progress
             raise BadInput(f"cannot keep clips in {cache}: {error.strerror}; name a folder by --cache") from None
         return video, None
 
-    if rank():
-        wait()  # process 0 decodes for all; the others then find it done
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for video, fault in progress(pool.map(decode, videos), len(videos)):
-            if fault and skipped is None:
-                pool.shutdown(cancel_futures=True)
-                raise BadInput(fault)
-            if fault:
-                faults[video] = fault
-    if not rank():
-        wait()
+    with process_0_first():  # which decodes; the others then find the clips in the cache
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for video, fault in progress(pool.map(decode, videos), len(videos)):
+                if fault and skipped is None:
+                    pool.shutdown(cancel_futures=True)
+                    raise BadInput(fault)
+                if fault:
+                    faults[video] = fault
     if faults:
         skipped.extend(faults.values())
     rows = [row for row in rows if not faults.keys() & set(said_videos(row))]

@@ -19,7 +19,7 @@ from real_data.toy_pairs import annotate_pairs, toy_pairs
 from real_data.video import to_bytes, to_video
 from runtime.checkpoint import save_checkpoint
 from runtime.cli import BadInput, progress_bar
-from runtime.distributed import rank, wait
+from runtime.distributed import process_0_first
 from sample import sample_many
 
 MODELS = {  # names, and settings of sample.sample
@@ -40,24 +40,21 @@ def generated_clips(model, y, count, models, seed, cache, device):
     for value in model.state_dict().values():
         made_from.update(value.numpy().tobytes())
     file = cache / f"generated-{made_from.hexdigest()[:16]}.pt"
-    if rank():
-        wait()  # process 0 samples for all; the others then find it done
-    try:
-        kept = torch.load(file, weights_only=True)["clips"]
-    except Exception:  # not there, or damaged: torch can raise anything
-        model, clips = model.to(device), [None] * count
-        for i, (name, settings) in enumerate(models.items()):
-            places = range(i, count, len(models))
-            rng = torch.Generator().manual_seed(NOISE_SEED + 100 * seed + i)
-            x1 = torch.randn(len(places) * len(y), *model.config.video_shape, generator=rng)
-            bar, asked = progress_bar(f"sampling {name}", "batch"), y.repeat(len(places), 1)
-            videos = sample_many(model, x1.to(device), asked.to(device), bar, **settings)
-            for place, video in zip(places, to_bytes(videos).cpu().split(len(y))):
-                clips[place] = video
-        kept = torch.stack(clips, 1)
-        save_checkpoint(file, {"clips": kept})
-    if not rank():
-        wait()
+    with process_0_first():  # which samples; the others then find the file
+        try:
+            kept = torch.load(file, weights_only=True)["clips"]
+        except Exception:  # not there, or damaged: torch can raise anything
+            model, clips = model.to(device), [None] * count
+            for i, (name, settings) in enumerate(models.items()):
+                places = range(i, count, len(models))
+                rng = torch.Generator().manual_seed(NOISE_SEED + 100 * seed + i)
+                x1 = torch.randn(len(places) * len(y), *model.config.video_shape, generator=rng)
+                bar, asked = progress_bar(f"sampling {name}", "batch"), y.repeat(len(places), 1)
+                videos = sample_many(model, x1.to(device), asked.to(device), bar, **settings)
+                for place, video in zip(places, to_bytes(videos).cpu().split(len(y))):
+                    clips[place] = video
+            kept = torch.stack(clips, 1)
+            save_checkpoint(file, {"clips": kept})
     return kept
 
 

@@ -12,7 +12,9 @@ Process 0 logs and writes. Without torchrun all of this is one process, and noth
 """
 
 import os
-from contextlib import nullcontext
+import sys
+import time
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 
 import torch
@@ -25,6 +27,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from runtime.cli import has_bf16, pick_device
+
+_store = None  # key-value store that all processes share
+_num_blocks = 0  # blocks of process_0_first entered so far
+_in_block = False
 
 
 def launched():
@@ -39,6 +45,7 @@ def restarted():
 
 def start_process(name):
     """Joins the processes that torchrun started, if it did; the torch.device of this one."""
+    global _store
     if launched() and name in ("auto", "cuda") and torch.cuda.is_available():
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     device = pick_device(name)
@@ -51,13 +58,16 @@ def start_process(name):
         hour = timedelta(hours=1)  # long enough for process 0 to write a large checkpoint while the others wait
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=hour)
+        _store = store
     return device
 
 
 def stop_process():
     """Leaves the others, once all are ready: process 0 has the closing table to make."""
-    wait()
+    with process_0_first():
+        pass
     if dist.is_initialized():
+        dist.barrier()  # the store may be process 0's, and the others have read it only now
         dist.destroy_process_group()
 
 
@@ -75,10 +85,39 @@ def local_rows(batch):
     return slice(rank() * share, (rank() + 1) * share)
 
 
-def wait():
-    """Until every process has come here."""
-    if world_size() > 1:
-        dist.barrier()
+@contextmanager
+def process_0_first():
+    """Process 0 runs the block, then all others run it. They wait without a timeout, as decoding
+    can take hours; if process 0 fails they end with status 2.
+
+    A block inside another one does not wait: process 0 may be the only one that reaches it."""
+    global _num_blocks, _in_block
+    if world_size() == 1 or _in_block:
+        yield
+        return
+    _num_blocks += 1
+    key = f"block {_num_blocks} of process 0"
+    if rank():
+        _wait_for(key)
+    _in_block, outcome = True, "failed"
+    try:
+        yield
+        outcome = "done"
+    finally:
+        _in_block = False
+        if rank() == 0:
+            _store.set(key, outcome)
+
+
+def _wait_for(key):
+    try:
+        while not _store.check([key]):
+            time.sleep(0.1)
+        done = _store.get(key) == b"done"
+    except RuntimeError:  # process 0 has ended, and its store with it
+        done = False
+    if not done:
+        sys.exit(2)
 
 
 def all_gather(value):

@@ -7,6 +7,8 @@ import re
 import signal
 import subprocess
 import sys
+import time
+from datetime import timedelta
 
 import pytest
 import torch
@@ -72,6 +74,28 @@ def test_each_process_makes_its_own_slice_of_the_batch(runs, monkeypatch, algo):
     for name, value in whole.items():
         assert len(value) == rows and all(len(half[name]) == rows // 2 for half in halves)
         assert torch.equal(torch.cat([half[name] for half in halves]), value)
+
+
+def blocks_of_process_0(out):
+    """Process 0 takes longer than the timeout of a barrier, and alone enters a block inside the first one."""
+    distributed.timedelta = lambda hours: timedelta(seconds=2 * hours)
+    distributed.start_process("cpu")
+    for number in range(2):
+        with distributed.process_0_first():
+            if distributed.rank() == 0:
+                with distributed.process_0_first():
+                    time.sleep(3 - 3 * number)
+                (out / str(number)).touch()
+            if not (out / str(number)).exists():
+                sys.exit(3)
+    distributed.stop_process()
+    print("done")
+
+
+def test_processes_wait_for_process_0_for_as_long_as_it_takes(tmp_path):
+    log = tmp_path / "log"
+    assert together(blocks_of_process_0, [(tmp_path,)], output=log) == [0, 0], log.read_text()
+    assert log.read_text() == "done\ndone\n"
 
 
 def fork_restarted(flags, out, log):
