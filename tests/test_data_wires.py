@@ -10,6 +10,7 @@ from wired import CONFIG, Brightness, find
 
 import world
 from data import DIMENSIONS, Vocabulary
+from online import rounds
 
 tiny = wired.tiny
 PROMPTS = [world.prompt_text(row) for row in world.split_prompts("train")[::6]]  # twelve
@@ -50,6 +51,13 @@ def data(tmp_path):
 
 def batches(task, count=9):
     return [task.batch(step, slice(0, wired.BATCH)) for step in range(count)]
+
+
+def test_rounds_ask_for_every_prompt(tiny, data, monkeypatch):
+    monkeypatch.setattr(rounds, "load_judge", lambda *args: Brightness())
+    _, task = tiny("--algo=nft", "--steps=4", "--rounds=2", f"--data={data('pairs', 0)[0]}")
+    vocabulary = Vocabulary(task.words)
+    assert sorted(vocabulary.decode(y) for y in task.evaluate.keywords["pairs"].y) == sorted(PROMPTS)
 
 
 def test_pretraining_takes_every_clip_with_its_own_prompt(tiny, data):

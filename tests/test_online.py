@@ -1,6 +1,8 @@
 """Alignment in rounds: who samples, what is learned from which clips, how a run goes on, new labels for VideoReward."""
 
 import csv
+import json
+import math
 import os
 import signal
 from argparse import Namespace
@@ -42,12 +44,14 @@ def online(tiny, monkeypatch, tmp_path):
     return lambda *flags: tiny(*SHORT, *flags), calls
 
 
-def lesson(reward, algo="dpo"):
-    """The items of Rounds.lesson for total rewards (P, n), all of them VQ's."""
+def lesson(reward, algo="dpo", spread=1.0):
+    """Rounds.lesson for total rewards (P, n), all of them VQ's, of clean clips."""
     scores = torch.stack((reward, *[torch.zeros_like(reward)] * 2), 2)
-    y = Vocabulary().encode_attributes(world.split_prompts("train")[: len(reward)], 8)
-    clips = torch.zeros(*reward.shape, 3, 4, 16, 16, dtype=torch.uint8)
-    args = Namespace(align=(1, 0, 0), algo=algo, data=None, spread=1.0)
+    prompts = world.split_prompts("train")[: len(reward)]
+    y, every = Vocabulary().encode_attributes(prompts, 8), prompts.repeat_interleave(reward.shape[1], 0)
+    drawn = world.draw_clips(every, 0 * every[:, 0], torch.Generator().manual_seed(0), clean=True)
+    clips = refresh.to_bytes(world.render(drawn)).unflatten(0, reward.shape)
+    args = Namespace(align=(1, 0, 0), algo=algo, data=None, spread=spread)
     return rounds.Rounds.lesson(Namespace(args=args, vocabulary=Vocabulary()), y, clips, scores)
 
 
@@ -64,6 +68,66 @@ def test_nft_learns_from_every_clip_by_how_good_it_is():
     found = lesson(torch.tensor([[1.0, 3.0], [5.0, 5.0]]), "nft")
     assert found["items"].tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
     assert found["r"].tolist() == [[0.0, 1.0], [0.5, 0.5]]
+    # over two standard deviations of the differences 1, 1, 0, 0: 1 / (2 sqrt .5) = .7071
+    found = lesson(torch.tensor([[1.0, 3.0], [5.0, 5.0]]), "nft", spread=2.0)
+    assert found["r"].flatten().tolist() == pytest.approx([0.5 - 0.35355, 0.5 + 0.35355, 0.5, 0.5], abs=1e-4)
+    # logged: the mean of all three scores; and each clip's true scores for its own prompt, about 1 of a clean one
+    assert found["logs"]["learned"] == pytest.approx(14 / 4 / 3) and found["logs"]["true"] > 0.9
+
+
+@pytest.mark.parametrize("freeze", [0, 2])
+@pytest.mark.parametrize("reference", ["first", "round"])
+def test_a_round_begins_at_ln_2_if_its_policy_is_the_reference(online, freeze, reference):
+    args, task = online[0]("--algo=dpo", f"--reference={reference}", f"--freeze={freeze}", "--beta=500")
+    wired.trained(args, task)
+    losses = [json.loads(line)["loss"] for line in (args.out / "metrics.jsonl").read_text().splitlines()]
+    assert abs(losses[0] - math.log(2)) < 1e-5 < abs(losses[1] - math.log(2))
+    assert (abs(losses[2] - math.log(2)) < 1e-5) == (reference == "round")
+
+
+@pytest.mark.parametrize("algo", ["dpo", "nft"])
+def test_times_and_dropped_prompts_follow_their_flags_and_noise_and_order_the_seed(online, algo):
+    make, calls = online
+    orders, times = [], []
+    for seed, shift, dropout in ((0, 1, 0), (0, 7, 1), (1, 1, 0)):
+        _, task = make(f"--algo={algo}", f"--seed={seed}", f"--time-shift={shift}", f"--label-dropout={dropout}")
+        batch = task.batch(0, slice(0, 8))
+        assert batch["y"].any() != dropout
+        times.append(batch["t"])
+        if not dropout:  # at which place in the round each prompt stands
+            orders.append([torch.nonzero((calls[-1][2] == y).all(1))[0].item() for y in batch["y"]])
+    assert torch.allclose(times[1], 7 * times[0] / (1 + 6 * times[0])) and not torch.equal(times[0], times[2])
+    assert torch.equal(calls[0][1], calls[1][1]) and not torch.equal(calls[0][1], calls[2][1])
+    assert orders[0] != orders[1]
+
+
+class Turning:
+    """In the place of Refresh: its second round turns the judge round."""
+
+    labelled = None
+
+    def __init__(self, args, judge, *rest):
+        self.judge, judge.sign = judge, 1
+
+    def __call__(self, number, *rest):
+        self.judge.sign = -1 if number else 1
+
+
+class Turned(Brightness):
+    def normalised(self, video, y):
+        return self.sign * super().normalised(video, y)
+
+
+def test_a_rounds_clips_are_scored_after_its_refresh(online, monkeypatch):
+    make, _ = online
+    monkeypatch.setattr(rounds, "Refresh", Turning)
+    monkeypatch.setattr(rounds, "load_judge", lambda path, config, words: Turned())
+    _, task = make("--algo=dpo", "--refresh=1", "--align=1,0,0")
+    for step, sign in ((0, 1), (2, -1)):
+        batch = task.batch(step, slice(0, 8))
+        red_w, red_l = (batch[name][:, 0].mean((1, 2, 3)) for name in ("x0_w", "x0_l"))
+        assert (sign * (red_w - red_l) > 0).all()
+    assert task.evaluate.keywords["reward"].sign == -1  # who judges the closing table
 
 
 @pytest.mark.parametrize("algo", ["dpo", "nft"])
@@ -100,9 +164,14 @@ def test_a_process_takes_its_rows_of_a_round(online):
 
 
 @pytest.mark.parametrize(
-    "flags", [["--algo=dpo"], ["--algo=dpo", "--reference=round"], ["--algo=nft", "--old-decay=0.25"]]
+    ("flags", "settings"),
+    [
+        (["--algo=dpo", "--beta=7"], (7.0, "constant")),
+        (["--algo=dpo", "--reference=round", "--schedule=(1-t)^2"], (100.0, "(1-t)^2")),
+        (["--algo=nft", "--old-decay=0.25", "--nft-beta=0.3", "--kl=2"], (0.3, 2.0)),
+    ],
 )
-def test_every_round_is_sampled_by_the_policy_as_it_is_or_by_its_old_model(online, flags, monkeypatch):
+def test_every_round_is_sampled_by_the_policy_as_it_is_or_by_its_old_model(online, flags, settings, monkeypatch):
     make, calls = online
     args, task = make(*flags, "--freeze=0")
     start = {name: value.clone() for name, value in task.model.state_dict().items()}
@@ -113,11 +182,13 @@ def test_every_round_is_sampled_by_the_policy_as_it_is_or_by_its_old_model(onlin
 
     def flow_dpo_step(policy, reference, **batch):
         references.append(state(reference))
+        assert (batch["beta"], batch["schedule"]) == settings
         return by_dpo(policy, reference, **batch)
 
     def flow_nft_step(policy, old, reference, **batch):
         olds.append(state(old))
         references.append(state(reference))
+        assert (batch["beta"], batch["kl"]) == settings
         return by_nft(policy, old, reference, **batch)
 
     monkeypatch.setattr(rounds, "flow_dpo_step", flow_dpo_step)
@@ -270,17 +341,21 @@ def test_begun_anew_in_the_folder_of_a_killed_run_the_rounds_are_those_of_an_emp
 
 @pytest.fixture
 def refreshed(monkeypatch):
-    """(Refresh, judge): a tiny VideoReward, and its labels of a few pairs."""
-    for name, value in {"NEW": 24, "OLD": 16, "STEPS": 3, "BATCH": 8}.items():
+    """A function: seed -> (Refresh, judge): a tiny VideoReward, and its labels of a few pairs."""
+    for name, value in {"NEW": 24, "OLD": 40, "MOST": 40, "STEPS": 3, "BATCH": 8}.items():
         monkeypatch.setattr(refresh, name, value)
     torch.manual_seed(0)
     judge = wired.noticeable(VideoReward(RewardConfig(frames=4, size=16, dim=24, depth=2, heads=2, vocab=CONFIG.vocab)))
-    args = Namespace(refresh=2, data=None, seed=0, caption=1.0)
-    return refresh.Refresh(args, judge.eval(), Vocabulary(), CPU), judge
+
+    def make(seed=0):
+        args = Namespace(refresh=2, data=None, seed=seed, caption=1.0)
+        return refresh.Refresh(args, judge.eval(), Vocabulary(), CPU), judge
+
+    return make
 
 
 def test_new_labels_are_the_annotators_of_pairs_of_the_rounds_own_clips(refreshed, monkeypatch):
-    ask, judge = refreshed
+    ask, judge = refreshed()
     batches, honest = [], refresh.reward_step
 
     def reward_step(model, caption, **batch):
@@ -309,7 +384,8 @@ def test_new_labels_are_the_annotators_of_pairs_of_the_rounds_own_clips(refreshe
         gap = (a - b) / world.TRUE_STD
         clear = gap.abs() > 1.5  # five times what an annotator errs by
         assert torch.equal(label[clear], gap[clear].sign().long())
-    old = {"y": ask.old.y, "label": ask.old.label, "clips": torch.stack(ask.old.sides(torch.arange(16)), 1)}
+    old = {"y": ask.old.y, "label": ask.old.label, "clips": torch.stack(ask.old.sides(torch.arange(40)), 1)}
+    assert splits_of(ask.old.y) == {"train"}
     for batch in batches:  # half new, half old, each pair with its own label
         assert batch["caption"] == 1.0 and batch["weight"].mean() == pytest.approx(1.0)
         both = torch.stack((batch["video_a"], batch["video_b"]), 1)
@@ -319,11 +395,16 @@ def test_new_labels_are_the_annotators_of_pairs_of_the_rounds_own_clips(refreshe
             assert torch.equal(pool["y"][place], y_i) and torch.equal(pool["label"][place], label)
     assert len(batches) == 3
     assert not same(judge.state_dict(), before) and not any(p.requires_grad for p in judge.parameters())
-    scores = torch.cat([judge.normalised(side, ask.old.y) for side in ask.old.sides(torch.arange(16))])
+    scores = torch.cat([judge.normalised(side, ask.old.y) for side in ask.old.sides(torch.arange(40))])
     assert torch.allclose(scores.mean(0), torch.zeros(3), atol=1e-3)
     assert torch.allclose(scores.std(0), torch.ones(3), atol=1e-2)
-    ask(4, y, clips)
-    assert len(ask.labelled["y"]) == 48 and same(ask.labelled["label"][:24], found["label"])
+    ask(4, y, clips)  # of 24 and 24 labelled pairs the newest 40 stay
+    newest = {name: value[16:] for name, value in ask.labelled.items()}
+    assert len(ask.labelled["y"]) == 40 and all(same(ask.labelled[name][:16], found[name][8:]) for name in found)
+    assert not same(newest["clips"], found["clips"])  # another round asks about other pairs
+    other, _ = refreshed(seed=1)
+    other(2, y, clips)
+    assert not same(other.labelled["clips"], found["clips"]) and not same(other.old.y, ask.old.y)
 
 
 def test_what_people_say_of_exported_clips_is_taken_back(tmp_path):
