@@ -24,7 +24,7 @@ from pathlib import Path
 from data import DIMENSIONS
 from evaluate import arguments, over_seeds
 from runtime.cli import BadInput
-from sample import CFG
+from sample import CFG, NRG_SCALE
 from studies import align, beta, guidance, observer, online, reward_model, unified
 from studies.jobs import BEST_OF, JUDGES, METHODS, mean_z, rendered
 from studies.report.tables import Table, plus_minus, table_lines
@@ -182,11 +182,23 @@ def reward_pairs():
     return Table("", ["pairs of", *head], cells)
 
 
+def guidance_table(head, queries):
+    """Flow-NRG: true win rates over the unguided base model, and true scores. queries: {label: query}."""
+    rows = load("nrg")["rows"]
+    cells = []
+    for label, query in queries.items():
+        query = query | {"judge": "oracle"}
+        wins = [mean_and_sd(rows, name, **query) for name in DIMENSIONS]
+        scores = [mean(rows, score, **query) for score in SCORES]
+        cells.append([label, *wins, *scores])
+    return Table("", [head, *DIMENSIONS, *(f"true {name}" for name in DIMENSIONS)], cells)
+
+
 def guidance_weights():
-    """Flow-NRG by its weights: win rates over the unguided base model, and true scores."""
+    """Flow-NRG by its weights: win rates over the unguided base model by both judges."""
     rows = load("nrg")["rows"]
     methods = {" : ".join(f"{w:g}" for w in weights): guidance.name_of(weights) for weights in guidance.TABLE_5}
-    methods["none, CFG 2"] = "CFG 2, no NRG"
+    methods["no guidance, CFG 2"] = "CFG 2, no NRG"
     cells = []
     for label, method in methods.items():
         query = {"study": "weights", "method": method}
@@ -194,6 +206,56 @@ def guidance_weights():
         scores = [mean(rows, score, judge="oracle", **query) for score in SCORES]
         cells.append([label, *wins, *scores])
     return Table("", ["VQ : MQ : TA", *WINS_BY_JUDGE, *(f"true {name}" for name in DIMENSIONS)], cells)
+
+
+def guidance_alone():
+    """One weight alone, rising."""
+    queries = {}
+    for i, weight in product(range(3), guidance.RISING):
+        weights = [0, 0, 0]
+        weights[i] = weight
+        method = guidance.name_of(weights)
+        queries[" : ".join(f"{w:g}" for w in weights)] = {"study": "one", "method": method}
+    return guidance_table("VQ : MQ : TA", queries)
+
+
+def guidance_settings():
+    """Weights 1 : 1 : 1 at other scales and up to other t."""
+    queries = {}
+    for factor in sorted((*guidance.SCALES, 1)):
+        scale = factor * NRG_SCALE
+        query = {"study": "scale", "scale": scale}
+        if factor == 1:
+            query = {"study": "weights", "method": "nrg-1:1:1"}
+        queries[f"scale {scale:g}"] = query
+    for highest in guidance.HIGHEST:
+        query = {"study": "interval", "method": "nrg-1:1:1", "highest": highest}
+        queries[f"scale {NRG_SCALE:g}, guided up to t = {highest:g}"] = query
+    return guidance_table("", queries)
+
+
+def guidance_rewards():
+    """Weights 1 : 1 : 1 and MQ alone by what the noise-aware reward has learned from."""
+    names = {"noised": "VideoReward's scores", "labels": "people's labels", "clean": "clean clips only"}
+    queries = {}
+    for variant, weights in product(names, ((1, 1, 1), (0, 1, 0))):
+        study = "reward"
+        if variant == "noised":
+            study = "weights" if weights == (1, 1, 1) else "one"
+        label = f"{names[variant]}, {' : '.join(map(str, weights))}"
+        queries[label] = {"study": study, "variant": variant, "method": guidance.name_of(weights)}
+    return guidance_table("learned from, weights", queries)
+
+
+def guidance_on_top():
+    """Flow-NRG on top of Flow-DPO and of CFG; win rates are over the base model at the same CFG."""
+    queries = {}
+    for cfg, method in product((1.0, CFG), ("dpo", "dpo+nrg-1:1:1")):
+        label = "Flow-DPO" if method == "dpo" else "Flow-DPO and Flow-NRG 1 : 1 : 1"
+        queries[f"{label}, CFG {cfg:g}"] = {"study": "on top", "method": method, "cfg": cfg}
+    query = {"study": "on top", "method": "cfg+nrg-1:1:1", "cfg": CFG}
+    queries[f"Flow-NRG 1 : 1 : 1, CFG {CFG:g}"] = query
+    return guidance_table("", queries)
 
 
 def attributes_under_noise():
@@ -255,6 +317,10 @@ TABLES = {
     "reward-losses": reward_losses,
     "reward-pairs": reward_pairs,
     "nrg-weights": guidance_weights,
+    "nrg-alone": guidance_alone,
+    "nrg-settings": guidance_settings,
+    "nrg-rewards": guidance_rewards,
+    "nrg-on-top": guidance_on_top,
     "nrg-noise": attributes_under_noise,
     "unified": mixture,
     "bench": lambda: costs("bench"),
