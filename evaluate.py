@@ -25,7 +25,8 @@ from data import DIMENSIONS, INVALID, Vocabulary
 from flow import interpolate
 from real_data.video import write_gif, write_sheet
 from reward import accuracies_without_ties, accuracy_with_ties, accuracy_without_ties, load_reward
-from runtime.cli import BadInput, Parser, check_writable, pick_device, positive_int, progress_bar, run
+from runtime.checkpoint import check_same_data
+from runtime.cli import Parser, check_writable, pick_device, positive_int, progress_bar, run
 from sample import CFG, sample_many
 
 NOISE_SEED = 4321  # of the studies' samples
@@ -127,12 +128,7 @@ def noisy_scores(reward, pairs, device, seed, times=(0.0, 0.2, 0.4, 0.6, 0.8, 0.
 def load_judge(path, config, words):
     """The VideoReward of a checkpoint, frozen. BadInput unless it takes the clips and prompts of such a model."""
     reward, reward_words = load_reward(path)
-    if reward.config.video_shape != config.video_shape or reward.config.max_text != config.max_text:
-        raise BadInput(
-            "--reward and --init take clips or prompts of other sizes; train both with one --preset or --data"
-        )
-    if tuple(reward_words) != words:
-        raise BadInput("--reward and --init know different words; use a reward and a base model of the same data")
+    check_same_data("--reward", reward.config, reward_words, "--init", config, words)
     return reward.requires_grad_(False)
 
 

@@ -17,6 +17,7 @@ from flow import TIME_SHIFT, shift_time
 from model import load_velocity
 from nrg import load_noisy_reward, steer
 from real_data.video import write_gif, write_sheet
+from runtime.checkpoint import check_same_data
 from runtime.cli import BadInput, pick_device, run
 from runtime.flags import sampling_flags
 
@@ -68,11 +69,13 @@ def main():
     args = sampling_flags(STEPS, CFG, NRG_SCALE, NRG_EPS, NRG_INTERVAL)
     device = pick_device(args.device)
     model, words = load_velocity(args.ckpt, args.attention)
+    latent = model.config.channels != 3
     try:
         vocabulary = Vocabulary(words)
         y = vocabulary.encode([args.prompt] * args.n, model.config.max_text)
-        # a vocabulary of real prompts asks for what the oracle does not know: no scores
-        attributes = None if vocabulary.open else world.prompt_attributes([args.prompt] * args.n)
+        # the oracle knows neither latents nor a vocabulary of real prompts: no scores
+        toy = not (latent or vocabulary.open)
+        attributes = world.prompt_attributes([vocabulary.decode(row) for row in y.tolist()]) if toy else None
     except ValueError as error:
         raise BadInput(str(error)) from None
     x1 = torch.randn(args.n, *model.config.video_shape, generator=torch.Generator().manual_seed(args.seed))
@@ -81,8 +84,7 @@ def main():
     runs = {f"CFG {cfg:g}": (model, cfg, None) for cfg in ((1.0, args.cfg) if args.compare else (args.cfg,))}
     if args.nrg is not None:
         reward, reward_words = load_noisy_reward(args.nrg_ckpt)
-        if reward_words != words or reward.config.video_shape != model.config.video_shape:
-            raise BadInput(f"{args.nrg_ckpt}: trained with other words or another video size than {args.ckpt}")
+        check_same_data("--nrg-ckpt", reward.config, reward_words, "--ckpt", model.config, words)
         steered, guidance = steer(model, reward.to(device), args.nrg, args.nrg_scale, args.nrg_eps, args.nrg_interval)
         runs["CFG {:g} NRG {:g},{:g},{:g}".format(args.cfg, *args.nrg)] = (steered, args.cfg, guidance)
     videos, scores = [], []
@@ -94,7 +96,6 @@ def main():
 
     name = re.sub(r"[^\w]+", "-", args.prompt.lower())[:80]
     name += "-nrg" * (args.nrg is not None) + "-compared" * args.compare
-    latent = model.config.channels != 3
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         if latent:

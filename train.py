@@ -35,7 +35,7 @@ from model import PRESETS, VideoTransformer, add_lora, freeze_trunk, load_veloci
 from nrg import noisy_pair_step, noisy_reward_on, noisy_value_step
 from real_data.disk_pairs import disk_data
 from real_data.generated import ON_POLICY, held_pairs, mixed_pairs, training_pairs
-from real_data.toy_pairs import draw_clips, other_prompts
+from real_data.toy_pairs import check_toy, draw_clips, other_prompts
 from reward import LOSSES, VideoReward, counted, decided, reward_config, reward_step
 from runtime import distributed, flags, resume
 from runtime.cli import BadInput, progress_bar, run
@@ -79,6 +79,7 @@ def pretrain_task(args, device):
     else:
         vocabulary = Vocabulary()
         config = replace(PRESETS[args.preset], vocab=len(vocabulary.words))
+        check_toy(config, vocabulary)
     torch.manual_seed(args.seed)
     model = VideoTransformer(replace(config, attention=args.attention or "full")).to(device)
 

@@ -14,6 +14,7 @@ Videos are `(B, 3, T, H, W)` float in [-1, 1], H = W. Attributes are `(B, 3)` in
 and lengths are fractions of the frame's height, so nothing below depends on the number of pixels or frames.
 """
 
+import re
 from dataclasses import dataclass, fields
 
 import torch
@@ -49,7 +50,7 @@ def prompt_attributes(prompts):
     tables = list(COLOURS), list(SHAPES), list(DIRECTIONS)
     rows = []
     for prompt in prompts:
-        words = prompt.lower().split()
+        words = re.findall(r"\w+", prompt.lower())
         found = [[table.index(word) for word in words if word in table] for table in tables]
         for name, hits, table in zip(("colour", "shape", "direction"), found, tables):
             if len(hits) != 1:

@@ -25,6 +25,7 @@ from model import merged_state_dict, share_trunk
 from online.flow_nft import flow_nft_step, move_old, optimality
 from online.refresh import Refresh
 from real_data.disk_pairs import disk_data
+from real_data.toy_pairs import check_toy
 from real_data.video import to_bytes, to_video
 from runtime.checkpoint import save_checkpoint
 from runtime.cli import BadInput, progress_bar
@@ -88,6 +89,7 @@ class Rounds:
         if args.data:
             self.y = disk_data(args, base.config, words, held_out=False)[2].y.unique(dim=0)
         else:
+            check_toy(base.config, self.vocabulary)
             self.y = self.vocabulary.encode_attributes(world.split_prompts("train"), base.config.max_text)
         self.refresh = Refresh(args, self.judge, self.vocabulary, device) if args.refresh else None
 

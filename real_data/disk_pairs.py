@@ -25,7 +25,7 @@ MOST_WORDS = 128  # of a real prompt; the paper's are about 100 words long
 def latent_sizes(args, row):
     """Channels, frames and size of the first clip of --data where it is a latent: those of a model made for it."""
     if not is_latent(row.path_a):
-        return {}
+        return {"channels": 3}
     where = f"{args.data}, line {row.line}, column path_A: latent {row.path_a}"
     try:
         channels, frames, height, width = read_latent(args.data.parent / row.path_a).shape

@@ -13,12 +13,12 @@ from functools import reduce
 import torch
 
 import world
-from data import Pairs, Vocabulary, step_rng
+from data import TOY_WORDS, Pairs, Vocabulary, step_rng
 from model import load_velocity
-from real_data.toy_pairs import annotate_pairs, toy_pairs
+from real_data.toy_pairs import annotate_pairs, check_toy, toy_pairs
 from real_data.video import to_bytes, to_video
-from runtime.checkpoint import save_checkpoint
-from runtime.cli import BadInput, progress_bar
+from runtime.checkpoint import check_same_data, save_checkpoint
+from runtime.cli import progress_bar
 from runtime.distributed import process_0_first
 from sample import sample_many
 
@@ -61,13 +61,10 @@ def generated_clips(model, y, count, models, seed, cache, device):
 def generated_pairs(count, splits, seed, path, config, cache, device, models=MODELS, most=MOST_CLIPS):
     """As toy_pairs, of clips that a checkpoint's model generates for prompts of the named splits, at most `most` of
     each: `count` pairs without labels, and the attributes (count, 3) of their prompts. BadInput unless its clips have
-    the sizes of `config`."""
+    the sizes of `config` and its words are the toy's."""
     (model, words), rng = load_velocity(path), step_rng(seed, 0)
-    if model.config.video_shape != config.video_shape:
-        raise BadInput(
-            f"{path}: generates clips of {model.config.video_shape}, and {config.video_shape} are needed; "
-            "give --init a base model of --preset's size, or --generated 0"
-        )
+    needed = "the model to train (for which --generated 0 samples no clips)"
+    check_same_data("--init", model.config, words, needed, config, TOY_WORDS)
     prompts = world.split_prompts(*splits)
     prompts = prompts[torch.randperm(len(prompts), generator=rng)[:count]]
     each = min(most, max(2, len(models), math.ceil(2 * count / len(prompts))))
@@ -107,6 +104,7 @@ def join_pairs(first, second):
 def kinds_of_pairs(count, split, seed, args, config, vocabulary, device, labelled=True, **sampled):
     """{kind: pairs}, annotated or not: a share of args.generated compares clips of the base model args.init, `sampled`
     as generated_pairs takes it."""
+    check_toy(config, vocabulary)
     generated, drawn = round(args.generated * count), {}
     if count > generated:
         drawn["rendered"] = toy_pairs(count - generated, [split], seed, config, vocabulary)

@@ -12,7 +12,21 @@ from dataclasses import replace
 import torch
 
 import world
-from data import Pairs
+from data import TOY_WORDS, Pairs
+from runtime.cli import BadInput
+
+TOY_LENGTH = 5  # words of a toy prompt
+
+
+def check_toy(config, vocabulary):
+    """BadInput unless the toy can render clips and write prompts for a model of this config and vocabulary."""
+    if config.channels != 3:
+        raise BadInput(
+            f"this model takes latents, clips of shape {config.video_shape} (C, T, H, W), and the toy renders pixels; "
+            "give --data CSV with latents (examples/toy_latents.py writes some to try)"
+        )
+    if vocabulary.words != TOY_WORDS or config.max_text < TOY_LENGTH:
+        raise BadInput("this model does not know the toy's prompts; give --data CSV with the data it was trained on")
 
 
 def draw_prompts(count, splits, rng):

@@ -100,6 +100,19 @@ def check_fit(model, weights, path):
             raise BadInput(f"{path}: tensor {name!r} has another shape: {shapes}")
 
 
+def check_same_data(name, config, words, other_name, other_config, other_words):
+    """BadInput that says how the clips or the prompts of two networks differ."""
+    both = f"{name} and {other_name}"
+    own, other = config.video_shape, other_config.video_shape
+    if own != other:
+        raise BadInput(f"{both} take clips of different shapes (C, T, H, W): {own} and {other}")
+    own, other = config.max_text, other_config.max_text
+    if own != other:
+        raise BadInput(f"{both} take prompts of different lengths: {own} and {other} words")
+    if list(words) != list(other_words):
+        raise BadInput(f"{both} know different words; both must be trained on the same data")
+
+
 def load_network(path, kind, network, config_of):
     """A checkpoint's network in eval mode and float32, its averaged weights where it has them, and its vocabulary.
 

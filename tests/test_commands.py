@@ -15,8 +15,11 @@ from forked import same
 import evaluate
 import sample
 import train
+import world
+from data import TOY_WORDS
 from model import ModelConfig, VideoTransformer
 from real_data import export_toy
+from reward import RewardConfig, VideoReward
 from runtime import checkpoint, cli
 
 ROOT = Path(__file__).parent.parent
@@ -103,19 +106,69 @@ def test_guided_clips_come_with_those_without(command, tmp_path):
     assert list(compared) == ["CFG 1", "CFG 2", "CFG 2 NRG 1,1,0.5"] and compared["CFG 2"] == plain["CFG 2"]
 
 
-def test_a_reward_of_another_video_size_is_refused(command, tmp_path):
-    torch.manual_seed(0)
-    words = checkpoint.load_checkpoint(checkpoint.WEIGHTS / "base.pt")["vocabulary"]
-    model = VideoTransformer(ModelConfig(frames=4, dim=24, depth=2, heads=2, vocab=len(words)))
-    state = {"kind": "velocity", "config": asdict(model.config), "vocabulary": words, "step": 0}
-    checkpoint.save_checkpoint(tmp_path / "short.pt", state | {"model": model.state_dict()})
-    flags = ["--ckpt", tmp_path / "short.pt", "--nrg", "1,1,1", "--out", tmp_path / "out"]
-    status, _, error = command(sample, *flags)
-    refused(status, error, "another video size")
-    flags = ["--algo", "dpo", *TINY, "--freeze", 0, "--init", tmp_path / "short.pt", "--out", tmp_path / "out"]
-    status, _, error = command(train, *flags)
-    refused(status, error, "other sizes; train both with one --preset or --data")
+def save_models(folder, words=TOY_WORDS, **sizes):
+    """Writes velocity.pt and reward.pt, tiny and untrained, of these sizes and words."""
+    sizes = {"dim": 24, "depth": 3, "heads": 2, "vocab": len(words), **sizes}
+    folder.mkdir()
+    for kind, model in {
+        "velocity": VideoTransformer(ModelConfig(**sizes)),
+        "reward": VideoReward(RewardConfig(**sizes)),
+    }.items():
+        state = {"kind": kind, "config": asdict(model.config), "vocabulary": words, "step": 0}
+        checkpoint.save_checkpoint(folder / f"{kind}.pt", state | {"model": model.state_dict()})
+    return ["--init", folder / "velocity.pt", "--reward", folder / "reward.pt"]
+
+
+OTHERS = {
+    "latent": ({"channels": 5}, "(5, 8, 32, 32)"),
+    "short": ({"frames": 4}, "(3, 4, 32, 32)"),
+    "small": ({"size": 16}, "(3, 8, 16, 16)"),
+    "long prompts": ({"max_text": 9}, "9"),
+    "words": ({"words": [*TOY_WORDS[:-1], "away"]}, "words"),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_models_of_other_clips_or_words_are_refused_in_one_line(command, tmp_path, other):
+    """Beside the shipped ones, which take clips of (3, 8, 32, 32) and 8 of the toy's words."""
+    sizes, difference = OTHERS[other]
+    init, velocity, *_ = save_models(tmp_path / "models", **sizes)
+    out = ["--out", tmp_path / "out"]
+    status, _, error = command(sample, "--ckpt", velocity, "--nrg", "1,1,1", *out)
+    refused(status, error, "--nrg-ckpt", "--ckpt", difference)
+    status, _, error = command(train, "--algo", "nrg", *TINY, init, velocity, *out)
+    refused(status, error, "--reward", "--init", difference)
+    status, _, error = command(train, "--algo", "reward", *TINY, "--generated", 1, init, velocity, *out)
+    refused(status, error, "--init", difference)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("algo", ["nrg", "sft", "rwr", "dpo", "nft"])
+def test_latents_and_other_words_need_data(command, tmp_path, algo):
+    for name in ("latent", "words"):
+        models = save_models(tmp_path / name, **OTHERS[name][0])
+        flags = ["--algo", algo, *TINY, "--steps", 10, *models, "--out", tmp_path / "out"]
+        status, _, error = command(train, *flags)
+        refused(status, error, "give --data CSV")
+
+
+@pytest.mark.parametrize("algo", ["pretrain", "reward"])
+def test_a_preset_for_latents_needs_data(command, tmp_path, algo):
+    status, _, error = command(train, "--algo", algo, *TINY, "--preset", "base", "--out", tmp_path / "out")
+    refused(status, error, "latents", "(16, 8, 32, 32)", "give --data CSV")
+
+
+PROMPTS = "A red circle, moving LEFT.", " a  red\tcircle;moving left!", "a (red) circle moving left"
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_case_punctuation_and_spaces_of_a_prompt_do_not_matter(command, tmp_path, prompt):
+    flags = ["--n", 1, "--steps", 1, "--device", "cpu", "--out", tmp_path]
+    status, out, _ = command(sample, *flags, "--prompt", prompt)
+    plain_status, plain, _ = command(sample, *flags, "--prompt", "a red circle moving left")
+    assert status == plain_status == 0
+    assert out.splitlines()[1:-1] == plain.splitlines()[1:-1]  # the same true scores
+    assert world.prompt_attributes([prompt]).tolist() == [[0, 0, 0]]  # red, circle, left
 
 
 @pytest.mark.parametrize("algo", list(train.TASKS))
@@ -261,9 +314,9 @@ CHECKPOINTS = {
 }
 
 
-def refused(status, error, words):
+def refused(status, error, *words):
     lines = error.strip().splitlines()
-    assert status == 2 and len(lines) == 1 and words in lines[0], error
+    assert status == 2 and len(lines) == 1 and all(word in lines[0] for word in words), error
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
