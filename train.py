@@ -6,7 +6,8 @@
     python train.py --algo reward       VideoReward from nothing (section 3.2)
     python train.py --algo nft          alignment that goes on with fresh clips, as --algo dpo --rounds 10 (online/)
     python train.py --algo nrg          the noise-aware reward for guidance, on the base model's first blocks (4.4)
-    torchrun --nproc_per_node 8 train.py --algo pretrain --preset large --fsdp       on eight GPUs
+    torchrun --nproc_per_node 8 train.py --algo pretrain --preset large --fsdp --data latents/pairs.csv
+                                        on eight GPUs, and on latents: base and large are made for them
 
 An algorithm is a Task: a model, a batch for each step, a loss, and a table at the end. All that is random in step n
 comes from the seed and n: stopped and resumed, a run ends at the same bits; over processes, it takes the same steps.

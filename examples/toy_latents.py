@@ -35,10 +35,13 @@ def main():
     parser.add_argument("folder", type=Path, help="a new folder")
     parser.add_argument("--pairs", type=positive_int, default=240, help="how many")
     parser.add_argument("--seed", type=seed, default=0, help="of prompts, clips and annotators")
+    parser.add_argument("--frames", type=positive_int, default=8, help="of a clip, and of its latent")
+    parser.add_argument("--size", type=positive_int, default=32, help="pixels along a side, twice the latent's")
     args = parser.parse_args()
     if args.folder.exists():
         raise BadInput(f"{args.folder}: is there already; name a new folder")
-    config, vocabulary = ModelConfig(), Vocabulary()
+    config = ModelConfig(frames=args.frames, size=args.size, patch=(1, 2, 2))
+    vocabulary = Vocabulary()
     pairs = annotated_pairs(args.pairs, ["train"], args.seed, config, vocabulary)
     clips = torch.stack(pairs.sides(torch.arange(args.pairs)), 1).flatten(0, 1)  # A and B of each pair in turn
     rows = [

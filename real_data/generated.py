@@ -63,7 +63,7 @@ def generated_pairs(count, splits, seed, path, config, cache, device, models=MOD
     each: `count` pairs without labels, and the attributes (count, 3) of their prompts. BadInput unless its clips have
     the sizes of `config` and its words are the toy's."""
     (model, words), rng = load_velocity(path), step_rng(seed, 0)
-    needed = "the model to train (for which --generated 0 samples no clips)"
+    needed = "the model to train (--generated 0 does without --init)"
     check_same_data("--init", model.config, words, needed, config, TOY_WORDS)
     prompts = world.split_prompts(*splits)
     prompts = prompts[torch.randperm(len(prompts), generator=rng)[:count]]

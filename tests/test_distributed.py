@@ -5,7 +5,6 @@ import os
 import pickle
 import re
 import signal
-import subprocess
 import sys
 import time
 from datetime import timedelta
@@ -166,17 +165,6 @@ def test_an_index_of_shards_that_would_run_code_is_refused(tmp_path, monkeypatch
         with pytest.raises(cli.BadInput, match="cannot be read as shards"):
             resume.load_shards(tmp_path / "shards-1", empty)
     assert not (tmp_path / "executed").exists()
-
-
-def test_torchrun_from_a_shell(runs, tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    flags = ["--algo=sft", f"--init={runs / 'velocity.pt'}", f"--reward={runs / 'reward.pt'}", "--steps=2", "--batch=4"]
-    short = ["--pairs=8", "--eval-prompts=2", "--device=cpu", f"--out={tmp_path}"]
-    shell = [*launcher, "train.py", *flags, *short]
-    done = subprocess.run(shell, capture_output=True, text=True, cwd=checkpoint.WEIGHTS.parent)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("2 processes on cpu") == 1 and done.stdout.count(f"wrote {tmp_path / 'last.pt'}") == 1
-    assert done.stderr.count("sft: 100%") >= 1 and (tmp_path / "last.pt").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

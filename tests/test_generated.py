@@ -1,7 +1,6 @@
 """Models among the generators: which clips are sampled, how they are kept and paired, what VideoReward learns on."""
 
 import re
-from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from data import Vocabulary
 from real_data import export_toy, generated
 from real_data.pairs_csv import read_pairs
 from real_data.toy_pairs import annotate_pairs, annotated_pairs
-from runtime.cli import BadInput
 
 tiny = wired.tiny
 TWO = {"one": {"steps": 1}, "two": {"steps": 2, "cfg": 3.0}}
@@ -185,9 +183,3 @@ def test_joined_pairs_keep_their_clips_and_labels(tmp_path, sampled):
         assert torch.equal(video, part.clips(torch.tensor([own]), torch.tensor([s]))[0])
         assert torch.equal(both.label[i], part.label[own]) and torch.equal(both.y[i], part.y[own])
     assert len(both) == 16
-
-
-def test_a_base_model_of_another_size_is_named(sampled, tmp_path):
-    path, _ = sampled
-    with pytest.raises(BadInput, match=r"base\.pt: generates clips .* --generated 0"):
-        generated.generated_pairs(4, ["train"], 0, path, replace(CONFIG, size=24), tmp_path, CPU)

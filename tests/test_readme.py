@@ -4,6 +4,7 @@ import importlib
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 from unittest import mock
 
@@ -16,18 +17,15 @@ from runtime.cli import Parser
 
 RUN = [doc for doc in DOCS if doc == "README.md" or doc.startswith("docs/")]  # whose fences are run
 
-# Each command in a fence of these is run: here, with these flags behind its own, the last of a kind counting,
+# Each command in a fence of these is run: here, with these flags behind its own, the last of a kind counting, under
+# torchrun by two processes and with presets that are narrow and shallow,
 SHRUNK = {
     "train.py": "--steps 2 --batch 2 --pairs 8 --eval-prompts 2 --eval-pairs 10 --device cpu",
     "sample.py": "--steps 2 --n 2 --device cpu",
     "data.py": "--pairs 10",
-    "examples/toy_latents.py": "--pairs 8",
+    "examples/toy_latents.py": "--pairs 8 --size 32",
 }
 ELSEWHERE = {  # or by these tests
-    "torchrun .*train.py": [
-        "tests/test_distributed.py::test_torchrun_from_a_shell",
-        "tests/test_distributed.py::test_every_way_takes_the_same_steps",
-    ],
     "python train.py .*(--rounds|nft)": [
         "tests/test_online.py::test_killed_in_a_round_and_between_two_a_run_ends_at_the_same_bits"
     ],
@@ -100,7 +98,18 @@ def elsewhere(words):
 
 
 def here(words):
-    return words[1] in SHRUNK and not elsewhere(words)
+    return (words[0] == "torchrun" or words[1] in SHRUNK) and not elsewhere(words)
+
+
+def run_by_two_processes(words):
+    """The documented torchrun command: its own flags, two processes, tests/narrow.py for train.py."""
+    script = words.index("train.py")
+    launcher = [sys.executable, "-m", "torch.distributed.run", *words[1:script]]
+    launcher += ["--standalone", "--nproc_per_node", "2", str(ROOT / "tests" / "narrow.py")]
+    shrunk = SHRUNK["train.py"].split() + ["--batch", "16"]  # at least one clip for each of 2 x --accum
+    done = subprocess.run([*launcher, *words[script + 1 :], *shrunk], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("2 processes on cpu") == done.stdout.count("last.pt") == 1
 
 
 @pytest.mark.parametrize("doc", RUN)
@@ -119,6 +128,9 @@ def test_the_commands_of_a_section_run_one_after_the_other(doc, heading, tmp_pat
     monkeypatch.chdir(tmp_path)
     for words, output in fenced(doc)[heading]:
         if not here(words):
+            continue
+        if words[0] == "torchrun":
+            run_by_two_processes(words)
             continue
         planned = "--plan" in words  # takes no time, and always says the same
         monkeypatch.setattr(sys, "argv", words[1:] + SHRUNK[words[1]].split() * (not planned))
