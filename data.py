@@ -17,7 +17,6 @@ A worked pair: the prompt "a red circle moving left" is `y = [1, 3, 9, 2, 13, 0,
 """
 
 import importlib
-import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,16 +26,13 @@ import torch
 import world
 from flow import draw_time
 from runtime.cli import run
+from words import split_words
 
 DIMENSIONS = ("VQ", "MQ", "TA")
 INVALID = -100  # a label that counts for nothing
 
 PAD, UNKNOWN = "<pad>", "<unk>"
 TOY_WORDS = [PAD, "a", "moving", *world.COLOURS, *world.SHAPES, *world.DIRECTIONS]
-
-
-def split_words(prompt):
-    return re.findall(r"\w[\w'-]*", prompt.lower())
 
 
 def vocabulary_of(prompts, most=4096):
@@ -68,6 +64,14 @@ class Vocabulary:
                 raise ValueError(f"prompt {prompt!r} has {len(words)} words; 1 to {length} can be used")
             y[i, : len(words)] = torch.tensor([self.ids[word] for word in words])
         return y
+
+    def coverage(self, prompts, length):
+        """What encode loses of prompts, as text: the share of unknown words, and prompts cut."""
+        split = [split_words(prompt) for prompt in prompts]
+        words = [word for prompt in split for word in prompt]
+        unknown = sum(word not in self.ids for word in words) / max(1, len(words))
+        cut = sum(len(prompt) > length for prompt in split)
+        return f"{unknown:.1%} of the words unknown, {cut} cut to {length} words"
 
     def decode(self, y):
         """Ids (S,) of one prompt -> its text."""
@@ -114,27 +118,6 @@ def mean_one(mask):
     return mask / mask.float().mean().clamp(min=1 / max(1, mask.numel()))
 
 
-def label_rewards(label, mos, align, ratings=False):
-    """People's labels (N, 3) as rewards r (N, 2) of both clips, the mean over VQ, MQ and TA under
-    the weights `align`: 1 for the better clip, -1 for the other, 0 for both clips of a tie.
-
-    An invalid dimension adds nothing; r is nan where no dimension that has a weight is valid. With
-    `ratings`, a clip that has a rating in mos (N, 2, 3) counts by its z-score over all ratings of
-    that dimension: of unit spread, as VideoReward's scores are."""
-    valid = (label != INVALID)[:, None].expand(-1, 2, -1)  # (N, 2, 3)
-    scores = torch.stack((label, -label), 1).double() * valid
-    if ratings:
-        rated = mos != 0
-        count = rated.sum((0, 1)).clamp(min=1)
-        centred = (mos - mos.sum((0, 1)) / count) * rated
-        std = (centred.square().sum((0, 1)) / count).sqrt().clamp(min=1e-3)
-        scores = torch.where(rated, centred / std, scores)
-        valid = valid | rated
-    weights = torch.tensor(align, dtype=torch.float64)
-    r = (scores @ (weights / weights.abs().sum())).round(decimals=6)  # .1 + .2 - .3 is a tie
-    return torch.where((valid & (weights != 0)).any(-1), r, torch.nan).float()
-
-
 @dataclass
 class Pairs:
     """N preference pairs. Clips are made or read when they are asked for, never all at once."""
@@ -147,6 +130,11 @@ class Pairs:
     mos: torch.Tensor | None = None  # (N, 2, 3)
     overall: torch.Tensor | None = None  # (N,)
     truth: torch.Tensor | None = None  # (N, 2, 3) toy: the oracle's scores
+    clip_id: torch.Tensor | None = None  # (N, 2) equal for equal clips; by default all differ
+
+    def __post_init__(self):
+        if self.clip_id is None:
+            self.clip_id = torch.arange(2 * len(self)).reshape(-1, 2)
 
     def __len__(self):
         return len(self.y)

@@ -30,6 +30,7 @@ from runtime.cli import Parser, check_writable, pick_device, positive_int, progr
 from sample import CFG, sample_many
 
 NOISE_SEED = 4321  # of the studies' samples
+LEAST_CLIPS, FEW_CLIPS = 8, 100  # for the mean and spread of a reward's scores
 PROBE_TIME = 0.8  # of denoised_right: where shapes were lost
 
 
@@ -170,13 +171,27 @@ def pretrain_table(model, out, words, args, device):
     return [*lines, f"wrote {out / 'samples.gif'} and .png (CFG {CFG:g})"]
 
 
+def unit_line(held, std):
+    """On how many distinct clips of `held`, {name: Pairs}, the z-scores of a reward stand, as text.
+    With fewer than LEAST_CLIPS, its buffer `std` becomes 0: no command loads such a checkpoint."""
+    count = len(torch.cat([pairs.clip_id.flatten() for pairs in held.values()]).unique())
+    line = f"z-scores stand on {count} distinct clips"
+    if count < LEAST_CLIPS:
+        std.zero_()
+        need = f"at least {LEAST_CLIPS} are needed, from --val or more pairs in --data"
+        return f"{line}; {need}: no command will use this reward"
+    if count < FEW_CLIPS:
+        return f"warning: {line}, fewer than {FEW_CLIPS}: a rough unit for the weights of --align and --nrg"
+    return line
+
+
 def reward_table(model, out, held, device):
     """VideoReward's accuracies on pairs `held`, {name: Pairs}, whose scores also give its z-score constants."""
     scores = {name: pair_scores(model, pairs, device) for name, pairs in held.items()}  # (N, 2, 3) each
     together = torch.cat(list(scores.values()))
     model.mean.copy_(together.mean((0, 1)))
     model.std.copy_(together.std((0, 1)).clamp(min=1e-6))
-    lines = []
+    lines = [unit_line(held, model.std)]
     for name, pairs in held.items():
         lines.append(f"{len(pairs)} {name} (accuracy without ties, with ties; share of ties):")
         for i, dimension in enumerate(DIMENSIONS):
@@ -192,7 +207,7 @@ def nrg_table(model, out, held, seed, device):
     scores = {name: noisy_scores(model, pairs, device, seed) for name, pairs in held.items()}
     together = [at_t for by_time in scores.values() for at_t in by_time.values()]
     model.std.copy_(torch.cat(together).std((0, 1)).clamp(min=1e-6))
-    lines = []
+    lines = [unit_line(held, model.std)]
     for name, pairs in held.items():
         lines.append(f"{len(pairs)} {name}, accuracy without ties at each t:")
         for t, at_t in scores[name].items():

@@ -78,6 +78,8 @@ def main():
         attributes = world.prompt_attributes([vocabulary.decode(row) for row in y.tolist()]) if toy else None
     except ValueError as error:
         raise BadInput(str(error)) from None
+    if vocabulary.open:
+        print(f"prompt: {vocabulary.coverage([args.prompt], model.config.max_text)}")
     x1 = torch.randn(args.n, *model.config.video_shape, generator=torch.Generator().manual_seed(args.seed))
     x1, y, model = x1.to(device), y.to(device), model.to(device)
 

@@ -27,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 import world
-from data import Vocabulary, draw_noise, drop_prompts, epoch_index, label_rewards, mean_one, step_rng, take
+from data import Vocabulary, draw_noise, drop_prompts, epoch_index, mean_one, step_rng, take
 from evaluate import alignment_table, load_judge, nrg_table, pair_scores, pretrain_table, reward_table, study
 from flow import TIME_SHIFT, flow_error
 from flow_dpo import SCHEDULES, flow_dpo_step
@@ -36,6 +36,7 @@ from model import PRESETS, VideoTransformer, add_lora, freeze_trunk, load_veloci
 from nrg import noisy_pair_step, noisy_reward_on, noisy_value_step
 from real_data.disk_pairs import disk_data
 from real_data.generated import ON_POLICY, held_pairs, mixed_pairs, training_pairs
+from real_data.labels import label_rewards
 from real_data.toy_pairs import check_toy, draw_clips, other_prompts
 from reward import LOSSES, VideoReward, counted, decided, reward_config, reward_step
 from runtime import distributed, flags, resume

@@ -1,8 +1,8 @@
 """Pairs of videos or latents on disk as training data: what --data and --val mean to each algorithm.
 
 reward and nrg learn the labels of --data; pretrain takes both clips of every pair with their prompt; sft, rwr and dpo
-take the clips and let VideoReward label them anew, as the paper does. Where a model is trained from nothing its
-vocabulary and, with latents for clips, its channels, frames and size follow the data.
+take the clips and let VideoReward label them anew, as the paper does, or with --rank labels use the labels. Where a
+model is trained from nothing its vocabulary and, with latents for clips, its channels, frames and size follow the data.
 """
 
 import os
@@ -17,7 +17,7 @@ from data import Pairs, Vocabulary, split_words, step_rng, vocabulary_of
 from real_data.pairs_csv import PATHS, read_pairs
 from real_data.video import cached_clip, is_latent, read_latent, to_video
 from runtime.cli import BadInput, progress_bar
-from runtime.distributed import process_0_first
+from runtime.distributed import process_0_first, rank
 
 MOST_WORDS = 128  # of a real prompt; the paper's are about 100 words long
 
@@ -28,7 +28,7 @@ def latent_sizes(args, row):
         return {"channels": 3}
     where = f"{args.data}, line {row.line}, column path_A: latent {row.path_a}"
     try:
-        channels, frames, height, width = read_latent(args.data.parent / row.path_a).shape
+        channels, frames, height, width = read_latent((args.data_dir or args.data.parent) / row.path_a).shape
     except (ValueError, OSError) as error:
         raise BadInput(f"{where} {error}") from None
     if height != width:
@@ -41,12 +41,14 @@ def said_videos(row):
     return tuple(zip(row.paths, (row.frames_a, row.frames_b)))
 
 
-def disk_pairs(rows, csv_path, config, vocabulary, cache, skipped=None, progress=lambda videos, total: videos):
+def disk_pairs(
+    rows, csv_path, config, vocabulary, cache, skipped=None, progress=lambda videos, total: videos, folder=None
+):
     """The Pair `rows` of a CSV as Pairs. Decodes their videos once, into the folder `cache`; latents are read in place.
 
     BadInput names the line and column of a video that cannot be used; with a list `skipped` its pairs are left out and
     the fault's text is appended."""
-    root = Path(csv_path).parent
+    root = Path(folder or Path(csv_path).parent)
     videos = {}  # where each distinct (path, number of frames it is said to have) first stands
     for row in rows:
         for column, video in zip(PATHS, said_videos(row)):
@@ -100,16 +102,18 @@ def disk_pairs(rows, csv_path, config, vocabulary, cache, skipped=None, progress
         raise BadInput(f"{csv_path}: {error}; --init must be a model of this data") from None
     label, overall = torch.tensor([row.label for row in rows]), torch.tensor([row.overall for row in rows])
     mos = torch.tensor([row.mos or (0.0,) * 6 for row in rows]).reshape(-1, 2, 3)
-    return Pairs(y, clips, label=label, mos=mos, overall=overall)
+    numbers = {}  # of distinct videos
+    clip_id = [[numbers.setdefault(path, len(numbers)) for path in row.paths] for row in rows]
+    return Pairs(y, clips, label=label, mos=mos, overall=overall, clip_id=torch.tensor(clip_id))
 
 
 def disk_data(args, config, words=None, held_out=True):
     """(vocabulary, config, pairs to train on, {name: pairs to judge by}) from --data and --val; without --val a tenth
-    of the prompts is held out. `words`: of a model that is there already and has this config; otherwise the vocabulary,
-    and what of the config depends on the data, are made for it. Without `held_out` all pairs of --data
-    are trained on."""
+    of the prompts is held out, which differ from all others by more than case, punctuation and spaces. `words`: of a
+    model that is there already and has this config; otherwise the vocabulary, and what of the config depends on the
+    data, are made for it. Without `held_out` all pairs of --data are trained on."""
     skipped = [] if args.skip_bad else None
-    rows = read_pairs(args.data, skipped)
+    rows = read_pairs(args.data, skipped, args.data_dir)
     if args.algo == "reward" and args.loss == "regression" and not any(any(row.mos) for row in rows):
         raise BadInput(f"{args.data}: --loss regression needs ratings, the columns MOS_A_VQ to MOS_B_TA")
     prompts = sorted({row.prompt for row in rows})
@@ -123,17 +127,42 @@ def disk_data(args, config, words=None, held_out=True):
 
     def load(rows, path):
         bar = progress_bar(f"decoding {path.name}", "video")
-        return disk_pairs(rows, path, config, vocabulary, args.cache, skipped, bar)
+        return disk_pairs(rows, path, config, vocabulary, args.cache, skipped, bar, args.data_dir)
 
-    held, out = {}, set()
+    train_rows, held = rows, {}
     if held_out and args.val:
-        held = {f"pairs of {args.val}": load(read_pairs(args.val, skipped), args.val)}
+        held_rows = read_pairs(args.val, skipped, args.data_dir)
+        held = {f"pairs of {args.val}": load(held_rows, args.val)}
     elif held_out:
-        order = torch.randperm(len(prompts), generator=step_rng(args.seed, -1)).tolist()
-        out = {prompts[i] for i in order[: max(1, len(prompts) // 10)]} if len(prompts) > 1 else set()
-        name = "pairs of prompts held out of training" if out else "training pairs, all there are of one prompt"
-        held = {name: load([row for row in rows if row.prompt in out] or rows, args.data)}
-    pairs = load([row for row in rows if row.prompt not in out], args.data)
-    if skipped:
-        print(f"skipped {len(skipped)} rows or videos: {skipped[0]}" + ("; ..." if skipped[1:] else ""))
+        train_rows, held_rows = hold_out(rows, args.seed)
+        name = "pairs of prompts held out of training"
+        if held_rows is train_rows:
+            name = "training pairs, all there are of one prompt"
+        held = {name: load(held_rows, args.data)}
+    pairs = load(train_rows, args.data)
+    if rank() == 0:
+        train_prompts = {plain(row.prompt): row.prompt for row in train_rows}
+        print(f"training prompts: {vocabulary.coverage(train_prompts.values(), config.max_text)}")
+        if held_out:
+            prompts = {plain(row.prompt): row.prompt for row in held_rows}
+            shared = f"{len(prompts.keys() & train_prompts)} of {len(prompts)} are also in training"
+            print(f"validation prompts: {vocabulary.coverage(prompts.values(), config.max_text)}; {shared}")
+        if skipped:
+            print(f"skipped {len(skipped)} rows or videos:", *skipped, sep="\n  ")
     return vocabulary, config, pairs, held
+
+
+def plain(prompt):
+    """A prompt without case, punctuation and spaces that tell nothing apart."""
+    return " ".join(split_words(prompt))
+
+
+def hold_out(rows, seed):
+    """Rows to train on, and those of a tenth of the prompts; twice the same list if there is one."""
+    prompts = sorted({plain(row.prompt) for row in rows})
+    if len(prompts) == 1:
+        return rows, rows
+    order = torch.randperm(len(prompts), generator=step_rng(seed, -1)).tolist()
+    out = {prompts[i] for i in order[: max(1, len(prompts) // 10)]}
+    held = [row for row in rows if plain(row.prompt) in out]
+    return [row for row in rows if plain(row.prompt) not in out], held

@@ -79,7 +79,8 @@ def generated_pairs(count, splits, seed, path, config, cache, device, models=MOD
         return to_video(kept[which[index], chosen[side, index]])
 
     generator = len(world.GENERATORS) + chosen.T % len(models)  # (count, 2)
-    return Pairs(y[which], clips, generator), prompts[which]
+    clip_id = -1 - (which * each + chosen).T  # (count, 2); rendered clips count from 0 up
+    return Pairs(y[which], clips, generator, clip_id=clip_id), prompts[which]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

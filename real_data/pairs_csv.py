@@ -1,18 +1,25 @@
 """Preference pairs on disk: the public CSV schema of VideoAlign, one row a pair, its videos beside it (section 3.1).
 
-    path_A, path_B                              video files or latents (video.py), relative to the CSV's folder
+    path_A, path_B                              video files or latents (video.py), relative to the data folder
     prompt                                      text
     VQ, MQ, TA                                  A, B, same or invalid
     fps_A, num_frames_A, fps_B, num_frames_B    numbers; the videos' own are used, and a video with fewer frames refused
     MOS_A_VQ, MOS_A_MQ, ... MOS_B_TA            optional: ratings from 1 to 5; empty or 0 where there is none
     A_model, B_model, Overall                   in benchmark files only
 
+The data folder is the CSV's own or --data-dir. A path is judged as it is written: an absolute one,
+or one with "..", must not leave the folder. Links are followed, wherever they lead: they were put
+there by whoever owns the folder, as the Hugging Face client does.
+
+Commas, semicolons or tabs separate the columns, whose order is free; blank lines are passed over.
 Every fault in a file is a BadInput of one line that names file, line and column.
 """
 
 import csv
 import io
 import math
+import os
+import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,13 +34,14 @@ NUMBERS = ("fps_A", "num_frames_A", "fps_B", "num_frames_B")
 COLUMNS = (*PATHS, "prompt", *DIMENSIONS, *NUMBERS)
 RATINGS = tuple(f"MOS_{side}_{name}" for side in "AB" for name in DIMENSIONS)
 MODELS = ("A_model", "B_model")
+NO_PROMPT = ("nan", "none", "null")  # what programs write for an empty cell
 
 
 @dataclass(frozen=True)
 class Pair:
     """One row. Labels are 1 (A better), -1 (B), 0 (same) or INVALID."""
 
-    path_a: str  # as written, relative to the CSV's folder
+    path_a: str  # as written, relative to the data folder; without ".."
     path_b: str
     prompt: str
     label: tuple  # VQ, MQ, TA; None to write an empty cell
@@ -51,9 +59,10 @@ class Pair:
         return self.path_a, self.path_b
 
 
-def read_pairs(csv_path, skipped=None):
-    """The pairs of a CSV. BadInput names file, line and column of the first fault; with a list `skipped`, rows with a
-    fault are left out and the fault's text is appended to it. Whether the videos can be decoded is seen later."""
+def read_pairs(csv_path, skipped=None, folder=None):
+    """The pairs of a CSV, whose paths start from `folder`, by default its own. BadInput names file, line and column of
+    the first fault; with a list `skipped`, rows with a fault are left out and the fault's text is appended to it.
+    Whether the videos can be decoded is seen later."""
     csv_path = Path(csv_path)
     try:
         content = csv_path.read_bytes()
@@ -69,7 +78,9 @@ def read_pairs(csv_path, skipped=None):
         where = f"line {len(before)}, column {header[min(field_number, len(header)) - 1].strip() or 1}"
         byte = content[error.start]
         raise BadInput(f"{csv_path}, {where}: byte {byte:#x} is not UTF-8; save the file as UTF-8") from None
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    folder = Path(folder or csv_path.parent)
+    separator = max(",;\t", key=text.partition("\n")[0].count)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=separator)
     pairs, line = [], 1
     try:
         header = [name.strip() for name in next(reader, [])]
@@ -77,7 +88,8 @@ def read_pairs(csv_path, skipped=None):
         for row in reader:
             line += 1
             try:
-                pairs.append(_parse(csv_path, line, header, row))
+                if any(text.strip() for text in row):
+                    pairs.append(_parse(csv_path, line, header, row, folder))
             except BadInput as fault:
                 if skipped is None:
                     raise
@@ -91,6 +103,8 @@ def read_pairs(csv_path, skipped=None):
 
 
 def _check_header(path, header):
+    if not set(header) & set(COLUMNS):
+        raise BadInput(f"{path}: has no header; line 1 must name the columns {', '.join(COLUMNS)}")
     for name in header:
         if header.count(name) > 1:
             raise BadInput(f"{path}, line 1, column {name}: stands there twice")
@@ -99,8 +113,8 @@ def _check_header(path, header):
             raise BadInput(f"{path}, line 1, column {name}: is missing; needed: {', '.join(COLUMNS)}")
 
 
-def _parse(csv_path, line, header, row):
-    folder, where = csv_path.parent, f"{csv_path}, line {line}"
+def _parse(csv_path, line, header, row, folder):
+    where = f"{csv_path}, line {line}"
     if len(row) != len(header):
         last = header[min(len(row), len(header)) - 1]
         raise BadInput(f"{where}, column {last}: the row has {len(row)} fields, the header {len(header)}")
@@ -121,22 +135,34 @@ def _parse(csv_path, line, header, row):
         return value
 
     def video(name):
+        path = cell[name]
+        if ".." in Path(path).parts:
+            path = os.path.normpath(path)  # not by way of a link
+        file = folder / latent_file(path)[0]
         try:
-            path = (folder / latent_file(cell[name])[0]).resolve()
-            found = path.is_file()
-        except (OSError, ValueError, RuntimeError) as error:  # a name too long or with a zero byte; links in a circle
+            found = stat.S_ISREG(file.stat().st_mode)
+        except (FileNotFoundError, NotADirectoryError):
+            found = False
+        except (OSError, ValueError) as error:  # a name too long or with a zero byte; links in a circle
             fault = getattr(error, "strerror", None) or error
-            raise BadInput(f"{where}, column {name}: {cell[name][:40]!r} is no path ({fault})") from None
-        if not cell[name] or not path.is_relative_to(folder.resolve()):
+            raise BadInput(f"{where}, column {name}: {path[:40]!r} is no path ({fault})") from None
+        if not path or not Path(os.path.abspath(file)).is_relative_to(os.path.abspath(folder)):
             raise BadInput(f"{where}, column {name}: path {cell[name]!r} does not lie in the data folder {folder}")
         if not found:
             raise BadInput(f"{where}, column {name}: no video {cell[name]!r} in {folder}")
-        return cell[name]
+        return path
 
     if not any(letter.isalnum() for letter in cell["prompt"]):
         raise BadInput(f"{where}, column prompt: {cell['prompt']!r} has no words")
+    if cell["prompt"].lower() in NO_PROMPT:
+        raise BadInput(f"{where}, column prompt: {cell['prompt']!r} stands for an empty cell; write the prompt")
+    path_a, path_b = (video(name) for name in PATHS)
+    (file_a, row_a), (file_b, row_b) = (latent_file(path) for path in (path_a, path_b))
+    if row_a == row_b and os.path.samefile(folder / file_a, folder / file_b):
+        raise BadInput(f"{where}, column path_B: {path_b!r} is the clip of path_A; a pair is of two clips")
     return Pair(
-        *(video(name) for name in PATHS),
+        path_a,
+        path_b,
         cell["prompt"],
         tuple(label(name) for name in DIMENSIONS),
         *(number(name, 1e-3, 1e6) for name in NUMBERS),

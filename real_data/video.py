@@ -135,7 +135,7 @@ def cached_clip(path, folder, length, size, said=0):
     The file there is named by the video's path, size and time of change: a changed video is decoded again, and so is
     one that is `said` to have another number of frames than it was when it was decoded. ValueError as in sample_frames;
     OSError if `folder` cannot be written."""
-    path, folder = Path(path).resolve(), Path(folder)
+    path, folder = Path(os.path.abspath(path)), Path(folder)
     facts = path.stat()
     key = repr((str(path), facts.st_size, facts.st_mtime_ns, length, size, FPS))
     kept = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npy"

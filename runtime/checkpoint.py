@@ -94,7 +94,10 @@ def check_fit(model, weights, path):
         if not value.isfinite().all():
             raise BadInput(f"{path}: tensor {name!r} holds numbers that are not finite")
         if name == "std" and not (value > 0).all():
-            raise BadInput(f"{path}: its std, which scores are divided by, must be positive")
+            raise BadInput(
+                f"{path}: its std, which scores are divided by, must be positive; "
+                "train it with more clips to validate on"
+            )
         if own[name].shape != value.shape or value.untyped_storage().nbytes() < value.nbytes:
             shapes = f"{tuple(value.shape)} in the file, {tuple(own[name].shape)} in the model"
             raise BadInput(f"{path}: tensor {name!r} has another shape: {shapes}")

@@ -112,9 +112,10 @@ def training_flags(argv, defaults, presets, losses, schedules):
 
     add = parser.add_argument_group("real data").add_argument
     add("--data", type=Path, help="CSV of pairs of videos or latents, in VideoAlign's format (default: the toy world)")
+    add("--data-dir", type=Path, help="folder that the paths in --data and --val start from (default: the CSV's own)")
     add("--val", type=Path, help="reward, nrg: CSV to validate on (default: a tenth of the prompts, held out)")
     add("--cache", type=Path, default=Path("out/clips"), help="folder that keeps decoded and sampled clips")
-    add("--skip-bad", action="store_true", help="go on without rows that have a fault, and count them")
+    add("--skip-bad", action="store_true", help="go on without rows that have a fault, and list them")
 
     add = parser.add_argument_group("output").add_argument
     add("--out", type=Path, help="folder (default: out/<algo>)")

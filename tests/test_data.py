@@ -12,6 +12,7 @@ from data import INVALID, TOY_WORDS, Vocabulary, draw_noise, epoch_index, mean_o
 from model import ModelConfig
 from real_data.toy_pairs import annotated_pairs, draw_pairs
 from runtime import distributed
+from words import split_words
 
 tiny = wired.tiny
 CONFIG = ModelConfig(vocab=len(TOY_WORDS))
@@ -32,6 +33,28 @@ ALGORITHMS = {
 def test_words_become_ids_and_back():
     vocabulary = Vocabulary(["<pad>", "a", "red", "dot"])
     assert vocabulary.encode(["a red dot", "Red"], 4).tolist() == [[1, 2, 3, 0], [2, 0, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ("一个红色圆形，HD画质", [*"一个红色圆形", "hd", *"画质"]),
+        ("東京タワーの夜。", [*"東京タワーの夜"]),
+        ("สวัสดี", ["ส", "วั", "ส", "ดี"]),  # vowel signs stay with their letter
+        ("हिन्दी में लाल", ["हिन्दी", "में", "लाल"]),
+        ("ភាសា", ["ភា", "សា"]),
+        ("한국어 문장", ["한국어", "문장"]),
+        ("The café's well-known cafe\u0301, 3.5 m", ["the", "café's", "well-known", "café", "3", "5", "m"]),
+    ],
+)
+def test_words_of_any_script(prompt, words):
+    assert split_words(prompt) == words
+
+
+def test_words_that_are_unknown_and_prompts_that_are_cut():
+    vocabulary = Vocabulary(["<pad>", "<unk>", "a", "cat"])
+    said = vocabulary.coverage(["A cat!", "a dog runs", "a a a cat cat"], 3)
+    assert said == "20.0% of the words unknown, 1 cut to 3 words"  # dog and runs, of ten
 
 
 def test_encoding_attributes_is_encoding_their_text():

@@ -16,9 +16,10 @@ import world
 from data import INVALID, Vocabulary, vocabulary_of
 from model import ModelConfig
 from real_data import export_toy, video
-from real_data.disk_pairs import disk_pairs
+from real_data.disk_pairs import disk_pairs, hold_out
 from real_data.pairs_csv import Pair, read_pairs, write_pairs
 from real_data.toy_pairs import annotated_pairs
+from reward import load_reward
 from runtime.cli import BadInput
 
 EXAMPLE = Path(__file__).parent.parent.parent / "shared/data/videoalign_example/example.csv"
@@ -241,6 +242,9 @@ FAULTS = [
     (spoil("prompt", " ... "), "line 3, column prompt: '...' has no words"),
     (spoil("fps_A", "fast"), "line 3, column fps_A: 'fast' is no number"),
     (spoil("num_frames_B", "nan"), "line 3, column num_frames_B: 'nan' is no number"),
+    (spoil("path_A", "videos/../../a.mp4"), "line 3, column path_A: path 'videos/../../a.mp4' does not lie in"),
+    (spoil("path_B", "a.mp4"), "line 3, column path_B: 'a.mp4' is the clip of path_A"),
+    (spoil("prompt", "NaN"), "line 3, column prompt: 'NaN' stands for an empty cell"),
     (extra_field, "line 3, column num_frames_B: the row has 11 fields, the header 10"),
     (truncated, "line 3, column path_B: video c.mp4 cannot be decoded"),
     (cut_off, "line 3, column path_B: video c.mp4 breaks off: "),
@@ -266,6 +270,8 @@ def test_faults_of_a_whole_file(rows, tmp_path):
     header = [name.replace("MQ", "VQ") for name in rows[0]]
     with pytest.raises(BadInput, match="line 1, column VQ: stands there twice"):
         read_pairs(write(rows, tmp_path / "x.csv", header))
+    with pytest.raises(BadInput, match="has no header; line 1 must name the columns path_A"):
+        read_pairs(write(rows[1:], tmp_path / "x.csv", header=list(rows[0].values())))
     rows[1]["prompt"] = "naïve café"
     with pytest.raises(BadInput, match="line 3, column prompt: byte 0xef is not UTF-8"):
         read_pairs(write(rows, tmp_path / "x.csv", encoding="latin-1"))
@@ -279,6 +285,48 @@ def test_faults_of_a_whole_file(rows, tmp_path):
     rows[0]["TA"] = rows[1]["TA"] = rows[2]["TA"] = "?"
     with pytest.raises(BadInput, match="holds no pair; the first fault: .*line 2, column TA"):
         read_pairs(write(rows, tmp_path / "x.csv"), [])
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_separators_and_blank_lines(separator, rows, tmp_path):
+    path = tmp_path / "x.csv"
+    lines = [separator.join(rows[0])]
+    for prompt in ("one", '"two, 2; three"'):
+        lines += [separator.join((rows[0] | {"prompt": prompt}).values()), "", separator * 9, "  "]
+    path.write_text("\n".join(lines) + "\n\n")
+    assert [(pair.prompt, pair.line) for pair in read_pairs(path)] == [("one", 2), ("two, 2; three", 6)]
+
+
+def test_links_of_a_hub_client_are_followed_as_they_are_written(rows, tmp_path):
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
+    blobs.mkdir()
+    (snapshot / "videos").mkdir(parents=True)
+    for name in "ab":
+        (tmp_path / f"{name}.mp4").rename(blobs / name)
+        (snapshot / "videos" / f"{name}.mp4").symlink_to(f"../../../blobs/{name}")
+    for row in rows:
+        row |= {"path_A": "videos/a.mp4", "path_B": "videos/../videos/b.mp4"}
+    write(rows, blobs / "c")
+    path = snapshot / "pairs.csv"
+    path.symlink_to("../../blobs/c")
+    assert len(load(path, read_pairs(path))) == 3
+    read = read_pairs(write(rows, tmp_path / "elsewhere.csv"), folder=snapshot)
+    assert [pair.paths for pair in read] == [("videos/a.mp4", "videos/b.mp4")] * 3
+    (snapshot / "again.mp4").symlink_to("videos/a.mp4")
+    rows[0] |= {"path_A": "videos/a.mp4", "path_B": "again.mp4"}
+    with pytest.raises(BadInput, match="line 2, column path_B: 'again.mp4' is the clip of path_A"):
+        read_pairs(write(rows, path))
+
+
+def test_prompts_are_held_out_whatever_their_case_punctuation_and_spaces(rows):
+    prompts = ["A cat, running", "a cat  running!", "The sea.", "the sea", "THE SEA", "a dog"]
+    pairs = [Pair("a", "b", prompt, (1, 1, 1), 2, 8, 2, 8) for prompt in prompts]
+    sides = set()
+    for seed in range(20):
+        train_side, held = ({row.prompt for row in side} for side in hold_out(pairs, seed))
+        assert not train_side & held and train_side | held == set(prompts)
+        sides.add(frozenset(held))
+    assert sides == {frozenset(prompts[:2]), frozenset(prompts[2:5]), frozenset(prompts[5:])}
 
 
 def test_a_bad_video_leaves_nothing_half_written(rows, tmp_path):
@@ -297,13 +345,19 @@ def test_a_bad_video_leaves_nothing_half_written(rows, tmp_path):
 
 def test_training_on_disk_data_ends_with_what_was_skipped(rows, tmp_path, exported, capsys, monkeypatch):
     spoil("VQ", "?")(rows, tmp_path)
+    rows.append(rows[0] | {"TA": "??"})
     path = write(rows, tmp_path / "x.csv")
-    flags = ["--algo", "reward", "--data", path, "--skip-bad", "--steps", "1", "--batch", "2", "--device", "cpu"]
-    flags += ["--cache", tmp_path / "cache"]
+    flags = ["--algo", "reward", "--data", path, "--val", path, "--skip-bad", "--steps", "1", "--batch", "2"]
+    flags += ["--device", "cpu", "--cache", tmp_path / "cache"]
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags), "--out", str(tmp_path / "run")])
     train.main()
     out = capsys.readouterr().out
-    assert "skipped 1 rows or videos" in out and "line 3, column VQ" in out and (tmp_path / "run" / "last.pt").exists()
+    assert "line 3, column VQ" in out and "line 5, column TA" in out
+    assert "validation prompts: 0.0% of the words unknown, 0 cut to 3 words; 1 of 1 are also in training" in out
+    # two clips have no spread to speak of: the checkpoint is there, and nothing takes its z-scores
+    assert "z-scores stand on 2 distinct clips; at least 8 are needed" in out
+    with pytest.raises(BadInput, match="std.*more clips to validate on"):
+        load_reward(tmp_path / "run" / "last.pt")
     ratings = ["--algo", "reward", "--data", exported / "benchmark.csv", "--loss", "regression"]
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, ratings), "--out", str(tmp_path / "run2")])
     with pytest.raises(BadInput, match="needs ratings"):

@@ -13,7 +13,7 @@ CORE = ("flow", "flow_dpo", "flow_rwr", "nrg", "reward", "model", "data", "sampl
 # Who may import whom: a module those of its own floor, and of the floors before it here. A folder stands for all of its
 # modules that are not named apart.
 FLOORS = (
-    {"world", "flow", "runtime", "kernels"},
+    {"world", "flow", "words", "runtime", "kernels"},
     {"attention", "lora", "flow_dpo", "flow_rwr", "online.flow_nft", "data", "real_data.pairs_csv", "real_data.video"},
     {"model"},
     {"reward", "nrg"},

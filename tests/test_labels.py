@@ -7,8 +7,9 @@ import torch
 import wired
 
 import train
-from data import INVALID, label_rewards
+from data import INVALID
 from real_data import export_toy
+from real_data.labels import label_rewards
 from runtime.cli import BadInput
 
 tiny = wired.tiny
@@ -94,7 +95,7 @@ def test_labels_turned_round_turn_the_run_round(exported, tmp_path, capsys):
     honest, turned = first_batch("train.csv", "labels"), first_batch("turned.csv", "labels")
     assert torch.equal(honest["x0_w"], turned["x0_l"]) and torch.equal(honest["x0_l"], turned["x0_w"])
     assert not torch.equal(honest["x0_w"], turned["x0_w"])
-    assert capsys.readouterr().out == ""
+    assert "not used" not in capsys.readouterr().out
     honest, turned = first_batch("train.csv", "reward"), first_batch("turned.csv", "reward")
     assert torch.equal(honest["x0_w"], turned["x0_w"])
     assert "the labels of --data are not used" in capsys.readouterr().out

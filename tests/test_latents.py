@@ -144,9 +144,10 @@ def test_every_algorithm_trains_on_latents(latents, tmp_path, monkeypatch, capsy
     assert "the oracle knows the toy world alone" in run("pretrain")
     made = weights(tmp_path / "pretrain")
     assert made["patch_in.weight"].shape[1] == 5 * 8  # channels times the patch's volume
-    assert "pairs of prompts held out of training" in run("reward")
+    val = f"--val={path}"  # of all twelve clips; a third of them are too few for z-scores
+    assert "z-scores stand on 12 distinct clips, fewer than 100" in run("reward", val)
     models = [f"--init={tmp_path / 'pretrain' / 'last.pt'}", f"--reward={tmp_path / 'reward' / 'last.pt'}"]
-    assert "pairs of prompts held out of training, accuracy" in run("nrg", *models)
+    assert f"6 pairs of {path}, accuracy" in run("nrg", *models, val)
     for algo in ("sft", "rwr", "dpo"):
         out = run(algo, *models)
         assert f"{algo} wins, VideoReward" in out and "base, z-score" in out and "oracle" not in out
@@ -155,7 +156,9 @@ def test_every_algorithm_trains_on_latents(latents, tmp_path, monkeypatch, capsy
     flags = ["--ckpt", tmp_path / "dpo" / "last.pt", "--prompt", "A cat / in space", "--n", 2, "--steps", 2]
     monkeypatch.setattr("sys.argv", ["sample.py", *map(str, flags), "--out", str(tmp_path / "samples")])
     sample.main()
-    assert capsys.readouterr().out == f"wrote {tmp_path / 'samples' / 'a-cat-in-space'}.npy\n"
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "prompt: 50.0% of the words unknown, 0 cut to 6 words"  # in and space
+    assert second == f"wrote {tmp_path / 'samples' / 'a-cat-in-space'}.npy"
     assert np.load(tmp_path / "samples" / "a-cat-in-space.npy").shape == (1, 2, *SHAPE)
 
 
