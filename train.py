@@ -47,7 +47,7 @@ from runtime.distributed import accumulating, full_tensor, rank, reduce_logs, wo
 ALIGNMENT = {"steps": 200, "batch": 16, "lr": 1e-4, "decay": 0.0, "ema": 0.0, "time_shift": TIME_SHIFT}
 DEFAULTS = {
     "pretrain": {"steps": 11000, "batch": 32, "lr": 2.5e-3, "decay": 0.4, "ema": 0.999, "time_shift": TIME_SHIFT},
-    "reward": {"steps": 1500, "batch": 32, "lr": 1e-3, "decay": 0.4, "ema": 0.0, "time_shift": TIME_SHIFT},
+    "reward": {"steps": 1500, "batch": 32, "lr": 1e-3, "decay": 0.4, "ema": 0.0},
     "nrg": {"steps": 2000, "batch": 48, "lr": 2e-3, "decay": 0.4, "ema": 0.0, "time_shift": 1.0},
     **dict.fromkeys(("sft", "rwr", "dpo"), ALIGNMENT),
     "nft": {**ALIGNMENT, "steps": 500, "lr": 3e-4},

@@ -1,6 +1,9 @@
-"""The flags of train.py and sample.py, in groups, with their types; a flag that is left out takes the value that its
-algorithm has in train.py, and flags that do not go together are refused in one line."""
+"""The flags of train.py and sample.py, in groups, with their types, and the algorithms that read each.
 
+A flag that is left out takes the value that its algorithm has in train.py. A flag that is given but not read, and flags
+that do not go together, are refused in one line."""
+
+from argparse import Namespace
 from pathlib import Path
 
 from runtime.checkpoint import WEIGHTS
@@ -19,23 +22,74 @@ from runtime.cli import (
     whole,
 )
 
+REWARDS = ("reward", "nrg")
+OFFLINE = ("sft", "rwr", "dpo")  # alignment on pairs that are there before the training
+ALIGNMENT = (*OFFLINE, "nft")
+VIDEO = ("pretrain", *ALIGNMENT)  # trainings of the video model
+
+
+class TrainingParser(Parser):
+    """A parser whose flags name the algorithms that read them; their help begins with these names."""
+
+    def __init__(self, description):
+        super().__init__(description)
+        self.readers = {}  # of the flags that not all algorithms read
+
+    def group(self, title):
+        """The function that adds a flag to a new group: add_argument, and `algos`, None for all."""
+        group = self.add_argument_group(title)
+
+        def add(flag, help, algos=None, **settings):
+            if algos:
+                help = f"{', '.join(algos)}: {help}"
+            action = group.add_argument(flag, help=help, **settings)
+            if algos:
+                self.readers[action.dest] = algos
+
+        return add
+
+    def given(self, argv):
+        """The names of the flags that a command line gives."""
+        unset = Namespace(**{action.dest: None for action in self._actions})
+        return [name for name, value in vars(self.parse_args(argv, unset)).items() if value is not None]
+
 
 def training_flags(argv, defaults, presets, losses, schedules):
     """The flags of train.py's command line, None for sys.argv. defaults: {algorithm: {flag: value}}, filled in where a
     flag is left out; presets, losses and schedules: the names to choose from. BadInput for flags that do not go
-    together."""
-    parser = Parser(
+    together, or that the algorithm does not read."""
+    parser = TrainingParser(
         "Trains one algorithm; writes last.pt, metrics.jsonl and pictures to --out. "
         "Where no checkpoint is named, the shipped weights/ are used."
     )
-    add = parser.add_argument_group("what to train").add_argument
+    add = parser.group("what to train")
     add("--algo", choices=defaults, default="dpo", help="algorithm")
-    add("--preset", choices=presets, default="nano", help="size of a model trained from nothing")
-    add("--attention", help="full, or tile:T,H,W for sliding tiles (default: full, or as --init has it)")
-    add("--init", type=Path, help="base model: dpo's start, nrg's trunk, reward's generator (weights/base.pt)")
-    add("--reward", type=Path, help="VideoReward that scores the pairs, or nrg's clips (weights/reward.pt)")
+    add(
+        "--preset",
+        choices=presets,
+        default="nano",
+        help="size of a model trained from nothing; with --plan of any video model",
+        algos=("pretrain", "reward"),
+    )
+    add(
+        "--attention",
+        help="full, or tile:T,H,W for sliding tiles (default: full, or as --init has it)",
+        algos=(*VIDEO, "nrg"),
+    )
+    add(
+        "--init",
+        type=Path,
+        help="base model: alignment's start, nrg's trunk, reward's generator (weights/base.pt)",
+        algos=(*REWARDS, *ALIGNMENT),
+    )
+    add(
+        "--reward",
+        type=Path,
+        help="VideoReward that scores the pairs, or nrg's clips (weights/reward.pt)",
+        algos=("nrg", *ALIGNMENT),
+    )
 
-    add = parser.add_argument_group("how long and how fast").add_argument
+    add = parser.group("how long and how fast")
     helps = {
         "steps": (positive_int, "optimiser steps"),
         "batch": (positive_int, "clips (pretrain) or pairs a step; sft and rwr take two clips for a pair"),
@@ -45,8 +99,10 @@ def training_flags(argv, defaults, presets, losses, schedules):
         "time_shift": (non_negative, "of t towards noise; 1 = none, 0 = clean clips (nrg alone)"),
     }
     for name, (kind, text) in helps.items():
-        values = ", ".join(f"{algo} {own[name]}" for algo, own in defaults.items())
-        add("--" + name.replace("_", "-"), type=kind, help=f"{text} (default: {values})")
+        values = {algo: own[name] for algo, own in defaults.items() if name in own}
+        text += f" (default: {', '.join(f'{algo} {value}' for algo, value in values.items())})"
+        algos = None if len(values) == len(defaults) else tuple(values)
+        add("--" + name.replace("_", "-"), type=kind, help=text, algos=algos)
     add("--seed", type=seed, default=0, help="of weights, data, noise and times")
     add("--device", default="auto", help="auto (cuda, mps, cpu) or a torch device")
     add(
@@ -62,69 +118,95 @@ def training_flags(argv, defaults, presets, losses, schedules):
     add("--plan", type=positive_int, help="print what this training takes on so many GPUs, and do nothing")
     add("--flops", type=positive, default=4e14, help="of --plan: FLOP/s that a GPU sustains")
 
-    add = parser.add_argument_group("flow matching").add_argument
-    add("--label-dropout", type=fraction, default=0.1, help="share of prompts dropped, for CFG")
+    add = parser.group("flow matching")
+    add(
+        "--label-dropout",
+        type=fraction,
+        default=0.1,
+        help="share of prompts dropped, for CFG",
+        algos=VIDEO,
+    )
 
-    add = parser.add_argument_group("preferences").add_argument
+    add = parser.group("preferences")
     add(
         "--pairs",
         type=positive_int,
         help="toy pairs in the data set (default: one epoch; reward, nrg two, as in Table 11)",
+        algos=(*REWARDS, *OFFLINE),
     )
     add(
         "--generated",
         type=fraction,
         help="share of the toy pairs that compare clips of the model --init (default: reward 0.5, others 0)",
+        algos=(*REWARDS, *OFFLINE),
     )
-    add("--loss", choices=losses, default="btt", help="reward: with ties, without, or on ratings (3.2)")
-    add("--tokens", choices=("separate", "shared"), default="separate", help="reward: one a score, or one")
-    add("--caption", type=non_negative, help="reward: weight of the loss on the prompt's words (default: 1; --data 0)")
-    add("--beta", type=positive, default=100.0, help="dpo: on mean errors; larger stays closer to the reference")
-    add("--schedule", choices=schedules, default="constant", help="dpo: beta over t (section 4.2)")
-    add("--temperature", type=positive, default=1.0, help="rwr: of exp(reward / temperature); lower = sharper")
-    add(
-        "--rank",
-        choices=("reward", "labels"),
-        default="reward",
-        help="dpo, sft, rwr: what says which clip is better, VideoReward or people's labels",
-    )
-    add("--align", type=triple, default="1,1,1", help="alignment: weights of VQ, MQ and TA in the reward (5.2)")
-    add("--freeze", type=whole, default=2, help="alignment: first blocks left as in the base; 0 = none")
-    add("--lora-rank", type=whole, default=0, help="alignment: adapters of this rank; 0 = the weights")
-    add("--read", type=positive_int, default=2, help="nrg: first blocks of the base model that the reward reads")
+    text = "with ties, without, or on ratings (3.2)"
+    add("--loss", choices=losses, default="btt", help=text, algos=("reward",))
+    text = "one a score, or one"
+    add("--tokens", choices=("separate", "shared"), default="separate", help=text, algos=("reward",))
+    text = "weight of the loss on the prompt's words (default: 1; --data 0)"
+    add("--caption", type=non_negative, help=text, algos=("reward", "dpo", "nft"))
+    text = "on mean errors; larger stays closer to the reference"
+    add("--beta", type=positive, default=100.0, help=text, algos=("dpo",))
+    text = "beta over t (section 4.2)"
+    add("--schedule", choices=schedules, default="constant", help=text, algos=("dpo",))
+    text = "of exp(reward / temperature); lower = sharper"
+    add("--temperature", type=positive, default=1.0, help=text, algos=("rwr",))
+    text = "what says which clip is better, VideoReward or people's labels"
+    add("--rank", choices=("reward", "labels"), default="reward", help=text, algos=OFFLINE)
+    text = "weights of VQ, MQ and TA in the reward (5.2)"
+    add("--align", type=triple, default="1,1,1", help=text, algos=ALIGNMENT)
+    text = "first blocks left as in the base; 0 = none"
+    add("--freeze", type=whole, default=2, help=text, algos=ALIGNMENT)
+    text = "adapters of this rank; 0 = the weights"
+    add("--lora-rank", type=whole, default=0, help=text, algos=ALIGNMENT)
+    text = "first blocks of the base model that the reward reads"
+    add("--read", type=positive_int, default=2, help=text, algos=("nrg",))
     add(
         "--target",
         choices=("reward", "labels"),
         default="reward",
-        help="nrg: what VideoReward says of the clean clip, or the annotators' labels by Bradley-Terry (4.4)",
+        help="what VideoReward says of the clean clip, or the annotators' labels by Bradley-Terry (4.4)",
+        algos=("nrg",),
     )
-    add("--trunk", choices=("frozen", "trained"), default="frozen", help="nrg: whether these blocks stay the base's")
+    text = "whether these blocks stay the base's"
+    add("--trunk", choices=("frozen", "trained"), default="frozen", help=text, algos=("nrg",))
 
-    add = parser.add_argument_group("rounds (online/rounds.py)").add_argument
-    add("--rounds", type=positive_int, help="nft, dpo: rounds of the policy's own clips (default: nft 10, dpo none)")
-    add("--clips", type=clip_count, default=8, help="of each prompt in a round")
-    add("--refresh", type=positive_int, help="every so many rounds VideoReward learns from new labels (default: never)")
-    add("--reference", choices=("first", "round"), default="first", help="dpo: the start, or the round's")
-    add("--nft-beta", type=positive, default=0.5, help="nft: distance of v+ and v- from v_old, in v - v_old")
-    add("--spread", type=positive, default=1.0, help="nft: Z, in standard deviations of the reward")
-    add("--old-decay", type=fraction, default=0.2, help="nft: how much of v_old a round keeps")
-    add("--kl", type=non_negative, default=0.0, help="nft: weight of |v - v_ref|^2")
+    add = parser.group("rounds (online/rounds.py)")
+    text = "rounds of the policy's own clips (default: nft 10, dpo none)"
+    add("--rounds", type=positive_int, help=text, algos=("dpo", "nft"))
+    text = "of each prompt in a round"
+    add("--clips", type=clip_count, default=8, help=text, algos=("dpo", "nft"))
+    text = "every so many rounds VideoReward learns from new labels (default: never)"
+    add("--refresh", type=positive_int, help=text, algos=("dpo", "nft"))
+    text = "the start, or the round's"
+    add("--reference", choices=("first", "round"), default="first", help=text, algos=("dpo",))
+    text = "distance of v+ and v- from v_old, in v - v_old"
+    add("--nft-beta", type=positive, default=0.5, help=text, algos=("nft",))
+    text = "Z, in standard deviations of the reward"
+    add("--spread", type=positive, default=1.0, help=text, algos=("nft",))
+    text = "how much of v_old a round keeps"
+    add("--old-decay", type=fraction, default=0.2, help=text, algos=("nft",))
+    add("--kl", type=non_negative, default=0.0, help="weight of |v - v_ref|^2", algos=("nft",))
 
-    add = parser.add_argument_group("real data").add_argument
+    add = parser.group("real data")
     add("--data", type=Path, help="CSV of pairs of videos or latents, in VideoAlign's format (default: the toy world)")
     add("--data-dir", type=Path, help="folder that the paths in --data and --val start from (default: the CSV's own)")
-    add("--val", type=Path, help="reward, nrg: CSV to validate on (default: a tenth of the prompts, held out)")
+    text = "CSV to validate on (default: a tenth of the prompts, held out)"
+    add("--val", type=Path, help=text, algos=REWARDS)
     add("--cache", type=Path, default=Path("out/clips"), help="folder that keeps decoded and sampled clips")
     add("--skip-bad", action="store_true", help="go on without rows that have a fault, and list them")
 
-    add = parser.add_argument_group("output").add_argument
+    add = parser.group("output")
     add("--out", type=Path, help="folder (default: out/<algo>)")
     add("--resume", action="store_true", help="continue the run in --out")
     add("--export", type=Path, help="also write the final weights here, alone and as float16")
     add("--save-every", type=positive_int, default=500, help="steps between checkpoints")
-    add("--eval-prompts", type=positive_int, default=192, help="prompts of the closing table")
-    add("--eval-pairs", type=positive_int, default=1000, help="reward, nrg: validation pairs")
-    add("--eval-seed", type=seed, default=1234, help="noise of the closing table")
+    text = "prompts of the closing table"
+    add("--eval-prompts", type=positive_int, default=192, help=text, algos=VIDEO)
+    add("--eval-pairs", type=positive_int, default=1000, help="toy pairs to validate on", algos=REWARDS)
+    text = "noise of the closing table"
+    add("--eval-seed", type=seed, default=1234, help=text, algos=(*VIDEO, "nrg"))
 
     args = parser.parse_args(argv)
     filled = dict(defaults[args.algo])
@@ -140,23 +222,52 @@ def training_flags(argv, defaults, presets, losses, schedules):
         args.pairs = max(1, args.steps * args.batch // (2 if args.algo in ("reward", "nrg") else 1))
     if args.algo == "nft" and args.rounds is None:
         args.rounds = 10
+    check_read(parser, argv, args)
+    if args.rounds and args.steps % args.rounds:
+        raise BadInput(f"--rounds {args.rounds}: --steps {args.steps} must be a multiple of it")
     if args.rounds:
-        if args.algo not in ("dpo", "nft") or args.steps % args.rounds:
-            raise BadInput(f"--rounds {args.rounds}: for --algo dpo and nft, whose --steps are a multiple of it")
         args.save_every = args.steps // args.rounds  # a run goes on from the end of a round
-    if args.rank == "labels" and (args.algo not in ("dpo", "sft", "rwr") or args.rounds):
-        raise BadInput("--rank labels: for --algo dpo, sft and rwr without --rounds, whose clips no one labelled")
-    if args.refresh and not args.rounds:
-        raise BadInput("--refresh: needs --rounds")
     if args.old_decay == 1:
         raise BadInput("--old-decay 1: the old model would never move; give less than 1")
     if args.time_shift == 0 and args.algo != "nrg":
         raise BadInput("--time-shift 0: clean clips are for --algo nrg alone; give a positive number")
-    if args.attention and args.algo == "reward":
-        raise BadInput("--attention: of the video model; VideoReward sees all tokens at once")
     if not any(args.align):
         raise BadInput("--align 0,0,0: at least one weight must not be 0")
     return args
+
+
+def check_read(parser, argv, args):
+    """BadInput for a flag of the command line that this training does not read."""
+    toy, offline = not args.data, not args.data and not args.rounds
+    closing = toy or (args.algo != "pretrain" and args.reward)
+    depends = {  # flag: (whether it is read by an algorithm that may read it, what it takes)
+        "init": (args.algo != "reward" or (toy and args.generated > 0), "with --generated above 0"),
+        "reward": (args.target == "reward", "with --target reward"),
+        "pairs": (offline, "without --data and --rounds"),
+        "generated": (offline, "without --data and --rounds"),
+        "rank": (not args.rounds, "without --rounds, whose clips no one labelled"),
+        "caption": (args.algo == "reward" or args.refresh, "with --refresh"),
+        "clips": (args.rounds, "with --rounds"),
+        "refresh": (args.rounds, "with --rounds"),
+        "reference": (args.rounds, "with --rounds"),
+        "data_dir": (args.data, "with --data"),
+        "val": (args.data, "with --data"),
+        "skip_bad": (args.data, "with --data"),
+        "cache": (args.data or (args.algo != "pretrain" and args.generated > 0), "with --data or --generated"),
+        "eval_prompts": (closing, "where there is a closing table"),
+        "eval_pairs": (toy, "without --data"),
+        "eval_seed": (closing, "where there is a closing table"),
+        "flops": (args.plan, "with --plan"),
+    }
+    for name in parser.given(argv):
+        flag, algos = f"--{name.replace('_', '-')}", parser.readers.get(name)
+        if name == "preset" and args.plan:
+            continue
+        if algos and args.algo not in algos:
+            raise BadInput(f"{flag}: read by --algo {', '.join(algos)}, not by {args.algo}")
+        is_read, condition = depends.get(name, (True, ""))
+        if not is_read:
+            raise BadInput(f"{flag}: has no effect here; --algo {args.algo} reads it only {condition}")
 
 
 def sampling_flags(steps, cfg, scale, eps, guided):

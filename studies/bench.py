@@ -169,7 +169,10 @@ def outside(device):
     """What a step spends outside forward, backward and optimiser, for each algorithm's default batch."""
     rows = []
     for algo in ("pretrain", "reward", "nrg", "rwr", "dpo"):
-        args = arguments(["--algo", algo, "--pairs", "256", "--eval-pairs", "8"])
+        few = [] if algo == "pretrain" else ["--pairs=256"]
+        if algo in ("reward", "nrg"):
+            few.append("--eval-pairs=8")
+        args = arguments([f"--algo={algo}", *few])
         task = TASKS[algo](args, device)
         trained = [value for value in task.model.parameters() if value.requires_grad]
         optimizer = torch.optim.AdamW(trained, 1e-5, fused=True)

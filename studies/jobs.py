@@ -259,8 +259,10 @@ def mean_z(rows, by, **wanted):
 def settings_for(flags, out, args):
     """The flags of a training whose own closing table is kept short."""
     steps = [f"--steps={args.steps}"] if args.steps else []
-    short = ["--save-every=1000000", "--eval-prompts=2", f"--eval-pairs={min(1000, args.eval_pairs)}"]
-    return train.arguments([*flags, *steps, *short, f"--out={out}"])
+    short = ["--eval-prompts=2"]
+    if train.arguments(flags).algo in ("reward", "nrg"):
+        short = [f"--eval-pairs={min(1000, args.eval_pairs)}"]
+    return train.arguments([*flags, *steps, *short, "--save-every=1000000", f"--out={out}"])
 
 
 def train_and_judge(task, settings, device, steps, judged):

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 import signal
 import socket
 import sys
@@ -68,11 +69,30 @@ def ended(child):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+def with_read(flags, *more):
+    """The flags of a training, behind those of `more` that its algorithm reads."""
+    flags = list(map(str, flags))
+    for flag in more:
+        try:
+            train.arguments([flag, *flags])
+        except cli.BadInput as error:
+            if not re.search("read by|reads it only", str(error)):
+                raise
+        else:
+            flags = [flag, *flags]
+    return flags
+
+
 def command(*flags):
     """train.py with these flags, as from a shell."""
-    sys.argv = ["train.py", *map(str, flags), "--device=cpu", "--eval-prompts=2", "--eval-pairs=8"]
+
+    def main():
+        short = with_read(flags, "--device=cpu", "--eval-prompts=2", "--eval-pairs=8")
+        sys.argv = ["train.py", *short]
+        train.main()
+
     cli.FIRST = os.environ.get("RANK", "0") == "0"
-    cli.run(train.main)
+    cli.run(main)
 
 
 def together(function, cases, output=os.devnull, ranks=2):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked import same
+from forked import same, with_read
 
 import evaluate
 import sample
@@ -23,8 +23,12 @@ from reward import RewardConfig, VideoReward
 from runtime import checkpoint, cli
 
 ROOT = Path(__file__).parent.parent
-TINY = ["--steps", "5", "--batch", "2", "--eval-prompts", "4", "--eval-pairs", "20", "--device", "cpu"]
-TINY += ["--generated", "0"]
+
+
+def short(algo, *flags):
+    """The flags of a tiny training."""
+    tiny = "--steps=5", "--batch=2", "--eval-prompts=4", "--eval-pairs=20", "--device=cpu", "--generated=0"
+    return with_read([f"--algo={algo}", *map(str, flags)], *tiny)
 
 
 @pytest.fixture
@@ -72,7 +76,7 @@ def test_sampling_flags_change_the_clip(command, tmp_path):
 
 
 def test_guided_clips_come_with_those_without(command, tmp_path):
-    status, _, error = command(train, "--algo", "nrg", *TINY, "--out", tmp_path / "nrg")
+    status, _, error = command(train, *short("nrg"), "--out", tmp_path / "nrg")
     assert status == 0, error
 
     def scores(*flags):
@@ -136,9 +140,9 @@ def test_models_of_other_clips_or_words_are_refused_in_one_line(command, tmp_pat
     out = ["--out", tmp_path / "out"]
     status, _, error = command(sample, "--ckpt", velocity, "--nrg", "1,1,1", *out)
     refused(status, error, "--nrg-ckpt", "--ckpt", difference)
-    status, _, error = command(train, "--algo", "nrg", *TINY, init, velocity, *out)
+    status, _, error = command(train, *short("nrg", init, velocity, *out))
     refused(status, error, "--reward", "--init", difference)
-    status, _, error = command(train, "--algo", "reward", *TINY, "--generated", 1, init, velocity, *out)
+    status, _, error = command(train, *short("reward", "--generated", 1, init, velocity, *out))
     refused(status, error, "--init", difference)
     assert not (tmp_path / "out").exists()
 
@@ -147,14 +151,14 @@ def test_models_of_other_clips_or_words_are_refused_in_one_line(command, tmp_pat
 def test_latents_and_other_words_need_data(command, tmp_path, algo):
     for name in ("latent", "words"):
         models = save_models(tmp_path / name, **OTHERS[name][0])
-        flags = ["--algo", algo, *TINY, "--steps", 10, *models, "--out", tmp_path / "out"]
+        flags = short(algo, "--steps", 10, *models, "--out", tmp_path / "out")
         status, _, error = command(train, *flags)
         refused(status, error, "give --data CSV")
 
 
 @pytest.mark.parametrize("algo", ["pretrain", "reward"])
 def test_a_preset_for_latents_needs_data(command, tmp_path, algo):
-    status, _, error = command(train, "--algo", algo, *TINY, "--preset", "base", "--out", tmp_path / "out")
+    status, _, error = command(train, *short(algo, "--preset", "base"), "--out", tmp_path / "out")
     refused(status, error, "latents", "(16, 8, 32, 32)", "give --data CSV")
 
 
@@ -174,7 +178,7 @@ def test_case_punctuation_and_spaces_of_a_prompt_do_not_matter(command, tmp_path
 @pytest.mark.parametrize("algo", list(train.TASKS))
 def test_a_stopped_run_resumes_to_the_same_bits(command, monkeypatch, tmp_path, algo):
     own = {"reward": ["--pairs", 40], "nft": ["--rounds", 1, "--clips", 1]}
-    flags = ["--algo", algo, *TINY, *own.get(algo, [])]
+    flags = short(algo, *own.get(algo, []))
     status, out, error = command(train, *flags, "--out", tmp_path / "whole")
     assert status == 0, error
     assert str(tmp_path / "whole" / "last.pt") in out.splitlines()[-1]
@@ -209,7 +213,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(command, monkeypatch, tmp_path, 
 
 
 def test_checkpointed_blocks_train_to_the_same_bits(command, tmp_path):
-    flags = ["--algo", "dpo", *TINY, "--steps", 2]
+    flags = short("dpo", "--steps", 2)
     for name, more in (("kept", []), ("remade", ["--grad-checkpoint"])):
         status, _, error = command(train, *flags, *more, "--out", tmp_path / name)
         assert status == 0, error
@@ -220,7 +224,7 @@ def test_checkpointed_blocks_train_to_the_same_bits(command, tmp_path):
 def test_bfloat16_is_said_and_near_float32(command, tmp_path):
     losses = []
     for precision in ("float32", "bfloat16"):
-        flags = ["--algo", "sft", *TINY, "--steps", 2, "--precision", precision]
+        flags = short("sft", "--steps", 2, "--precision", precision)
         status, out, error = command(train, *flags, "--out", tmp_path / precision)
         assert status == 0, error
         assert f", {precision} on cpu, 2 steps" in out
@@ -230,7 +234,7 @@ def test_bfloat16_is_said_and_near_float32(command, tmp_path):
 
 def test_sliding_tiles_are_trained_kept_and_sampled(command, tmp_path):
     tiles = "tile:1,2,2/2,1,1"
-    status, _, error = command(train, "--algo", "sft", *TINY, "--attention", tiles, "--out", tmp_path)
+    status, _, error = command(train, *short("sft"), "--attention", tiles, "--out", tmp_path)
     assert status == 0, error
     assert checkpoint.load_checkpoint(tmp_path / "last.pt")["config"]["attention"] == tiles
     flags = ["--ckpt", tmp_path / "last.pt", "--n", 1, "--steps", 2, "--out", tmp_path]
@@ -243,7 +247,7 @@ def test_sliding_tiles_are_trained_kept_and_sampled(command, tmp_path):
 
 
 def test_dpo_ends_with_a_table_and_pictures_and_its_result_can_be_sampled(command, tmp_path):
-    status, out, error = command(train, "--algo", "dpo", *TINY, "--out", tmp_path)
+    status, out, error = command(train, *short("dpo"), "--out", tmp_path)
     assert status == 0, error
     for words in ("base, true score", "dpo wins, oracle", "dpo wins, VideoReward", "metrics.jsonl"):
         assert words in out
@@ -325,7 +329,7 @@ def test_bad_checkpoints_are_refused_in_one_line(command, tmp_path, monkeypatch,
     bad_files(tmp_path)
     status, _, error = command(sample, "--ckpt", tmp_path / name, "--out", tmp_path / "out")
     refused(status, error, CHECKPOINTS[name])
-    status, _, error = command(train, "--init", tmp_path / name, *TINY, "--out", tmp_path / "out")
+    status, _, error = command(train, *short("dpo"), "--init", tmp_path / name, "--out", tmp_path / "out")
     refused(status, error, CHECKPOINTS[name])
     assert not (tmp_path / "executed").exists() and not (tmp_path / "out").exists()
 
@@ -367,7 +371,6 @@ def test_bad_sampling_flags_are_refused_in_one_line(command, tmp_path, flags, wo
         (["--resume"], "no such checkpoint"),
         (["--speed", "9"], "--speed"),
         (["--align", "0,0,0"], "at least one weight"),
-        (["--algo", "reward", "--attention", "full"], "VideoReward sees all tokens"),
         (["--attention", "tile:1,3,2"], "does not divide the grid of (2, 4, 4) tokens"),
         (["--align", "1,1"], "argument --align: 1,1: must be three numbers with commas between"),
         (["--align", "1,nan,1"], "argument --align: 1,nan,1: must be three numbers with commas between"),
@@ -382,7 +385,40 @@ def test_bad_sampling_flags_are_refused_in_one_line(command, tmp_path, flags, wo
     ],
 )
 def test_bad_training_flags_are_refused_in_one_line(command, tmp_path, flags, words):
-    status, _, error = command(train, *TINY, *flags, "--out", tmp_path / "out")
+    status, _, error = command(train, "--batch=2", *flags, "--out", tmp_path / "out")
+    refused(status, error, words)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--algo rwr --beta 7", "--beta: read by --algo dpo, not by rwr"),
+        ("--algo sft --temperature 1", "--temperature: read by --algo rwr, not by sft"),
+        ("--algo dpo --loss bt", "--loss: read by --algo reward, not by dpo"),
+        ("--algo dpo --rounds 2 --nft-beta 1", "--nft-beta: read by --algo nft, not by dpo"),
+        ("--algo dpo --kl 0", "--kl: read by --algo nft, not by dpo"),
+        ("--preset small", "--preset: read by --algo pretrain, reward, not by dpo"),
+        ("--algo nft --pairs 9", "--pairs: read by --algo reward, nrg, sft, rwr, dpo, not by nft"),
+        ("--algo pretrain --init x.pt", "not by pretrain"),
+        ("--algo reward --attention full", "not by reward"),
+        ("--algo reward --time-shift 4", "not by reward"),
+        ("--algo reward --eval-prompts 4", "not by reward"),
+        ("--reference first", "--reference: has no effect here; --algo dpo reads it only with --rounds"),
+        ("--algo nrg --target labels --reward x.pt", "--reward: has no effect here"),
+        ("--algo reward --val x.csv", "--val: has no effect here; --algo reward reads it only with --data"),
+        ("--algo reward --data x.csv --generated 0", "reads it only without --data"),
+        ("--algo reward --generated 0 --init x.pt", "reads it only with --generated above 0"),
+        ("--algo pretrain --data x.csv --eval-seed 3", "reads it only where there is a closing table"),
+        ("--skip-bad", "reads it only with --data"),
+        ("--cache x", "reads it only with --data or --generated"),
+        ("--rounds 2 --generated 1", "reads it only without --data and --rounds"),
+        ("--rounds 2 --caption 1", "reads it only with --refresh"),
+        ("--flops 1", "reads it only with --plan"),
+    ],
+)
+def test_a_flag_that_the_training_does_not_read_is_refused(command, tmp_path, flags, words):
+    status, _, error = command(train, *flags.split(), "--out", tmp_path / "out")
     refused(status, error, words)
     assert not (tmp_path / "out").exists()
 
@@ -419,7 +455,7 @@ def test_the_table_of_the_preference_data_from_a_shell(tmp_path):
 
 
 def test_resuming_with_other_settings_or_from_mere_weights_is_refused(command, tmp_path):
-    flags = ["--algo", "pretrain", *TINY, "--out", tmp_path]
+    flags = short("pretrain", "--out", tmp_path)
     assert command(train, *flags)[0] == 0
     before = (tmp_path / "last.pt").read_bytes()
     status, _, error = command(train, *flags, "--lr", "0.5", "--resume")
@@ -435,10 +471,10 @@ def test_a_folder_that_cannot_be_written_is_named(command, tmp_path):
     for flags in (["--work", tmp_path / "file" / "x"], ["--work", tmp_path / "work", "--out", tmp_path / "file"]):
         status, _, error = command(evaluate, "unified", *flags)
         refused(status, error, f"{flags[-2]}: cannot write to {flags[-1]}")
-    pretrain = ["--algo", "pretrain", *TINY, "--out", tmp_path / "out"]
+    pretrain = short("pretrain", "--out", tmp_path / "out")
     status, _, error = command(train, *pretrain, "--export", tmp_path / "file" / "x.pt")
     refused(status, error, "--export: cannot write to")
-    status, _, error = command(train, "--algo", "pretrain", *TINY, "--out", tmp_path / "file")
+    status, _, error = command(train, *short("pretrain"), "--out", tmp_path / "file")
     refused(status, error, "cannot write")
     status, _, error = command(sample, "--n", "1", "--steps", "1", "--out", tmp_path / "file")
     refused(status, error, "cannot write")

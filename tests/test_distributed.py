@@ -12,7 +12,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from forked import TINY, command, ended, fork, tiny_checkpoints, together, weights
+from forked import TINY, command, ended, fork, tiny_checkpoints, together, weights, with_read
 
 import train
 from data import draw_noise, mean_one, take
@@ -33,8 +33,8 @@ def runs(tmp_path_factory):
     files = tiny_checkpoints(folder)
 
     def flags(way, algo, *more):
-        what = [f"--algo={algo}", *files, "--steps=5", "--batch=4", "--lr=1e-4", "--pairs=24", "--beta=20"]
-        return [*what, "--precision=float32", f"--out={folder / way / algo}", *more]
+        own = [f"--algo={algo}", "--steps=5", "--batch=4", "--lr=1e-4", "--precision=float32", *more]
+        return with_read([*own, f"--out={folder / way / algo}"], *files, "--pairs=24", "--beta=20")
 
     log = folder / "log"
     for way, more in {"one": [], "accum": ["--accum=2"]}.items():
@@ -66,7 +66,8 @@ def test_every_way_takes_the_same_steps(runs, way, algo):
 def test_each_process_makes_its_own_slice_of_the_batch(runs, monkeypatch, algo):
     monkeypatch.setitem(PRESETS, "nano", TINY)
     files = [f"--init={runs / 'velocity.pt'}", f"--reward={runs / 'reward.pt'}"]
-    args = train.arguments([f"--algo={algo}", *files, "--steps=5", "--batch=4", "--pairs=24", "--device=cpu"])
+    flags = with_read([f"--algo={algo}", "--steps=5", "--batch=4", "--device=cpu"], *files, "--pairs=24")
+    args = train.arguments(flags)
     task = train.TASKS[algo](args, torch.device("cpu"))
     whole, *halves = (task.batch(3, slice(*rows)) for rows in ((0, 4), (0, 2), (2, 4)))
     rows = 8 if algo in ("sft", "rwr") else 4

@@ -111,10 +111,15 @@ def test_their_number_is_bounded(sampled, tmp_path):
     assert sum(len(y) for _, y, _ in calls) == 12 * generated.MOST_CLIPS
 
 
+def share_of(share, cache):
+    """Flags for a share of generated pairs, kept in a folder."""
+    return [f"--generated={share}"] + ([f"--cache={cache}"] if share else [])
+
+
 def test_a_share_of_videorewards_pairs_is_generated(tiny, tmp_path):
     for share, count in ((0, 0), (0.25, 10), (1, 40)):
-        flags = f"--generated={share}", f"--cache={tmp_path / 'clips'}", "--pairs=40", "--eval-pairs=40"
-        _, task = tiny("--algo=reward", *flags)
+        flags = share_of(share, tmp_path / "clips")
+        _, task = tiny("--algo=reward", "--pairs=40", "--eval-pairs=40", *flags)
         held = {name.split()[0]: len(part) for name, part in task.evaluate.keywords["held"].items()}
         assert held == {name: n for name, n in (("rendered", 40 - count), ("generated", count)) if n}
         seen = [task.batch(step, slice(0, 8)) for step in range(5)]
@@ -148,8 +153,8 @@ def test_the_toy_data_on_disk_and_its_table_show_generated_clips(tiny, tmp_path,
 @pytest.mark.parametrize("target", ["reward", "labels"])
 def test_what_the_noise_aware_reward_trains_on_is_generated_where_the_flag_says_so(sampled, tiny, tmp_path, target):
     for share, count in ((0, 0), (1, 8)):
-        flags = f"--target={target}", f"--generated={share}", f"--cache={tmp_path / 'clips'}", "--pairs=8"
-        _, task = tiny("--algo=nrg", *flags)
+        flags = share_of(share, tmp_path / "clips")
+        _, task = tiny("--algo=nrg", f"--target={target}", "--pairs=8", *flags)
         clips = task.batch(0, slice(0, 8))["x0" if target == "reward" else "x0_a"]
         assert (clips.std((2, 3, 4)).amax(1) == 0).sum() == count  # clips of clip_of have one colour
 
@@ -164,7 +169,7 @@ def test_an_alignment_takes_clips_of_its_own_start_where_the_flag_says_so(tiny, 
 
     monkeypatch.setattr(generated, "sample_many", sample_many)
     for share, count in ((0, 0), (1, 8)):
-        _, task = tiny(f"--algo={algo}", f"--generated={share}", f"--cache={tmp_path / 'clips'}", "--pairs=8")
+        _, task = tiny(f"--algo={algo}", "--pairs=8", *share_of(share, tmp_path / "clips"))
         batch = task.batch(0, slice(0, 8))
         clips = batch["x0_w" if algo == "dpo" else "x0"]
         assert (clips.std((2, 3, 4)).amax(1) == 0).sum() == count * (1 if algo == "dpo" else 2)

@@ -54,7 +54,7 @@ def sampled(model, x1, y, cfg):
 @pytest.mark.parametrize("flags", [["--freeze=0"], ["--freeze=2"], ["--lora-rank=2", "--freeze=0"], ["--lora-rank=2"]])
 @pytest.mark.parametrize("algo", ["dpo", "sft"])
 def test_the_reference_is_the_start_before_and_after_and_has_no_gradient(tiny, algo, flags):
-    args, task = tiny(f"--algo={algo}", *flags, "--beta=50")
+    args, task = tiny(f"--algo={algo}", *flags)
     base, start = task.evaluate.keywords["base"], load_velocity(args.init)[0]
 
     def same():

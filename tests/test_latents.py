@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from forked import command, ended, fork, weights
+from forked import command, ended, fork, weights, with_read
 
 import sample
 import train
@@ -133,10 +133,9 @@ def test_every_algorithm_trains_on_latents(latents, tmp_path, monkeypatch, capsy
             f"--out={tmp_path / algo}",
             "--steps=3",
             "--batch=4",
-            "--freeze=1",
         ]
         log.unlink(missing_ok=True)
-        assert ended(fork(command, *shared, *flags, output=log)) == 0, log.read_text()
+        assert ended(fork(command, *with_read([*shared, *flags], "--freeze=1"), output=log)) == 0, log.read_text()
         lines = (tmp_path / algo / "metrics.jsonl").read_text().splitlines()
         assert len(lines) == 3 and all(np.isfinite(json.loads(line)["loss"]) for line in lines)
         return log.read_text()

@@ -31,9 +31,9 @@ def spoken(args):
     return y, clips, torch.stack([world.oracle(clips[:, side], prompts) for side in (0, 1)], 1)
 
 
-@pytest.mark.parametrize("algo", ["reward", "nrg"])
-def test_labels_are_those_of_the_very_clips_and_say_which_is_better(tiny, algo):
-    args, task = tiny(f"--algo={algo}", "--pairs=30", "--target=labels")
+@pytest.mark.parametrize(("algo", "more"), [("reward", []), ("nrg", ["--target=labels"])])
+def test_labels_are_those_of_the_very_clips_and_say_which_is_better(tiny, algo, more):
+    args, task = tiny(f"--algo={algo}", "--pairs=30", *more)
     y, clips, truth = spoken(args)
     a, b = ("video_a", "video_b") if algo == "reward" else ("x0_a", "x0_b")
     clear = 0

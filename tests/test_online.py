@@ -240,10 +240,10 @@ def test_the_log_and_the_bar_show_round_and_scores(online):
     [
         (
             ["--algo=dpo", "--rounds=3", "--steps=200"],
-            "--rounds 3: for --algo dpo and nft, whose --steps are a multiple",
+            "--rounds 3: --steps 200 must be a multiple of it",
         ),
-        (["--algo=sft", "--rounds=2", "--steps=4"], "--rounds 2: for --algo dpo and nft"),
-        (["--algo=dpo", "--refresh=2"], "--refresh: needs --rounds"),
+        (["--algo=sft", "--rounds=2", "--steps=4"], "--rounds: read by --algo dpo, nft, not by sft"),
+        (["--algo=dpo", "--refresh=2"], "reads it only with --rounds"),
         (["--algo=nft", "--old-decay=1"], "--old-decay 1"),
     ],
 )

@@ -9,6 +9,7 @@ import sys
 from unittest import mock
 
 import pytest
+from forked import with_read
 from readme import DOCS, ROOT, WINGS, all_commands, commands, fenced, modules, prose, sections, spans
 from torch.distributed import run as torchrun
 
@@ -20,7 +21,7 @@ RUN = [doc for doc in DOCS if doc == "README.md" or doc.startswith("docs/")]  # 
 # Each command in a fence of these is run: here, with these flags behind its own, the last of a kind counting, under
 # torchrun by two processes and with presets that are narrow and shallow,
 SHRUNK = {
-    "train.py": "--steps 2 --batch 2 --pairs 8 --eval-prompts 2 --eval-pairs 10 --device cpu",
+    "train.py": "--steps=2 --batch=2 --pairs=8 --eval-prompts=2 --eval-pairs=10 --device=cpu",
     "sample.py": "--steps 2 --n 2 --device cpu",
     "data.py": "--pairs 10",
     "examples/toy_latents.py": "--pairs 8 --size 32",
@@ -101,12 +102,22 @@ def here(words):
     return (words[0] == "torchrun" or words[1] in SHRUNK) and not elsewhere(words)
 
 
+def shrunk_flags(script, flags):
+    """What stands behind the flags of a script, so that it takes little time."""
+    shrunk = SHRUNK[script].split()
+    if script != "train.py":
+        return shrunk
+    read = with_read(flags, *shrunk)
+    return read[: len(read) - len(flags)]
+
+
 def run_by_two_processes(words):
     """The documented torchrun command: its own flags, two processes, tests/narrow.py for train.py."""
     script = words.index("train.py")
     launcher = [sys.executable, "-m", "torch.distributed.run", *words[1:script]]
     launcher += ["--standalone", "--nproc_per_node", "2", str(ROOT / "tests" / "narrow.py")]
-    shrunk = SHRUNK["train.py"].split() + ["--batch", "16"]  # at least one clip for each of 2 x --accum
+    shrunk = shrunk_flags("train.py", words[script + 1 :])
+    shrunk += ["--batch", "16"]  # at least one clip for each of 2 x --accum
     done = subprocess.run([*launcher, *words[script + 1 :], *shrunk], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("2 processes on cpu") == done.stdout.count("last.pt") == 1
@@ -133,7 +144,9 @@ def test_the_commands_of_a_section_run_one_after_the_other(doc, heading, tmp_pat
             run_by_two_processes(words)
             continue
         planned = "--plan" in words  # takes no time, and always says the same
-        monkeypatch.setattr(sys, "argv", words[1:] + SHRUNK[words[1]].split() * (not planned))
+        flags = words[2:]
+        shrunk = [] if planned else shrunk_flags(words[1], flags)
+        monkeypatch.setattr(sys, "argv", [words[1], *flags, *shrunk])
         runpy.run_path(str(ROOT / words[1]), run_name="__main__")
         said = capsys.readouterr().out.splitlines()
         assert said == output if planned else said

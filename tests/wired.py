@@ -8,6 +8,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from forked import with_read
 
 import model
 import train
@@ -63,7 +64,8 @@ def tiny(tmp_path, monkeypatch):
 
     def task(*flags):
         where = [f"--init={tmp_path / 'base.pt'}", f"--out={tmp_path / 'out'}", "--device=cpu", "--precision=float32"]
-        args = train.arguments([*SHORT, *where, *flags])
+        args = train.arguments(with_read(flags, *SHORT, *where))
+        args.init = tmp_path / "base.pt"
         return args, train.TASKS[args.algo](args, CPU)
 
     yield task
