@@ -15,7 +15,15 @@ import torch
 
 from data import Pairs, Vocabulary, split_words, step_rng, vocabulary_of
 from real_data.pairs_csv import PATHS, read_pairs
-from real_data.video import cached_clip, is_latent, read_latent, to_video
+from real_data.video import (
+    FPS,
+    cached_clip,
+    check_length,
+    clip_facts,
+    is_latent,
+    read_latent,
+    to_video,
+)
 from runtime.cli import BadInput, progress_bar
 from runtime.distributed import process_0_first, rank
 
@@ -36,59 +44,86 @@ def latent_sizes(args, row):
     return {"channels": channels, "frames": frames, "size": height}
 
 
-def said_videos(row):
-    """(path, number of frames it is said to have) of both videos of a Pair."""
+def row_videos(row):
+    """(path, number of frames in the CSV) of both videos of a Pair."""
     return tuple(zip(row.paths, (row.frames_a, row.frames_b)))
 
 
-def disk_pairs(
-    rows, csv_path, config, vocabulary, cache, skipped=None, progress=lambda videos, total: videos, folder=None
-):
-    """The Pair `rows` of a CSV as Pairs. Decodes their videos once, into the folder `cache`; latents are read in place.
+def check_videos(rows, csv_path, config, cache, progress, skip=False, folder=None, fps=FPS, short="spread"):
+    """Decodes the distinct videos of the Pair `rows` into the folder `cache` and checks them and latents, each once.
 
-    BadInput names the line and column of a video that cannot be used; with a list `skipped` its pairs are left out and
-    the fault's text is appended."""
+    -> ({video: facts}, {video: what is wrong with it}), a video as in row_videos. BadInput names line and column of the
+    first one that cannot be used, unless `skip`. short="refuse": so is one too short for the model's frames at `fps`.
+    """
     root = Path(folder or Path(csv_path).parent)
-    videos = {}  # where each distinct (path, number of frames it is said to have) first stands
+    first = {}  # where each video occurs first
     for row in rows:
-        for column, video in zip(PATHS, said_videos(row)):
-            videos.setdefault(video, f"{csv_path}, line {row.line}, column {column}")
-    faults = {}
+        for column, video in zip(PATHS, row_videos(row)):
+            first.setdefault(video, f"{csv_path}, line {row.line}, column {column}")
 
-    def decode(video):
+    def check(video):
         path, frames = video
         try:
-            if is_latent(path):
-                shape = read_latent(root / path).shape
-            else:
-                shape = tuple(cached_clip(root / path, cache, config.frames, config.size, said=frames).shape)
-            if shape != config.video_shape:
-                raise ValueError(f"has shape {shape}; the model takes {config.video_shape}")
+            facts = clip_facts(root / path, cache, *config.video_shape[1:], fps)
+            if tuple(facts["shape"]) != config.video_shape:
+                raise ValueError(f"has shape {tuple(facts['shape'])}; the model takes {config.video_shape}")
+            if not is_latent(path):
+                check_length(facts["seconds"], facts["step"], frames)
+            if short == "refuse" and facts["short"]:
+                seconds = f"lasts {facts['seconds']:.2f} s"
+                raise ValueError(f"{seconds}, too short for {config.frames} frames at {fps:g} a second")
+            return video, facts, None
         except ValueError as error:
-            return video, f"{videos[video]}: {'latent' if is_latent(path) else 'video'} {path} {error}"
+            return video, None, f"{first[video]}: {'latent' if is_latent(path) else 'video'} {path} {error}"
         except OSError as error:
             raise BadInput(f"cannot keep clips in {cache}: {error.strerror}; name a folder by --cache") from None
-        return video, None
 
+    facts, faults = {}, {}
     with process_0_first():  # which decodes; the others then find the clips in the cache
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for video, fault in progress(pool.map(decode, videos), len(videos)):
-                if fault and skipped is None:
+            for video, found, fault in progress(pool.map(check, first), len(first)):
+                if fault and not skip:
                     pool.shutdown(cancel_futures=True)
                     raise BadInput(fault)
                 if fault:
                     faults[video] = fault
+                else:
+                    facts[video] = found
+    return facts, faults
+
+
+def usable_rows(rows, csv_path, config, cache, skipped, progress, **options):
+    """The Pair `rows` whose clips can be used, all of them decoded. BadInput as in check_videos; with a list `skipped`
+    the others are left out, and what is wrong is appended to it. `options` as in check_videos."""
+    facts, faults = check_videos(rows, csv_path, config, cache, progress, skipped is not None, **options)
     if faults:
         skipped.extend(faults.values())
-    rows = [row for row in rows if not faults.keys() & set(said_videos(row))]
-    if not rows:
+    good = [row for row in rows if not faults.keys() & set(row_videos(row))]
+    if not good:
         raise BadInput(f"{csv_path}: no pair is left, all were skipped; the first: {skipped[0]}")
+    count = sum(each["short"] for each in facts.values())
+    if count and rank() == 0:
+        short = f"{count} of {len(facts)} videos are too short for the model's {config.frames} frames"
+        print(f"{csv_path}: {short}, which are spread over them; see --fps and --short")
+    return good
+
+
+def disk_pairs(rows, csv_path, config, vocabulary, cache, skipped=None, progress=lambda videos, total: videos):
+    """The Pair `rows` of a CSV as Pairs, as in usable_rows and pairs_of."""
+    rows = usable_rows(rows, csv_path, config, cache, skipped, progress)
+    return pairs_of(rows, csv_path, config, vocabulary, cache)
+
+
+def pairs_of(rows, csv_path, config, vocabulary, cache, folder=None, fps=FPS):
+    """The Pair `rows` of a CSV, whose videos usable_rows has decoded into the folder `cache`, as Pairs; latents are
+    read in place."""
+    root = Path(folder or Path(csv_path).parent)
 
     def clip(path):
         try:
             if is_latent(path):
                 return torch.from_numpy(read_latent(root / path).astype(np.float32))
-            return to_video(cached_clip(root / path, cache, config.frames, config.size))
+            return to_video(cached_clip(root / path, cache, *config.video_shape[1:], fps))
         except (OSError, ValueError) as error:
             fault = getattr(error, "strerror", None) or error
             raise BadInput(f"{root / path}: cannot be read any more ({fault}); put it back and --resume") from None
@@ -107,6 +142,17 @@ def disk_pairs(
     return Pairs(y, clips, label=label, mos=mos, overall=overall, clip_id=torch.tensor(clip_id))
 
 
+def words_and_sizes(args, rows, config, words=None):
+    """(Vocabulary, config) of a model of `words` that is there already; without, of one made for the Pair `rows`."""
+    if words:
+        return Vocabulary(words), config
+    prompts = sorted({row.prompt for row in rows})
+    vocabulary = vocabulary_of(prompts)
+    longest = max(len(split_words(prompt)) for prompt in prompts)
+    sizes = {"vocab": len(vocabulary.words), "max_text": min(longest, MOST_WORDS), **latent_sizes(args, rows[0])}
+    return vocabulary, replace(config, **sizes)
+
+
 def disk_data(args, config, words=None, held_out=True):
     """(vocabulary, config, pairs to train on, {name: pairs to judge by}) from --data and --val; without --val a tenth
     of the prompts is held out, which differ from all others by more than case, punctuation and spaces. `words`: of a
@@ -116,22 +162,20 @@ def disk_data(args, config, words=None, held_out=True):
     rows = read_pairs(args.data, skipped, args.data_dir)
     if args.algo == "reward" and args.loss == "regression" and not any(any(row.mos) for row in rows):
         raise BadInput(f"{args.data}: --loss regression needs ratings, the columns MOS_A_VQ to MOS_B_TA")
-    prompts = sorted({row.prompt for row in rows})
-    if words:
-        vocabulary = Vocabulary(words)
-    else:
-        vocabulary = vocabulary_of(prompts)
-        longest = max(len(split_words(prompt)) for prompt in prompts)
-        sizes = {"vocab": len(vocabulary.words), "max_text": min(longest, MOST_WORDS), **latent_sizes(args, rows[0])}
-        config = replace(config, **sizes)
+    vocabulary, config = words_and_sizes(args, rows, config, words)
+
+    def usable(rows, path):
+        bar = progress_bar(f"decoding {path.name}", "video")
+        options = {"folder": args.data_dir, "fps": args.fps, "short": args.short}
+        return usable_rows(rows, path, config, args.cache, skipped, bar, **options)
 
     def load(rows, path):
-        bar = progress_bar(f"decoding {path.name}", "video")
-        return disk_pairs(rows, path, config, vocabulary, args.cache, skipped, bar, args.data_dir)
+        return pairs_of(rows, path, config, vocabulary, args.cache, args.data_dir, args.fps)
 
-    train_rows, held = rows, {}
+    train_rows = rows = usable(rows, args.data)
+    held = {}
     if held_out and args.val:
-        held_rows = read_pairs(args.val, skipped, args.data_dir)
+        held_rows = usable(read_pairs(args.val, skipped, args.data_dir), args.val)
         held = {f"pairs of {args.val}": load(held_rows, args.val)}
     elif held_out:
         train_rows, held_rows = hold_out(rows, args.seed)

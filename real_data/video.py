@@ -1,13 +1,15 @@
-"""Video files: frames at a constant interval, the model's size, and a cache of what was decoded (paper, section 5.1).
+"""Video files: frames at a constant interval, the model's size, and a cache of decoded clips (paper, section 5.1).
 
-VideoReward looks at 2 frames a second of any video: a constant interval, so that speed means the same in every clip,
-not a constant number of frames. The paper keeps a frame's proportions, at up to 448 x 448 pixels; here its middle
-square is taken, at the model's size. Decoded clips are kept as small uint8 files, one a video, named by what they were
-made from; training then reads only the clips of its batch, and a decoding that was stopped goes on where it was.
+VideoReward looks at 2 frames a second of any video: a constant interval, so that speed means the
+same in every clip, not a constant number of frames. Frames are chosen by the times at which the
+container shows them. A clip that is too short for the model's frames has them spread over it. The
+paper keeps a frame's proportions, at up to 448 x 448 pixels; here the middle of it with the model's
+proportions is used. Decoded clips are cached as small files named by what they were made from.
 
-    sample_frames   mp4 -> uint8 (n, H, W, 3), n by the length of the video
-    fit             -> uint8 (3, frames, size, size), the middle of it
-    cached_clip     both, once
+    probe           when each frame of a video is shown
+    sample_frames   video -> uint8 (n, H, W, 3), n by the length of the video
+    fit             -> uint8 (3, frames, height, width), the middle of it
+    cached_clip     both for one file, once, and never more than one frame in memory; clip_facts
     read_latent     a clip that an autoencoder encoded before: an array, taken as it is
     write_gif, write_sheet      samples to look at
 
@@ -16,62 +18,153 @@ A latent is a .npy or .npz file with one float array (C, T, H, W); or, as "shard
 """
 
 import hashlib
+import json
 import os
+import subprocess
 import tempfile
 import threading
 import zipfile
 import zlib
+from contextlib import suppress
+from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import imageio.v2 as imageio
 import imageio.v3 as iio
+import imageio_ffmpeg
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from runtime.cli import BadInput
+
 FPS = 2.0  # section 5.1 and appendix I; the video's own duration decides how many frames that is
 HEADERS = threading.Lock()  # numpy reads an array's header by ast, where threads of Python 3.11 disturb each other
-LEAST = 4  # frames of a shorter video, as in the published reward model
 
 
-def frame_positions(count, duration):
-    """Which of `count` frames to look at: FPS a second of duration, to the next even number, at least 4, at most all,
-    evenly from the first to the last. int64 array."""
-    wanted = max(LEAST, 2 * round(duration * FPS / 2))
-    return np.linspace(0, count - 1, min(wanted, count)).round().astype(np.int64)
+@dataclass(frozen=True)
+class Stream:
+    """The frames of a video: when each is shown, and their size as it is played."""
+
+    times: np.ndarray  # (N,) seconds after the first frame
+    step: float  # shortest time between two frames
+    seconds: float  # from the first frame to the end of the last
+    height: int
+    width: int  # of square pixels
 
 
-def sample_frames(path, said=0):
-    """Frames of a video at FPS: uint8 (n, H, W, 3), read one by one. ValueError: not a video, fewer than two frames,
-    or fewer than 19 of 20 of the number it was `said` to have: a file that was cut off often decodes without error."""
-    try:
-        with imageio.get_reader(path, format="FFMPEG") as reader:
-            rate, count = reader.get_meta_data()["fps"], reader.count_frames()
-            positions = frame_positions(count, count / rate) if count > 1 and rate > 0 else []
-            wanted = set(positions)
-            taken = {i: frame for i, frame in enumerate(reader) if i in wanted}
-    except (OSError, RuntimeError, ValueError, KeyError, IndexError, StopIteration):
-        raise ValueError("cannot be decoded as a video") from None
-    if len(positions) < 2:
-        raise ValueError(f"has {count} frame; at least 2 are needed to see motion")
-    if len(taken) < len(positions) or count < 0.95 * said:
-        raise ValueError(f"breaks off: {count} frames where there should be {max(count, said):g}")
-    return np.stack([taken[i] for i in positions])
+def _ffmpeg(path, *flags):
+    """A command that decodes the first video stream of a file to standard output, up to the first error in it."""
+    strict = ["-xerror", "-err_detect", "crccheck+bitstream+buffer+explode"]
+    source = ["-protocol_whitelist", "file", "-threads", "1", "-i", f"file:{path}"]
+    output = ["-map", "0:V:0", "-fps_mode", "passthrough", *flags, "-"]
+    return [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error", *strict, *source, *output]
 
 
-def fit(frames, length, size):
-    """uint8 (n, H, W, 3) -> uint8 (3, length, size, size): the middle square, averaged down; the middle `length` frames
-    at their interval, a shorter video holding its last frame."""
-    video = torch.from_numpy(frames).permute(0, 3, 1, 2).float()  # (n, 3, H, W)
-    start = max(0, len(video) - length) // 2
-    video = video[start : start + length]
-    height, width = video.shape[-2:]
-    scale = size / min(height, width)
-    video = F.interpolate(video, (max(size, round(height * scale)), max(size, round(width * scale))), mode="area")
-    top, left = (video.shape[-2] - size) // 2, (video.shape[-1] - size) // 2
-    video = video[:, :, top : top + size, left : left + size]
-    video = torch.cat((video, video[-1:].expand(length - len(video), -1, -1, -1)))
-    return video.transpose(0, 1).round().byte().contiguous()
+def probe(path):
+    """The Stream of a video, all of which is decoded. ValueError: no video, damaged, or fewer than two frames."""
+    flags = ["-enc_time_base", "demux", "-c:v", "wrapped_avframe", "-f", "framecrc"]  # a line a frame
+    done = subprocess.run(_ffmpeg(path, *flags), capture_output=True, text=True, errors="replace")
+    if done.returncode < 0:
+        raise BadInput(f"{path}: ffmpeg was killed by signal {-done.returncode} while decoding it")
+    lines = done.stdout.splitlines()
+    frames = [line.split(",") for line in lines if not line.startswith("#")]
+    if done.returncode or done.stderr:
+        reason = done.stderr.partition("\n")[0].rpartition("] ")[2]  # without [decoder @ address]
+        if "matches no streams" in reason:
+            reason = "it has no video stream"
+        where = f"is damaged after frame {len(frames)}" if frames else "cannot be decoded as a video"
+        raise ValueError(f"{where} ({reason})")
+    ticks = np.maximum.accumulate([int(frame[2]) for frame in frames])
+    duration = np.array([int(frame[3]) for frame in frames])
+    gaps = np.diff(ticks)
+    if not gaps.any():
+        raise ValueError(f"has {len(frames)} frame; at least 2 are needed to see motion")
+    step = gaps[gaps > 0].min()
+    # Reordered frames may carry each other's durations: the last one is used if the others are right.
+    trusted = (abs(duration[:-1] - gaps) <= step / 2).all()
+    end = ticks[-1] + (max(step, duration[-1]) if trusted else step)
+    header = dict(line[1:].split(" 0: ") for line in lines if " 0: " in line)
+    width, height = map(int, header["dimensions"].split("x"))
+    sar_width, sar_height = map(int, header["sar"].split("/"))  # proportions of a pixel; 0 if unknown
+    if sar_width and sar_height:
+        width = max(1, round(width * sar_width / sar_height))
+    tick = float(Fraction(header["tb"]))
+    return Stream((ticks - ticks[0]) * tick, step * tick, (end - ticks[0]) * tick, height, width)
+
+
+def frame_count(seconds, fps=FPS):
+    """How many frames of a video are looked at: `fps` a second, to the next even number."""
+    return 2 * round(seconds * fps / 2)
+
+
+def frame_positions(stream, least, fps=FPS):
+    """Which frames of a Stream to look at, at equal intervals from the first to the last: frame_count, at least
+    `least`. int64 array (n,); a frame that is shown for long is repeated."""
+    count = max(least, frame_count(stream.seconds, fps))
+    times = np.linspace(0, stream.seconds - stream.step, count)
+    # half a step later: at a constant rate, the nearest frame
+    return np.searchsorted(stream.times, times + stream.step / 2, side="right") - 1
+
+
+def read_frames(path, stream, positions):
+    """Yields the frames at ascending `positions` of a video: uint8 (H, W, 3), upright, with square pixels."""
+    numbers, repeats = np.unique(positions, return_counts=True)
+    select = "+".join(f"eq(n,{number})" for number in numbers)
+    filters = f"select='{select}',scale={stream.width}:{stream.height}"
+    flags = ["-vf", filters, "-frames:v", str(len(numbers)), "-pix_fmt", "rgb24", "-f", "rawvideo"]
+    size = stream.height * stream.width * 3
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(_ffmpeg(path, *flags), **pipes) as process:
+        for repeat in repeats:
+            content = process.stdout.read(size)
+            if len(content) < size:
+                raise ValueError("changed while it was read")
+            for _ in range(repeat):
+                yield np.frombuffer(content, np.uint8).reshape(stream.height, stream.width, 3)
+
+
+def sample_frames(path, said=0, least=8, fps=FPS):
+    """Frames of a video at `fps`, at least `least`: uint8 (n, H, W, 3). ValueError as in probe and check_length."""
+    stream = probe(path)
+    check_length(stream.seconds, stream.step, said)
+    return np.stack(list(read_frames(path, stream, frame_positions(stream, least, fps))))
+
+
+def check_length(seconds, step, said):
+    """ValueError for a video of fewer than 19 of 20 of the frames that it is `said` to have: a file that was cut off
+    may decode without an error. Frames are counted at the shortest step, as a variable frame rate leaves some out."""
+    if seconds / step < 0.95 * said:
+        raise ValueError(f"breaks off: {round(seconds / step)} frames where there should be {said:g}")
+
+
+def middle(count, length):
+    """Indices (length,) of the middle of `count` frames; of fewer, all of them spread evenly."""
+    if count < length:
+        return np.linspace(0, count - 1, length).round().astype(np.int64)
+    start = (count - length) // 2
+    return np.arange(start, start + length)
+
+
+def fit_frame(frame, height, width):
+    """uint8 (H, W, 3) -> uint8 (3, height, width): the middle with these proportions, averaged down."""
+    rows, columns = frame.shape[:2]
+    crop_rows = max(1, min(rows, round(columns * height / width)))
+    crop_columns = max(1, min(columns, round(rows * width / height)))
+    top, left = (rows - crop_rows) // 2, (columns - crop_columns) // 2
+    channels = []
+    for channel in range(3):  # one by one: in float32 a frame is four times as large
+        values = frame[top : top + crop_rows, left : left + crop_columns, channel].astype(np.float32)
+        values = F.interpolate(torch.from_numpy(values)[None, None], (height, width), mode="area")
+        channels.append(values[0, 0].round().byte())
+    return torch.stack(channels)
+
+
+def fit(frames, length, height, width=None):
+    """uint8 (n, H, W, 3) -> uint8 (3, length, height, width): the middle frames; width = height by default."""
+    chosen = frames[middle(len(frames), length)]
+    return torch.stack([fit_frame(frame, height, width or height) for frame in chosen], 1)
 
 
 def to_bytes(video):
@@ -129,27 +222,64 @@ def read_latent(path):
     return array if row is None else array[row]
 
 
-def cached_clip(path, folder, length, size, said=0):
-    """The clip of a video as uint8 (3, length, size, size), from `folder` if it was decoded before.
+def checked_latent(path):
+    """Facts of a latent: its shape. ValueError: as in read_latent, or numbers that are not finite in float32."""
+    with np.errstate(over="ignore"):
+        array = read_latent(path).astype(np.float32)
+    bad = np.argwhere(~np.isfinite(array))
+    if len(bad):
+        raise ValueError(f"holds numbers that are not finite: {len(bad)}, the first at {bad[0].tolist()}")
+    return {"shape": array.shape, "short": False}
 
-    The file there is named by the video's path, size and time of change: a changed video is decoded again, and so is
-    one that is `said` to have another number of frames than it was when it was decoded. ValueError as in sample_frames;
-    OSError if `folder` cannot be written."""
-    path, folder = Path(os.path.abspath(path)), Path(folder)
-    facts = path.stat()
-    key = repr((str(path), facts.st_size, facts.st_mtime_ns, length, size, FPS))
-    kept = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npy"
-    checked = kept.with_suffix(f".{said:g}")  # an empty file: the number of frames was looked at
-    if kept.exists() and (not said or checked.exists()):
-        return torch.from_numpy(np.array(_load(kept)))
-    clip = fit(sample_frames(path, said), length, size)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp", delete=False) as file:
-        np.save(file, clip.numpy())
-    os.replace(file.name, kept)  # whole or not there
-    if said:
-        checked.touch()
-    return clip
+
+def decoded_clip(path, length, height, width, fps):
+    """(facts, clip) of a video, as in clip_facts and cached_clip."""
+    stream = probe(path)
+    positions = frame_positions(stream, length, fps)
+    chosen = read_frames(path, stream, positions[middle(len(positions), length)])
+    clip = torch.stack([fit_frame(frame, height, width) for frame in chosen], 1)
+    short = frame_count(stream.seconds, fps) < length
+    facts = {"shape": clip.shape, "short": short, "frames": len(stream.times), "step": stream.step}
+    return facts | {"seconds": stream.seconds, "height": stream.height, "width": stream.width}, clip
+
+
+def cached_file(path, folder, length, height, width, fps=FPS):
+    """The .npz in `folder` with "facts", a JSON text, and the "clip" of a video or latent; made unless it is there.
+
+    Its name is made of the file's path, size and time of change, and of all that decides what the clip looks like.
+    ValueError: what is wrong with the video or latent; OSError if `folder` cannot be written."""
+    name, row = latent_file(str(path))
+    name = os.path.abspath(name)
+    status = os.stat(name)
+    key = repr((name, row, status.st_size, status.st_mtime_ns, length, height, width, fps))
+    file = Path(folder) / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
+    if file.exists():
+        return file
+    if is_latent(str(path)):
+        facts, clips = checked_latent(path), {}
+    else:
+        facts, clip = decoded_clip(path, length, height, width, fps)
+        clips = {"clip": clip}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=f"{file.name}.", suffix=".tmp", delete=False) as unfinished:
+        np.savez(unfinished, facts=json.dumps(facts), **clips)
+    with suppress(FileNotFoundError):  # another process made the file and removed this one
+        os.replace(unfinished.name, file)
+    return file
+
+
+def clip_facts(path, folder, length, height, width, fps=FPS):
+    """What is known of a video or latent, a dict: "shape" (C, T, H, W) of its clip and "short", whether it is too short
+    for so many frames at `fps`; of a video also "frames", "step", "seconds", "height" and "width" as in Stream. Errors
+    as in cached_file."""
+    with np.load(cached_file(path, folder, length, height, width, fps)) as file:
+        return json.loads(str(file["facts"]))
+
+
+def cached_clip(path, folder, length, height, width=None, fps=FPS):
+    """The clip of a video as uint8 (3, length, height, width), decoded once. Errors as in cached_file."""
+    with np.load(cached_file(path, folder, length, height, width or height, fps)) as file:
+        return torch.from_numpy(file["clip"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

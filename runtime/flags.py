@@ -191,10 +191,9 @@ def training_flags(argv, defaults, presets, losses, schedules):
 
     add = parser.group("real data")
     add("--data", type=Path, help="CSV of pairs of videos or latents, in VideoAlign's format (default: the toy world)")
-    add("--data-dir", type=Path, help="folder that the paths in --data and --val start from (default: the CSV's own)")
     text = "CSV to validate on (default: a tenth of the prompts, held out)"
     add("--val", type=Path, help=text, algos=REWARDS)
-    add("--cache", type=Path, default=Path("out/clips"), help="folder that keeps decoded and sampled clips")
+    video_flags(add)
     add("--skip-bad", action="store_true", help="go on without rows that have a fault, and list them")
 
     add = parser.group("output")
@@ -253,6 +252,8 @@ def check_read(parser, argv, args):
         "data_dir": (args.data, "with --data"),
         "val": (args.data, "with --data"),
         "skip_bad": (args.data, "with --data"),
+        "fps": (args.data, "with --data"),
+        "short": (args.data, "with --data"),
         "cache": (args.data or (args.algo != "pretrain" and args.generated > 0), "with --data or --generated"),
         "eval_prompts": (closing, "where there is a closing table"),
         "eval_pairs": (toy, "without --data"),
@@ -268,6 +269,17 @@ def check_read(parser, argv, args):
         is_read, condition = depends.get(name, (True, ""))
         if not is_read:
             raise BadInput(f"{flag}: has no effect here; --algo {args.algo} reads it only {condition}")
+
+
+def video_flags(add):
+    """The flags that decide how videos are decoded, for train.py and real_data.prepare."""
+    text = "folder that the paths in the CSV start from (default: the CSV's own)"
+    add("--data-dir", type=Path, help=text)
+    text = "folder that keeps decoded and sampled clips"
+    add("--cache", type=Path, default=Path("out/clips"), help=text)
+    add("--fps", type=positive, default=2.0, help="frames a second of a video to look at (5.1)")
+    text = "videos too short for the model's frames at --fps: spread the frames over them, or refuse"
+    add("--short", choices=("spread", "refuse"), default="spread", help=text)
 
 
 def sampling_flags(steps, cfg, scale, eps, guided):

@@ -55,7 +55,8 @@ def test_latents_are_read_as_they_are_and_mapped(latents):
     a, b = pairs.sides(torch.tensor([4, 1]))
     assert torch.equal(a, torch.stack([torch.tensor(arrays[rows[i].path_a]).float() for i in (4, 1)]))
     assert torch.equal(b, torch.stack([torch.tensor(arrays[rows[i].path_b]).float() for i in (4, 1)]))
-    assert not (path.parent / "cache").exists()  # nothing is copied
+    cached = [np.load(file).files for file in (path.parent / "cache").iterdir()]
+    assert cached == [["facts"]] * 12  # nothing is copied
 
 
 def test_a_path_with_a_row():
@@ -84,6 +85,8 @@ FAULTS = {
     "integers": saved(np.zeros(SHAPE, np.int64), "holds int64, not floating-point numbers"),
     "three": saved(np.zeros(SHAPE[1:], np.float32), "has shape (4, 6, 6); (C, T, H, W) is needed"),
     "other": saved(np.zeros((5, 4, 6, 8), np.float32), "has shape (5, 4, 6, 8); the model takes (5, 4, 6, 6)"),
+    "nan": saved(np.full(SHAPE, np.nan, np.float16), "not finite: 720, the first at [0, 0, 0, 0]"),
+    "too large": saved(np.full(SHAPE, 1e39), "not finite: 720, the first at [0, 0, 0, 0]"),
     "objects": saved(np.array([{}], object), "cannot be read as one array"),
     "row": (lambda folder: None, "is row 4 of a shard of 4"),
     "video": (lambda folder: (folder / "bad.mp4").touch(), "cannot be decoded"),
