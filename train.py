@@ -384,7 +384,7 @@ def arguments(argv=None):
 def main():
     args = arguments()
     if args.plan:
-        print("\n".join(study("cost").plan(args)))
+        print("\n".join(study("studies.cost").plan(args)))
         return
     device, begun = distributed.start_process(args.device), time.perf_counter()
     parts = world_size() * args.accum

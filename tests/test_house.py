@@ -21,7 +21,7 @@ FLOORS = (
     {"evaluate", "studies.cost"},
     {"train"},
     {"online"},
-    {"studies", "examples"},
+    {"studies", "examples", "pages"},
 )
 NOT_FOR_LOSSES = {"model", "reward", "data"}
 NOT_FOR_RUNTIME = {*CORE, "evaluate", "world"}
