@@ -68,7 +68,7 @@ def check_videos(rows, csv_path, config, cache, progress, skip=False, folder=Non
             if tuple(facts["shape"]) != config.video_shape:
                 raise ValueError(f"has shape {tuple(facts['shape'])}; the model takes {config.video_shape}")
             if not is_latent(path):
-                check_length(facts["seconds"], facts["step"], frames)
+                check_length(facts, frames)
             if short == "refuse" and facts["short"]:
                 seconds = f"lasts {facts['seconds']:.2f} s"
                 raise ValueError(f"{seconds}, too short for {config.frames} frames at {fps:g} a second")
@@ -76,7 +76,8 @@ def check_videos(rows, csv_path, config, cache, progress, skip=False, folder=Non
         except ValueError as error:
             return video, None, f"{first[video]}: {'latent' if is_latent(path) else 'video'} {path} {error}"
         except OSError as error:
-            raise BadInput(f"cannot keep clips in {cache}: {error.strerror}; name a folder by --cache") from None
+            where = error.filename or cache
+            raise BadInput(f"{where}: {error.strerror}; clips are cached in --cache {cache}") from None
 
     facts, faults = {}, {}
     with process_0_first():  # which decodes; the others then find the clips in the cache

@@ -1,7 +1,7 @@
 """Decodes, checks and caches the clips of a CSV before any training: python -m real_data.prepare pairs.csv
 
-Training on a prepared CSV with the same --cache, --fps and model starts at once. The command may be
-interrupted at any time and continues where it stopped; several may work on one cache.
+Training on the same CSV with the same --cache, --fps and clip size then starts at once. The command
+may be killed at any time and continues where it stopped; several may fill one cache.
 """
 
 import csv
@@ -11,60 +11,47 @@ from pathlib import Path
 
 import numpy as np
 
-from data import DIMENSIONS, split_words
+from data import DIMENSIONS
 from model import PRESETS, load_velocity
 from real_data.disk_pairs import check_videos, row_videos, words_and_sizes
 from real_data.pairs_csv import read_pairs
-from runtime.cli import BadInput, Parser, progress_bar, run
+from runtime.cli import BadInput, Parser, check_writable, progress_bar, run
 from runtime.flags import video_flags
 
 
 def arguments(argv=None):
-    parser = Parser("Decodes, checks and caches all clips of a CSV, so that training starts at once.")
+    parser = Parser("Decodes, checks and caches the clips of a CSV, so that training starts at once.")
     add = parser.add_argument
     add("data", type=Path, help="CSV of pairs of videos or latents, in VideoAlign's format")
-    add("--init", type=Path, help="video model that will be trained; decides clip size and words")
-    add("--preset", choices=PRESETS, default="nano", help="or size of one trained from nothing")
+    add("--init", type=Path, help="video model to be trained: its clip size and words are used")
+    add("--preset", choices=PRESETS, default="nano", help="without --init: whose clip size is used")
     video_flags(add)
     return parser.parse_args(argv)
 
 
-def spread(values, unit):
-    """ "2 to 6 s, median 4": what is there of a list of numbers."""
-    return f"{min(values):.4g} to {max(values):.4g} {unit}, median {np.median(values):.4g}"
-
-
-def report(rows, facts, bad, vocabulary, config, args):
-    """Lines: the usable Pair `rows`, {video: facts} of their clips, and the number of bad rows."""
-    videos = [each for each in facts.values() if "seconds" in each]
-    words = [word for row in rows for word in split_words(row.prompt)]
-    unknown = sum(word not in vocabulary.ids for word in words) / len(words)
-    lengths = [len(split_words(row.prompt)) for row in rows]
-    yield f"{args.data}: {len(rows)} pairs can be used, {bad} cannot"
-    yield f"clips    {len(facts)}, of which {len(facts) - len(videos)} latents; shape {config.video_shape}"
+def report(rows, facts, vocabulary, config):
+    """Lines about the Pair `rows` and the clips' facts {video: facts}."""
+    videos = [each for each in facts if "seconds" in each]
+    lines = [f"clips    {len(facts)}, {len(facts) - len(videos)} of them latents"]
     if videos:
         sizes = Counter(f"{each['width']}x{each['height']}" for each in videos)
-        short = sum(each["short"] for each in videos)
-        yield "sizes    " + ", ".join(f"{size} ({count})" for size, count in sizes.most_common(5))
-        yield "rates    " + spread([each["frames"] / each["seconds"] for each in videos], "fps")
-        yield "lengths  " + spread([each["seconds"] for each in videos], "s")
-        yield f"         {short} too short for {config.frames} frames at {args.fps:g} fps"
-    yield f"prompts  {len({row.prompt for row in rows})}, " + spread(lengths, "words")
-    yield f"         {unknown:.1%} of the words unknown to the model"
-    ties = (f"{name} {sum(row.label[i] == 0 for row in rows)}" for i, name in enumerate(DIMENSIONS))
-    yield "ties     " + ", ".join(ties)
-
-
-def write_faults(path, faults):
-    """Writes (line, fault) of rows to a CSV; without any, removes what an earlier run wrote."""
-    path.unlink(missing_ok=True)
-    if faults:
-        with open(path, "w", encoding="utf-8", newline="") as file:
-            csv.writer(file).writerows([("line", "fault"), *sorted(faults)])
+        lines += ["sizes    " + ", ".join(f"{size} ({count})" for size, count in sizes.most_common(9))]
+        for name, unit, values in (
+            ("rates", "fps", [each["frames"] / each["seconds"] for each in videos]),
+            ("lengths", "s", [each["seconds"] for each in videos]),
+        ):
+            low, median, high = np.quantile(values, (0, 0.5, 1))
+            lines += [f"{name:8} {low:.4g} to {high:.4g} {unit}, median {median:.4g}"]
+        lines[-1] += f"; {sum(each['short'] for each in videos)} too short for {config.frames} frames"
+    prompts = {row.prompt for row in rows}
+    lines += [f"prompts  {len(prompts)}, {vocabulary.coverage(prompts, config.max_text)}"]
+    ties = [sum(row.label[i] == 0 for row in rows) for i in range(len(DIMENSIONS))]
+    return [*lines, "ties     " + ", ".join(f"{name} {count}" for name, count in zip(DIMENSIONS, ties))]
 
 
 def prepare(args):
-    """-> lines of the report. BadInput if no pair can be used."""
+    """Lines to print. BadInput if no pair can be used, or a file cannot be written."""
+    check_writable(args.cache, "--cache")
     config, words, skipped = PRESETS[args.preset], None, []
     if args.init:
         model, words = load_velocity(args.init)
@@ -72,21 +59,30 @@ def prepare(args):
     rows = read_pairs(args.data, skipped, args.data_dir)
     vocabulary, config = words_and_sizes(args, rows, config, words)
     bar = progress_bar(f"decoding {args.data.name}", "video")
-    options = {"skip": True, "folder": args.data_dir, "fps": args.fps, "short": args.short}
-    facts, faults = check_videos(rows, args.data, config, args.cache, bar, **options)
-    bad = [(int(re.match(r", line (\d+)", fault[len(str(args.data)) :])[1]), fault) for fault in skipped]
-    for row in rows:
-        bad += [(row.line, faults[video]) for video in row_videos(row) if video in faults][:1]
-    for unfinished in args.cache.glob("*.npz.*.tmp"):  # of a process that was killed
-        if unfinished.with_name(unfinished.name[:28]).exists():
+    options = {"folder": args.data_dir, "fps": args.fps, "short": args.short}
+    facts, faults = check_videos(rows, args.data, config, args.cache, bar, skip=True, **options)
+    for unfinished in args.cache.glob("*.npz.*.tmp"):  # by a process that was killed
+        if unfinished.with_name(unfinished.name.partition(".")[0] + ".npz").exists():
             unfinished.unlink(missing_ok=True)
+
+    bad = [(int(re.match(r", line (\d+)", fault[len(str(args.data)) :])[1]), fault) for fault in skipped]
+    good = []
+    for row in rows:
+        found = [faults[video] for video in row_videos(row) if video in faults]
+        if found:
+            bad.append((row.line, found[0]))
+        else:
+            good.append(row)
     bad_csv = args.data.with_suffix(".bad.csv")
-    write_faults(bad_csv, bad)
-    usable = [row for row in rows if not faults.keys() & set(row_videos(row))]
-    if not usable:
-        raise BadInput(f"{args.data}: no pair can be used; {bad_csv} says why")
-    lines = [*report(usable, facts, len(bad), vocabulary, config, args)]
-    return lines + [f"wrote {bad_csv}"] * bool(bad)
+    try:
+        with open(bad_csv, "w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([("line", "fault"), *sorted(bad)])
+    except OSError as error:
+        raise BadInput(f"cannot write {bad_csv}: {error.strerror}") from None
+    counts = f"{len(good)} pairs can be used; {len(bad)} cannot, see {bad_csv}"
+    if not good:
+        raise BadInput(f"{args.data}: {counts}")
+    return [f"{args.data}: {counts}", *report(good, facts.values(), vocabulary, config)]
 
 
 def main():

@@ -1,15 +1,14 @@
 """Video files: frames at a constant interval, the model's size, and a cache of decoded clips (paper, section 5.1).
 
-VideoReward looks at 2 frames a second of any video: a constant interval, so that speed means the
-same in every clip, not a constant number of frames. Frames are chosen by the times at which the
-container shows them. A clip that is too short for the model's frames has them spread over it. The
-paper keeps a frame's proportions, at up to 448 x 448 pixels; here the middle of it with the model's
-proportions is used. Decoded clips are cached as small files named by what they were made from.
+VideoReward looks at 2 frames a second of any video, not at a constant number of frames, so that
+speed means the same in every clip. They are chosen by the times at which the container shows them;
+over a clip too short for the model's frames these are spread. The paper keeps a frame's proportions,
+at up to 448 x 448 pixels; here the middle of the model's proportions is used.
 
     probe           when each frame of a video is shown
     sample_frames   video -> uint8 (n, H, W, 3), n by the length of the video
     fit             -> uint8 (3, frames, height, width), the middle of it
-    cached_clip     both for one file, once, and never more than one frame in memory; clip_facts
+    cached_clip     the same for one file, once, with a single frame in memory; clip_facts
     read_latent     a clip that an autoencoder encoded before: an array, taken as it is
     write_gif, write_sheet      samples to look at
 
@@ -26,7 +25,6 @@ import threading
 import zipfile
 import zlib
 from contextlib import suppress
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
@@ -43,35 +41,31 @@ FPS = 2.0  # section 5.1 and appendix I; the video's own duration decides how ma
 HEADERS = threading.Lock()  # numpy reads an array's header by ast, where threads of Python 3.11 disturb each other
 
 
-@dataclass(frozen=True)
-class Stream:
-    """The frames of a video: when each is shown, and their size as it is played."""
-
-    times: np.ndarray  # (N,) seconds after the first frame
-    step: float  # shortest time between two frames
-    seconds: float  # from the first frame to the end of the last
-    height: int
-    width: int  # of square pixels
-
-
 def _ffmpeg(path, *flags):
-    """A command that decodes the first video stream of a file to standard output, up to the first error in it."""
+    """A process that decodes the first video stream of a file to its stdout, up to the first error in it. It sees the
+    contents alone: neither names nor other files play a part."""
     strict = ["-xerror", "-err_detect", "crccheck+bitstream+buffer+explode"]
-    source = ["-protocol_whitelist", "file", "-threads", "1", "-i", f"file:{path}"]
+    source = ["-protocol_whitelist", "fd", "-threads", "1", "-i", "fd:"]
     output = ["-map", "0:V:0", "-fps_mode", "passthrough", *flags, "-"]
-    return [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error", *strict, *source, *output]
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error", *strict, *source, *output]
+    with open(path, "rb") as file:
+        return subprocess.Popen(command, stdin=file, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def probe(path):
-    """The Stream of a video, all of which is decoded. ValueError: no video, damaged, or fewer than two frames."""
+    """(times (N,) in seconds at which a video's frames are shown, facts), by decoding all of it.
+
+    Facts: "frames" N, "step" the shortest time between two, "seconds" to the end of the last, "height" and "width" as
+    played. ValueError: no video, damaged, or fewer than two frames."""
     flags = ["-enc_time_base", "demux", "-c:v", "wrapped_avframe", "-f", "framecrc"]  # a line a frame
-    done = subprocess.run(_ffmpeg(path, *flags), capture_output=True, text=True, errors="replace")
-    if done.returncode < 0:
-        raise BadInput(f"{path}: ffmpeg was killed by signal {-done.returncode} while decoding it")
-    lines = done.stdout.splitlines()
+    with _ffmpeg(path, *flags) as process:
+        output, errors = (text.decode(errors="replace") for text in process.communicate())
+    if process.returncode < 0:
+        raise BadInput(f"{path}: ffmpeg was killed by signal {-process.returncode} while decoding it")
+    lines = output.splitlines()
     frames = [line.split(",") for line in lines if not line.startswith("#")]
-    if done.returncode or done.stderr:
-        reason = done.stderr.partition("\n")[0].rpartition("] ")[2]  # without [decoder @ address]
+    if process.returncode or errors:
+        reason = errors.partition("\n")[0].rpartition("] ")[2]  # without [decoder @ address]
         if "matches no streams" in reason:
             reason = "it has no video stream"
         where = f"is damaged after frame {len(frames)}" if frames else "cannot be decoded as a video"
@@ -91,7 +85,8 @@ def probe(path):
     if sar_width and sar_height:
         width = max(1, round(width * sar_width / sar_height))
     tick = float(Fraction(header["tb"]))
-    return Stream((ticks - ticks[0]) * tick, step * tick, (end - ticks[0]) * tick, height, width)
+    facts = {"frames": len(ticks), "step": step * tick, "seconds": (end - ticks[0]) * tick}
+    return (ticks - ticks[0]) * tick, facts | {"height": height, "width": width}
 
 
 def frame_count(seconds, fps=FPS):
@@ -99,44 +94,43 @@ def frame_count(seconds, fps=FPS):
     return 2 * round(seconds * fps / 2)
 
 
-def frame_positions(stream, least, fps=FPS):
-    """Which frames of a Stream to look at, at equal intervals from the first to the last: frame_count, at least
-    `least`. int64 array (n,); a frame that is shown for long is repeated."""
-    count = max(least, frame_count(stream.seconds, fps))
-    times = np.linspace(0, stream.seconds - stream.step, count)
+def frame_positions(times, facts, least, fps=FPS):
+    """Which frames of a video to look at, at equal intervals from the first to the last: frame_count, at least `least`.
+    int64 array (n,); a frame that is shown for long is repeated."""
+    count = max(least, frame_count(facts["seconds"], fps))
+    looks = np.linspace(0, facts["seconds"] - facts["step"], count)
     # half a step later: at a constant rate, the nearest frame
-    return np.searchsorted(stream.times, times + stream.step / 2, side="right") - 1
+    return np.searchsorted(times, looks + facts["step"] / 2, side="right") - 1
 
 
-def read_frames(path, stream, positions):
+def read_frames(path, facts, positions):
     """Yields the frames at ascending `positions` of a video: uint8 (H, W, 3), upright, with square pixels."""
+    height, width = facts["height"], facts["width"]
     numbers, repeats = np.unique(positions, return_counts=True)
     select = "+".join(f"eq(n,{number})" for number in numbers)
-    filters = f"select='{select}',scale={stream.width}:{stream.height}"
-    flags = ["-vf", filters, "-frames:v", str(len(numbers)), "-pix_fmt", "rgb24", "-f", "rawvideo"]
-    size = stream.height * stream.width * 3
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(_ffmpeg(path, *flags), **pipes) as process:
+    flags = ["-vf", f"select='{select}',scale={width}:{height}", "-frames:v", str(len(numbers))]
+    with _ffmpeg(path, *flags, "-pix_fmt", "rgb24", "-f", "rawvideo") as process:
         for repeat in repeats:
-            content = process.stdout.read(size)
-            if len(content) < size:
+            content = process.stdout.read(height * width * 3)
+            if len(content) < height * width * 3:
                 raise ValueError("changed while it was read")
             for _ in range(repeat):
-                yield np.frombuffer(content, np.uint8).reshape(stream.height, stream.width, 3)
+                yield np.frombuffer(content, np.uint8).reshape(height, width, 3)
 
 
 def sample_frames(path, said=0, least=8, fps=FPS):
     """Frames of a video at `fps`, at least `least`: uint8 (n, H, W, 3). ValueError as in probe and check_length."""
-    stream = probe(path)
-    check_length(stream.seconds, stream.step, said)
-    return np.stack(list(read_frames(path, stream, frame_positions(stream, least, fps))))
+    times, facts = probe(path)
+    check_length(facts, said)
+    return np.stack(list(read_frames(path, facts, frame_positions(times, facts, least, fps))))
 
 
-def check_length(seconds, step, said):
+def check_length(facts, said):
     """ValueError for a video of fewer than 19 of 20 of the frames that it is `said` to have: a file that was cut off
     may decode without an error. Frames are counted at the shortest step, as a variable frame rate leaves some out."""
-    if seconds / step < 0.95 * said:
-        raise ValueError(f"breaks off: {round(seconds / step)} frames where there should be {said:g}")
+    count = facts["seconds"] / facts["step"]
+    if count < 0.95 * said:
+        raise ValueError(f"breaks off: {round(count)} frames where there should be {said:g}")
 
 
 def middle(count, length):
@@ -234,52 +228,51 @@ def checked_latent(path):
 
 def decoded_clip(path, length, height, width, fps):
     """(facts, clip) of a video, as in clip_facts and cached_clip."""
-    stream = probe(path)
-    positions = frame_positions(stream, length, fps)
-    chosen = read_frames(path, stream, positions[middle(len(positions), length)])
+    times, facts = probe(path)
+    positions = frame_positions(times, facts, length, fps)
+    chosen = read_frames(path, facts, positions[middle(len(positions), length)])
     clip = torch.stack([fit_frame(frame, height, width) for frame in chosen], 1)
-    short = frame_count(stream.seconds, fps) < length
-    facts = {"shape": clip.shape, "short": short, "frames": len(stream.times), "step": stream.step}
-    return facts | {"seconds": stream.seconds, "height": stream.height, "width": stream.width}, clip
+    return {"shape": clip.shape, "short": frame_count(facts["seconds"], fps) < length, **facts}, clip
 
 
 def cached_file(path, folder, length, height, width, fps=FPS):
     """The .npz in `folder` with "facts", a JSON text, and the "clip" of a video or latent; made unless it is there.
 
     Its name is made of the file's path, size and time of change, and of all that decides what the clip looks like.
-    ValueError: what is wrong with the video or latent; OSError if `folder` cannot be written."""
+    ValueError: what is wrong with the video or latent; OSError: either file."""
     name, row = latent_file(str(path))
     name = os.path.abspath(name)
     status = os.stat(name)
     key = repr((name, row, status.st_size, status.st_mtime_ns, length, height, width, fps))
     file = Path(folder) / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
-    if file.exists():
+    if zipfile.is_zipfile(file):
         return file
     if is_latent(str(path)):
-        facts, clips = checked_latent(path), {}
+        arrays = {"facts": json.dumps(checked_latent(path))}
     else:
         facts, clip = decoded_clip(path, length, height, width, fps)
-        clips = {"clip": clip}
+        arrays = {"facts": json.dumps(facts), "clip": clip}
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=folder, prefix=f"{file.name}.", suffix=".tmp", delete=False) as unfinished:
-        np.savez(unfinished, facts=json.dumps(facts), **clips)
+        np.savez(unfinished, **arrays)
     with suppress(FileNotFoundError):  # another process made the file and removed this one
         os.replace(unfinished.name, file)
     return file
 
 
 def clip_facts(path, folder, length, height, width, fps=FPS):
-    """What is known of a video or latent, a dict: "shape" (C, T, H, W) of its clip and "short", whether it is too short
-    for so many frames at `fps`; of a video also "frames", "step", "seconds", "height" and "width" as in Stream. Errors
-    as in cached_file."""
-    with np.load(cached_file(path, folder, length, height, width, fps)) as file:
-        return json.loads(str(file["facts"]))
+    """What is known of a video or latent, a dict: the "shape" (C, T, H, W) of its clip; "short", whether it has less
+    than so many frames at `fps`; and a video's facts as in probe. Errors as in cached_file."""
+    file = cached_file(path, folder, length, height, width, fps)
+    with HEADERS, np.load(file) as arrays:
+        return json.loads(str(arrays["facts"]))
 
 
 def cached_clip(path, folder, length, height, width=None, fps=FPS):
     """The clip of a video as uint8 (3, length, height, width), decoded once. Errors as in cached_file."""
-    with np.load(cached_file(path, folder, length, height, width or height, fps)) as file:
-        return torch.from_numpy(file["clip"])
+    file = cached_file(path, folder, length, height, width or height, fps)
+    with HEADERS, np.load(file) as arrays:
+        return torch.from_numpy(arrays["clip"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -86,18 +86,20 @@ def test_the_public_example_pairs(tmp_path):
     assert len(list((tmp_path / "cache").glob("*.npz"))) == 6  # each video once, 12 rows or not
 
 
-def stream(count, rate):
-    return video.Stream(np.arange(count) / rate, 1 / rate, count / rate, 4, 4)
+def positions(times, step, seconds, least):
+    return video.frame_positions(times, {"step": step, "seconds": seconds}, least)
+
+
+def even_positions(count, rate, least):
+    return positions(np.arange(count) / rate, 1 / rate, count / rate, least)
 
 
 def test_frame_positions_keep_the_interval_not_the_number():
-    assert len(video.frame_positions(stream(126, 24), 8)) == 10
-    assert len(video.frame_positions(stream(144, 24), 8)) == 12
-    assert video.frame_positions(stream(9, 30), 4).tolist() == [0, 3, 5, 8]  # 0, 2.67, 5.33, 8
-    assert video.frame_positions(stream(3, 30), 6).tolist() == [0, 0, 1, 1, 2, 2]
-    # frames at 0, 1 and 3 s, the last for a second: at 2 a second, 8 times from 0 to 3 s, each .43 s later
-    uneven = video.Stream(np.array([0.0, 1.0, 3.0]), 1.0, 4.0, 4, 4)
-    assert video.frame_positions(uneven, 4).tolist() == [0, 0, 1, 1, 1, 1, 2, 2]
+    assert len(even_positions(126, 24, 8)) == 10 and len(even_positions(144, 24, 8)) == 12
+    assert even_positions(9, 30, 4).tolist() == [0, 3, 5, 8]  # 0, 2.67, 5.33, 8
+    assert even_positions(3, 30, 6).tolist() == [0, 0, 1, 1, 2, 2]
+    # frames at 0, 1 and 3 s, the last for a second: 8 times from 0 to 3 s, each .43 s later
+    assert positions(np.array([0.0, 1.0, 3.0]), 1.0, 4.0, 4).tolist() == [0, 0, 1, 1, 1, 1, 2, 2]
 
 
 def test_fit_crops_the_middle_in_space_and_time():

@@ -1,0 +1,182 @@
+"""Videos as they come: many codecs and containers, variable rates, rotations, odd names, damage.
+
+The brightness of a frame tells the time at which it is shown: 40 + 40 t, in seconds.
+"""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import imageio_ffmpeg
+import numpy as np
+from forked import ended, fork
+
+from real_data import export_toy, prepare, video
+from real_data.pairs_csv import COLUMNS
+
+ROOT = Path(__file__).parent.parent
+FFMPEG = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "error", "-threads", "1"]
+X264 = ["-c:v", "libx264", "-preset", "ultrafast", "-crf", "8"]
+
+
+def ffmpeg(*arguments, content=None):
+    subprocess.run([*FFMPEG, *map(str, arguments)], input=content, check=True, stderr=subprocess.DEVNULL)
+
+
+def write(path, *flags, width=32, height=32, rate=10, seconds=4.0, start=0.0):
+    """A video that is black but for the square in its middle, in which 40 + 40 (t - start) is shown."""
+    times = np.arange(round(rate * seconds)) / rate
+    side = min(width, height)
+    top, left = (height - side) // 2, (width - side) // 2
+    frames = np.zeros((len(times), height, width), np.uint8)
+    shade = (40 + 40 * (times - start)).clip(0, 255).round().astype(np.uint8)
+    frames[:, top : top + side, left : left + side] = shade[:, None, None]
+    size = f"{width}x{height}"
+    source = ["-f", "rawvideo", "-pix_fmt", "gray", "-s", size, "-r", rate, "-i", "-"]
+    ffmpeg(*source, *(flags or X264), path, content=frames.tobytes())
+
+
+def brightness(path, cache):
+    clip = video.cached_clip(path, cache, 8, 16)
+    return clip.float().mean((0, 2, 3)).tolist()
+
+
+# 40 frames in 4 s are looked at 8 times from 0 to 3.9 s, each 3.9 / 7 s = 0.557 s after the last
+EVEN = [40 + 40 * 3.9 / 7 * i for i in range(8)]
+
+CODECS = {
+    "h264.mp4": X264,
+    "h265.mp4": ["-c:v", "libx265", "-preset", "ultrafast", "-crf", "8"],
+    "vp8.webm": ["-c:v", "libvpx", "-crf", "4", "-b:v", "2M", "-deadline", "realtime"],
+    "vp9.webm": ["-c:v", "libvpx-vp9", "-crf", "8", "-deadline", "realtime", "-cpu-used", "8"],
+    "av1.mkv": ["-c:v", "libsvtav1", "-preset", "12", "-crf", "10"],
+    "mpeg4.avi": ["-c:v", "mpeg4", "-q:v", "2"],
+    "mpeg2.mpg": ["-c:v", "mpeg2video", "-q:v", "2", "-r", "25"],
+    "wmv2.wmv": ["-c:v", "wmv2", "-q:v", "2"],
+    "theora.ogv": ["-c:v", "libtheora", "-q:v", "9"],
+    "flash.flv": ["-c:v", "flv1", "-q:v", "2"],
+    "prores 10 bit.mov": ["-c:v", "prores_ks", "-pix_fmt", "yuv422p10le"],
+    "alpha.mov": ["-c:v", "png", "-pix_fmt", "rgba"],
+    "ffv1.mkv": ["-c:v", "ffv1"],
+    "motion.mjpeg.avi": ["-c:v", "mjpeg", "-q:v", "2"],
+    "animation.gif": ["-c:v", "gif"],
+    "broadcast.ts": X264,
+    "raw.h264": [*X264, "-bf", "0", "-r", "10"],
+    "reordered.m4v": ["-c:v", "libx264", "-bf", "3", "-crf", "8"],
+}
+
+
+def write_good(folder):
+    """{name of a video: its brightness at the 8 times at which it is looked at}."""
+    right = {name: EVEN for name in CODECS}
+    for name, flags in CODECS.items():
+        write(folder / name, *flags)
+    good = folder / "h264.mp4"
+    for name in ("no extension", "VIDEO.MP4", "text.txt", "frame-%03d.mp4", "-dash.mp4", "a:b.mp4"):
+        (folder / name).write_bytes(good.read_bytes())
+        right[name] = EVEN
+    write(folder / "portrait.mp4", width=36, height=64)
+    write(folder / "wide.mp4", width=100, height=32)
+    write(folder / "pixels of 2:1.mp4", *X264, "-vf", "scale=16:32,setsar=2")
+    write(folder / "small.mp4", *X264, width=8, height=8)
+    ffmpeg("-itsoffset", 3, "-i", good, "-f", "lavfi", "-i", "sine=d=7", "-c:v", "copy", folder / "late.mkv")
+    for name in ("portrait.mp4", "wide.mp4", "pixels of 2:1.mp4", "small.mp4", "late.mkv"):
+        right[name] = EVEN
+    for angle in (90, 180, 270):
+        name = f"rotated {angle}.mp4"
+        ffmpeg("-display_rotation", angle, "-i", folder / "portrait.mp4", "-c", "copy", folder / name)
+        right[name] = EVEN
+    # frames of 0, 0.1, ... 2 s and of 2.5, 3 and 3.5 s
+    keep = "select='lt(n,20)+not(mod(n,5))'"
+    for name in ("variable.mp4", "variable.webm", "variable.ts", "variable.gif"):
+        flags = X264 if name.endswith((".mp4", ".ts")) else []
+        write(folder / name, *flags, "-vf", keep, "-fps_mode", "vfr")
+        # 0 to 3.5 s, each 0.5 s later
+        right[name] = [40, 60, 80, 100, 120, 140, 160, 180]
+    write(folder / "long end.gif", "-vf", keep, "-fps_mode", "vfr", "-final_delay", "50")
+    right["long end.gif"] = [40, 64, 84, 108, 120, 140, 160, 180]  # half a second longer: 0 to 3.9 s
+    write(folder / "ten minutes.mp4", width=16, height=16, seconds=600, start=298)
+    # 1,200 times from 0 to 599.9 s; the middle 8 begin with 596 * 599.9 / 1199 = 298.2 s
+    right["ten minutes.mp4"] = [48 + 20 * i for i in range(8)]
+    write(folder / "4k.mp4", width=3840, height=2160, rate=2)
+    right["4k.mp4"] = [40 + 20 * i for i in range(8)]
+    write(folder / "short.mp4", seconds=2.0)  # 8 times from 0 to 1.9 s
+    right["short.mp4"] = [40 + 40 * 1.9 / 7 * i for i in range(8)]
+    return right
+
+
+def write_bad(folder):
+    """{name of a file that is no good video: what is said of it}."""
+    good = (folder / "h264.mp4").read_bytes()
+    (folder / "empty.mp4").touch()
+    (folder / "page.mp4").write_text("<html>404: Not Found</html>")
+    (folder / "cut.mp4").write_bytes(good[: len(good) // 2])
+    ffmpeg("-f", "lavfi", "-i", "sine=d=1", folder / "sound.m4a")
+    write(folder / "one frame.mp4", seconds=0.1)
+    write(folder / "picture.png", "-c:v", "png", seconds=0.1)
+    said = {name: "cannot be decoded as a video" for name in ("empty.mp4", "page.mp4", "cut.mp4")}
+    said |= {"sound.m4a": "it has no video stream", "picture.png": "has 1 frame", "one frame.mp4": "has 1 frame"}
+    for codec, name in (("libx264", "x.mp4"), ("mpeg4", "x.avi"), ("mjpeg", "x.mov"), ("mpeg2video", "x.ts")):
+        path = folder / f"zeros {name}"
+        ffmpeg("-f", "lavfi", "-i", "testsrc2=s=64x64:r=10:d=4", "-c:v", codec, path)
+        content = bytearray(path.read_bytes())
+        middle = len(content) // 2
+        content[middle : middle + 400] = bytes(400)
+        path.write_bytes(content)
+        said[path.name] = "is damaged after frame"
+    return said
+
+
+def test_videos_as_they_come(tmp_path):
+    right, said = write_good(tmp_path), write_bad(tmp_path)
+    assert len(right) + len(said) >= 40
+    with open(tmp_path / "pairs.csv", "w", newline="") as file:
+        rows = [(name, "h264.mp4", "a cat", "A", "B", "same", 10, 1, 10, 40) for name in [*right, *said]]
+        rows = [row for row in rows if row[0] != "h264.mp4"]
+        csv.writer(file).writerows([COLUMNS, *rows])
+    memory = "import resource as r; print(*(r.getrusage(who).ru_maxrss for who in (r.RUSAGE_SELF, r.RUSAGE_CHILDREN)))"
+    script = f"from real_data import prepare; prepare.main(); {memory}"
+    shell = [sys.executable, "-c", script, tmp_path / "pairs.csv", "--cache", tmp_path / "cache"]
+    done = subprocess.run(list(map(str, shell)), capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert max(map(int, done.stdout.splitlines()[-1].split())) < 600e3  # kB: this process, the largest ffmpeg
+    with open(tmp_path / "pairs.bad.csv", newline="") as file:
+        faults = {rows[int(row["line"]) - 2][0]: row["fault"] for row in csv.DictReader(file)}
+    assert faults.keys() == said.keys()
+    assert all(said[name] in fault and "\n" not in fault for name, fault in faults.items())
+    seen = {name: brightness(tmp_path / name, tmp_path / "cache") for name in right}
+    # to half a frame (2) and what codecs cost
+    wrong = {name: values for name, values in seen.items() if not np.allclose(values, right[name], atol=6)}
+    assert wrong == {}
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_preparing_continues_after_kill_9(tmp_path):
+    export_toy.export(export_toy.arguments(["export", str(tmp_path / "toy"), "--pairs=30", "--generated=0"]))
+
+    def start(cache):
+        argv = [str(tmp_path / "toy" / "train.csv"), f"--cache={tmp_path / cache}"]
+        return fork(lambda: print(*prepare.prepare(prepare.arguments(argv)), sep="\n"), output=tmp_path / "log")
+
+    assert ended(start("undisturbed")) == 0
+    for clips in (1, 9, 20, 31, 44):
+        child = start("killed")
+        while not (tmp_path / "killed").exists() or len(list((tmp_path / "killed").glob("*.npz"))) < clips:
+            time.sleep(0.01)
+        os.kill(child, signal.SIGKILL)
+        assert ended(child) == -signal.SIGKILL
+    (tmp_path / "killed" / f"{next((tmp_path / 'killed').glob('*.npz')).name}.x.tmp").touch()  # killed while writing
+    assert ended(start("killed")) == 0
+    assert len(files(tmp_path / "killed")) == 60 and files(tmp_path / "killed") == files(tmp_path / "undisturbed")
+    report = (tmp_path / "log").read_text()
+    assert "30 pairs can be used; 0 cannot" in report and "sizes    128x128 (60)" in report
+    with open(tmp_path / "toy" / "train.csv", newline="") as file:
+        ties = [row["VQ"] for row in csv.DictReader(file)].count("same")
+    assert f"ties     VQ {ties}, " in report
