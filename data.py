@@ -83,8 +83,11 @@ class Vocabulary:
 
 
 def step_rng(seed, step):
-    """The generator for everything random in one training step (batch, t, noise, label dropout)."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + step) * 2 + 1)
+    """The generator for everything random in one training step (batch, t, noise, label dropout). No
+    two pairs of seed and step share one; negative steps are epochs and rounds."""
+    if -750_003 <= step < 250_000:
+        return torch.Generator().manual_seed((seed * 1_000_003 + step) * 2 + 1)
+    return torch.Generator().manual_seed((seed * 2**31 + step + 2**30) * 2)
 
 
 def epoch_index(count, batch, step, seed):

@@ -40,8 +40,10 @@ from real_data.labels import label_rewards
 from real_data.toy_pairs import check_toy, draw_clips, other_prompts
 from reward import LOSSES, VideoReward, counted, decided, reward_config, reward_step
 from runtime import distributed, flags, resume
+from runtime.checkpoint import check_same_data
 from runtime.cli import BadInput, progress_bar, run
 from runtime.distributed import accumulating, full_tensor, rank, reduce_logs, world_size
+from runtime.schedule import lr_factor
 
 # A flag left out takes its algorithm's value here; docs/paper.md has the paper's (Tables 10 and 11) and why.
 ALIGNMENT = {"steps": 200, "batch": 16, "lr": 1e-4, "decay": 0.0, "ema": 0.0, "time_shift": TIME_SHIFT}
@@ -52,7 +54,6 @@ DEFAULTS = {
     **dict.fromkeys(("sft", "rwr", "dpo"), ALIGNMENT),
     "nft": {**ALIGNMENT, "steps": 500, "lr": 3e-4},
 }
-WARMUP = 100  # steps, or a tenth of a shorter run
 ONLINE = "online.rounds"  # stands above this module, as studies do, and is opened by name
 
 
@@ -172,13 +173,14 @@ def nrg_task(args, device):
 
 
 def dpo_task(args, device):
-    """Flow-DPO on pairs that VideoReward or people ranked, against the frozen start (section 4.2)."""
+    """Flow-DPO on pairs that VideoReward or people ranked, against a frozen reference (section 4.2)."""
     if args.rounds:
         return TASKS["nft"](args, device)
     base, policy, words = base_and_policy(args, device)
     pairs, r, reward = scored_pairs(args, base.config, words, device)
     winners, losers = ranked(r)
-    shared_forward = share_trunk(policy, base, args.freeze) if args.freeze else None
+    reference = reference_for(args, base, words, device)
+    shared_forward = share_trunk(policy, base, args.freeze) if args.freeze and reference is base else None
 
     def batch(step, rows):
         rng = step_rng(args.seed, step)
@@ -191,7 +193,7 @@ def dpo_task(args, device):
 
     def loss(batch):
         settings = {"beta": args.beta, "schedule": args.schedule, "shared_forward": shared_forward}
-        return flow_dpo_step(policy, base, **batch, **settings)
+        return flow_dpo_step(policy, reference, **batch, **settings)
 
     table = partial(alignment_table, base=base, reward=reward, words=words, pairs=pairs, args=args, device=device)
     return Task("velocity", policy, words, batch, loss, ("loss", "accuracy"), table, merged_state_dict)
@@ -232,6 +234,15 @@ def base_and_policy(args, device):
     torch.manual_seed(args.seed)
     policy = add_lora(policy, args.lora_rank, skip=args.freeze) if args.lora_rank else freeze_trunk(policy, args.freeze)
     return base.to(device).requires_grad_(False), policy.to(device), words  # adapters are drawn on the CPU
+
+
+def reference_for(args, base, words, device):
+    """The frozen model that --reference names for Flow-DPO: the base model or a checkpoint's."""
+    if args.reference in ("first", "round"):
+        return base
+    model, own_words = load_velocity(args.reference, args.attention)
+    check_same_data("--reference", model.config, own_words, "--init", base.config, words)
+    return model.to(device).requires_grad_(False)
 
 
 def scored_pairs(args, config, words, device):
@@ -338,14 +349,15 @@ def train(task, args, device, state=None):
 
             # update
             for group in optimizer.param_groups:
-                group["lr"] = args.lr * schedule(step, args.steps, args.decay)
+                group["lr"] = args.lr * lr_factor(step, args.steps, args.decay)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if ema:
                 distributed.update_ema(ema, trained, min(args.ema, (step + 1) / (step + 10)))  # short at the start
 
             # log and save
-            saving = stopping or (step + 1) % args.save_every == 0 or step + 1 == args.steps
+            ends_round = args.rounds and (step + 1) % (args.steps // args.rounds) == 0
+            saving = stopping or (step + 1) % args.save_every == 0 or ends_round or step + 1 == args.steps
             log.write({"step": step, **logs, "grad_norm": grad_norm}, sync=saving)
             bar.set_postfix({name: f"{logs[name]:.3f}" for name in task.progress_keys if name in logs}, refresh=False)
             bar.update()
@@ -361,15 +373,14 @@ def train(task, args, device, state=None):
     final = resume.final_model(args, model, ema, unsharded)
     if not first:
         return []
+    if args.fsdp:
+        resume.save_weights(args.out / "last.pt", args, task, final, evaluated=False)
     lines = task.evaluate(final.to(device).eval(), args.out)
-    return [*lines, *resume.save_final(args, task, final, trained, ema, optimizer)]
-
-
-def schedule(step, steps, decay):
-    """Factor of the learning rate: linear warm-up, constant, then linear to 0 over the last `decay` of the run."""
-    warmup = min(WARMUP, max(1, steps // 10))
-    rise = min(1.0, (step + 1) / warmup)
-    return rise * min(1.0, (steps - step) / (decay * steps)) if decay else rise
+    try:
+        return [*lines, *resume.save_final(args, task, final, trained, ema, optimizer)]
+    except BadInput:
+        print("\n".join(["", *lines]))
+        raise
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -387,11 +398,8 @@ def main():
         print("\n".join(study("studies.cost").plan(args)))
         return
     device, begun = distributed.start_process(args.device), time.perf_counter()
-    parts = world_size() * args.accum
-    if args.batch % parts:
-        raise BadInput(f"--batch {args.batch}: must be a multiple of {parts}, that is of processes x --accum")
-    if args.fsdp and not distributed.launched():
-        raise BadInput("--fsdp: shards over the processes of torchrun; start with torchrun --nproc_per_node N train.py")
+    distributed.check_flags(args)
+    args.precision = "bfloat16" if distributed.in_bf16(args, device) else "float32"
     state = resume.opened_run(args)
     task = TASKS[args.algo](args, device)
     if rank() == 0:
@@ -399,8 +407,7 @@ def main():
         num_trained = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
         where = f"{device}" if world_size() == 1 else f"{world_size()} processes on {device.type}"
         print(f"{args.algo}: {num_params / 1e6:.2f} M parameters, {num_trained / 1e6:.2f} M trained, ", end="")
-        print(f"{'bfloat16' if distributed.in_bf16(args, device) else 'float32'} on {where}, ", end="")
-        print(f"{args.steps} steps of {args.batch}, lr {args.lr:g}, seed {args.seed}")
+        print(f"{args.precision} on {where}, {args.steps} steps of {args.batch}, lr {args.lr:g}, seed {args.seed}")
     lines = train(task, args, device, state)
     if rank() == 0:
         print("\n".join(["", *lines]) + f" in {(time.perf_counter() - begun) / 60:.1f} minutes")

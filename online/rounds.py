@@ -32,7 +32,7 @@ from runtime.cli import BadInput, progress_bar
 from runtime.distributed import process_0_first, rank
 from runtime.resume import settled
 from sample import sample_many
-from train import Task, base_and_policy
+from train import Task, base_and_policy, reference_for
 
 MOST_PROMPTS = 72  # in a round: as many as the toy has to train on
 ROUND_SEED = -500_000  # of a round's prompts and noise, under no step's
@@ -45,8 +45,9 @@ def online_task(args, device):
     base, policy, words = base_and_policy(args, device)
     rounds, length = Rounds(args, base, policy, words, device), args.steps // args.rounds
     nft = args.algo == "nft"
-    reference = rounds.old if args.reference == "round" else base
-    shared_forward = share_trunk(policy, reference, args.freeze) if args.freeze and not nft else None
+    reference = rounds.old if args.reference == "round" else reference_for(args, base, words, device)
+    same_trunk = args.freeze and args.reference in ("first", "round")
+    shared_forward = share_trunk(policy, reference, args.freeze) if same_trunk and not nft else None
 
     def batch(step, rows):
         now, rng = rounds.at(step // length), step_rng(args.seed, step)

@@ -6,6 +6,7 @@ A checkpoint is one torch file, a dict of plain values and tensors that loads wi
     kind     "velocity" (a VideoTransformer), "reward" (a VideoReward) or "noisy reward" (a NoisyReward)
     config   the model's config as a dict          vocabulary   list of words, in the order of their ids
     model    state dict, any float dtype           step         training steps done
+    evaluated  whether its closing table is made, which gives a reward's scores their unit
     and while training: ema, optimizer, settings (the flags), trained and averaged (the adapters, under LoRA)
 """
 
@@ -121,6 +122,8 @@ def load_network(path, kind, network, config_of):
 
     network: a module's class, made from config_of(**config). BadInput names what does not fit."""
     state = load_checkpoint(path, kind)
+    if kind != "velocity" and state.get("evaluated") is False:
+        raise BadInput(f"{path}: its scores get their unit at the end of the training; --resume it to the end first")
     try:
         with torch.device("meta"):  # nothing is allocated before the file has shown that it holds so much
             blank = network(config_of(**state["config"]))

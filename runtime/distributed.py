@@ -26,7 +26,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from runtime.cli import has_bf16, pick_device
+from runtime.cli import BadInput, has_bf16, pick_device
 
 _store = None  # key-value store that all processes share
 _num_blocks = 0  # blocks of process_0_first entered so far
@@ -77,6 +77,15 @@ def rank():
 
 def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def check_flags(args):
+    """BadInput for flags that do not go with this number of processes."""
+    parts = world_size() * args.accum
+    if args.batch % parts:
+        raise BadInput(f"--batch {args.batch}: must be a multiple of {parts}, that is of processes x --accum")
+    if args.fsdp and not launched():
+        raise BadInput("--fsdp: shards over the processes of torchrun; start with torchrun --nproc_per_node N train.py")
 
 
 def local_rows(batch):

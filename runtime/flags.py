@@ -25,6 +25,7 @@ from runtime.cli import (
 REWARDS = ("reward", "nrg")
 OFFLINE = ("sft", "rwr", "dpo")  # alignment on pairs that are there before the training
 ALIGNMENT = (*OFFLINE, "nft")
+INPUTS = ("init", "reward", "reference", "data", "val")  # files whose content a run depends on
 VIDEO = ("pretrain", *ALIGNMENT)  # trainings of the video model
 
 
@@ -179,8 +180,8 @@ def training_flags(argv, defaults, presets, losses, schedules):
     add("--clips", type=clip_count, default=8, help=text, algos=("dpo", "nft"))
     text = "every so many rounds VideoReward learns from new labels (default: never)"
     add("--refresh", type=positive_int, help=text, algos=("dpo", "nft"))
-    text = "the start, or the round's"
-    add("--reference", choices=("first", "round"), default="first", help=text, algos=("dpo",))
+    text = "the start, first; the policy when the round began, round; or a checkpoint's model"
+    add("--reference", default="first", help=text, algos=("dpo",))
     text = "distance of v+ and v- from v_old, in v - v_old"
     add("--nft-beta", type=positive, default=0.5, help=text, algos=("nft",))
     text = "Z, in standard deviations of the reward"
@@ -217,15 +218,18 @@ def training_flags(argv, defaults, presets, losses, schedules):
     for name, value in filled.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.pairs is None:
+    args.pairs_of_steps = args.pairs is None
+    if args.pairs_of_steps:
         args.pairs = max(1, args.steps * args.batch // (2 if args.algo in ("reward", "nrg") else 1))
     if args.algo == "nft" and args.rounds is None:
         args.rounds = 10
-    check_read(parser, argv, args)
+    for name in parser.given(argv):
+        fault = unread(name, args, parser.readers)
+        if fault:
+            raise BadInput(f"--{name.replace('_', '-')}: {fault}")
+    args.inputs = [name for name in INPUTS if getattr(args, name) and not unread(name, args, parser.readers)]
     if args.rounds and args.steps % args.rounds:
         raise BadInput(f"--rounds {args.rounds}: --steps {args.steps} must be a multiple of it")
-    if args.rounds:
-        args.save_every = args.steps // args.rounds  # a run goes on from the end of a round
     if args.old_decay == 1:
         raise BadInput("--old-decay 1: the old model would never move; give less than 1")
     if args.time_shift == 0 and args.algo != "nrg":
@@ -235,8 +239,8 @@ def training_flags(argv, defaults, presets, losses, schedules):
     return args
 
 
-def check_read(parser, argv, args):
-    """BadInput for a flag of the command line that this training does not read."""
+def unread(name, args, readers):
+    """Why this training does not read a flag, or "". readers: {flag: algorithms}, where not all of them read it."""
     toy, offline = not args.data, not args.data and not args.rounds
     closing = toy or (args.algo != "pretrain" and args.reward)
     depends = {  # flag: (whether it is read by an algorithm that may read it, what it takes)
@@ -248,7 +252,7 @@ def check_read(parser, argv, args):
         "caption": (args.algo == "reward" or args.refresh, "with --refresh"),
         "clips": (args.rounds, "with --rounds"),
         "refresh": (args.rounds, "with --rounds"),
-        "reference": (args.rounds, "with --rounds"),
+        "reference": (args.rounds or args.reference not in ("first", "round"), "with --rounds, or as a checkpoint"),
         "data_dir": (args.data, "with --data"),
         "val": (args.data, "with --data"),
         "skip_bad": (args.data, "with --data"),
@@ -260,15 +264,13 @@ def check_read(parser, argv, args):
         "eval_seed": (closing, "where there is a closing table"),
         "flops": (args.plan, "with --plan"),
     }
-    for name in parser.given(argv):
-        flag, algos = f"--{name.replace('_', '-')}", parser.readers.get(name)
-        if name == "preset" and args.plan:
-            continue
-        if algos and args.algo not in algos:
-            raise BadInput(f"{flag}: read by --algo {', '.join(algos)}, not by {args.algo}")
-        is_read, condition = depends.get(name, (True, ""))
-        if not is_read:
-            raise BadInput(f"{flag}: has no effect here; --algo {args.algo} reads it only {condition}")
+    algos = readers.get(name, (args.algo,))
+    is_read, condition = depends.get(name, (True, ""))
+    if name == "preset" and args.plan:
+        return ""
+    if args.algo not in algos:
+        return f"read by --algo {', '.join(algos)}, not by {args.algo}"
+    return "" if is_read else f"has no effect here; --algo {args.algo} reads it only {condition}"
 
 
 def video_flags(add):

@@ -12,13 +12,14 @@ and what it has beyond is cut off, in place, when the run goes on.
 """
 
 import copy
+import hashlib
 import json
 import os
 import pickle
 import shutil
 import signal
 import subprocess
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -29,6 +30,7 @@ import torch.distributed.checkpoint as dcp
 from runtime.checkpoint import WEIGHTS, fsync_folder, load_checkpoint, save_checkpoint
 from runtime.cli import BadInput, check_writable
 from runtime.distributed import full_tensor, rank, restarted
+from runtime.schedule import check_longer
 
 try:
     import fcntl
@@ -37,13 +39,25 @@ except ImportError:  # Windows: two runs in one folder are not noticed
 
 # Flags that a resumed run may change
 UNSETTLED = {"resume", "out", "cache", "save_every", "device", "export", "eval_prompts", "eval_pairs", "eval_seed"}
-UNSETTLED |= {"plan", "flops"}
+UNSETTLED |= {"accum", "compile", "grad_checkpoint", "plan", "flops"}
+UNSETTLED |= {"inputs", "digests", "pairs_of_steps"}  # no flags
 
 
 def settled(args):
-    """The flags that make a run what it is, as text."""
+    """What makes a run what it is, as text: flags, and the digests of the files they name."""
     values = {name: str(value) for name, value in vars(args).items() if name not in UNSETTLED}
-    return {name: value.replace(str(WEIGHTS), WEIGHTS.name) for name, value in values.items()}
+    values = {name: value.replace(str(WEIGHTS), WEIGHTS.name) for name, value in values.items()}
+    return values | getattr(args, "digests", {})
+
+
+def digests(args):
+    """{"FLAG sha256": digest} of the files that a run reads: of a CSV, not of its videos. A file that
+    cannot be read is left out; its reader says why."""
+    found = {}
+    for name in args.inputs:
+        with suppress(OSError), open(getattr(args, name), "rb") as file:
+            found[f"{name} sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 def commit():
@@ -81,6 +95,7 @@ def opened_run(args):
     there is nothing to go on from, or if --export cannot be written."""
     if args.export and not rank():
         check_writable(args.export.parent, "--export")
+    args.digests = digests(args)
     last = last_checkpoint(args.out)
     if args.resume or (restarted() and last):
         return interrupted_run(args)
@@ -188,31 +203,39 @@ def save_run(args, task, step, trained, ema, optimizer):
     if args.fsdp:
         save_shards(args, task, step, trained, ema, optimizer)
     else:
-        save_whole(args, task, step, trained, ema, optimizer, final_model(args, task.model, ema, None))
+        final = final_model(args, task.model, ema, None)
+        save_whole(args, task, step, trained, ema, optimizer, final, evaluated=False)
 
 
 def save_final(args, task, final, trained, ema, optimizer):
     """Writes last.pt once more, with what the evaluation measured (the reward's z-score constants), and --export;
     returns lines that say so."""
     last, lines = args.out / "last.pt", []
-    alone = {**facts(task, args.steps), "model": task.state_dict(final), "settings": settled(args), "commit": commit()}
     if args.fsdp:
-        save_checkpoint(last, alone)
+        save_weights(last, args, task, final, evaluated=True)
     else:
-        save_whole(args, task, args.steps, trained, ema, optimizer, final)
+        save_whole(args, task, args.steps, trained, ema, optimizer, final, evaluated=True)
     if args.export:
-        half = {name: value.half() for name, value in alone["model"].items()}
-        save_checkpoint(args.export, {**alone, "model": half})
+        save_weights(args.export, args, task, final, evaluated=True, half=True)
         lines = [f"wrote {args.export}"]
     return [*lines, f"wrote {args.out / 'metrics.jsonl'}", f"wrote {last}"]
 
 
-def save_whole(args, task, step, trained, ema, optimizer, final):
+def save_weights(path, args, task, final, evaluated, half=False):
+    """Writes a model alone, as float16 if `half`."""
+    model = task.state_dict(final)
+    if half:
+        model = {name: value.half() for name, value in model.items()}
+    about = {"settings": settled(args), "commit": commit(), "evaluated": evaluated}
+    save_checkpoint(path, {**facts(task, args.steps), "model": model, **about})
+
+
+def save_whole(args, task, step, trained, ema, optimizer, final, evaluated):
     """Writes last.pt; final: the model with the averaged weights."""
     if rank():
         return
     state = {**facts(task, step), "settings": settled(args), "optimizer": optimizer.state_dict()}
-    state["model"] = task.state_dict(task.model)
+    state |= {"model": task.state_dict(task.model), "evaluated": evaluated}
     if ema:
         state["ema"] = task.state_dict(final)
     if not trained.keys() <= state["model"].keys():  # adapters, which are merged into what is saved
@@ -272,9 +295,19 @@ def interrupted_run(args):
         raise BadInput(f"{path}: weights without the optimiser's state; it can be used with --init, not with --resume")
     if not isinstance(state.get("settings"), dict) or not isinstance(state.get("step"), int):
         raise BadInput(f"{path}: lacks the settings of its run; it was not written by train.py")
+    before = state["settings"]
+    if args.pairs_of_steps and str(before.get("pairs")).isdigit():
+        args.pairs = int(before["pairs"])  # also where --steps has grown
     for name, value in settled(args).items():
-        was = state["settings"].get(name)
-        if was != value:
+        was, flag = before.get(name), name.removesuffix(" sha256")
+        if was == value or (was is None and name != flag):  # a checkpoint of before there were digests
+            continue
+        if name != flag:
+            fault = f"{getattr(args, flag)} (--{flag}) has changed since {path} was written"
+            raise BadInput(f"--resume: {fault}; put it back, or start anew with another --out")
+        if name == "steps" and str(was).isdigit():
+            check_longer(args, state["step"], int(was))
+        else:
             raise BadInput(f"--resume: --{name.replace('_', '-')} was {was} in {path}, now {value}; use the same")
     return state | {"path": path}
 

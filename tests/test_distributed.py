@@ -130,10 +130,19 @@ def test_shards_resume_to_the_same_bits_and_the_model_comes_out_whole(runs, tmp_
     assert together(stopped, [()], output=log) == [130, 130], log.read_text()
     assert "stopped after step 3" in log.read_text()
     assert [path.name for path in (tmp_path / "parts").iterdir() if path.is_dir()] == ["shards-3"]
-    resumed = together(command, [(*flags, f"--out={tmp_path / 'parts'}", "--resume")], output=log)
-    assert resumed == [0, 0], log.read_text()
-    one, other = (weights(tmp_path / name) for name in ("whole", "parts"))
-    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+    def no_table():
+        def alignment_table(*_, **__):
+            raise cli.BadInput("no table")
+
+        train.alignment_table = alignment_table
+        command(*flags, f"--out={tmp_path / 'parts'}", "--resume")
+
+    resume_it = [(*flags, f"--out={tmp_path / 'parts'}", "--resume")]
+    for way, cases, status in ((no_table, [()], 2), (command, resume_it, 0)):
+        assert together(way, cases, output=log) == [status, status], log.read_text()
+        one, other = (weights(tmp_path / name) for name in ("whole", "parts"))
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     logs = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "parts")]
     assert logs[0] == logs[1] and len(logs[0].splitlines()) == 5
     # started again by torchrun with the very same flags it goes on, here at its end

@@ -89,6 +89,10 @@ def test_uniform_times_are_uniform():
 
 
 def test_a_step_has_its_own_randomness():
+    assert step_rng(5, 7).initial_seed() == 10_000_045  # what every result stands on: 2 (5 * 1,000,003 + 7) + 1
+    steps = -(10**9), -1_000_003, -750_004, -750_003, -500_000, -1, 0, 249_999, 250_000, 500_003, 1_000_003, 10**9
+    seeds = {step_rng(seed, step).initial_seed() for seed in (0, 1, 2, 2**31 - 1) for step in steps}
+    assert len(seeds) == 4 * len(steps)
     assert torch.equal(torch.rand(3, generator=step_rng(5, 7)), torch.rand(3, generator=step_rng(5, 7)))
     assert not torch.equal(torch.rand(3, generator=step_rng(5, 7)), torch.rand(3, generator=step_rng(5, 8)))
 

@@ -12,16 +12,18 @@ import pytest
 import torch
 import wired
 from forked import command, ended, fork, same, tiny_checkpoints, together, weights
+from test_wires import dpo_by_hand
 from wired import CONFIG, CPU, Brightness, splits_of
 
 import train
 import world
 from data import Vocabulary
+from model import VideoTransformer, load_velocity
 from online import refresh, rounds
 from real_data import export_toy
 from real_data.pairs_csv import read_pairs
 from reward import RewardConfig, VideoReward
-from runtime import checkpoint
+from runtime import checkpoint, resume
 from runtime.cli import BadInput
 
 tiny = wired.tiny
@@ -83,6 +85,17 @@ def test_a_round_begins_at_ln_2_if_its_policy_is_the_reference(online, freeze, r
     losses = [json.loads(line)["loss"] for line in (args.out / "metrics.jsonl").read_text().splitlines()]
     assert abs(losses[0] - math.log(2)) < 1e-5 < abs(losses[1] - math.log(2))
     assert (abs(losses[2] - math.log(2)) < 1e-5) == (reference == "round")
+
+
+def test_rounds_can_have_a_checkpoint_for_their_reference(online, tmp_path):
+    other = wired.noticeable(VideoTransformer(CONFIG), 0.1)
+    wired.save(other, "velocity", tmp_path / "other.pt")
+    args, task = online[0]("--algo=dpo", f"--reference={tmp_path / 'other.pt'}", "--freeze=2")
+    batch = task.batch(0, slice(0, 8))
+    with torch.no_grad():
+        by_hand = dpo_by_hand(load_velocity(args.init)[0], other, batch, 100)
+    assert task.loss(batch)[0].item() == pytest.approx(by_hand, rel=1e-4)
+    assert abs(by_hand - math.log(2)) > 1e-3
 
 
 @pytest.mark.parametrize("algo", ["dpo", "nft"])
@@ -314,6 +327,26 @@ def test_two_processes_take_the_same_rounds(tmp_path):
         assert together(small_rounds, [(*flags, f"--out={two}")], output=log) == [0, 0], log.read_text()
         first, second = weights(one), weights(two)
         assert max((first[name] - second[name]).abs().max().item() for name in first) < 1e-5
+
+
+def test_a_checkpoint_is_saved_as_often_as_asked_and_after_each_round(tmp_path):
+    """Three rounds of two steps, and a checkpoint every third step."""
+    saved, log = tmp_path / "saved", tmp_path / "log"
+
+    def counted(*flags):
+        honest = resume.save_run
+
+        def save_run(args, task, step, *state):
+            with open(saved, "a") as file:
+                file.write(f"{step} ")
+            honest(args, task, step, *state)
+
+        resume.save_run = save_run
+        small_rounds(*flags)
+
+    flags = ["--algo=dpo", "--save-every=3", *tiny_checkpoints(tmp_path), f"--out={tmp_path / 'run'}"]
+    assert ended(fork(counted, *flags, output=log)) == 0, log.read_text()
+    assert saved.read_text() == "2 3 4 6 "
 
 
 def test_a_round_of_another_run_is_not_gone_on_from(online, tmp_path):

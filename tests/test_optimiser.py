@@ -11,6 +11,7 @@ import torch
 import train
 from model import ModelConfig
 from runtime.checkpoint import load_checkpoint
+from runtime.schedule import lr_factor
 
 CPU = torch.device("cpu")
 RATE = 0.01
@@ -103,7 +104,7 @@ def test_the_rate_falls_over_the_last_share_of_the_run(tmp_path):
 
 
 def test_warm_up_takes_100_steps_of_a_long_run():
-    assert [train.schedule(step, 6000, 0.4) for step in (0, 49, 99, 100, 3600, 4800, 5999)] == pytest.approx(
+    assert [lr_factor(step, 6000, 0.4) for step in (0, 49, 99, 100, 3600, 4800, 5999)] == pytest.approx(
         [0.01, 0.5, 1.0, 1.0, 1.0, 0.5, 1 / 2400]
     )
 

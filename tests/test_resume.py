@@ -7,16 +7,21 @@ import random
 import resource
 import shutil
 import signal
+import sys
 import time
 from collections import namedtuple
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
-from forked import command, ended, fork, same, tiny_checkpoints
+from forked import command, ended, fork, same, tiny_checkpoints, weights
 
+import sample
+import train
 from model import load_velocity
-from runtime import checkpoint, distributed, resume
+from real_data import export_toy
+from runtime import checkpoint, cli, distributed, resume
 from runtime.cli import BadInput
 
 RUN = ["--algo=pretrain", "--batch=2", "--steps=24", "--ema=0.9"]
@@ -254,3 +259,128 @@ def test_a_checkpoint_of_other_sizes_is_not_resumed(tmp_path):
     ):
         with pytest.raises(BadInput, match="does not hold the state of this model's training"):
             resume.restore({**good, **spoiled, "path": tmp_path / "last.pt"}, names, {}, optimizer)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What may change, and what may not
+
+
+DPO = ["--algo=dpo", "--batch=4", "--pairs=24", "--freeze=1", "--precision=float32", "--lr=1e-3"]
+
+
+def test_what_changes_no_result_may_change_on_resume(tmp_path):
+    flags, log = [*DPO, *tiny_checkpoints(tmp_path), "--steps=6"], tmp_path / "log"
+    assert ended(fork(command, *flags, f"--out={tmp_path / 'whole'}", output=log)) == 0, log.read_text()
+    parts = [*flags, f"--out={tmp_path / 'parts'}"]
+    assert ended(fork(partial(run_until, 3), *parts, output=log)) == 130, log.read_text()
+    more = ["--accum=2", "--grad-checkpoint", "--save-every=1", "--resume"]
+    assert ended(fork(command, *parts, *more, output=log)) == 0, log.read_text()
+    one, other = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert max((one[name] - other[name]).abs().max().item() for name in one) < 1e-6
+
+
+def run_until(steps, *flags):
+    """train.py, which SIGINT stops after so many steps."""
+    honest, calls = train.take, []
+
+    def take(*args):
+        calls.append(1)
+        if len(calls) == steps:
+            os.kill(os.getpid(), signal.SIGINT)
+        return honest(*args)
+
+    train.take = take
+    command(*flags)
+
+
+def test_a_longer_run_goes_on_at_the_constant_rate_on_the_same_pairs(tmp_path):
+    """20 steps have 2 of warm-up and 40 have 4; both rates are constant after these."""
+    models, log = tiny_checkpoints(tmp_path), tmp_path / "log"
+    flags = [flag for flag in DPO if "pairs" not in flag] + models
+    assert ended(fork(command, *flags, "--steps=20", f"--out={tmp_path / 'run'}", output=log)) == 0, log.read_text()
+    shorter = (tmp_path / "run" / "metrics.jsonl").read_text()
+    longer = [*flags, f"--out={tmp_path / 'run'}", "--resume"]
+    assert ended(fork(command, *longer, "--steps=40", output=log)) == 0, log.read_text()
+    state = checkpoint.load_checkpoint(tmp_path / "run" / "last.pt")
+    assert state["step"] == 40 and state["settings"]["pairs"] == "80"  # 20 x 4, one epoch of the shorter run
+    assert state["optimizer"]["param_groups"][0]["lr"] == 1e-3
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert lines.startswith(shorter) and len(lines.splitlines()) == 40
+
+
+@pytest.mark.parametrize(
+    ("begun", "more", "why"),
+    [
+        (["--steps=4"], ["--steps=3"], "--steps was 4, now 3, but a run can only get longer"),
+        (["--steps=4", "--decay=0.5"], ["--steps=8", "--decay=0.5"], "with --decay 0.5"),
+        (["--steps=4"], ["--steps=100"], "the warm-up is not over after 4 steps"),  # it takes 10
+        (["--steps=4", "--rounds=2", "--clips=2"], ["--steps=8", "--rounds=2", "--clips=2"], "--steps / --rounds"),
+        (["--steps=4"], ["--steps=4", "--precision=bfloat16"], "--precision was float32"),
+    ],
+)
+def test_a_change_that_changes_the_result_is_refused(tmp_path, begun, more, why):
+    dpo = [flag for flag in DPO if "pairs" not in flag]
+    flags, log = [*dpo, *tiny_checkpoints(tmp_path), f"--out={tmp_path / 'run'}"], tmp_path / "log"
+    assert ended(fork(command, *flags, *begun, output=log)) == 0, log.read_text()
+    log.unlink()
+    assert ended(fork(command, *flags, *more, "--resume", output=log)) == 2
+    assert len(log.read_text().splitlines()) == 1 and why in log.read_text()
+
+
+@pytest.mark.parametrize("flag", ["init", "reward", "reference", "data"])
+def test_a_file_that_changed_since_the_run_began_is_named(tmp_path, flag):
+    models, log, toy = tiny_checkpoints(tmp_path), tmp_path / "log", tmp_path / "toy"
+    shutil.copy(tmp_path / "velocity.pt", tmp_path / "reference.pt")
+    export_toy.export(export_toy.arguments(["export", str(toy), "--pairs=6", "--generated=0"]))
+    files = {"init": tmp_path / "velocity.pt", "reward": tmp_path / "reward.pt"}
+    files |= {"reference": tmp_path / "reference.pt", "data": toy / "train.csv"}
+    flags = ["--algo=dpo", "--batch=2", "--steps=1", "--freeze=1", *models, f"--out={tmp_path / 'run'}"]
+    flags += [f"--reference={files['reference']}", f"--data={files['data']}", f"--cache={tmp_path / 'cache'}"]
+    assert ended(fork(command, *flags, output=log)) == 0, log.read_text()
+    if flag == "data":  # its rows in another order
+        head, *rows = files[flag].read_text().splitlines()
+        files[flag].write_text("\n".join([head, *rows[::-1], ""]))
+    else:
+        state = torch.load(files[flag], weights_only=True)
+        torch.save({**state, "step": 1}, files[flag])
+    log.unlink()
+    assert ended(fork(command, *flags, "--resume", output=log)) == 2
+    assert len(log.read_text().splitlines()) == 1
+    assert f"{files[flag]} (--{flag}) has changed since" in log.read_text()
+
+
+@pytest.mark.parametrize("algo", ["reward", "nrg"])
+def test_a_reward_without_its_unit_is_refused_until_its_training_is_over(tmp_path, algo):
+    init, reward = tiny_checkpoints(tmp_path)
+    log, out = tmp_path / "log", tmp_path / "run"
+    flags = [f"--algo={algo}", "--batch=2", "--steps=4", "--generated=0", "--pairs=8", f"--out={out}"]
+    flags += [init, "--read=1"] if algo == "nrg" else []
+    assert ended(fork(partial(run_until, 2), *flags, output=log)) == 130, log.read_text()
+
+    def use():
+        sys.argv = ["sample.py", f"--ckpt={tmp_path / 'velocity.pt'}", "--nrg=1,1,1", f"--nrg-ckpt={out / 'last.pt'}"]
+        sys.argv += ["--n=1", "--steps=1", f"--out={tmp_path / 'clips'}", "--device=cpu"]
+        cli.run(sample.main)
+
+    if algo == "reward":
+        use = partial(command, *DPO, init, f"--reward={out / 'last.pt'}", "--steps=1", f"--out={tmp_path / 'dpo'}")
+    log.unlink()
+    assert ended(fork(use, output=log)) == 2
+    assert f"{out / 'last.pt'}: its scores get their unit at the end of the training" in log.read_text()
+    assert ended(fork(command, *flags, "--resume", output=log)) == 0, log.read_text()
+    assert ended(fork(use, output=log)) == 0, log.read_text()
+
+
+def test_a_table_is_printed_though_the_last_save_fails(refused, tmp_path):
+    def fills():
+        honest = resume.save_final
+
+        def save_final(*args):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+            return honest(*args)
+
+        resume.save_final = save_final
+
+    assert "cannot write" in refused("--steps=3", prepare=fills)
+    assert "CFG 2: true score" in (tmp_path / "log").read_text()
+    assert checkpoint.load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 3

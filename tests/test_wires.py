@@ -5,16 +5,19 @@ The reward is brightness (wired.py), the policy is tiny. Batches are held agains
 the formulas of the paper written out here.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 import wired
-from wired import BATCH, CPU, PAIRS, Brightness, brightness, find, noticeable, same_pairs, trained
+from wired import BATCH, CONFIG, CPU, PAIRS, Brightness, brightness, find, noticeable, same_pairs, trained
 
 import train
 from flow import shift_time
 from lora import LoRALinear
-from model import load_velocity
+from model import VideoTransformer, load_velocity
+from runtime.cli import BadInput
 
 tiny = wired.tiny
 EVERY = slice(0, BATCH)
@@ -160,6 +163,25 @@ def test_dpo_loss_is_equation_6_of_policy_and_base(tiny, freeze, beta, schedule)
         assert abs(loss.item() - 0.693147) > 1e-3
         assert logs["ref_error_w"] == pytest.approx(error(base, batch["x0_w"], batch).mean().item(), rel=1e-4)
         assert logs["error_l"] == pytest.approx(error(task.model, batch["x0_l"], batch).mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("freeze", [0, 2])
+def test_the_reference_can_be_a_checkpoint_beside_the_start(tiny, tmp_path, freeze):
+    """Its first blocks differ from the policy's, which are frozen with --freeze 2."""
+    other = noticeable(load_velocity(tiny("--algo=dpo")[0].init)[0], 0.1)
+    wired.save(other, "velocity", tmp_path / "other.pt")
+    args, task = tiny("--algo=dpo", f"--freeze={freeze}", f"--reference={tmp_path / 'other.pt'}")
+    start, _ = load_velocity(args.init)
+    batch = task.batch(0, EVERY)
+    loss, logs = task.loss(batch)
+    with torch.no_grad():
+        assert loss.item() == pytest.approx(dpo_by_hand(start, other, batch, 100), rel=1e-4)
+        assert logs["ref_error_w"] == pytest.approx(error(other, batch["x0_w"], batch).mean().item(), rel=1e-4)
+    assert abs(loss.item() - 0.693147) > 1e-3
+    long = VideoTransformer(replace(CONFIG, max_text=9))
+    wired.save(long, "velocity", tmp_path / "other.pt")
+    with pytest.raises(BadInput, match="--reference and --init take prompts of different lengths: 9 and 8"):
+        tiny("--algo=dpo", f"--reference={tmp_path / 'other.pt'}")
 
 
 def test_beta_and_schedule_left_out_are_100_and_constant(tiny):
