@@ -24,7 +24,7 @@ SHRUNK = {
     "train.py": "--steps=2 --batch=2 --pairs=8 --eval-prompts=2 --eval-pairs=10 --device=cpu",
     "sample.py": "--steps 2 --n 2 --device cpu",
     "data.py": "--pairs 10",
-    "examples/toy_latents.py": "--pairs 8 --size 32",
+    "examples/toy_latents.py": "--pairs 60 --size 32",
 }
 ELSEWHERE = {  # or by these tests
     "python train.py .*(--rounds|nft)": [
