@@ -42,25 +42,59 @@ def write_safetensors(tensors, path):
         raise BadInput(f"cannot write {path}: {error}") from None
 
 
-def load_transformer(path):
-    """The float32 transformer of a diffusers folder. BadInput unless it is Wan's for text to video, and complete.
-
-    The library's own from_pretrained needs a further package, and fills what a file lacks with random numbers."""
-    folder = path / "transformer" if (path / "transformer").is_dir() else path
+def read_json(path):
+    """The dict in a JSON file; an empty one if there is none."""
     try:
-        config = json.loads((folder / "config.json").read_text())
-        kind = config["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise BadInput(f"--model {path}: no config.json of a diffusers model in it or in its transformer/") from None
-    if kind != "WanTransformer3DModel" or config.get("in_channels", 16) != config.get("out_channels", 16):
-        raise BadInput(f"--model {path}: holds a {kind} that is not Wan's for text to video")
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def load_transformer(path):
+    """The float32 transformer of a diffusers folder. BadInput unless it is complete, Wan's for text
+    to video, and the only one of its model.
+
+    The library's own from_pretrained needs a further package, and fills what a file lacks with
+    random numbers."""
+    folder = path / "transformer" if (path / "transformer").is_dir() else path
+    root, config = folder.absolute().parent, read_json(folder / "config.json")
+    kind, channels = config.get("_class_name"), config.get("in_channels", 16)
+    if kind is None:
+        fault = "no config.json of a diffusers model in it or in its transformer/"
+        raise BadInput(f"--model {path}: {fault}")
+    if kind != "WanTransformer3DModel" or channels != config.get("out_channels", 16):
+        fault = f"holds a {kind} that is not Wan's for text to video in diffusers' format"
+        raise BadInput(f"--model {path}: {fault}")
+    if (root / "transformer_2").exists() or read_json(root / "model_index.json").get("boundary_ratio"):
+        fault = "has two experts, transformer and transformer_2, each for a part of t; models of one"
+        raise BadInput(f"--model {path}: {fault} can be used here, Wan2.1-T2V or Wan2.2-TI2V-5B")
     tensors = {}
-    for part in sorted(folder.glob("diffusion_pytorch_model*.safetensors")):
+    for part in weight_files(folder):
         tensors |= read_safetensors(part)[0]
-    wan = WanTransformer3DModel.from_config(config)
+    try:
+        wan = WanTransformer3DModel.from_config(config)
+    except Exception as error:  # a wrong value can fail anywhere in the library
+        fault = str(error).partition("\n")[0]
+        raise BadInput(f"{folder / 'config.json'}: not the sizes of a Wan model ({fault})") from None
     check_fit(wan, tensors, folder)
     wan.load_state_dict(tensors)
     return wan
+
+
+def weight_files(folder):
+    """The .safetensors files of a model. BadInput if there are none, or fewer than its index names."""
+    parts = sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
+    index = read_json(folder / "diffusion_pytorch_model.safetensors.index.json")
+    missing = set(index.get("weight_map", {}).values()) - {part.name for part in parts}
+    if missing:
+        raise BadInput(f"{folder}: lacks {min(missing)}, which its index names; download it again")
+    if not parts and any(folder.glob("*.bin")):
+        fault = "its weights are .bin files, pickles that may run code; save it as safetensors, by"
+        raise BadInput(f"{folder}: {fault} diffusers' from_pretrained and save_pretrained")
+    if not parts:
+        raise BadInput(f"{folder}: has no weights, diffusion_pytorch_model*.safetensors")
+    return parts
 
 
 def write_tiny(path):
@@ -129,29 +163,59 @@ def add_adapters(wan, rank):
         add_adapter(wan, name, rank)
 
 
-def adapter_tensors(wan):
-    """{name: tensor} to save: without alpha, so that B holds the scale."""
-    layers = {name: layer for name, layer in wan.named_modules() if isinstance(layer, LoRALinear)}
-    down = {f"transformer.{name}.lora_A.weight": layer.down for name, layer in layers.items()}
-    return down | {f"transformer.{name}.lora_B.weight": layer.scale * layer.up for name, layer in layers.items()}
+def write_adapters(wan, initial, path):
+    """Writes the sum of wan's adapters and of the `initial` ones {layer: (A, B)}, which its weights
+    hold already: B1 A1 x + B2 A2 x = [B1 B2] [A1; A2] x. Without alpha, so that B holds the scale."""
+    adapters = dict(initial)
+    for name, layer in wan.named_modules():
+        if isinstance(layer, LoRALinear):
+            a, b = layer.down.detach().cpu(), (layer.scale * layer.up).detach().cpu()
+            if name in initial:
+                a, b = torch.cat((initial[name][0], a)), torch.cat((initial[name][1], b), 1)
+            adapters[name] = a, b
+    tensors = {f"transformer.{name}.lora_A.weight": a for name, (a, _) in adapters.items()}
+    tensors |= {f"transformer.{name}.lora_B.weight": b for name, (_, b) in adapters.items()}
+    write_safetensors(tensors, path)
 
 
-def load_adapters(wan, path):
-    """Adds the adapters of a file, written here or by the library. BadInput names the first that does not fit."""
+def read_adapters(wan, path):
+    """The adapters {layer: (A (rank, in), B (out, rank))} of a file, written here or by the library;
+    the scale is in B. BadInput names the first that does not fit."""
     tensors, notes = read_safetensors(path)
     tensors = {name.removeprefix("transformer."): value for name, value in tensors.items()}
     notes = json.loads(notes.get("lora_adapter_metadata", "{}"))
     notes = {name.removeprefix("transformer."): value for name, value in notes.items()}
-    if notes.get("alpha_pattern") or notes.get("use_rslora"):
-        raise BadInput(f"{path}: its scale is not alpha / rank with one alpha, which is all that can be read here")
-    linear = {name: layer.weight.shape for name, layer in wan.named_modules() if isinstance(layer, nn.Linear)}
-    for name in tensors:
+    alpha = notes.get("lora_alpha")
+    if notes.get("alpha_pattern") or notes.get("use_rslora") or not isinstance(alpha, int | float | None):
+        fault = "its scale is not alpha / rank with one alpha, which is all that can be read here"
+        raise BadInput(f"{path}: {fault}")
+    if not tensors:
+        raise BadInput(f"{path}: holds no adapter")
+    modules, adapters = wan.named_modules(), {}
+    linear = {name: layer.weight.shape for name, layer in modules if isinstance(layer, nn.Linear)}
+    for name, tensor in tensors.items():
         layer, _, side = name.rpartition(".lora_")
         a, b = (tensors.get(f"{layer}.lora_{side}.weight", torch.empty(0, 0)) for side in "AB")
         shape = (*b.shape[:-1], *a.shape[1:]) if len(a) and b.shape[-1:] == a.shape[:1] else None
         if shape is None or linear.get(layer) != shape or side not in ("A.weight", "B.weight"):
-            raise BadInput(f"{path}: tensor {name!r} does not fit; it is no adapter, or one of another model")
-        if side == "A.weight":
-            adapter = add_adapter(wan, layer, len(a))
-            adapter.down.data.copy_(a)
-            adapter.up.data.copy_(b * (notes.get("lora_alpha", len(a)) / len(a) / adapter.scale))
+            fault = "does not fit; it is no adapter, or one of another model"
+            raise BadInput(f"{path}: tensor {name!r} {fault}")
+        if not tensor.isfinite().all():
+            raise BadInput(f"{path}: tensor {name!r} holds numbers that are not finite")
+        scale = 1.0 if alpha is None else alpha / len(a)
+        adapters[layer] = a.float(), scale * b.float()
+    return adapters
+
+
+def attach_adapters(wan, adapters):
+    """Adds them as layers of their own, which lora_disabled turns off."""
+    for layer, (a, b) in adapters.items():
+        adapter = add_adapter(wan, layer, len(a))
+        adapter.down.data.copy_(a)
+        adapter.up.data.copy_(b / adapter.scale)
+
+
+def merge_adapters(wan, adapters):
+    """Adds them to the weights for good."""
+    for layer, (a, b) in adapters.items():
+        wan.get_submodule(layer).weight.data += b @ a
