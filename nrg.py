@@ -198,11 +198,11 @@ def noisy_pair_step(reward, x0_a, x0_b, y, label, t, x1, x1_b=None, weight=None)
 class SharedTrunk:
     """A policy as a velocity model whose first blocks serve the reward as well: sample(shared, ..., guidance=guide(
     reward, ..., gradient=shared.gradient)). A step costs at best 1 + k/L forwards, with k of L blocks read: the rest of
-    the policy runs without a graph. Freezes the weights of both, as the gradient is wanted in x_t alone."""
+    the policy runs without a graph."""
 
     def __init__(self, policy, reward):
-        self.policy, self.config = policy.requires_grad_(False), policy.config
-        self.read, self.last = reward.requires_grad_(False).config.read, None
+        self.policy, self.config = policy, policy.config
+        self.read, self.last = reward.config.read, None
 
     def __call__(self, x_t, t, y):
         policy = self.policy
@@ -235,4 +235,4 @@ def steer(policy, reward, weights, scale, eps, interval=(0.0, 1.0)):
     same = same and reward.config.attention == policy.config.attention
     shared = SharedTrunk(policy, reward) if same else policy
     gradient = shared.gradient if same else reward_gradient
-    return shared, guide(reward.requires_grad_(False), weights, scale, eps, interval, gradient)
+    return shared, guide(reward, weights, scale, eps, interval, gradient)

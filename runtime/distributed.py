@@ -162,8 +162,12 @@ class Loss(nn.Module):
 
     def forward(self, batch):
         device = next(iter(batch.values())).device.type
-        with torch.autocast(device, torch.bfloat16, enabled=self.bf16):
-            return self.task.loss(batch)
+        try:
+            with torch.autocast(device, torch.bfloat16, enabled=self.bf16):
+                return self.task.loss(batch)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            fault = str(error).splitlines()[0]
+            raise BadInput(f"--compile: torch.compile failed ({fault}); leave the flag out") from None
 
 
 def in_bf16(args, device):

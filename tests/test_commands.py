@@ -212,6 +212,16 @@ def test_a_stopped_run_resumes_to_the_same_bits(command, monkeypatch, tmp_path, 
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+def test_compiling_without_a_compiler_is_one_line(command, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "/nowhere/g++"))
+    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
+    flags = short("sft", "--pairs=4", "--freeze=0", "--compile", f"--out={tmp_path / 'out'}")
+    status, _, error = command(train, *flags)
+    assert status == 2 and "Traceback" not in error, error
+    line = error.splitlines()[-1]
+    assert line.startswith("train.py: error: --compile: ") and "/nowhere/g++" in line and "leave the flag out" in line
+
+
 def test_checkpointed_blocks_train_to_the_same_bits(command, tmp_path):
     flags = short("dpo", "--steps", 2)
     for name, more in (("kept", []), ("remade", ["--grad-checkpoint"])):

@@ -310,6 +310,9 @@ def test_a_shared_trunk_changes_the_cost_alone():
     assert len(calls) == 2 * 4  # with and without a prompt
     own = sample(policy, x, y, steps=4, cfg=2.0, guidance=guide(reward, **settings))
     assert torch.allclose(clips, own, atol=1e-4)
+    # and both can still be trained
+    assert all(value.requires_grad and value.grad is None for value in policy.parameters())
+    assert all(value.requires_grad != name.startswith("trunk.") for name, value in reward.named_parameters())
 
 
 def test_a_policy_with_another_trunk_does_not_share_it():
