@@ -8,10 +8,9 @@ import wired
 
 import train
 import world
-from data import INVALID, TOY_WORDS, Vocabulary, draw_noise, epoch_index, mean_one, take
+from data import INVALID, TOY_WORDS, Vocabulary, epoch_index
 from model import ModelConfig
 from real_data.toy_pairs import annotated_pairs, draw_pairs
-from runtime import distributed
 from words import split_words
 
 tiny = wired.tiny
@@ -170,32 +169,3 @@ def test_labels_that_are_not_there_weigh_nothing(unlabelled, algo):
     assert (batch["label"] == INVALID).any() and 0 < valid.sum() < valid.numel()
     # so many entries over so many valid ones, for each of the valid
     assert torch.allclose(batch["weight"], valid * (valid.numel() / valid.sum()))
-
-
-@pytest.mark.parametrize("processes", [1, 2, 3])
-def test_processes_and_micro_batches_take_their_rows_of_what_was_drawn(processes, monkeypatch):
-    # six clips: their t and noise, drawn once for all, then again by every process
-    def drawn():
-        return draw_noise(6, (2, 3), 3.0, torch.Generator().manual_seed(7))
-
-    monkeypatch.setattr(distributed, "world_size", lambda: processes)
-    found = []
-    for rank in range(processes):
-        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        mine = take(drawn(), distributed.local_rows(6))
-        count = 1 if processes == 2 else 2  # 3 clips a process do not halve
-        found += [{name: value.chunk(count)[i] for name, value in mine.items()} for i in range(count)]
-    assert len(found) == {1: 2, 2: 2, 3: 6}[processes]
-    for name, value in drawn().items():
-        assert torch.equal(torch.cat([part[name] for part in found]), value)
-
-
-def test_weights_of_mean_one_divide_a_masked_mean_by_hand():
-    mask = torch.tensor([[True, True, True], [True, False, False], [False] * 3, [True, False, False]])  # 5 of 12
-    value = torch.arange(12.0).reshape(4, 3)  # valid: 0 1 2 | 3 | 9, mean 3
-    weight = mean_one(mask)
-    assert torch.allclose(weight, mask * 12 / 5) and weight.mean().item() == pytest.approx(1.0)
-    # the halves' means are 2.4 * 6 / 6 and 2.4 * 9 / 6, and theirs is 3; of their own valid entries 1.5 and 9: 5.25
-    halves = [(w * v).mean().item() for w, v in zip(weight.chunk(2), value.chunk(2))]
-    assert halves == pytest.approx([2.4, 3.6]) and sum(halves) / 2 == pytest.approx(3.0)
-    assert not mean_one(torch.zeros(4, 3, dtype=torch.bool)).any()  # nothing is divided by 0

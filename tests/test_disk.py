@@ -147,13 +147,6 @@ def data_columns():
     return [*first, "fps_A", "num_frames_A", "fps_B", "num_frames_B"]
 
 
-def test_pretraining_takes_both_clips_of_every_pair(exported, tmp_path):
-    flags = ["--algo=pretrain", f"--data={exported / 'train.csv'}", f"--cache={tmp_path}", "--batch=4"]
-    task = train.TASKS["pretrain"](train.arguments(flags), torch.device("cpu"))
-    clips = torch.cat([task.batch(step, slice(0, 4))["x0"] for step in range(5)])  # ten pairs
-    assert len(clips.flatten(1).unique(dim=0)) == 20
-
-
 def test_prompts_of_the_splits_do_not_meet(exported):
     splits = ({row.prompt for row in read_pairs(exported / f"{name}.csv")} for name in export_toy.SPLITS)
     train_prompts, *others = splits

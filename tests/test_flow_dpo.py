@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from data import draw_noise, step_rng
-from flow import mean_square
 from flow_dpo import flow_dpo_loss, flow_dpo_step
 from model import ModelConfig, VideoTransformer, freeze_trunk, share_trunk
 
@@ -212,9 +211,3 @@ def test_one_minus_t_squared_lets_the_policy_go_where_the_noise_is():
     # the same best logit needs the margin 2 log 3 / (beta (1 - t)^2): much at high noise, little at low
     constant, scheduled = drift_after_training(30.0, "constant"), drift_after_training(30.0, "(1-t)^2")
     assert constant[3] < 2 * constant[0] and scheduled[3] > 5 * scheduled[0]
-
-
-def test_a_five_dimensional_error_is_one_number_a_clip():
-    a, b = torch.zeros(2, 3, 4, 5, 6), torch.zeros(2, 3, 4, 5, 6)
-    a[1, 0, 0, 0, 0] = 6.0
-    assert mean_square(a, b).tolist() == pytest.approx([0.0, 36 / 360])

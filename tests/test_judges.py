@@ -20,6 +20,7 @@ from data import DIMENSIONS, INVALID, Pairs, Vocabulary
 from evaluate import alignment_table, learned_scores, over_seeds, pair_scores, score_table, win_rate
 from model import VideoTransformer, load_velocity
 from reward import RewardConfig, VideoReward
+from runtime.cli import BadInput
 from studies import align, guidance, jobs, observer, online, reward_model
 
 tiny = wired.tiny
@@ -235,6 +236,15 @@ def test_win_rates_by_hand():
 # Scores
 
 
+def test_ranking_by_hand():
+    total = torch.tensor([[0.0, 1.0], [5.0, 1.0], [2.0, 2.0], [3.0, 0.0]])
+    better, worse = train.ranked(total)
+    assert better.tolist() == [[0, 1], [1, 0], [3, 0]]  # the draw is no pair
+    assert worse.tolist() == [[0, 0], [1, 1], [3, 1]]
+    with pytest.raises(BadInput, match="no pair has a better clip"):
+        train.ranked(torch.ones(4, 2))
+
+
 def test_pairs_and_samples_are_scored_by_the_checkpoints_own_z_scores(tiny, tmp_path, monkeypatch):
     monkeypatch.undo()  # the real load_judge
     torch.manual_seed(2)
@@ -359,10 +369,17 @@ class Constant(torch.nn.Module):
 
 def test_a_checkpoint_is_judged_by_both_on_its_own_samples(monkeypatch):
     shown, prompts = torch.rand(4, 3, 8, 32, 32) * 2 - 1, jobs.prompts_of("hard", 4)
-    monkeypatch.setattr(jobs, "sample_prompts", lambda *args, **settings: shown)
-    marks = torch.rand(4, 3)
+    marks, asked = torch.rand(4, 3), []
+
+    def sample_prompts(model, words, prompts, seed, device, cfg, guidance):
+        asked.append((model, guidance))
+        return shown
+
+    monkeypatch.setattr(jobs, "sample_prompts", sample_prompts)
     monkeypatch.setattr(jobs, "learned_scores", lambda reward, words, videos, p, device: marks)
-    (scores,) = jobs.judge(jobs.WEIGHTS / "base.pt", Namespace(eval_prompts=4), CPU, {"hard": 4}, (1.0,)).values()
+    facts = jobs.WEIGHTS / "base.pt", Namespace(eval_prompts=4), CPU, {"hard": 4}, (1.0,)
+    (scores,) = jobs.judge(*facts, lambda model: ("steered", "guidance")).values()
+    assert asked == [("steered", "guidance")]
     assert torch.equal(scores["videoreward"], marks)
     assert torch.equal(scores["oracle"], world.oracle(shown, prompts))
     assert torch.equal(scores["right"], (world.attributes_right(shown, prompts) > 0.5).float())

@@ -12,7 +12,7 @@ import sample
 import train
 from data import vocabulary_of
 from model import ModelConfig
-from real_data import export_toy, video
+from real_data import video
 from real_data.disk_pairs import disk_pairs
 from real_data.pairs_csv import Pair, read_pairs, write_pairs
 from runtime.cli import BadInput
@@ -169,12 +169,3 @@ def test_a_base_model_of_other_words_or_sizes_is_refused(latents, tmp_path):
     args = train.arguments(["--algo=nrg", f"--data={path}", f"--cache={tmp_path / 'cache'}"])
     with pytest.raises(BadInput, match=r"has shape \(5, 4, 6, 6\); the model takes \(3, 8, 32, 32\)"):
         train.TASKS["nrg"](args, torch.device("cpu"))
-
-
-def test_exported_toy_pairs_align_the_shipped_model(tmp_path, capsys, monkeypatch):
-    export_toy.export(export_toy.arguments(["export", str(tmp_path / "toy"), "--pairs=4", "--generated=0"]))
-    flags = ["--algo=dpo", f"--data={tmp_path / 'toy' / 'train.csv'}", f"--cache={tmp_path / 'cache'}", "--steps=1"]
-    short = ["--batch=2", "--eval-prompts=2", "--device=cpu", f"--out={tmp_path / 'run'}"]
-    monkeypatch.setattr("sys.argv", ["train.py", *flags, *short])
-    train.main()
-    assert "dpo wins, VideoReward" in capsys.readouterr().out

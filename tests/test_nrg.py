@@ -345,22 +345,6 @@ def test_guidance_by_nothing_is_the_policy_itself():
     assert steer(policy, reward, [1.0, 1.0, 1.0], 0.0, 0.1) == (policy, None)
 
 
-def test_guidance_comes_after_cfg():
-    x, t, y = inputs(2)
-    null, seen = torch.zeros_like(y), []
-
-    def model(x_t, t, y):
-        return x_t * (2.0 if y.any() else 1.0)
-
-    def guidance(v, x_t, t, y):
-        seen.append((v, x_t, y))
-        return v
-
-    sample(model, x, y, steps=1, cfg=3.0, null=null, guidance=guidance)
-    v, x_t, prompts = seen[0]
-    assert torch.allclose(v, x_t * 4.0) and torch.equal(prompts, y)  # 1 + 3 (2 - 1)
-
-
 @pytest.mark.parametrize("frozen", [True, False])
 def test_a_checkpoint_holds_its_trunk(frozen, tmp_path):
     reward = noisy_reward_on(small_model(), 2, frozen).eval()

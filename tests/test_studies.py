@@ -4,7 +4,7 @@ sampled, and tables whose cells are the rows that their titles name.
 
 import json
 from argparse import Namespace
-from functools import partial
+from itertools import product
 from zlib import crc32
 
 import pytest
@@ -83,19 +83,6 @@ def test_guided_rows_are_of_what_their_columns_say(monkeypatch, tmp_path):
     for variant, time in (("labels", 0.7), ("clean", 0.0)):
         rows = guidance.steered_rows(variant, 3, args, CPU)
         assert len(rows) == 3 and all(row["times"] == pytest.approx(time) for row in rows)
-
-
-def test_a_judged_checkpoint_is_steered(monkeypatch):
-    asked = []
-
-    def sample_prompts(model, words, prompts, seed, device, cfg, guidance):
-        asked.append((model, guidance))
-        return torch.zeros(len(prompts), 3, 8, 32, 32)
-
-    monkeypatch.setattr(jobs, "sample_prompts", sample_prompts)
-    checkpoint, args = jobs.WEIGHTS / "base.pt", Namespace(eval_prompts=2)
-    jobs.judge(checkpoint, args, CPU, {"hard": 9}, (1.0,), lambda model: ("steered", "guidance"))
-    assert asked == [("steered", "guidance")]
 
 
 def test_audits_of_other_seeds_read_other_clips_by_other_draws(monkeypatch):
@@ -220,102 +207,50 @@ class Coded(dict):
     def __missing__(self, column):
         if column.endswith("histogram"):
             return [0.0] * reward_model.BINS
-        return code(column, **self)
+        return crc32(repr((column, sorted(self.items()))).encode()) % 1000 / 1000
 
 
-def code(column, **facts):
-    return (
-        crc32(repr((column, sorted((key, str(value)) for key, value in facts.items()))).encode())
-        % 1000
-        / 1000
-    )
+def rows_of(**facts):
+    """One row for each choice of the facts' values."""
+    return [Coded(zip(facts, values)) for values in product(*facts.values())]
 
 
-def cells(table, name):
-    """{head: number} of a row."""
-    (row,) = (row for row in table.rows if row[0] == name)
-    return {head: float(cell.split()[0]) for head, cell in zip(table.head[1:], row[1:])}
+BOTH = {"judge": jobs.JUDGES, "seed": (0,)}
+METHODS = ("rwr", "best-of-4", "best-of-8")
+SPLITS = (*reward_model.SPLITS, *reward_model.GENERATED)
+ROWS = {
+    align: rows_of(method=METHODS, align=jobs.ALIGNED, set=jobs.SETS, cfg=jobs.CFGS, **BOTH),
+    beta: rows_of(study=("sweep", "best"), method=beta.SCHEDULES, beta=beta.BETAS, set=beta.SETS, **BOTH),
+    guidance: rows_of(study=("weights", "one"), method=("nrg-1:1:1", "nrg-0:0:1"), **BOTH),
+    reward_model: rows_of(
+        model=("bt-shared", "btt-rendered"), split=SPLITS, fraction=(0.01, 0.1, 1.0), seed=(0,)
+    ),
+}
+CELLS = [  # study, table, row, column; the rows that this cell is of, and their column
+    (align, "Table 3: 1:1:1, CFG 2, judged by oracle", "rwr", "hard MQ", "MQ",
+     dict(method="rwr", align="1:1:1", set="hard", cfg=2.0, judge="oracle")),
+    (align, "Table 4: TA only, CFG 1, judged by videoreward", "rwr", "large TA", "TA",
+     dict(method="rwr", align="TA only", set="large", cfg=1.0, judge="videoreward")),
+    (align, "Best of n, TA only", "4", "oracle VQ score", "VQ_score",
+     dict(method="best-of-4", align="TA only", set="standard", cfg=1.0, judge="oracle")),
+    (beta, "dpo-schedule: sweep", "30", "videoreward TA", "TA",
+     dict(study="sweep", method="dpo-schedule", beta=30, set="standard", judge="videoreward")),
+    (guidance, "Table 5", "nrg-0:0:1", "videoreward TA", "TA",
+     dict(study="weights", method="nrg-0:0:1", judge="videoreward")),
+    (guidance, "Each weight alone", "nrg-0:0:1", "true MQ", "MQ_score",
+     dict(study="one", method="nrg-0:0:1", judge="oracle")),
+    (reward_model, "Tables 2 and 6: benchmark", "bt-shared", "TA with ties", "TA_with",
+     dict(model="bt-shared", split="benchmark", fraction=1.0)),
+    (reward_model, "By the truth", "btt-rendered", "cfg3 MQ", "MQ_true",
+     dict(model="btt-rendered", split="cfg3", fraction=1.0)),
+]  # fmt: skip
 
 
-def titled(study, args, rows, start):
-    (table,) = (
-        table for table in study.report(args, rows)["tables"] if table.title.startswith(start)
-    )
-    return table
-
-
-def test_cells_of_the_alignment_tables_are_the_rows_that_they_name():
-    rows = [Coded(method="base", align="", set=s, cfg=c, judge=by, seed=0)
-            for s in jobs.SETS for c in jobs.CFGS for by in jobs.JUDGES]  # fmt: skip
-    methods = [*jobs.METHODS, *(f"best-of-{n}" for n in jobs.BEST_OF)]
-    rows += [Coded(row, method=m, align=a) for row in rows for m in methods for a in align.ALIGNED]
-    args = Namespace(seeds=1)
-    table_3 = "Table 3: 1:1:1, CFG 2, judged by oracle"
-    table_4 = "Table 4: TA only, CFG 1, judged by videoreward"
-    asked = (table_3, "1:1:1", 2.0, "oracle"), (table_4, "TA only", 1.0, "videoreward")
-    for start, aligned, cfg, by in asked:
-        row = cells(titled(align, args, rows, start), "rwr")
-        for name in jobs.SETS:
-            for n in DIMENSIONS:
-                value = code(n, method="rwr", align=aligned, set=name, cfg=cfg, judge=by, seed=0)
-                assert row[f"{name} {n}"] == pytest.approx(value, abs=0.006)
-    row = cells(titled(align, args, rows, "Best of n, TA only"), "4")
-    facts = dict(method="best-of-4", align="TA only", set="standard", cfg=1.0, seed=0)
-    assert row["videoreward TA"] == pytest.approx(
-        code("TA", judge="videoreward", **facts), abs=0.006
-    )
-    assert row["oracle MQ score"] == pytest.approx(
-        code("MQ_score", judge="oracle", **facts), abs=0.006
-    )
-
-
-def test_cells_of_the_guidance_and_beta_tables_are_the_rows_that_they_name():
-    facts = dict(
-        study="weights", method="nrg-1:1:1", variant="noised", seed=0, highest=0.95, scale=16.0
-    )
-    rows = [Coded(facts, judge=by) for by in jobs.JUDGES]
-    row = cells(titled(guidance, Namespace(seeds=1), rows, "Table 5"), "nrg-1:1:1")
-    for by in jobs.JUDGES:
-        assert row[f"{by} VQ"] == pytest.approx(code("VQ", judge=by, **facts), abs=0.006)
-    for head, column in (("true MQ", "MQ_score"), ("TA_share", "TA_share"), ("shape", "shape")):
-        assert row[head] == pytest.approx(code(column, judge="oracle", **facts), abs=0.006)
-    facts = [
-        dict(study="sweep", method=m, beta=b, seed=0) for m in beta.SCHEDULES for b in beta.BETAS
-    ]
-    rows = [Coded(f, judge=by, set=s) for f in facts for by in jobs.JUDGES for s in beta.SETS]
-    row = cells(titled(beta, Namespace(seeds=1), rows, "dpo-schedule: sweep"), "30")
-    for by in jobs.JUDGES:
-        value = code(
-            "TA", study="sweep", method="dpo-schedule", beta=30, seed=0, judge=by, set="standard"
-        )
-        assert row[f"{by} TA"] == pytest.approx(value, abs=0.006)
-
-
-def test_cells_of_the_reward_tables_are_the_rows_that_they_name():
-    splits, models = (
-        (*reward_model.SPLITS, *reward_model.GENERATED),
-        (*reward_model.MODELS, "random", "oracle", "btt-rendered"),
-    )
-    rows = [
-        Coded(model=m, split=s, seed=0, fraction=f)
-        for m in models
-        for s in splits
-        for f in (0.01, 0.1, 1.0)
-    ]
-    table = partial(titled, reward_model, Namespace(seeds=1, eval_pairs=9), rows)
-    for split in reward_model.SPLITS:
-        row = cells(table(f"Tables 2 and 6: {split}"), "bt-shared")
-        for name in (*DIMENSIONS, "Overall"):
-            for kind in ("with", "without"):
-                value = code(f"{name}_{kind}", model="bt-shared", split=split, seed=0, fraction=1.0)
-                assert row[f"{name} {kind} ties"] == pytest.approx(value, abs=6e-4)
-    row = cells(table("By the truth"), "btt-rendered")
-    for split in splits:
-        value = code("MQ_true", model="btt-rendered", split=split, seed=0, fraction=1.0)
-        assert row[f"{split} MQ"] == pytest.approx(value, abs=6e-4)
-    row = cells(table("Fig. 2"), "regression, without ties")
-    for share in (0.01, 0.1, 1.0):
-        facts = dict(model="regression", split="validation", seed=0, fraction=share)
-        assert row[f"{share:g}"] == pytest.approx(
-            sum(code(f"{n}_without", **facts) for n in DIMENSIONS) / 3, abs=6e-4
-        )
+@pytest.mark.parametrize(("study", "title", "name", "head", "column", "facts"), CELLS)
+def test_a_cell_is_of_the_rows_that_its_place_names(study, title, name, head, column, facts):
+    tables = study.report(Namespace(seeds=1, eval_pairs=9), ROWS[study])["tables"]
+    (table,) = (table for table in tables if table.title.startswith(title))
+    (cells,) = (cells for cells in table.rows if cells[0] == name)
+    (wanted,) = (row[column] for row in ROWS[study] if facts.items() <= row.items())
+    shown = cells[table.head.index(head)].split()[0]
+    assert float(shown) == pytest.approx(wanted, abs=0.006)
