@@ -396,6 +396,9 @@ def test_new_labels_are_the_annotators_of_pairs_of_the_rounds_own_clips(refreshe
         return honest(model, caption=caption, **batch)
 
     monkeypatch.setattr(refresh, "reward_step", reward_step)
+    annotators, annotate = [], refresh.annotate_pairs
+    asked = lambda *args: annotators.append(args[2]) or annotate(*args)  # noqa: E731
+    monkeypatch.setattr(refresh, "annotate_pairs", asked)
     prompts = world.split_prompts("train")[:4]
     y = Vocabulary().encode_attributes(prompts, 8)
     drawn = world.draw_clips(
@@ -438,6 +441,7 @@ def test_new_labels_are_the_annotators_of_pairs_of_the_rounds_own_clips(refreshe
     other, _ = refreshed(seed=1)
     other(2, y, clips)
     assert not same(other.labelled["clips"], found["clips"]) and not same(other.old.y, ask.old.y)
+    assert len(set(annotators)) == 3  # with noise of their own
 
 
 def test_what_people_say_of_exported_clips_is_taken_back(tmp_path):
