@@ -59,9 +59,10 @@ class Pair:
         return self.path_a, self.path_b
 
 
-def read_pairs(csv_path, skipped=None, folder=None):
+def read_pairs(csv_path, skipped=None, folder=None, unlabelled=False):
     """The pairs of a CSV, whose paths start from `folder`, by default its own. BadInput names file, line and column of
     the first fault; with a list `skipped`, rows with a fault are left out and the fault's text is appended to it.
+    With `unlabelled`, an empty label is no fault but None.
     Whether the videos can be decoded is seen later."""
     csv_path = Path(csv_path)
     try:
@@ -89,7 +90,7 @@ def read_pairs(csv_path, skipped=None, folder=None):
             line += 1
             try:
                 if any(text.strip() for text in row):
-                    pairs.append(_parse(csv_path, line, header, row, folder))
+                    pairs.append(_parse(csv_path, line, header, row, folder, unlabelled))
             except BadInput as fault:
                 if skipped is None:
                     raise
@@ -113,7 +114,7 @@ def _check_header(path, header):
             raise BadInput(f"{path}, line 1, column {name}: is missing; needed: {', '.join(COLUMNS)}")
 
 
-def _parse(csv_path, line, header, row, folder):
+def _parse(csv_path, line, header, row, folder, unlabelled):
     where = f"{csv_path}, line {line}"
     if len(row) != len(header):
         last = header[min(len(row), len(header)) - 1]
@@ -121,6 +122,8 @@ def _parse(csv_path, line, header, row, folder):
     cell = dict(zip(header, (text.strip() for text in row)))
 
     def label(name):
+        if unlabelled and not cell[name]:
+            return None
         if cell[name] not in LABELS:
             raise BadInput(f"{where}, column {name}: unknown label {cell[name]!r}; known: {', '.join(LABELS)}")
         return LABELS[cell[name]]

@@ -1,0 +1,464 @@
+"""The labelling page: what it keeps, whom it refuses, and how far labels agree."""
+
+import itertools
+import json
+import random
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+import world
+from data import DIMENSIONS
+from pages import agreement, label
+from pages.server import Server
+from real_data.pairs_csv import LABELS, Pair, read_pairs, write_pairs
+from real_data.video import fit, sample_frames, to_video, write_video
+from runtime.cli import BadInput
+from test_report import BROWSER, DRIVER, FLAGS, LOW_CONTRAST
+
+NOTHING = (None,) * 3
+ROOT = Path(__file__).resolve().parents[1]
+TAB, BACKSPACE, ESCAPE = "\ue004", "\ue003", "\ue00c"  # keys, as WebDriver writes them
+OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """A folder with 72 pairs of the clips of two toy prompts, without labels."""
+    folder, rows = tmp_path_factory.mktemp("toy"), []
+    for k, prompt in enumerate(world.split_prompts("train")[[0, 40]]):
+        rng = torch.Generator().manual_seed(k)
+        clips = world.render(world.draw_clips(prompt.expand(9, 3), torch.arange(9), rng))
+        for i in range(9):
+            write_video(folder / f"{k}_{i}.mp4", clips[i])
+        for i, j in itertools.combinations(range(9), 2):
+            names = f"{k}_{i}.mp4", f"{k}_{j}.mp4"
+            rows.append(Pair(*names, world.prompt_text(prompt), NOTHING, 2.0, 8.0, 2.0, 8.0))
+    write_pairs(rows, folder / "pairs.csv")
+    return folder
+
+
+@pytest.fixture
+def some(toy, tmp_path):
+    """The first pairs of `toy` in a folder of their own: function of how many -> path of the CSV."""
+
+    def make(count):
+        for video in toy.glob("*.mp4"):
+            shutil.copy(video, tmp_path)
+        write_pairs(read_pairs(toy / "pairs.csv", unlabelled=True)[:count], tmp_path / "pairs.csv")
+        return tmp_path / "pairs.csv"
+
+    return make
+
+
+class Page:
+    """The page's own HTTP interface, as a script sees it; served by this process."""
+
+    def __init__(self, csv, out=None):
+        self.labelling = label.Labelling(csv, out or csv, 0)
+        self.server = Server("label.html", self.labelling.calls(), 0)
+        self.address = f"http://{self.server.hosts[0]}/{self.server.token}/"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.server.shutdown()
+        self.server.server_close()
+        self.labelling.journal.close()
+
+    def read(self, path, body=None):
+        data = json.dumps(body).encode() if body else None
+        request = urllib.request.Request(self.address + path, data)
+        with OPENER.open(request, timeout=30) as response:
+            return response.read()
+
+    def ask(self, path="question", **body):
+        return json.loads(self.read(path, body))
+
+    def answer(self, state, sides):
+        """Answers all three dimensions of a question -> the next one."""
+        for dimension, side in zip(DIMENSIONS, sides):
+            state_after = self.ask("answer", question=state["id"], dimension=dimension, side=side)
+        return state_after
+
+    def clip(self, state, side):
+        return self.read(f"clip?question={state['id']}&side={side}")
+
+    def left_is(self, state, folder, row):
+        """Whether the clip on the left is A or B, by its bytes."""
+        content = self.clip(state, "left")
+        assert content in [(folder / path).read_bytes() for path in row.paths]
+        return "A" if content == (folder / row.path_a).read_bytes() else "B"
+
+
+def fault(call, *args, **kwargs):
+    with pytest.raises(urllib.error.HTTPError) as error:
+        call(*args, **kwargs)
+    return error.value.code, json.loads(error.value.read())["error"]
+
+
+def table(lines):
+    """{name: (VQ, MQ, TA)} of a report's lines."""
+    cells = (re.fullmatch(r"(.*?)((?: +-?[\d.]+| +-){3})", line) for line in lines[3:])
+    return {match[1]: [float(x) if x != "-" else None for x in match[2].split()] for match in cells}
+
+
+# --------------------------------------------------------------------------------------------------
+# Agreement
+
+
+@cache
+def true_scores(content, prompt, folder):
+    (folder / "seen.mp4").write_bytes(content)
+    video = to_video(fit(sample_frames(folder / "seen.mp4"), 8, 32))
+    return world.oracle(video[None], [prompt])[0]
+
+
+def oracle_sides(page, state, folder):
+    """What the oracle sees of the two clips that the page shows: its answers for VQ, MQ and TA."""
+    clips = [page.clip(state, side) for side in ("left", "right")]
+    a, b = (true_scores(clip, state["prompt"], folder) for clip in clips)
+    difference = (a - b) / world.TRUE_STD
+    tied = difference.abs() <= world.TIE_BELOW
+    return ["same" if tie else "left" if d > 0 else "right" for d, tie in zip(difference, tied)]
+
+
+def test_who_answers_as_the_oracle_agrees_with_it_and_who_guesses_does_not(
+    toy, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)  # where the report decodes the clips
+    with Page(toy / "pairs.csv", toy / "seer.csv") as page:
+        state = page.ask()
+        assert (state["count"], state["open"]) == (80, 80)  # 72, and a tenth again
+        while state.get("id"):
+            state = page.answer(state, oracle_sides(page, state, tmp_path))
+        seer = table(page.ask("report")["lines"])
+    assert seer["oracle, equal"] == seer["oracle, Cohen's kappa"] == [1, 1, 1]
+    assert seer["same answer when asked again"] == [1, 1, 1]  # the sides were other ones
+    assert all(0.25 < left < 0.75 for left in seer["left, of left and right"])
+    assert min(seer["toy annotators, equal"] + seer["VideoReward, equal"]) > 0.6
+
+    rng = torch.Generator().manual_seed(1)
+    with Page(toy / "pairs.csv", toy / "guesser.csv") as page:
+        state = page.ask()
+        while state.get("id"):
+            guesses = torch.randint(3, (3,), generator=rng)
+            state = page.answer(state, [("left", "same", "right")[guess] for guess in guesses])
+    guesser = table(agreement.report(toy / "guesser.csv", [toy / "seer.csv"]))
+    assert all(abs(kappa) < 0.3 for kappa in guesser["oracle, Cohen's kappa"])  # 0.09 is one sigma
+    assert guesser["seer.csv, Cohen's kappa"] == guesser["oracle, Cohen's kappa"]
+    assert all(0.2 < same < 0.47 for same in guesser["same"])
+
+
+def test_kappa_by_hand():
+    mine = torch.tensor([1, 1, 1, 1, 1, 0, 0, 0, -1, -1, -100])
+    other = torch.tensor([1, 1, 1, 1, 0, 0, 0, 1, -1, 0, 1])
+    equal, kappa = agreement.agreement(mine, other)
+    assert equal == pytest.approx(0.7)
+    assert kappa == pytest.approx(
+        (0.7 - 0.39) / (1 - 0.39)
+    )  # .5 * .5 + .3 * .4 + .2 * .1 by chance
+
+
+def test_several_people_become_one_and_a_reviewer_decides(some, tmp_path, monkeypatch):
+    rows = read_pairs(some(2), unlabelled=True)
+    said = {
+        "ann": [(1, 0, -1), (1, None, 0)],
+        "bob": [(1, 1, -1), (1, None, 0)],
+        "cy": [(1, 0, -1), (1, None, 0)],
+        "reviewer": [(-1, -1, 1), (None, None, 1)],
+    }
+    for name, labels in said.items():
+        pairs = [replace(row, label=three) for row, three in zip(rows, labels)]
+        write_pairs(pairs[::-1] if name == "bob" else pairs, tmp_path / f"{name}.csv")
+    monkeypatch.chdir(tmp_path)
+    command = "label pairs.csv --merge ann.csv bob.csv cy.csv --out all.csv"
+    for flags, expected in (
+        ("", [(1, None, -1), (1, None, 0)]),
+        (" --reviewer reviewer.csv", [(1, -1, -1), (1, None, 0)]),
+    ):
+        monkeypatch.setattr(sys, "argv", (command + flags).split())
+        label.main()
+        assert [row.label for row in read_pairs("all.csv", unlabelled=True)] == expected
+
+
+# --------------------------------------------------------------------------------------------------
+# Files
+
+
+def test_a_csv_that_changes_under_the_page(some, tmp_path):
+    csv = some(4)
+    rows = read_pairs(csv, unlabelled=True)
+    with Page(csv, tmp_path / "ann.csv") as page:
+        second = page.answer(page.ask(), ["same", "same", "same"])
+        write_pairs([rows[3], rows[2], rows[0]], csv)
+        gone = dict(question=second["id"], dimension="VQ", side="same")
+        assert fault(page.ask, "answer", **gone) == (404, "this pair is not in the CSV any more")
+        assert page.left_is(page.ask(), tmp_path, rows[3])
+        page.ask("answer", question=page.ask()["id"], dimension="VQ", side="invalid")
+        written = [row.label for row in read_pairs(tmp_path / "ann.csv", unlabelled=True)]
+        assert written == [(LABELS["invalid"], None, None), NOTHING, (0, 0, 0)]
+        csv.write_text("nothing\n")
+        status, line = fault(page.ask)
+        assert status == 409 and "line 1, column path_A" in line
+        write_pairs(rows, csv)
+        assert page.ask()["id"] == second["id"]
+
+
+def test_empty_labels_are_filled_in_place_and_others_stay(some, tmp_path):
+    csv = some(3)
+    rows = [replace(row, mos=(1.0, 2, 3, 4, 5, 0)) for row in read_pairs(csv, unlabelled=True)]
+    rows[1] = replace(rows[1], label=(1, -1, 0))
+    write_pairs(rows, csv)
+    with Page(csv) as page:
+        state = page.ask()
+        assert state["count"] == 3  # two pairs, and one of them again
+        with pytest.raises(BadInput, match="another pages.label writes there"):
+            Page(csv)
+        while state.get("id"):
+            state = page.answer(state, ["same", "invalid", "same"])
+    same = (0, LABELS["invalid"], 0)
+    assert read_pairs(csv) == [replace(rows[0], label=same), rows[1], replace(rows[2], label=same)]
+    with Page(csv) as page:
+        assert (page.ask()["open"], page.ask()["count"]) == (0, 3)
+    csv.with_suffix(".jsonl").unlink()
+    with pytest.raises(BadInput, match="no empty label; --out"):
+        Page(csv)
+
+
+def test_odd_names_and_a_path_outside(tmp_path):
+    names = ["a b#1%41.mp4", "ü'&?=;.mp4", 'q"u,\no.MOV', "..mp4"]
+    for name in names:
+        (tmp_path / name).write_text(name)
+    rows = [Pair(*names[i : i + 2], "x", NOTHING, 2.0, 8.0, 2.0, 8.0) for i in (0, 2)]
+    write_pairs(rows, tmp_path / "pairs.csv")
+    with Page(tmp_path / "pairs.csv") as page:
+        state, seen = page.ask(), set()
+        while state.get("id"):
+            last = state["id"]
+            seen |= {page.clip(state, side).decode() for side in ("left", "right")}
+            assert not any(name in json.dumps(state) for name in names)
+            state = page.answer(state, ["left", "left", "left"])
+        assert seen == set(names)
+        state["id"] = last
+        request = urllib.request.Request(f"{page.address}clip?question={state['id']}&side=left")
+        request.add_header("Range", "bytes=2-4")
+        with OPENER.open(request) as part:
+            assert part.status == 206
+            assert part.read() == page.clip(state, "left")[2:5]
+    (tmp_path / "in").mkdir()
+    write_pairs([replace(rows[0], path_a="../a b#1%41.mp4")], tmp_path / "in" / "pairs.csv")
+    with pytest.raises(BadInput, match="does not lie in the data folder"):
+        Page(tmp_path / "in" / "pairs.csv")
+
+
+# --------------------------------------------------------------------------------------------------
+# Hostile requests
+
+
+def test_hostile_requests_are_refused_and_the_server_lives(some, capfd):
+    with Page(some(1)) as page:
+        host, token, question = page.server.hosts[0], page.server.token, page.ask()["id"]
+
+        def send(path, method="GET", host=host, body=b"", **headers):
+            """The status of a raw request, 0 where the server only hangs up."""
+            lines = [f"{method} {path} HTTP/1.1", f"Host: {host}"]
+            lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+            return talk("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
+
+        def talk(content):
+            with socket.create_connection(page.server.server_address, timeout=10) as connection:
+                connection.sendall(content)
+                connection.shutdown(socket.SHUT_WR)
+                answer = connection.makefile("rb").readline().split()
+            return int(answer[1]) if len(answer) > 1 and answer[1].isdigit() else 0
+
+        def post(content, name="answer"):
+            return send(f"/{token}/{name}", "POST", body=content, Content_Length=len(content))
+
+        here = f"/{token}/question"
+        assert send(here) == send(here, Origin=f"http://{host}") == 200
+        assert send(here, host="evil.example") == send(here, host="127.0.0.1") == 403
+        assert send(here, Origin="http://evil.example") == send(here, Origin="null") == 403
+        assert send("/") == 400 and send("/wrong/question") == send(f"/{token}x/question") == 403
+        for path in (
+            "pairs.csv",
+            "../pairs.csv",
+            "%2e%2e/%2e%2e/etc/passwd",
+            "/etc/passwd",
+            "label.py",
+        ):
+            assert send(f"/{token}/{path}") == 404
+        assert send(f"/{token}/clip?question={question}&side=../x") == 400
+        assert send(f"/{token}/clip?question=../x&side=left") == 404
+        assert send(here, "POST") == 404 and send(here, "DELETE") == 501
+        assert send(f"/{token}/answer", "POST", Content_Length=10**9) == 413
+        assert send(here, Content_Length=10**9) == 413
+        for length in ("-1", "1e3", 10**20, "\u00b2"):
+            assert send(f"/{token}/answer", "POST", Content_Length=length) == 411
+        assert send(f"/{token}/answer", "POST", Transfer_Encoding="chunked") == 411
+        for content in (b"{", b"[1]", b"[" * 4000, b"\xff", b"3"):
+            assert post(content) == 400
+        for dimension, side in itertools.product(("VQ", None, [], {}), (None, [], {}, 1e999, "up")):
+            content = dict(question=question, dimension=dimension, side=side)
+            assert post(json.dumps(content).encode()) == 400
+        for content in ({"question": []}, {"question": {}}, {}):
+            assert post(json.dumps(content).encode()) == 404
+            assert post(json.dumps(content).encode(), "undo") == 200
+        rng = random.Random(0)
+        for _ in range(150):
+            talk(bytes(rng.choices(b"GET /:\r\n %\x00\xff[]HTP1.", k=rng.randrange(1, 300))))
+        assert page.ask()["open"] == 2 and page.ask()["answers"] == {}
+    assert "Traceback" not in capfd.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------------
+# In a browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    webdriver = pytest.importorskip("selenium.webdriver")
+    if not BROWSER or not DRIVER:
+        pytest.skip("no Chromium with its driver on this machine")
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    for flag in FLAGS:
+        options.add_argument(f"--{flag}")
+    with webdriver.Chrome(options, webdriver.ChromeService(DRIVER)) as browser:
+        yield browser
+
+
+def press(browser, keys):
+    browser.switch_to.active_element.send_keys(keys)
+
+
+def wait(browser, script, expected=True):
+    """Waits until a JavaScript expression has a value."""
+    end = time.monotonic() + 20
+    while (value := browser.execute_script(f"return {script}")) != expected:
+        assert time.monotonic() < end, f"{script} is {value}, not {expected}"
+
+
+def pressed(*sides):
+    """A JavaScript expression: whether just these buttons are pressed, "VQ left" for example."""
+    found = "[...document.querySelectorAll('[aria-pressed=true]')]"
+    found += ".map((button) => button.dataset.dimension + ' ' + button.dataset.side).join()"
+    return f"{found} === {json.dumps(','.join(sides))}"
+
+
+def test_thirty_pairs_and_a_kill_in_the_middle(browser, some, tmp_path):
+    csv = some(30)
+    names = {path.read_bytes(): path.name for path in tmp_path.glob("*.mp4")}
+    rng, expected, on_left = random.Random(0), {}, {}
+
+    def start():
+        command = [sys.executable, "-m", "pages.label", csv]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        address = next(m[0] for line in process.stdout if (m := re.search(r"http\S+", line)))
+        browser.get(address)
+        wait(browser, "Boolean(question.id)")
+        return process
+
+    process = start()
+    for number in range(33):
+        addresses = browser.execute_script("return clips.map((clip) => clip.src)")
+        left, right = (names[OPENER.open(address).read()] for address in addresses)
+        sides = rng.choices(range(3), k=3)
+        keys = [keys[side] for keys, side in zip(("qwe", "asd", "zxc"), sides)]
+        if number == 14:
+            press(browser, keys.pop(0))
+            wait(browser, pressed(f"VQ {('left', 'same', 'right')[sides[0]]}"))
+            process.kill()  # -9
+            process.wait()
+            process = start()
+            assert browser.execute_script("return question.count - question.open") == 14
+            wait(browser, pressed(f"VQ {('left', 'same', 'right')[sides[0]]}"))
+        done = browser.execute_script("return question.open")
+        press(browser, "".join(keys))
+        wait(browser, "question.open", done - 1)
+        pair = tuple(sorted((left, right)))
+        label_of = (left, "same", right)
+        if pair in on_left:
+            assert on_left[pair] != left  # asked again, with its sides swapped
+        else:
+            on_left[pair], expected[pair] = left, [label_of[side] for side in sides]
+    assert "All pairs are labelled" in browser.find_element("css selector", "#end").text
+    process.kill()
+    process.wait()
+    for row in read_pairs(csv):
+        name = {1: row.path_a, 0: "same", -1: row.path_b}
+        assert [name[value] for value in row.label] == expected[tuple(sorted(row.paths))]
+
+
+def test_two_tabs_do_not_overwrite_each_other(browser, some):
+    with Page(some(3)) as page:
+        browser.get(page.address)
+        first = browser.current_window_handle
+        wait(browser, "Boolean(question.id)")
+        browser.switch_to.new_window("tab")
+        browser.get(page.address)
+        wait(browser, "Boolean(question.id)")
+        press(browser, "q")
+        wait(browser, pressed("VQ left"))
+        browser.close()
+        browser.switch_to.window(first)
+        press(browser, "ea")
+        wait(browser, pressed("VQ left", "MQ left"))
+        assert page.ask()["answers"] == {"VQ": "left", "MQ": "left"}
+
+
+def test_clips_in_step_keys_and_contrast(browser, some, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with Page(some(1)) as page:
+        browser.get(page.address)
+        wait(browser, "clips.every((clip) => clip.currentTime > 0.3)")
+        for _ in range(20):
+            a, b = browser.execute_script("return clips.map((clip) => clip.currentTime)")
+            assert abs(a - b) <= 0.25  # half a frame
+        press(browser, " ")
+        wait(browser, "clips.every((clip) => clip.paused)")
+        browser.execute_script("clips.forEach((clip) => { clip.currentTime = 3.75; })")
+        for key, time_of_both in ((",", 3.25), (".", 3.75), (".", 0.25)):
+            press(browser, key)
+            wait(browser, "clips.map((clip) => clip.currentTime)", [time_of_both] * 2)
+        press(browser, TAB)
+        press(browser, "q")
+        wait(browser, pressed("VQ left"))
+        assert page.ask()["answers"] == {"VQ": "right"}  # the clip that was on the right
+        press(browser, TAB)
+        wait(browser, pressed("VQ right"))
+        press(browser, BACKSPACE)
+        wait(browser, pressed())
+        press(browser, "wi")
+        wait(browser, pressed("VQ same", "MQ invalid"))
+        for scheme in ("light", "dark"):
+            media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+            browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+            assert browser.execute_script(LOW_CONTRAST) == []
+        press(browser, "?")
+        assert browser.execute_script(LOW_CONTRAST) == []
+        press(browser, "c" + ESCAPE)  # the dialog is open: c is no answer
+        wait(browser, "document.querySelector('dialog').open", False)
+        press(browser, "x")
+        wait(browser, "question.open", 1)
+        press(browser, "wsx")
+        wait(browser, "$('report').textContent.includes('VideoReward')")
+        size = {"width": 400, "height": 800, "deviceScaleFactor": 1, "mobile": True}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= 400
+        assert browser.execute_script(LOW_CONTRAST) == []
