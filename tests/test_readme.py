@@ -30,6 +30,10 @@ ELSEWHERE = {  # or by these tests
     "python train.py .*(--rounds|nft)": [
         "tests/test_online.py::test_killed_in_a_round_and_between_two_a_run_ends_at_the_same_bits"
     ],
+    "python -m pages.label .*--(report|merge)": [
+        "tests/test_label.py::test_several_people_become_one_and_a_reviewer_decides"
+    ],
+    "python -m pages.label ": ["tests/test_label.py::test_thirty_pairs_and_a_kill_in_the_middle"],
     "python evaluate.py report": ["tests/test_report.py::test_the_page_is_whole_and_needs_nothing_else"],
 }
 
@@ -79,8 +83,10 @@ def test_a_command_is_accepted(doc, command, capsys):
     if command.startswith("torchrun"):
         args = torchrun.parse_args([script, *flags] + ["train.py"] * (".py" not in command))
         script, flags = args.training_script, args.training_script_args
+    if script == "-m" and flags[0] != "pytest":
+        script = flags.pop(0).replace(".", "/") + ".py"
     if script == "-m":
-        assert flags[0] == "pytest" and all(is_there(flag) for flag in flags if "/" in flag)
+        assert all(is_there(flag) for flag in flags if "/" in flag)
         return
     assert is_there(script)
     if script == "examples/wan.py":
