@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_report import BROWSER, DRIVER, FLAGS, LOW_CONTRAST
 
 import world
 from data import DIMENSIONS
@@ -26,7 +27,6 @@ from pages.server import Server
 from real_data.pairs_csv import LABELS, Pair, read_pairs, write_pairs
 from real_data.video import fit, sample_frames, to_video, write_video
 from runtime.cli import BadInput
-from test_report import BROWSER, DRIVER, FLAGS, LOW_CONTRAST
 
 NOTHING = (None,) * 3
 ROOT = Path(__file__).resolve().parents[1]
