@@ -10,6 +10,7 @@
     python evaluate.py bench        every performance ratio beside its floor
     python evaluate.py report       all of it as one page with curves and clips, whatever is done by then
     python evaluate.py tables       writes the tables of README.md and docs/ from results/*.json
+    python evaluate.py read         writes docs/annotated.html, the core files beside their equations
 
 The paper judges its aligned models by the reward they were aligned with. Here a second judge, the oracle, says what is
 true; where the two part ways, the policy has learned the reward's mistakes.
@@ -264,23 +265,24 @@ def learned_table(models, reward, pairs, args, device):
 # ---------------------------------------------------------------------------------------------------------------------
 # The command: a study by its name
 
-STUDIES = {  # their modules in studies/
-    "reward": "reward_model",
-    "align": "align",
-    "beta": "beta",
-    "nrg": "guidance",
-    "rank": "rank",
-    "online": "online",
-    "unified": "unified",
-    "bench": "bench",
-    "report": "report.page",
-    "tables": "tables",
+STUDIES = {  # their modules
+    "reward": "studies.reward_model",
+    "align": "studies.align",
+    "beta": "studies.beta",
+    "nrg": "studies.guidance",
+    "rank": "studies.rank",
+    "online": "studies.online",
+    "unified": "studies.unified",
+    "bench": "studies.bench",
+    "report": "studies.report.page",
+    "tables": "studies.tables",
+    "read": "pages.annotated",
 }
 
 
 def study(module):
-    """A module of studies/. These stand above everything else and are opened by name, when they are asked for."""
-    return importlib.import_module(f"studies.{module}")
+    """A module that stands above everything else and is opened by name, when it is asked for."""
+    return importlib.import_module(module)
 
 
 def arguments(argv=None):
@@ -306,7 +308,7 @@ def main():
     check_writable(args.out, "--out")
     module = study(STUDIES[args.study])
     if hasattr(module, "jobs"):
-        study("jobs").run(module, args, device)
+        study("studies.jobs").run(module, args, device)
     else:
         module.run(args, device)
 

@@ -395,7 +395,7 @@ def arguments(argv=None):
 def main():
     args = arguments()
     if args.plan:
-        print("\n".join(study("cost").plan(args)))
+        print("\n".join(study("studies.cost").plan(args)))
         return
     device, begun = distributed.start_process(args.device), time.perf_counter()
     distributed.check_flags(args)

@@ -1,4 +1,5 @@
-"""Writes the tables and the excerpts of code in README.md and docs/, results/*.md and the charts.
+"""Writes the tables and the excerpts of code in README.md and docs/, results/*.md, the charts and
+docs/annotated.html.
 
     python evaluate.py tables             writes every file whose contents would change
     python evaluate.py tables --check     writes nothing; an outdated file is an error
@@ -23,6 +24,7 @@ from pathlib import Path
 
 from data import DIMENSIONS
 from evaluate import arguments, over_seeds
+from pages import annotated
 from runtime.cli import BadInput
 from sample import CFG, NRG_SCALE
 from studies import align, beta, guidance, observer, online, reward_model, unified
@@ -389,17 +391,20 @@ def generated_files():
             files[ROOT / "results" / file] = text
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         files[path] = generated(path)
+    files[ROOT / "docs" / "annotated.html"] = annotated.page()
     return files
 
 
 def run(args, device):
-    outdated = [path for path, text in generated_files().items() if path.read_text() != text]
+    outdated = {}
+    for path, text in generated_files().items():
+        if not path.exists() or path.read_text() != text:
+            outdated[path] = text
     names = ", ".join(str(path.relative_to(ROOT)) for path in outdated)
     if args.check:
         if outdated:
-            raise BadInput(f"{names}: not what results/ gives; run `python evaluate.py tables`")
+            raise BadInput(f"{names}: not up to date; run `python evaluate.py tables`")
         return
-    for path, text in generated_files().items():
-        if path in outdated:
-            path.write_text(text)
+    for path, text in outdated.items():
+        path.write_text(text)
     print(f"wrote {names}" if outdated else "every table is up to date")

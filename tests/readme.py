@@ -6,7 +6,7 @@ from itertools import groupby
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-WINGS = ("kernels", "runtime", "real_data", "online", "studies", "examples")
+WINGS = ("kernels", "runtime", "real_data", "online", "studies", "examples", "pages")
 
 
 def documents(root=ROOT):

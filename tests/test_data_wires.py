@@ -28,14 +28,14 @@ COLUMNS = [
 
 @pytest.fixture
 def data(tmp_path):
-    """A function: (name, seed) -> a CSV of 24 pairs of latents, two of each prompt, its clips (24, 2, C, T, H, W),
-    prompts and labels (24, 3)."""
+    """A function: (name, seed, prompts) -> a CSV of 24 pairs of latents, its clips (24, 2, C, T, H, W), prompts, of
+    which each has two pairs, and labels (24, 3)."""
 
-    def write(name, seed):
+    def write(name, seed, prompts=PROMPTS):
         rng = np.random.default_rng(seed)
         clips = 0.1 * rng.standard_normal((24, 2, *CONFIG.video_shape), np.float32)
         clips += rng.standard_normal((24, 2, 3, 1, 1, 1), np.float32)
-        labels, prompts = rng.integers(-1, 2, (24, 3)), PROMPTS * 2
+        labels, prompts = rng.integers(-1, 2, (24, 3)), prompts * 2
         np.save(tmp_path / f"{name}.npy", clips.reshape(48, *CONFIG.video_shape))
         with open(tmp_path / f"{name}.csv", "w", newline="") as file:
             writer = csv.writer(file)
@@ -61,7 +61,8 @@ def test_rounds_ask_for_every_prompt(tiny, data, monkeypatch):
 
 
 def test_pretraining_takes_every_clip_with_its_own_prompt(tiny, data):
-    path, clips, prompts, _ = data("pairs", 0)
+    # some of six words, the others of five
+    path, clips, prompts, _ = data("pairs", 0, [*PROMPTS[:6], *(f"{prompt} slowly" for prompt in PROMPTS[6:])])
     _, task = tiny("--algo=pretrain", f"--data={path}", "--label-dropout=0")
     vocabulary, places = Vocabulary(task.words), []
     for batch in batches(task, 6):  # 48 clips

@@ -121,7 +121,9 @@ def test_export_and_load_give_the_pairs_back(exported):
         rows = read_pairs(path)
         read = load(path, rows)
         assert torch.equal(read.label, made.label)
-        words = Vocabulary().words
+        words, generators = Vocabulary().words, [[world.GENERATORS[g] for g in pair] for pair in made.models.tolist()]
+        assert [[path[:-4].rpartition("_")[2] for path in row.paths] for row in rows] == generators
+        assert {imageio.get_reader(exported / row.path_a).get_meta_data()["fps"] for row in rows} == {rows[0].fps_a}
         assert [row.prompt for row in rows] == [" ".join(words[i] for i in y if i) for y in made.y.tolist()]
         with open(path, newline="") as file:
             header = next(csv.reader(file))

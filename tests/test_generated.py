@@ -94,10 +94,11 @@ def test_clips_are_kept_and_sampled_again_when_they_differ_or_are_damaged(sample
     file.write_bytes(file.read_bytes()[:1000])
     pairs_of(path, tmp_path)
     assert len(calls) == 4 and len(list(tmp_path.glob("*.tmp"))) == 0
-    for other in ({"seed": 1}, {"models": {"one": {"steps": 1}}}, {"splits": ("hard",)}):
+    for other in ({"seed": 1}, {"models": {"one": {"steps": 1}}}, {"splits": ("hard",)}, {"count": 60}):
         before = len(calls)
         pairs_of(path, tmp_path, **other)
         assert len(calls) > before, other
+    assert torch.equal(calls[0][0], calls[2][0]) and not torch.equal(calls[0][0], calls[4][0])  # a seed's noise
     network, _ = generated.load_velocity(path)
     wired.save(wired.noticeable(network), "velocity", path)
     before = len(calls)

@@ -21,7 +21,7 @@ FLOORS = (
     {"evaluate", "studies.cost"},
     {"train"},
     {"online"},
-    {"studies", "examples"},
+    {"studies", "examples", "pages"},
 )
 NOT_FOR_LOSSES = {"model", "reward", "data"}
 NOT_FOR_RUNTIME = {*CORE, "evaluate", "world"}
@@ -39,7 +39,7 @@ def test_every_module_stands_in_a_known_room():
 
 
 def test_the_core_is_small():
-    assert sum(lines_in(ROOT / f"{name}.py") for name in CORE) <= 1700
+    assert sum(lines_in(ROOT / f"{name}.py") for name in CORE) <= 1730
 
 
 # ---------------------------------------------------------------------------------------------------------------------
