@@ -15,15 +15,7 @@ import torch
 
 from data import Pairs, Vocabulary, split_words, step_rng, vocabulary_of
 from real_data.pairs_csv import PATHS, read_pairs
-from real_data.video import (
-    FPS,
-    cached_clip,
-    check_length,
-    clip_facts,
-    is_latent,
-    read_latent,
-    to_video,
-)
+from real_data.video import FPS, cached_clip, check_length, clip_facts, is_latent, read_latent, to_video
 from runtime.cli import BadInput, progress_bar
 from runtime.distributed import process_0_first, rank
 

@@ -34,6 +34,7 @@ ELSEWHERE = {  # or by these tests
         "tests/test_label.py::test_several_people_become_one_and_a_reviewer_decides"
     ],
     "python -m pages.label ": ["tests/test_label.py::test_thirty_pairs_and_a_kill_in_the_middle"],
+    "python -m real_data.prepare": ["tests/test_videos.py::test_videos_as_they_come"],
     "python evaluate.py report": ["tests/test_report.py::test_the_page_is_whole_and_needs_nothing_else"],
 }
 
