@@ -21,13 +21,18 @@ import torch
 
 from flow import interpolate, mean_square
 
+# A z-score has unit spread over clips of all kinds. Rounding moves it by 1e-6 in float32 and by 1e-3
+# where a GPU multiplies in TF32; differences below a hundredth are no reason to prefer a clip.
+LEAST_STD = 0.01
+
 
 def optimality(reward, spread=1.0):
-    """Rewards (P, n) of n clips of each of P prompts -> r (P, n) in [0, 1]; Z is `spread` standard deviations of the
-    differences from a prompt's mean. A clip as good as its prompt's mean has 1/2, and so have all if none differs."""
+    """Rewards (P, n), means of z-scores, of n clips of each of P prompts -> r (P, n) in [0, 1]. Z is
+    `spread` standard deviations, at least LEAST_STD each, of the differences from a prompt's mean. A
+    clip as good as its prompt's mean has 1/2."""
     advantage = reward - reward.mean(1, keepdim=True)
-    z = spread * advantage.square().mean().sqrt()
-    return 0.5 + 0.5 * (advantage / z.clamp(min=1e-8)).clamp(-1, 1)
+    z = spread * advantage.square().mean().sqrt().clamp(min=LEAST_STD)
+    return 0.5 + 0.5 * (advantage / z).clamp(-1, 1)
 
 
 def nft_error(v, x_t, x0, t):

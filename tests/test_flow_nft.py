@@ -15,6 +15,8 @@ def test_optimality_by_hand():
     third = 1 / (3 * math.sqrt(0.5)) / 2
     assert torch.allclose(optimality(reward, spread=3.0), torch.tensor([[0.5 - third, 0.5 + third], [0.5, 0.5]]))
     assert torch.equal(optimality(torch.full((3, 4), 7.0)), torch.full((3, 4), 0.5))
+    rounding = torch.tensor([[0.0, 1e-6], [0.3, 0.3]])  # Z is then .01: r moves by 5e-7 / .01 / 2
+    assert (optimality(rounding) - 0.5).abs().max().item() == pytest.approx(2.5e-5, rel=0.05)
     assert torch.allclose(optimality(reward + torch.tensor([[10.0], [-3.0]])), optimality(reward))  # within a prompt
 
 
