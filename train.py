@@ -73,6 +73,7 @@ class Task:
     progress_keys: tuple  # names of the logs in the progress bar
     evaluate: Callable  # (model, out) -> lines to print; may write pictures and set buffers of the model
     state_dict: Callable = torch.nn.Module.state_dict  # model -> tensors to save
+    extra_bytes: int = 0  # that it writes to --out beside the checkpoints
 
 
 def pretrain_task(args, device):
@@ -326,7 +327,8 @@ def train(task, args, device, state=None):
     rows = distributed.local_rows(args.batch)
 
     shown = {"total": args.steps, "initial": start, "desc": args.algo, "dynamic_ncols": True, "disable": not first}
-    with resume.Log(args, start, model, trained) as log, resume.stop_requests() as stop, tqdm(**shown) as bar:
+    log = resume.Log(args, start, model, trained, task.extra_bytes)
+    with log, resume.stop_requests() as stop, tqdm(**shown) as bar:
         for step in range(start, args.steps):
             # this process's rows of the batch
             batch = {name: value.to(device) for name, value in task.batch(step, rows).items()}

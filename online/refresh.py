@@ -1,94 +1,150 @@
-"""New labels for a reward that judges what it made: the human-feedback loop, closed (not in the paper).
+"""New labels for the reward model: human feedback on the policy's own clips (not in the paper).
 
-A policy that follows a reward leaves the clips that it learned from, and then it is wrong where it matters. Every
---refresh rounds, people look at pairs of the policy's own clips, and VideoReward learns on: half a batch of new pairs,
-half of old ones, so that it forgets nothing.
+A policy that follows a reward model leaves the clips that the model learned from, and then the
+model is wrong where it matters. Every --refresh rounds people compare pairs of the policy's own
+clips and VideoReward is trained on them: half of a batch are new pairs and half old ones, so that
+it forgets nothing. reward.pt in --out is VideoReward as the last refresh left it, for --reward.
 
-The toy's annotators are asked at once. With --data the clips are written to labels-ROUND/ in --out, as mp4 and as
-pairs.csv in the public format with empty labels, and the run stops; once each cell of VQ, MQ and TA says A, B, same or
-invalid, --resume reads them and goes on.
+The toy's annotators answer at once. With --data the clips are written to labels-ROUND/ in --out, as
+mp4 and as pairs.csv in the public format with empty labels, and the run stops; once each cell of
+VQ, MQ and TA says A, B, same or invalid, --resume reads them and goes on.
 """
 
 import shutil
 import sys
+from dataclasses import asdict
 
 import torch
 
 import world
 from data import INVALID, Pairs, mean_one, step_rng
 from evaluate import pair_scores
-from real_data.disk_pairs import disk_data, disk_pairs
+from real_data.disk_pairs import disk_data
 from real_data.pairs_csv import Pair, read_pairs, write_pairs
 from real_data.toy_pairs import annotate_pairs, annotated_pairs
-from real_data.video import FPS, to_bytes, to_video, write_video
+from real_data.video import FPS, to_video, write_video
 from reward import reward_step
+from runtime.checkpoint import save_checkpoint
 from runtime.cli import BadInput, progress_bar
+from runtime.resume import read_own, settled, until_stopped
 
-NEW, OLD = 256, 1024  # pairs that are labelled in a round; old ones, of the training prompts
-MOST = 1024  # labelled pairs that are kept, the newest
+OLD = 1024  # old pairs, of the training prompts
+MOST = 1024  # labelled pairs of the policies' clips, the newest
 STEPS, BATCH, RATE = 60, 32, 3e-4
-LABEL_SEED = -700_000  # of a round's pairs and steps, under no other
+LABEL_SEED = -700_000  # of a round's pairs and steps; nothing else has it
 
 
 class Refresh:
-    """Called with every round's clips; trains `judge`, a VideoReward, in place. `labelled` has the policies' pairs so
-    far, {"y" (N, S), "clips" (N, 2, C, T, H, W) as uint8, "label" (N, 3)}, or is None."""
+    """Called with every round's clips; trains `judge`, a VideoReward, in place. `labelled` has the
+    newest pairs of the policies' clips, {"y" (N, S), "clips" (N, 2, C, T, H, W) as uint8,
+    "label" (N, 3)}, or is None."""
 
     def __init__(self, args, judge, vocabulary, device):
         self.args, self.judge, self.vocabulary, self.device = args, judge, vocabulary, device
-        self.labelled, config = None, judge.config
-        if args.data and config.channels != 3:
-            raise BadInput("--refresh: people cannot look at latents; use --data with videos, or leave --refresh out")
-        if args.data:
-            self.old = disk_data(args, config, vocabulary.words, held_out=False)[2]
-        else:
+        self.labelled, self.most_labelled = None, max(MOST, args.refresh_pairs)
+        self.export = args.out / "reward.pt"
+        config = judge.config
+        if args.reward.resolve() == self.export.resolve():
+            raise BadInput(f"--reward {args.reward}: --refresh writes there; give another --out")
+        if not args.data:
             self.old = annotated_pairs(OLD, ["train"], args.seed + 2, config, vocabulary)
+            return
+        if config.channels != 3:
+            fault = "people cannot look at latents; use --data with videos, or leave --refresh out"
+            raise BadInput(f"--refresh: {fault}")
+        for folder in args.out.glob("labels-*"):
+            self.read_clips(folder)  # or they belong to another run
+        self.old = disk_data(args, config, vocabulary.words, held_out=False)[2]
 
-    def __call__(self, number, y, clips):
-        """Prompts y (P, S) and clips (P, n, C, T, H, W) as uint8 of a round."""
-        if not number or number % self.args.refresh:
+    def __call__(self, number, prompts, y, clips):
+        """A round's prompts (P texts), their ids y (P, S) and clips (P, n, C, T, H, W) as uint8."""
+        if not self.due(number):
             return
         rng = step_rng(self.args.seed, LABEL_SEED - 1000 * number)
-        prompt = torch.randint(len(y), (NEW,), generator=rng)
-        first = torch.randint(clips.shape[1], (NEW,), generator=rng)
-        second = (first + torch.randint(1, clips.shape[1], (NEW,), generator=rng)) % clips.shape[1]
-        shown = {"y": y[prompt], "clips": torch.stack((clips[prompt, first], clips[prompt, second]), 1)}
-        new = self.answers(number, **shown) if self.args.data else self.annotated(number, **shown)
-        so_far = self.labelled or {name: value[:0] for name, value in new.items()}
-        self.labelled = {name: torch.cat((so_far[name], value))[-MOST:] for name, value in new.items()}
-        self.learn(number)
-
-    def annotated(self, number, y, clips):
-        """What the toy's annotators say."""
-        pairs = Pairs(y, lambda index, side: to_video(clips[index, side]))
-        prompts = world.prompt_attributes([self.vocabulary.decode(row) for row in y])
-        return {"y": y, "clips": clips, "label": annotate_pairs(pairs, prompts, self.args.seed + 10 * number).label}
-
-    def answers(self, number, y, clips):
-        """What people wrote into the round's CSV; without one, it is written for them and the run stops. BadInput names
-        the first fault in it, a cell without a label among them."""
-        file = self.args.out / f"labels-{number}" / "pairs.csv"
-        if not file.exists():
-            ask(file, [self.vocabulary.decode(row) for row in y], clips)
-            print(f"wrote {file} and its videos: label VQ, MQ and TA as A, B, same or invalid, then --resume")
+        prompt, a, b = draw_pairs(*clips.shape[:2], self.args.refresh_pairs, rng).T
+        pair_prompts = [prompts[i] for i in prompt.tolist()]
+        new = {"y": y[prompt], "clips": torch.stack((clips[prompt, a], clips[prompt, b]), 1)}
+        if not self.args.data:
+            new["label"] = self.annotate(number, pair_prompts, **new)
+        elif self.folder(number).exists():
+            index, label = read_labels(self.folder(number) / "pairs.csv", len(prompt))
+            new = {"y": new["y"][index], "clips": new["clips"][index], "label": label}
+        else:
+            sampled = {"prompts": prompts, "y": y, "clips": clips}
+            self.write_pairs(self.folder(number), pair_prompts, new["clips"], sampled)
+            print(f"wrote {self.folder(number) / 'pairs.csv'} and its videos: ", end="")
+            print("label VQ, MQ and TA as A, B, same or invalid, then --resume")
             sys.exit(130)
-        config = self.judge.config
-        pairs = disk_pairs(read_pairs(file), file, config, self.vocabulary, self.args.cache)
-        sides = torch.stack(pairs.sides(torch.arange(len(pairs))), 1)
-        return {"y": pairs.y, "clips": to_bytes(sides), "label": pairs.label}
+        if self.labelled:
+            new = {name: torch.cat((self.labelled[name], value)) for name, value in new.items()}
+        self.labelled = {name: value[-self.most_labelled :] for name, value in new.items()}
+        self.train(number)
 
-    def learn(self, number):
-        """VideoReward's own loss on new and old pairs; then its z-scores are once more those of the old ones."""
-        judge, new, args = self.judge.requires_grad_(True).train(), self.labelled, self.args
+    def due(self, number):
+        return number > 0 and number % self.args.refresh == 0
+
+    def folder(self, number):
+        return self.args.out / f"labels-{number}"
+
+    def sampled_clips(self, number):
+        """The clips of a round whose pairs people have; None if it was not sampled yet."""
+        folder = self.folder(number)
+        return self.read_clips(folder) if self.args.data and folder.exists() else None
+
+    def read_clips(self, folder):
+        state = read_own(folder / "clips.pt", self.args)
+        if state is None:
+            fault = "belongs to another run, or to other settings; move it away or give another --out"
+            raise BadInput(f"{folder}: {fault}")
+        return {name: state[name] for name in ("prompts", "y", "clips")}
+
+    def write_pairs(self, folder, prompts, clips, sampled):
+        """Writes pairs (N, 2, C, T, H, W) of prompts, a list of str, as videos and a CSV without
+        labels, and all clips of the round; whole, or not at all."""
+        unfinished = folder.with_name(f"unfinished-{folder.name}")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        bar = progress_bar("writing videos", "pair")
+        try:
+            unfinished.mkdir(parents=True)
+            rows = []
+            for i, pair in enumerate(until_stopped(bar(clips), self.args.out)):
+                names = video_names(i)
+                for name, clip in zip(names, to_video(pair)):
+                    write_video(unfinished / name, clip)
+                rows.append(Pair(*names, prompts[i], (None,) * 3, *(FPS, float(clips.shape[3])) * 2))
+            write_pairs(rows, unfinished / "pairs.csv")
+            save_checkpoint(unfinished / "clips.pt", {"settings": settled(self.args), **sampled})
+            unfinished.rename(folder)
+        except OSError as error:
+            raise BadInput(f"cannot write {folder}: {error.strerror}") from None
+
+    def annotate(self, number, prompts, y, clips):
+        """Labels (N, 3) of the toy's annotators."""
+        pairs = Pairs(y, lambda index, side: to_video(clips[index, side]))
+        attributes = world.prompt_attributes(prompts)
+        return annotate_pairs(pairs, attributes, self.args.seed + 10 * number).label
+
+    def train(self, number):
+        """VideoReward's own loss on new and old pairs; its z-scores are those of the old ones again."""
+        args, judge, old, new = self.args, self.judge, self.old, self.labelled
+        judge.requires_grad_(True).train()
         optimizer = torch.optim.AdamW(judge.parameters(), RATE, betas=(0.9, 0.99), weight_decay=0.0)
-        for step in progress_bar(f"VideoReward learns on, round {number}", "step")(range(STEPS)):
+        bar = progress_bar(f"training VideoReward, round {number}", "step")
+        for step in until_stopped(bar(range(STEPS)), args.out):
             rng = step_rng(args.seed, LABEL_SEED - 1000 * number - 1 - step)
-            index, other = (torch.randint(len(pool), (BATCH // 2,), generator=rng) for pool in (new["y"], self.old.y))
-            label = torch.cat((new["label"][index], self.old.label[other]))
-            batch = {"y": torch.cat((new["y"][index], self.old.y[other])), "label": label}
-            batch |= {"mos": torch.zeros(len(label), 2, 3), "weight": mean_one(label != INVALID)}
-            sides = zip(to_video(new["clips"][index]).unbind(1), self.old.sides(other))
-            batch["video_a"], batch["video_b"] = map(torch.cat, sides)
+            index = torch.randint(len(new["y"]), (BATCH // 2,), generator=rng)
+            old_index = torch.randint(len(old), (BATCH // 2,), generator=rng)
+            label = torch.cat((new["label"][index], old.label[old_index]))
+            new_a, new_b = to_video(new["clips"][index]).unbind(1)
+            old_a, old_b = old.sides(old_index)
+            batch = {
+                "video_a": torch.cat((new_a, old_a)),
+                "video_b": torch.cat((new_b, old_b)),
+                "y": torch.cat((new["y"][index], old.y[old_index])),
+                "label": label,
+                "mos": torch.zeros(len(label), 2, 3),
+                "weight": mean_one(label != INVALID),
+            }
             batch = {name: value.to(self.device) for name, value in batch.items()}
             loss, _ = reward_step(judge, **batch, caption=args.caption)
             optimizer.param_groups[0]["lr"] = RATE * (1 - step / STEPS)
@@ -96,24 +152,46 @@ class Refresh:
             loss.backward()
             optimizer.step()
         judge.eval().requires_grad_(False)
-        scores = pair_scores(judge, self.old, self.device)
+        scores = pair_scores(judge, old, self.device)
         judge.mean.copy_(scores.mean((0, 1)))
         judge.std.copy_(scores.std((0, 1)).clamp(min=1e-6))
+        facts = {"kind": "reward", "config": asdict(judge.config), "step": number}
+        facts["vocabulary"] = self.vocabulary.words
+        save_checkpoint(self.export, {**facts, "model": judge.state_dict()})
 
 
-def ask(file, prompts, clips):
-    """Writes pairs (N, 2, C, T, H, W) of prompts, a list of str, beside a CSV without labels; whole, or not at all."""
-    unfinished = file.parent.with_suffix(".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
+def draw_pairs(num_prompts, num_clips, count, rng):
+    """`count` different pairs of clips of one prompt, or all if there are fewer: (M, 3: prompt, A, B)."""
+    every = torch.triu_indices(num_clips, num_clips, offset=1).T  # (n (n - 1) / 2, 2)
+    chosen = torch.randperm(num_prompts * len(every), generator=rng)[:count]
+    pair = every[chosen % len(every)]
+    swapped = torch.rand(len(chosen), 1, generator=rng) < 0.5
+    pair = torch.where(swapped, pair.flip(1), pair)
+    return torch.cat((chosen[:, None] // len(every), pair), 1)
+
+
+def video_names(i):
+    """The names of pair i's videos."""
+    return f"{i:04d}_A.mp4", f"{i:04d}_B.mp4"
+
+
+def read_labels(file, num_pairs):
+    """What people wrote into a round's CSV: which pairs (N,), labels (N, 3). Prints one line for each
+    faulty row; BadInput if there is any."""
+    faults, rows = [], []
     try:
-        unfinished.mkdir(parents=True)
-        rows = []
-        for i, (prompt, pair) in enumerate(zip(prompts, clips)):
-            names = [f"{i:04d}_{side}.mp4" for side in "AB"]
-            for name, clip in zip(names, to_video(pair)):
-                write_video(unfinished / name, clip)
-            rows.append(Pair(*names, prompt, (None,) * 3, *(FPS, float(clips.shape[3])) * 2))
-        write_pairs(rows, unfinished / file.name)
-        unfinished.rename(file.parent)
-    except OSError as error:
-        raise BadInput(f"cannot write {file.parent}: {error.strerror}") from None
+        rows = read_pairs(file, faults)
+    except BadInput:
+        if not faults:
+            raise
+    numbers = {video_names(i): i for i in range(num_pairs)}
+    for row in rows:
+        if row.paths not in numbers:
+            fault = f"{row.path_a} and {row.path_b} are not the videos of a pair of this round"
+            faults.append(f"{file}, line {row.line}, column path_A: {fault}")
+    if faults:
+        *others, last = faults
+        print("".join(f"{fault}\n" for fault in others), end="", file=sys.stderr)
+        raise BadInput(last)
+    index = torch.tensor([numbers[row.paths] for row in rows])
+    return index, torch.tensor([row.label for row in rows])

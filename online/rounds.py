@@ -1,18 +1,21 @@
-"""Alignment that goes on: rounds of the policy's own clips, scored and learned from. The paper aligns once.
+"""Online alignment: rounds of the policy's own clips, scored and trained on. The paper aligns once.
 
-    python train.py --algo dpo --rounds 10       Flow-DPO on the best and the worst of each prompt's clips
+    python train.py --algo dpo --rounds 10       Flow-DPO on the best and worst of each prompt's clips
     python train.py --algo nft                   DiffusionNFT on all of them (flow_nft.py)
-    python train.py --algo dpo --rounds 10 --refresh 2      and every second round VideoReward learns from new labels
+    python train.py --algo dpo --rounds 10 --refresh 2      VideoReward learns from new labels, too
 
-In a round the policy as it is, for nft its old model, makes --clips clips of each prompt at CFG 1; VideoReward's
-z-scores under the --align weights are their reward; and --steps / --rounds steps are taken on them. The reference of
-Flow-DPO is the start, or with --reference round the policy as it was when the round began.
+In a round the policy, for nft its old model, samples --clips clips of each prompt at CFG 1;
+VideoReward's z-scores under the --align weights are their reward; and --steps / --rounds steps are
+taken on them. The reference of Flow-DPO is the start or, with --reference round, the policy as it
+was when the round began.
 
-All that a round needs lies in round.pt, whole before its first step, and a checkpoint ends each round: a run that is
-stopped goes on to the same bits, in a round from that file, and between two from the checkpoint.
+round.pt holds all that a round needs and is complete before the round's first step; a checkpoint
+ends each round. A stopped run resumes bit for bit: within a round from that file, between two
+rounds from the checkpoint.
 """
 
 import copy
+import math
 from functools import partial
 
 import torch
@@ -24,148 +27,229 @@ from flow_dpo import flow_dpo_step
 from model import merged_state_dict, share_trunk
 from online.flow_nft import flow_nft_step, move_old, optimality
 from online.refresh import Refresh
-from real_data.disk_pairs import disk_data
+from real_data.disk_pairs import disk_prompts
 from real_data.toy_pairs import check_toy
 from real_data.video import to_bytes, to_video
 from runtime.checkpoint import save_checkpoint
 from runtime.cli import BadInput, progress_bar
-from runtime.distributed import process_0_first, rank
-from runtime.resume import settled
+from runtime.distributed import process_0_first
+from runtime.resume import last_state, read_own, resumes, settled, until_stopped
 from sample import sample_many
 from train import Task, base_and_policy, reference_for
 
 MOST_PROMPTS = 72  # in a round: as many as the toy has to train on
-ROUND_SEED = -500_000  # of a round's prompts and noise, under no step's
+ROUND_SEED = -500_000  # of a round's prompts and noise; no step has it
 
 
 def online_task(args, device):
-    """Flow-DPO or DiffusionNFT in rounds. BadInput for flags that do not go with them."""
+    """Flow-DPO or DiffusionNFT in rounds. BadInput for flags that do not go together."""
     if args.fsdp:
         raise BadInput(f"--algo {args.algo} in rounds samples from the whole policy; leave --fsdp out")
     base, policy, words = base_and_policy(args, device)
-    rounds, length = Rounds(args, base, policy, words, device), args.steps // args.rounds
-    nft = args.algo == "nft"
-    reference = rounds.old if args.reference == "round" else reference_for(args, base, words, device)
-    same_trunk = args.freeze and args.reference in ("first", "round")
-    shared_forward = share_trunk(policy, reference, args.freeze) if same_trunk and not nft else None
+    rounds = Rounds(args, base, policy, words, device)
+    round_length = args.steps // args.rounds
 
-    def batch(step, rows):
-        now, rng = rounds.at(step // length), step_rng(args.seed, step)
-        count = 2 * args.batch if nft else args.batch  # as many clips for both
-        index = epoch_index(len(now["items"]), count, step % length, args.seed)
-        prompt, *places = now["items"][index].T
-        y = drop_prompts(now["y"][prompt], args.label_dropout, rng)
+    def draw(step, count):
+        """The round of a step, `count` of its items, and their prompts, times and noise."""
+        state, rng = rounds.at(step // round_length), step_rng(args.seed, step)
+        items = state["items"]
+        items = items[epoch_index(len(items), count, step % round_length, args.seed)]
+        y = drop_prompts(state["y"][items[:, 0]], args.label_dropout, rng)
         noise = draw_noise(count, base.config.video_shape, args.time_shift, rng)
-        if nft:
-            rows = slice(2 * rows.start, 2 * rows.stop)
-        clips = [to_video(now["clips"][prompt[rows], place[rows]]) for place in places]
-        if nft:
-            return {"x0": clips[0], **take({"y": y, "r": now["r"][prompt, places[0]], **noise}, rows)}
-        return {"x0_w": clips[0], "x0_l": clips[1], **take({"y": y, **noise}, rows)}
+        return state, items, {"y": y, **noise}
 
-    def loss(batch):
-        if nft:
-            value, logs = flow_nft_step(policy, rounds.old, base, **batch, beta=args.nft_beta, kl=args.kl)
+    def dpo_batch(step, rows):
+        state, items, whole = draw(step, args.batch)
+        prompt, winner, loser = items[rows].T
+        x0_w = to_video(state["clips"][prompt, winner])
+        x0_l = to_video(state["clips"][prompt, loser])
+        return {"x0_w": x0_w, "x0_l": x0_l, **take(whole, rows)}
+
+    def dpo_loss(batch):
+        settings = {"beta": args.beta, "schedule": args.schedule, "shared_forward": shared_forward}
+        value, logs = flow_dpo_step(policy, reference, **batch, **settings)
+        return value, logs | rounds.state["logs"]
+
+    def nft_batch(step, rows):
+        rows = slice(2 * rows.start, 2 * rows.stop)  # as many clips as --batch pairs have
+        state, items, whole = draw(step, 2 * args.batch)
+        prompt, clip = items[rows].T
+        x0 = to_video(state["clips"][prompt, clip])
+        return {"x0": x0, "r": state["r"][prompt, clip], **take(whole, rows)}
+
+    def nft_loss(batch):
+        settings = {"beta": args.nft_beta, "kl": args.kl}
+        value, logs = flow_nft_step(policy, rounds.old, base, **batch, **settings)
+        return value, logs | rounds.state["logs"]
+
+    if args.algo == "nft":
+        batch, loss = nft_batch, nft_loss
+    else:
+        batch, loss = dpo_batch, dpo_loss
+        same_trunk = args.freeze and args.reference in ("first", "round")
+        if args.reference == "round":
+            reference = rounds.old
         else:
-            settings = {"beta": args.beta, "schedule": args.schedule, "shared_forward": shared_forward}
-            value, logs = flow_dpo_step(policy, reference, **batch, **settings)
-        return value, logs | rounds.now["logs"]
-
-    about = {"base": base, "reward": rounds.judge, "words": words, "pairs": rounds, "args": args, "device": device}
-    shown = "round", "learned", "true"
-    return Task("velocity", policy, words, batch, loss, shown, partial(alignment_table, **about), merged_state_dict)
+            reference = reference_for(args, base, words, device)
+        shared_forward = share_trunk(policy, reference, args.freeze) if same_trunk else None
+    about = {"base": base, "reward": rounds.judge, "words": words, "pairs": rounds}
+    table = partial(alignment_table, **about, args=args, device=device)
+    keys = ("round", "learned", "true")
+    task = Task("velocity", policy, words, batch, loss, keys, table, merged_state_dict)
+    task.extra_bytes = rounds.bytes_on_disk()
+    return task
 
 
 class Rounds:
-    """`now` is the round that is on, a dict: its number, prompts y (P, S), clips (P, n, C, T, H, W) as uint8 and their
-    z-scores (P, n, 3), `items` to train on and `logs`. `old` is the model of an earlier policy or None, `judge` is
-    VideoReward, and `y` has the prompts of all rounds."""
+    """All rounds of a run. `state` is the current one, a dict: `new_round` lists what round.pt holds
+    of it; `items`, r and `logs` are added from that. `old` is the model of an earlier policy or None,
+    `judge` is VideoReward, and `prompts` (N texts) with their ids `y` (N, S) are those of all rounds.
+    """
 
     def __init__(self, args, base, policy, words, device):
-        self.args, self.policy, self.device, self.now = args, policy, device, None
-        self.vocabulary, self.file = Vocabulary(words), args.out / "round.pt"
-        keeps = args.algo == "nft" or args.reference == "round"
-        self.old = copy.deepcopy(policy).requires_grad_(False) if keeps else None
+        self.args, self.policy, self.device = args, policy, device
+        self.file, self.state = args.out / "round.pt", None
+        has_old = args.algo == "nft" or args.reference == "round"
+        self.old = copy.deepcopy(policy).requires_grad_(False) if has_old else None
         self.judge = load_judge(args.reward, base.config, tuple(words)).to(device)
+        vocabulary = Vocabulary(words)
         if args.data:
-            self.y = disk_data(args, base.config, words, held_out=False)[2].y.unique(dim=0)
+            self.prompts, self.y = disk_prompts(args, vocabulary, base.config.max_text)
         else:
-            check_toy(base.config, self.vocabulary)
-            self.y = self.vocabulary.encode_attributes(world.split_prompts("train"), base.config.max_text)
-        self.refresh = Refresh(args, self.judge, self.vocabulary, device) if args.refresh else None
+            check_toy(base.config, vocabulary)
+            self.prompts = [world.prompt_text(row) for row in world.split_prompts("train")]
+            self.y = vocabulary.encode(self.prompts, base.config.max_text)
+        self.refresh = Refresh(args, self.judge, vocabulary, device) if args.refresh else None
+        if args.refresh and resumes(args):  # the closing table needs the judge as the last round left it
+            state = read_own(self.file, self.args)
+            if state is None:
+                raise BadInput(f"{self.file}: holds no round of this run to go on from; start it anew")
+            self.restore(state)
 
     def at(self, number):
-        """The round of this number: kept, or made by the policy as it is. BadInput if the round before is unknown."""
-        if self.now is None or self.now["number"] != number:
-            with process_0_first():
-                kept = self.read()
-                if kept and number < kept["number"]:
-                    kept = None  # of a run that is begun anew
-                if kept and (rank() or self.now is None):
-                    self.restore(kept)
-                if kept is None or kept["number"] != number:
-                    if number != (kept["number"] + 1 if kept else 0):
-                        fault = f"holds no round {number - 1} of this run to go on from; start it anew"
-                        raise BadInput(f"{self.file}: {fault}")
-                    kept = self.made(number)
-                    save_checkpoint(self.file, kept)
-            self.now = kept | self.lesson(kept["y"], kept["clips"], kept["scores"])
-            self.now["logs"] = {"round": float(number), **self.now["logs"]}
-        return self.now
+        """The round of this number, from round.pt or a new one by the policy as it is. BadInput if
+        the round before it is not there."""
+        if self.state is not None and self.state["number"] == number:
+            return self.state
+        with process_0_first():  # which makes the round for all
+            state = read_own(self.file, self.args)
+            if state and state["number"] > number:
+                state = None  # of a run that was begun anew
+            last = -1
+            if state:
+                last = state["number"]
+                self.restore(state)
+            if last < number - 1:
+                fault = f"holds no round {number - 1} of this run to go on from; start it anew"
+                raise BadInput(f"{self.file}: {fault}")
+            if last < number:
+                state = self.new_round(number)
+                save_checkpoint(self.file, state)
+        items = training_items(state["scores"], self.args)
+        self.state = state | items | {"logs": self.logs(state)}
+        return self.state
 
-    def read(self):
-        """round.pt, None if there is none of this run."""
-        try:
-            kept = torch.load(self.file, weights_only=True)
-            return kept if kept["settings"] == settled(self.args) else None
-        except Exception:  # not there, or damaged: torch can raise anything
-            return None
-
-    def restore(self, kept):
+    def restore(self, state):
         if self.old is not None:
-            self.old.load_state_dict(kept["old"])
+            self.old.load_state_dict(state["old"])
         if self.refresh:
-            self.judge.load_state_dict(kept["judge"])
-            self.refresh.labelled = kept["labelled"]
+            self.judge.load_state_dict(state["judge"])
+            self.refresh.labelled = state["labelled"]
 
-    def made(self, number):
-        args, rng = self.args, step_rng(self.args.seed, ROUND_SEED - number)
+    def new_round(self, number):
+        """What round.pt holds: the number, the run's settings, prompts (P texts), y (P, S), clips
+        (P, n, C, T, H, W) as uint8, their z-scores (P, n, 3), the old model, judge and labelled pairs."""
+        args = self.args
         if self.old is not None and number:
             move_old(self.old, self.policy, args.old_decay if args.algo == "nft" else 0.0)
-        y = self.y[torch.randperm(len(self.y), generator=rng)[:MOST_PROMPTS]]  # (P, S)
-        x1 = torch.randn(len(y) * args.clips, *self.policy.config.video_shape, generator=rng)
-        sampler, bar = self.old if args.algo == "nft" else self.policy, progress_bar(f"round {number}", "batch")
-        asked = y.repeat_interleave(args.clips, 0).to(self.device)
-        clips = to_bytes(sample_many(sampler, x1.to(self.device), asked, bar)).cpu().unflatten(0, (len(y), -1))
+        sampled = self.refresh.sampled_clips(number) if self.refresh else None
+        sampled = sampled or self.sample(number)
         if self.refresh:
-            self.refresh(number, y, clips)
-        scores = z_scores(self.judge, to_video(clips.flatten(0, 1)), asked, self.device).unflatten(0, (len(y), -1))
-        kept = {"number": number, "settings": settled(args), "y": y, "clips": clips, "scores": scores}
-        kept["old"] = self.old.state_dict() if self.old is not None else {}
+            self.refresh(number, **sampled)
+        clips = to_video(sampled["clips"].flatten(0, 1))
+        y = sampled["y"].repeat_interleave(args.clips, 0)
+        scores = z_scores(self.judge, clips, y, self.device).unflatten(0, (-1, args.clips))
+        self.check_finite(scores, "VideoReward's scores", sampled["prompts"])
+        state = {"number": number, "settings": settled(args), **sampled, "scores": scores}
+        state["old"] = self.old.state_dict() if self.old is not None else {}
         if self.refresh:
-            kept |= {"judge": self.judge.state_dict(), "labelled": self.refresh.labelled}
-        return kept
+            state |= {"judge": self.judge.state_dict(), "labelled": self.refresh.labelled}
+        return state
 
-    def lesson(self, y, clips, scores):
-        """What is to be learned: items (M, 2: prompt, clip) with r (P, n) for nft, (M, 3: prompt, winner, loser) for
-        Flow-DPO, whose best quarter of a prompt's clips meets the worst, the best the very worst. And logs."""
-        reward = scores @ (torch.tensor(self.args.align) / sum(map(abs, self.args.align)))  # (P, n)
-        logs = {"learned": scores.mean().item()}
+    def sample(self, number):
+        """Prompts (P texts), y (P, S) and clips (P, n, C, T, H, W) as uint8 of a round."""
+        rng = step_rng(self.args.seed, ROUND_SEED - number)
+        chosen = torch.randperm(len(self.y), generator=rng)[:MOST_PROMPTS].tolist()
+        prompts, y = [self.prompts[i] for i in chosen], self.y[chosen]
+        shape = self.policy.config.video_shape
+        x1 = torch.randn(len(y) * self.args.clips, *shape, generator=rng)
+        y_clips = y.repeat_interleave(self.args.clips, 0)
+        model = self.old if self.args.algo == "nft" else self.policy
+        bar = progress_bar(f"round {number}", "batch")
+
+        def progress(starts):
+            return until_stopped(bar(starts), self.args.out)
+
+        videos = sample_many(model, x1.to(self.device), y_clips.to(self.device), progress).cpu()
+        videos = videos.unflatten(0, (len(y), -1))
+        self.check_finite(videos, "the pixels", prompts)
+        return {"prompts": prompts, "y": y, "clips": to_bytes(videos)}
+
+    def check_finite(self, values, what, prompts):
+        """BadInput that names the first clip for which `values` (P, n, ...) are not finite."""
+        bad = torch.nonzero(~values.flatten(2).isfinite().all(2))  # (.., 2: prompt, clip)
+        if len(bad):
+            prompt, clip = bad[0].tolist()
+            where = f"clip {clip + 1} of {self.args.clips} of prompt {prompts[prompt]!r}"
+            raise BadInput(f"{what} of {where} are not finite; {last_state(self.args.out)}")
+
+    def logs(self, state):
+        """The round's number, the mean z-score of its clips and, of the toy's, the mean true score."""
+        logs = {"round": float(state["number"]), "learned": state["scores"].mean().item()}
         if not self.args.data:
-            attributes = world.prompt_attributes([self.vocabulary.decode(row) for row in y])
-            true = [
-                world.oracle(to_video(some), prompt.expand(len(some), 3)) for some, prompt in zip(clips, attributes)
-            ]
-            logs["true"] = torch.cat(true).mean().item()
-        if self.args.algo == "nft":
-            items = torch.cartesian_prod(*map(torch.arange, reward.shape))
-            return {"items": items, "r": optimality(reward, self.args.spread), "logs": logs}
-        order = reward.argsort(dim=1, descending=True, stable=True)
-        quarter = max(1, reward.shape[1] // 4)
-        pairs = torch.stack((order[:, :quarter], order.flip(1)[:, :quarter]), 2)  # (P, quarter, 2)
-        prompt = torch.arange(len(y))[:, None, None].expand(-1, quarter, 1)
-        items = torch.cat((prompt, pairs), 2).flatten(0, 1)  # (M, 3)
-        better = reward[items[:, 0], items[:, 1]] > reward[items[:, 0], items[:, 2]]
-        if not better.any():
-            raise BadInput("all clips of each prompt have one reward: nothing to align with; look at --reward, --align")
-        return {"items": items[better], "logs": logs}
+            prompts = world.prompt_attributes(state["prompts"]).repeat_interleave(self.args.clips, 0)
+            true = world.oracle(to_video(state["clips"].flatten(0, 1)), prompts)
+            logs["true"] = true.mean().item()
+        return logs
+
+    def bytes_on_disk(self):
+        """About as much as round.pt, reward.pt and the clips of labels-ROUND/ will take."""
+        args, clip = self.args, math.prod(self.policy.config.video_shape)
+        clips = min(MOST_PROMPTS, len(self.y)) * args.clips * clip
+        need = 2 * clips  # a new round.pt is written beside the last one
+        if self.old is not None:
+            need += 2 * 4 * sum(map(torch.numel, self.old.state_dict().values()))
+        if self.refresh:
+            need += 4 * 4 * sum(map(torch.numel, self.judge.state_dict().values()))
+            need += 2 * 2 * self.refresh.most_labelled * clip
+            need += args.rounds // args.refresh * clips if args.data else 0
+        return need
+
+
+def training_items(scores, args):
+    """What is trained on, from z-scores (P, n, 3). Flow-DPO: {"items" (M, 3: prompt, winner, loser)};
+    nft: {"items" (M, 2: prompt, clip), "r" (P, n)}."""
+    weights = torch.tensor(args.align) / sum(map(abs, args.align))
+    reward = scores @ weights  # (P, n)
+    if args.algo == "dpo":
+        return {"items": best_and_worst(reward)}
+    items = torch.cartesian_prod(*map(torch.arange, reward.shape))
+    return {"items": items, "r": optimality(reward, args.spread)}
+
+
+def best_and_worst(reward):
+    """Rewards (P, n) -> (M, 3: prompt, winner, loser): the best quarter of a prompt's clips and the
+    worst quarter, the best with the worst. Equal rewards make no pair; BadInput if there is none."""
+    order = reward.argsort(dim=1, descending=True, stable=True)
+    quarter = max(1, reward.shape[1] // 4)
+    winner = order[:, :quarter]
+    loser = order.flip(1)[:, :quarter]
+    prompt = torch.arange(len(reward))[:, None].expand_as(winner)
+    items = torch.stack((prompt, winner, loser), 2).flatten(0, 1)  # (P * quarter, 3)
+    prompt, winner, loser = items.T
+    differs = reward[prompt, winner] > reward[prompt, loser]
+    if not differs.any():
+        raise BadInput(
+            "all clips of each prompt have one reward: nothing to align with; look at --reward, --align"
+        )
+    return items[differs]

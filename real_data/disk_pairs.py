@@ -124,10 +124,7 @@ def pairs_of(rows, csv_path, config, vocabulary, cache, folder=None, fps=FPS):
     def clips(index, side):
         return torch.stack([clip(rows[i].paths[s]) for i, s in zip(index.tolist(), side.tolist())])
 
-    try:
-        y = vocabulary.encode([row.prompt for row in rows], config.max_text)
-    except ValueError as error:
-        raise BadInput(f"{csv_path}: {error}; --init must be a model of this data") from None
+    y = prompt_ids([row.prompt for row in rows], csv_path, vocabulary, config.max_text)
     label, overall = torch.tensor([row.label for row in rows]), torch.tensor([row.overall for row in rows])
     mos = torch.tensor([row.mos or (0.0,) * 6 for row in rows]).reshape(-1, 2, 3)
     numbers = {}  # of distinct videos
@@ -144,6 +141,21 @@ def words_and_sizes(args, rows, config, words=None):
     longest = max(len(split_words(prompt)) for prompt in prompts)
     sizes = {"vocab": len(vocabulary.words), "max_text": min(longest, MOST_WORDS), **latent_sizes(args, rows[0])}
     return vocabulary, replace(config, **sizes)
+
+
+def prompt_ids(prompts, csv_path, vocabulary, max_text):
+    try:
+        return vocabulary.encode(prompts, max_text)
+    except ValueError as error:
+        raise BadInput(f"{csv_path}: {error}; --init must be a model of this data") from None
+
+
+def disk_prompts(args, vocabulary, max_text):
+    """The prompts of --data that differ for a model: a list of N texts and ids (N, max_text). No video is opened."""
+    prompts = [row.prompt for row in read_pairs(args.data, [] if args.skip_bad else None, args.data_dir)]
+    y, place = prompt_ids(prompts, args.data, vocabulary, max_text).unique(dim=0, return_inverse=True)
+    texts = dict(zip(place.tolist(), prompts))
+    return [texts[i] for i in range(len(y))], y
 
 
 def disk_data(args, config, words=None, held_out=True):

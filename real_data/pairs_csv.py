@@ -2,7 +2,7 @@
 
     path_A, path_B                              video files or latents (video.py), relative to the data folder
     prompt                                      text
-    VQ, MQ, TA                                  A, B, same or invalid
+    VQ, MQ, TA                                  A, B, same (or tie) or invalid, in any case
     fps_A, num_frames_A, fps_B, num_frames_B    numbers; the videos' own are used, and a video with fewer frames refused
     MOS_A_VQ, MOS_A_MQ, ... MOS_B_TA            optional: ratings from 1 to 5; empty or 0 where there is none
     A_model, B_model, Overall                   in benchmark files only
@@ -27,8 +27,8 @@ from data import DIMENSIONS, INVALID
 from real_data.video import latent_file
 from runtime.cli import BadInput
 
-LABELS = {"A": 1, "B": -1, "same": 0, "invalid": INVALID}
-NAMES = {value: name for name, value in LABELS.items()} | {None: ""}  # None: nobody has looked yet
+LABELS = {"A": 1, "B": -1, "same": 0, "tie": 0, "invalid": INVALID}  # read in any case
+NAMES = {1: "A", -1: "B", 0: "same", INVALID: "invalid", None: ""}  # None: nobody has looked yet
 PATHS = ("path_A", "path_B")
 NUMBERS = ("fps_A", "num_frames_A", "fps_B", "num_frames_B")
 COLUMNS = (*PATHS, "prompt", *DIMENSIONS, *NUMBERS)
@@ -124,9 +124,10 @@ def _parse(csv_path, line, header, row, folder, unlabelled):
     def label(name):
         if unlabelled and not cell[name]:
             return None
-        if cell[name] not in LABELS:
-            raise BadInput(f"{where}, column {name}: unknown label {cell[name]!r}; known: {', '.join(LABELS)}")
-        return LABELS[cell[name]]
+        for known, value in LABELS.items():
+            if cell[name].lower() == known.lower():
+                return value
+        raise BadInput(f"{where}, column {name}: unknown label {cell[name]!r}; known: {', '.join(LABELS)}")
 
     def number(name, low, high, empty=None):
         try:

@@ -180,15 +180,18 @@ def training_flags(argv, defaults, presets, losses, schedules):
     add("--clips", type=clip_count, default=8, help=text, algos=("dpo", "nft"))
     text = "every so many rounds VideoReward learns from new labels (default: never)"
     add("--refresh", type=positive_int, help=text, algos=("dpo", "nft"))
+    text = "pairs that are labelled each time, or all there are if fewer"
+    add("--refresh-pairs", type=positive_int, default=256, help=text, algos=("dpo", "nft"))
     text = "the start, first; the policy when the round began, round; or a checkpoint's model"
     add("--reference", default="first", help=text, algos=("dpo",))
     text = "distance of v+ and v- from v_old, in v - v_old"
     add("--nft-beta", type=positive, default=0.5, help=text, algos=("nft",))
-    text = "Z, in standard deviations of the reward"
+    text = "Z, in standard deviations of the rewards within a prompt; the publication's is about 5"
     add("--spread", type=positive, default=1.0, help=text, algos=("nft",))
     text = "how much of v_old a round keeps"
     add("--old-decay", type=fraction, default=0.2, help=text, algos=("nft",))
-    add("--kl", type=non_negative, default=0.0, help="weight of |v - v_ref|^2", algos=("nft",))
+    text = "weight of |v - v_ref|^2; the published weight times NFT_BETA / 5, as is the loss"
+    add("--kl", type=non_negative, default=0.0, help=text, algos=("nft",))
 
     add = parser.group("real data")
     add("--data", type=Path, help="CSV of pairs of videos or latents, in VideoAlign's format (default: the toy world)")
@@ -230,6 +233,8 @@ def training_flags(argv, defaults, presets, losses, schedules):
     args.inputs = [name for name in INPUTS if getattr(args, name) and not unread(name, args, parser.readers)]
     if args.rounds and args.steps % args.rounds:
         raise BadInput(f"--rounds {args.rounds}: --steps {args.steps} must be a multiple of it")
+    if args.rounds and args.clips == 1 and (args.algo == "dpo" or args.refresh):
+        raise BadInput("--clips 1: clips of one prompt are compared; give at least 2")
     if args.old_decay == 1:
         raise BadInput("--old-decay 1: the old model would never move; give less than 1")
     if args.time_shift == 0 and args.algo != "nrg":
@@ -252,6 +257,7 @@ def unread(name, args, readers):
         "caption": (args.algo == "reward" or args.refresh, "with --refresh"),
         "clips": (args.rounds, "with --rounds"),
         "refresh": (args.rounds, "with --rounds"),
+        "refresh_pairs": (args.refresh, "with --refresh"),
         "reference": (args.rounds or args.reference not in ("first", "round"), "with --rounds, or as a checkpoint"),
         "data_dir": (args.data, "with --data"),
         "val": (args.data, "with --data"),

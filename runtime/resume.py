@@ -19,6 +19,7 @@ import pickle
 import shutil
 import signal
 import subprocess
+import sys
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -90,6 +91,11 @@ def last_state(out):
     return f"{last}, after step {steps - 1}, is the last good state"
 
 
+def resumes(args):
+    """Whether a run goes on from the checkpoint in --out."""
+    return args.resume or (restarted() and last_checkpoint(args.out) is not None)
+
+
 def opened_run(args):
     """What --resume goes on from, None for a new run. BadInput if --out holds a run that this one would overwrite, if
     there is nothing to go on from, or if --export cannot be written."""
@@ -97,7 +103,7 @@ def opened_run(args):
         check_writable(args.export.parent, "--export")
     args.digests = digests(args)
     last = last_checkpoint(args.out)
-    if args.resume or (restarted() and last):
+    if resumes(args):
         return interrupted_run(args)
     if last:
         raise BadInput(f"{last}: a run is there already; continue it by --resume, or give another --out")
@@ -108,7 +114,7 @@ class Log:
     """metrics.jsonl, cut after its first `start` lines, to append to; nobody else's until it is closed. BadInput where
     another run writes it, the folder cannot be written, or has no room for the checkpoints of a model."""
 
-    def __init__(self, args, start, model, trained):
+    def __init__(self, args, start, model, trained, extra_bytes=0):
         self.out, self.file = args.out, None
         if rank():
             return
@@ -121,9 +127,11 @@ class Log:
             free = shutil.disk_usage(self.out).free
         except OSError as error:
             raise BadInput(f"cannot write to {self.out}: {error.strerror}") from None
-        num_params, num_trained = (sum(map(torch.numel, values)) for values in (model.parameters(), trained.values()))
+        num_params = sum(map(torch.numel, model.parameters()))
+        num_trained = sum(map(torch.numel, trained.values()))
         need = 4 * (num_params + (3 if args.ema else 2) * num_trained)  # weights, AdamW's two, averages
         need *= 1 if last_checkpoint(self.out) else 2  # the next one is written beside the last
+        need += extra_bytes  # of what an algorithm keeps beside them
         if free < need:
             raise BadInput(f"{self.out}: {free / 1e9:.2f} GB free, but checkpoints will take {need / 1e9:.2f} GB")
 
@@ -163,16 +171,30 @@ def _lock(log, out):
         pass  # a file system without locks
 
 
+_stop = []  # signals that came inside stop_requests
+
+
 @contextmanager
 def stop_requests():
     """Inside, SIGINT and SIGTERM are kept in a list instead of ending the process."""
-    stop, signals = [], (signal.SIGINT, signal.SIGTERM)
-    handlers = [signal.signal(number, lambda number, _: stop.append(number)) for number in signals]
+    _stop.clear()
+    signals = (signal.SIGINT, signal.SIGTERM)
+    handlers = [signal.signal(number, lambda number, _: _stop.append(number)) for number in signals]
     try:
-        yield stop
+        yield _stop
     finally:
+        _stop.clear()
         for number, handler in zip(signals, handlers):
             signal.signal(number, handler)
+
+
+def until_stopped(items, out):
+    """`items`, one by one; a stop request ends the run before the next one, with status 130."""
+    for item in items:
+        if _stop:
+            print(f"stopped; {last_state(out)}")
+            sys.exit(130)
+        yield item
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -310,6 +332,15 @@ def interrupted_run(args):
         else:
             raise BadInput(f"--resume: --{name.replace('_', '-')} was {was} in {path}, now {value}; use the same")
     return state | {"path": path}
+
+
+def read_own(path, args):
+    """A file that this run saved with its settings, a dict; None if there is none of this run."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return state if state["settings"] == settled(args) else None
+    except Exception:  # not there, or damaged: torch can raise anything
+        return None
 
 
 def _read_run(path):

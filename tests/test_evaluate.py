@@ -174,11 +174,11 @@ def test_online_study_from_end_to_end(tmp_path, monkeypatch):
     monkeypatch.setattr(online, "SETS", {"standard": 3})
     monkeypatch.setattr(online, "ROUNDS", 2)
     monkeypatch.setattr(online, "JUDGED", (1, 2))
-    short = ["--clips=2", "--batch=2", "--refresh=1"]
-    arms = {"dpo": [], "dpo-rounds": ["--rounds=2", *short[:2]], "nft-refreshed": ["--algo=nft", "--rounds=2", *short]}
+    short = ["--rounds=2", "--clips=2", "--batch=2"]
+    arms = {"dpo": [], "dpo-rounds": short, "nft-refreshed": ["--algo=nft", *short, "--refresh=1"]}
     monkeypatch.setattr(online, "ARMS", arms)
     monkeypatch.setattr(rounds, "MOST_PROMPTS", 2)
-    for name, value in {"NEW": 4, "OLD": 4, "STEPS": 1, "BATCH": 4}.items():
+    for name, value in {"OLD": 4, "STEPS": 1, "BATCH": 4}.items():
         monkeypatch.setattr(refresh, name, value)
     rows, text = run_study("online", tmp_path, monkeypatch)
     judged = [row for row in rows if row["study"] == "judged" and row["judge"] == "oracle"]

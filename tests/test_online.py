@@ -7,7 +7,11 @@ import os
 import signal
 from argparse import Namespace
 from functools import partial
+from itertools import combinations
+from pathlib import Path
 
+import imageio.v3 as iio
+import numpy as np
 import pytest
 import torch
 import wired
@@ -22,7 +26,7 @@ from model import VideoTransformer, load_velocity
 from online import refresh, rounds
 from real_data import export_toy
 from real_data.pairs_csv import read_pairs
-from reward import RewardConfig, VideoReward
+from reward import RewardConfig, VideoReward, load_reward
 from runtime import checkpoint, resume
 from runtime.cli import BadInput
 
@@ -46,35 +50,41 @@ def online(tiny, monkeypatch, tmp_path):
     return lambda *flags: tiny(*SHORT, *flags), calls
 
 
-def lesson(reward, algo="dpo", spread=1.0):
-    """Rounds.lesson for total rewards (P, n), all of them VQ's, of clean clips."""
+def items_of(reward, algo="dpo", spread=1.0):
+    """What is trained on for total rewards (P, n), all of them VQ's."""
     scores = torch.stack((reward, *[torch.zeros_like(reward)] * 2), 2)
-    prompts = world.split_prompts("train")[: len(reward)]
-    y, every = Vocabulary().encode_attributes(prompts, 8), prompts.repeat_interleave(reward.shape[1], 0)
-    drawn = world.draw_clips(every, 0 * every[:, 0], torch.Generator().manual_seed(0), clean=True)
-    clips = refresh.to_bytes(world.render(drawn)).unflatten(0, reward.shape)
-    args = Namespace(align=(1, 0, 0), algo=algo, data=None, spread=spread)
-    return rounds.Rounds.lesson(Namespace(args=args, vocabulary=Vocabulary()), y, clips, scores)
+    return rounds.training_items(scores, Namespace(align=(1, 0, 0), algo=algo, spread=spread))
 
 
 def test_the_best_quarter_meets_the_worst():
     reward = torch.tensor([[0.0, 5.0, 1.0, 2.0, 9.0, -3.0, 4.0, 3.0], [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0]])
     # the best two, 9 and 5, against the worst, -3 and 0; of the second prompt only one pair differs
-    assert lesson(reward)["items"].tolist() == [[0, 4, 5], [0, 1, 0], [1, 7, 6]]
-    assert lesson(torch.tensor([[2.0, 1.0]]))["items"].tolist() == [[0, 0, 1]]
+    assert items_of(reward)["items"].tolist() == [[0, 4, 5], [0, 1, 0], [1, 7, 6]]
+    assert items_of(torch.tensor([[2.0, 1.0]]))["items"].tolist() == [[0, 0, 1]]
     with pytest.raises(BadInput, match="all clips of each prompt have one reward"):
-        lesson(torch.ones(2, 4))
+        items_of(torch.ones(2, 4))
 
 
 def test_nft_learns_from_every_clip_by_how_good_it_is():
-    found = lesson(torch.tensor([[1.0, 3.0], [5.0, 5.0]]), "nft")
+    found = items_of(torch.tensor([[1.0, 3.0], [5.0, 5.0]]), "nft")
     assert found["items"].tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
     assert found["r"].tolist() == [[0.0, 1.0], [0.5, 0.5]]
     # over two standard deviations of the differences 1, 1, 0, 0: 1 / (2 sqrt .5) = .7071
-    found = lesson(torch.tensor([[1.0, 3.0], [5.0, 5.0]]), "nft", spread=2.0)
+    found = items_of(torch.tensor([[1.0, 3.0], [5.0, 5.0]]), "nft", spread=2.0)
     assert found["r"].flatten().tolist() == pytest.approx([0.5 - 0.35355, 0.5 + 0.35355, 0.5, 0.5], abs=1e-4)
-    # logged: the mean of all three scores; and each clip's true scores for its own prompt, about 1 of a clean one
-    assert found["logs"]["learned"] == pytest.approx(14 / 4 / 3) and found["logs"]["true"] > 0.9
+
+
+def test_logged_are_all_three_scores_and_each_clips_true_scores_for_its_own_prompt():
+    prompts = world.split_prompts("train")[:2]
+    drawn = world.draw_clips(
+        prompts.repeat_interleave(2, 0), torch.zeros(4, dtype=int), torch.Generator().manual_seed(0), clean=True
+    )
+    clips = rounds.to_bytes(world.render(drawn)).unflatten(0, (2, 2))
+    state = {"number": 3, "prompts": [world.prompt_text(prompt) for prompt in prompts], "clips": clips}
+    state["scores"] = torch.arange(12.0).reshape(2, 2, 3)
+    found = rounds.Rounds.logs(Namespace(args=Namespace(data=None, clips=2)), state)
+    assert found["round"] == 3 and found["learned"] == pytest.approx(5.5)
+    assert found["true"] > 0.9  # about 1 of a clean clip
 
 
 @pytest.mark.parametrize("freeze", [0, 2])
@@ -117,12 +127,15 @@ def test_times_and_dropped_prompts_follow_their_flags_and_noise_and_order_the_se
 class Turning:
     """In the place of Refresh: its second round turns the judge round."""
 
-    labelled = None
+    labelled, most_labelled = None, 0
 
     def __init__(self, args, judge, *rest):
         self.judge, judge.sign = judge, 1
 
-    def __call__(self, number, *rest):
+    def sampled_clips(self, number):
+        return None
+
+    def __call__(self, number, **rest):
         self.judge.sign = -1 if number else 1
 
 
@@ -141,6 +154,24 @@ def test_a_rounds_clips_are_scored_after_its_refresh(online, monkeypatch):
         red_w, red_l = (batch[name][:, 0].mean((1, 2, 3)) for name in ("x0_w", "x0_l"))
         assert (sign * (red_w - red_l) > 0).all()
     assert task.evaluate.keywords["reward"].sign == -1  # who judges the closing table
+
+
+@pytest.mark.parametrize("algo", ["dpo", "nft"])
+def test_a_reward_or_clip_that_is_not_finite_ends_the_run_with_its_name(online, monkeypatch, algo):
+    make, _ = online
+
+    class Broken(Brightness):
+        def normalised(self, video, y):
+            return torch.where(torch.arange(len(video))[:, None] == 6, torch.nan, super().normalised(video, y))
+
+    monkeypatch.setattr(rounds, "load_judge", lambda path, config, words: Broken())
+    args, task = make(f"--algo={algo}")
+    with pytest.raises(BadInput, match="scores of clip 3 of 4 of prompt 'a [a-z]+ [a-z]+ moving [a-z]+' are not"):
+        task.batch(0, slice(0, args.batch))
+    sample_many = rounds.sample_many
+    monkeypatch.setattr(rounds, "sample_many", lambda *a: sample_many(*a).index_fill(0, torch.tensor([4]), torch.inf))
+    with pytest.raises(BadInput, match="pixels of clip 1 of 4 of prompt"):
+        task.batch(0, slice(0, args.batch))
 
 
 @pytest.mark.parametrize("algo", ["dpo", "nft"])
@@ -258,6 +289,7 @@ def test_the_log_and_the_bar_show_round_and_scores(online):
         (["--algo=sft", "--rounds=2", "--steps=4"], "--rounds: read by --algo dpo, nft, not by sft"),
         (["--algo=dpo", "--refresh=2"], "reads it only with --rounds"),
         (["--algo=nft", "--old-decay=1"], "--old-decay 1"),
+        (["--algo=nft", "--clips=1", "--refresh=1"], "--clips 1: clips of one prompt are compared; give at least 2"),
     ],
 )
 def test_flags_that_do_not_go_together_are_refused(flags, words):
@@ -274,10 +306,16 @@ def test_rounds_of_a_sharded_policy_are_refused(online):
 # The command: stopped, over two processes, with new labels
 
 
-def small_rounds(*flags, dies=None):
-    """train.py in three rounds of two steps on three prompts. dies: (a name of online.rounds, the call of it that is
-    the process's last)."""
-    rounds.MOST_PROMPTS, refresh.NEW, refresh.OLD, refresh.STEPS, refresh.BATCH = 3, 4, 4, 2, 4
+def small_rounds(*flags, dies=None, by=signal.SIGKILL):
+    """train.py in three rounds of two steps on three prompts; in place of the closing table, the weights of the reward
+    that it is judged by. dies: (a name of online.rounds, the call of it in which the process gets the signal `by`)."""
+    rounds.MOST_PROMPTS, refresh.OLD, refresh.STEPS, refresh.BATCH = 3, 4, 2, 4
+
+    def alignment_table(policy, out, reward, **_):
+        torch.save(reward.state_dict(), out / "judge.pt")
+        return []
+
+    rounds.alignment_table = alignment_table
     if dies:
         name, last = dies
         honest, calls = getattr(rounds, name), []
@@ -285,7 +323,7 @@ def small_rounds(*flags, dies=None):
         def dying(*args, **settings):
             calls.append(1)
             if len(calls) == last:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), by)
             return honest(*args, **settings)
 
         setattr(rounds, name, dying)
@@ -293,8 +331,9 @@ def small_rounds(*flags, dies=None):
 
 
 def kept(out):
-    """What a run leaves: its weights, and all of its last round."""
-    return weights(out), torch.load(out / "round.pt", weights_only=True)
+    """What a run leaves: its weights, its judge, and all of its last round."""
+    judge = torch.load(out / "judge.pt", weights_only=True)
+    return weights(out), judge, torch.load(out / "round.pt", weights_only=True)
 
 
 @pytest.mark.parametrize("flags", [["--algo=dpo", "--refresh=1"], ["--algo=nft"], ["--algo=dpo", "--reference=round"]])
@@ -302,20 +341,26 @@ def test_killed_in_a_round_and_between_two_a_run_ends_at_the_same_bits(tmp_path,
     flags = [*flags, *tiny_checkpoints(tmp_path)]
     log = tmp_path / "log"
     assert ended(fork(small_rounds, *flags, f"--out={tmp_path / 'whole'}", output=log)) == 0, log.read_text()
-    whole, last = kept(tmp_path / "whole")
+    whole, judge, last = kept(tmp_path / "whole")
     assert last["number"] == 2
-    # in the second step of the second round; as the third is sampled; in the first round, of which nothing is kept
-    for i, dies in enumerate((("draw_noise", 4), ("sample_many", 3), ("draw_noise", 2))):
+    if "--refresh=1" in flags:  # the table is by the refreshed reward, which can be used on its own
+        assert same(judge, last["judge"]) and same(judge, load_reward(tmp_path / "whole" / "reward.pt")[0].state_dict())
+        assert not same(judge, load_reward(tmp_path / "reward.pt")[0].state_dict())
+    # in the second step of the second round; as the third is sampled; in the closing table; asked to stop as the third
+    # is sampled; in the first round, of which nothing is kept
+    deaths = [("draw_noise", 4), ("sample_many", 3), ("alignment_table", 1), ("sample_many", 3), ("draw_noise", 2)]
+    for i, dies in enumerate(deaths):
         out = tmp_path / str(i)
-
+        by = signal.SIGTERM if i == 3 else signal.SIGKILL
         run = partial(small_rounds, *flags, f"--out={out}")
-        assert ended(fork(partial(run, dies=dies), output=log)) == -signal.SIGKILL
+        assert ended(fork(partial(run, dies=dies, by=by), output=log)) == (130 if i == 3 else -signal.SIGKILL)
         more = ["--resume"] if (out / "last.pt").exists() else []
-        assert bool(more) == (i < 2)
+        assert bool(more) == (i < 4)
         assert ended(fork(run, *more, output=log)) == 0, log.read_text()
-        again, again_last = kept(out)
-        assert same(again, whole)
+        again, again_judge, again_last = kept(out)
+        assert same(again, whole) and same(again_judge, judge)
         assert same({**again_last, "settings": 0}, {**last, "settings": 0})
+    assert f"stopped; {tmp_path / '3' / 'last.pt'}, after step 3, is the last good state" in log.read_text()
 
 
 def test_two_processes_take_the_same_rounds(tmp_path):
@@ -372,16 +417,26 @@ def test_begun_anew_in_the_folder_of_a_killed_run_the_rounds_are_those_of_an_emp
     assert same(kept(out)[0], kept(tmp_path / "whole")[0])
 
 
+def test_different_pairs_are_drawn_at_most_all():
+    every = {(prompt, *pair) for prompt in range(18) for pair in combinations(range(4), 2)}
+    for count, found in ((256, 108), (20, 20)):  # six pairs of four clips, of each of 18 prompts
+        drawn = refresh.draw_pairs(18, 4, count, torch.Generator().manual_seed(0)).tolist()
+        unordered = {(prompt, *sorted(pair)) for prompt, *pair in drawn}
+        assert len(drawn) == len(unordered) == found and unordered <= every
+        assert 0.2 < sum(a < b for _, a, b in drawn) / found < 0.8  # either clip comes first
+
+
 @pytest.fixture
-def refreshed(monkeypatch):
+def refreshed(monkeypatch, tmp_path):
     """A function: seed -> (Refresh, judge): a tiny VideoReward, and its labels of a few pairs."""
-    for name, value in {"NEW": 24, "OLD": 40, "MOST": 40, "STEPS": 3, "BATCH": 8}.items():
+    for name, value in {"OLD": 40, "MOST": 40, "STEPS": 3, "BATCH": 8}.items():
         monkeypatch.setattr(refresh, name, value)
     torch.manual_seed(0)
     judge = wired.noticeable(VideoReward(RewardConfig(frames=4, size=16, dim=24, depth=2, heads=2, vocab=CONFIG.vocab)))
 
     def make(seed=0):
-        args = Namespace(refresh=2, data=None, seed=seed, caption=1.0)
+        args = Namespace(refresh=2, refresh_pairs=24, data=None, seed=seed, caption=1.0)
+        args.reward, args.out = tmp_path / "reward.pt", tmp_path / "out"
         return refresh.Refresh(args, judge.eval(), Vocabulary(), CPU), judge
 
     return make
@@ -404,12 +459,13 @@ def test_new_labels_are_the_annotators_of_pairs_of_the_rounds_own_clips(refreshe
     drawn = world.draw_clips(
         prompts.repeat_interleave(6, 0), torch.arange(24) % 12, torch.Generator().manual_seed(0), 4
     )
-    clips = refresh.to_bytes(world.render(drawn, 16)).unflatten(0, (4, 6))
+    clips = rounds.to_bytes(world.render(drawn, 16)).unflatten(0, (4, 6))
+    texts = [world.prompt_text(prompt) for prompt in prompts]
     before = {name: value.clone() for name, value in judge.state_dict().items()}
     for number in (0, 1):  # nothing is due
-        ask(number, y, clips)
+        ask(number, texts, y, clips)
     assert ask.labelled is None and same(judge.state_dict(), before)
-    ask(2, y, clips)
+    ask(2, texts, y, clips)
     found = ask.labelled
     assert len(found["y"]) == 24 and found["clips"].shape == (24, 2, 3, 4, 16, 16)
     for asked, pair, label in zip(found["y"], found["clips"], found["label"]):
@@ -434,12 +490,12 @@ def test_new_labels_are_the_annotators_of_pairs_of_the_rounds_own_clips(refreshe
     scores = torch.cat([judge.normalised(side, ask.old.y) for side in ask.old.sides(torch.arange(40))])
     assert torch.allclose(scores.mean(0), torch.zeros(3), atol=1e-3)
     assert torch.allclose(scores.std(0), torch.ones(3), atol=1e-2)
-    ask(4, y, clips)  # of 24 and 24 labelled pairs the newest 40 stay
+    ask(4, texts, y, clips)  # of 24 and 24 labelled pairs the newest 40 stay
     newest = {name: value[16:] for name, value in ask.labelled.items()}
     assert len(ask.labelled["y"]) == 40 and all(same(ask.labelled[name][:16], found[name][8:]) for name in found)
     assert not same(newest["clips"], found["clips"])  # another round asks about other pairs
     other, _ = refreshed(seed=1)
-    other(2, y, clips)
+    other(2, texts, y, clips)
     assert not same(other.labelled["clips"], found["clips"]) and not same(other.old.y, ask.old.y)
     assert len(set(annotators)) == 3  # with noise of their own
 
@@ -447,15 +503,18 @@ def test_new_labels_are_the_annotators_of_pairs_of_the_rounds_own_clips(refreshe
 def test_what_people_say_of_exported_clips_is_taken_back(tmp_path):
     toy, out, log = tmp_path / "toy", tmp_path / "out", tmp_path / "log"
     export_toy.export(export_toy.arguments(["export", str(toy), "--pairs=6", "--generated=0"]))
-    flags = ["--algo=dpo", "--refresh=2", f"--data={toy / 'train.csv'}", f"--cache={tmp_path / 'cache'}"]
+    data = toy / "train.csv"
+    data.write_text(data.read_text().replace(",a ", ",A ").replace(" moving", "! MOVING"))
+    flags = ["--algo=dpo", "--refresh=2", "--refresh-pairs=3", f"--data={data}", f"--cache={tmp_path / 'cache'}"]
     flags += [*tiny_checkpoints(tmp_path), f"--out={out}"]
     assert ended(fork(small_rounds, *flags, output=log)) == 130, log.read_text()
     file = out / "labels-2" / "pairs.csv"
-    assert f"wrote {file} and its videos" in log.read_text() and len(list(file.parent.glob("*.mp4"))) == 8
+    assert f"wrote {file} and its videos" in log.read_text() and len(list(file.parent.glob("*.mp4"))) == 6
     with open(file, newline="") as text:
         rows = list(csv.DictReader(text))
-    prompts = {row.prompt for row in read_pairs(toy / "train.csv")}
-    assert len(rows) == 4 and {row["prompt"] for row in rows} <= prompts
+    prompts = {row.prompt for row in read_pairs(data)}  # as they were written
+    assert len(rows) == 3 and {row["prompt"] for row in rows} <= prompts
+    assert all(row["prompt"].startswith("A ") and "! MOVING " in row["prompt"] for row in rows)
     assert {row[name] for row in rows for name in ("VQ", "MQ", "TA")} == {""}
 
     def write(changed):
@@ -464,25 +523,34 @@ def test_what_people_say_of_exported_clips_is_taken_back(tmp_path):
             writer.writeheader()
             writer.writerows(changed)
 
-    labels = [dict(row, VQ="A", MQ="B", TA="same") for row in rows]
-    for changed, fault in (
-        (rows, "line 2, column VQ: unknown label ''"),
-        ([*labels[:2], dict(labels[2], MQ="C"), labels[3]], "line 4, column MQ: unknown label 'C'"),
-        ([dict(labels[0], path_B="gone.mp4"), *labels[1:]], "line 2, column path_B: no video 'gone.mp4'"),
-    ):
-        write(changed)
-        log.unlink()
-        assert ended(fork(small_rounds, *flags, "--resume", output=log)) == 2
-        *_, last = log.read_text().splitlines()
-        assert f"{file}, {fault}" in last and "Traceback" not in log.read_text()
-    write(labels)
-    assert ended(fork(small_rounds, *flags, "--resume", output=log)) == 0, log.read_text()
-    found = torch.load(out / "round.pt", weights_only=True)["labelled"]
-    assert found["label"].tolist() == [[1, -1, 0]] * 4
-    assert found["clips"].float().std() > 1  # of 255: clips, not one colour
+    resume = partial(small_rounds, *flags, "--resume", dies=("sample_many", 1))  # nothing is sampled again
+    labels = [dict(row, VQ="a", MQ="B", TA="Tie") for row in rows]
+    write([dict(labels[0], path_B="gone.mp4"), dict(labels[1], MQ="C"), rows[2]])
+    log.unlink()
+    assert ended(fork(resume, output=log)) == 2
+    faults = [line for line in log.read_text().splitlines() if str(file) in line]
+    assert [line.rpartition(f"{file}, ")[2] for line in faults] == [
+        f"line 2, column path_B: no video 'gone.mp4' in {file.parent}",
+        "line 3, column MQ: unknown label 'C'; known: A, B, same, tie, invalid",
+        "line 4, column VQ: unknown label ''; known: A, B, same, tie, invalid",
+    ]
+    assert "Traceback" not in log.read_text()
+    write(labels[1:])
+    assert ended(fork(resume, output=log)) == 0, log.read_text()
+    found = torch.load(out / "round.pt", weights_only=True)
+    assert found["labelled"]["label"].tolist() == [[1, -1, 0]] * 2
+    shown = [iio.imread(file.parent / row[path])[:, ::4, ::4] for row in rows[1:] for path in ("path_A", "path_B")]
+    shown = torch.tensor(np.stack(shown)).permute(0, 4, 1, 2, 3).unflatten(0, (2, 2))  # as the clips are
+    error = found["labelled"]["clips"].float() - shown  # of the rows that are there, in their order
+    assert error.abs().mean() < 6
+    # begun anew with another beta, the labels would be about other clips
+    (out / "last.pt").unlink()
+    assert ended(fork(small_rounds, *flags, "--beta=7", output=log)) == 2
+    assert f"{file.parent}: belongs to another run, or to other settings" in log.read_text()
 
 
 def test_latents_cannot_be_labelled():
     judge = Namespace(config=Namespace(channels=16))
+    args = Namespace(data="pairs.csv", refresh_pairs=1, reward=Path("reward.pt"), out=Path("out"))
     with pytest.raises(BadInput, match="people cannot look at latents"):
-        refresh.Refresh(Namespace(data="pairs.csv"), judge, Vocabulary(), CPU)
+        refresh.Refresh(args, judge, Vocabulary(), CPU)
