@@ -88,6 +88,27 @@ def win_rates(aligned):
     return Table("", [f"aligned {aligned}", *WINS_BY_JUDGE], cells)
 
 
+def summary():
+    """Win rates of the main methods over the base model, CFG 1, by both judges."""
+    aligned, guided = load("align")["rows"], load("nrg")["rows"]
+    query = {"align": "1:1:1", "set": "standard", "cfg": 1.0}
+    cells = [["base model", *["0.50"] * 6]]
+    for method in ("sft", "rwr", "dpo-schedule", "dpo-constant"):
+        wins = [
+            mean_and_sd(aligned, name, method=method, judge=judge, **query)
+            for judge in JUDGES
+            for name in DIMENSIONS
+        ]
+        cells.append([METHOD_NAMES[method], *wins])
+    wins = [
+        mean_and_sd(guided, name, study="weights", method="nrg-1:1:1", judge=judge)
+        for judge in JUDGES
+        for name in DIMENSIONS
+    ]
+    cells.append(["Flow-NRG, 1:1:1", *wins])
+    return Table("", ["", *WINS_BY_JUDGE], cells)
+
+
 def true_scores():
     """What the oracle says of every method aligned 1:1:1: standard set, CFG 1, and two of them at CFG 2."""
     rows = [
@@ -310,6 +331,7 @@ def costs(name):
 
 
 TABLES = {
+    "summary": summary,
     "align": lambda: win_rates("1:1:1"),
     "align-ta": lambda: win_rates("TA only"),
     "align-true": true_scores,

@@ -23,7 +23,7 @@ RUN = [doc for doc in DOCS if doc == "README.md" or doc.startswith("docs/")]  # 
 SHRUNK = {
     "train.py": "--steps=2 --batch=2 --pairs=8 --eval-prompts=2 --eval-pairs=10 --device=cpu",
     "sample.py": "--steps 2 --n 2 --device cpu",
-    "data.py": "--pairs 10",
+    "data.py": "--pairs 25",
     "examples/toy_latents.py": "--pairs 60 --size 32",
 }
 ELSEWHERE = {  # or by these tests
