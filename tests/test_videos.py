@@ -13,10 +13,14 @@ from pathlib import Path
 
 import imageio_ffmpeg
 import numpy as np
+import pytest
 from forked import ended, fork
 
+from model import ModelConfig
 from real_data import export_toy, prepare, video
-from real_data.pairs_csv import COLUMNS
+from real_data.disk_pairs import usable_rows
+from real_data.pairs_csv import COLUMNS, Pair
+from runtime.cli import BadInput
 
 ROOT = Path(__file__).parent.parent
 FFMPEG = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "error", "-threads", "1"]
@@ -152,6 +156,22 @@ def test_videos_as_they_come(tmp_path):
     # to half a frame (2) and what codecs cost
     wrong = {name: values for name, values in seen.items() if not np.allclose(values, right[name], atol=6)}
     assert wrong == {}
+
+
+def test_short_clips_are_counted_or_refused(tmp_path, capsys):
+    write(tmp_path / "long.mp4")
+    write(tmp_path / "short.mp4", seconds=2.0)
+    row = Pair("long.mp4", "short.mp4", "a cat", (1, 1, 1), 10, 40, 10, 20, line=2)
+
+    def use(**options):
+        return usable_rows(
+            [row], tmp_path / "x.csv", ModelConfig(), tmp_path / "cache", None, lambda done, total: done, **options
+        )
+
+    assert use() == [row] and "1 of 2 videos are too short for the model's 8 frames" in capsys.readouterr().out
+    with pytest.raises(BadInput, match="line 2, column path_B: video short.mp4 lasts 2.00 s, too short for 8 frames"):
+        use(short="refuse")
+    assert use(short="refuse", fps=4.0) == [row] and capsys.readouterr().out == ""  # 8 frames in 2 s
 
 
 def files(folder):
