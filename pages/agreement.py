@@ -105,21 +105,19 @@ def report(path, others):
     judges = {}
     for other in others:
         theirs = labels_of(other)
-        of_rows = [theirs.get(identity(row), NOTHING) for row in rows]
-        judges[other.name] = torch.tensor(
-            [[INVALID if x is None else x for x in y] for y in of_rows]
-        )
+        found = [theirs.get(identity(row), NOTHING) for row in rows]
+        found = [[INVALID if value is None else value for value in three] for three in found]
+        judges[other.name] = torch.tensor(found)
     judges |= toy_judges(rows, path)
     columns = []
     for i, dimension in enumerate(DIMENSIONS):
         given = {name: record[dimension] for name, record in records.items() if dimension in record}
         seen = [record["seen"] for record in given.values()]
+        left = [side == "left" for side in seen if side in ("left", "right")]
         twice = [(given[name], given[name + AGAIN]) for name in given if name + AGAIN in given]
         column = {
             "same answer when asked again": share([a["label"] == b["label"] for a, b in twice]),
-            "left, of left and right": share(
-                [side == "left" for side in seen if side in ("left", "right")]
-            ),
+            "left, of left and right": share(left),
             "same": share([side == "same" for side in seen]),
         }
         for judge, other in judges.items():

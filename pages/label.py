@@ -49,6 +49,8 @@ class Labelling:
             self.write_csv()  # the last process may have died before it could
         elif self.in_place and not any(None in row.label for row in self.rows):
             raise BadInput(f"{csv}: has no empty label; --out names a file for your own")
+        elif not self.in_place and out.exists():
+            raise BadInput(f"{out}: is there without its journal {path.name}; name a new file")
 
     def calls(self):
         calls = {"GET question": self.state, "GET clip": self.clip, "GET report": self.report}
@@ -77,11 +79,10 @@ class Labelling:
         mine = self.records if self.in_place else {}
         empty = [name for name, pair in self.pairs.items() if None in pair.label or name in mine]
         asked = empty or list(self.pairs)
-        again = sorted(asked, key=lambda name: self.draw("again", name))[
-            : math.ceil(len(asked) / 10)
-        ]
+        shuffled = sorted(asked, key=lambda name: self.draw("again", name))
         places = {name: place for place, name in enumerate(asked)}
-        places |= {name + AGAIN: places[name] + len(asked) / 3 for name in again}
+        for name in shuffled[: math.ceil(len(asked) / 10)]:
+            places[name + AGAIN] = places[name] + len(asked) / 3
         return sorted(places, key=places.get)
 
     def draw(self, *what):
@@ -171,12 +172,7 @@ def main():
     parser = Parser("Compare two clips by eye: labels for the pairs of a CSV, in a browser.")
     add = parser.add_argument
     add("csv", type=Path, metavar="CSV", help="pairs in the public format, labelled or not")
-    add(
-        "--out",
-        type=Path,
-        metavar="CSV",
-        help="where labels go, beside CSV; default: its empty cells",
-    )
+    add("--out", type=Path, metavar="CSV", help="where labels go; default: the empty cells of CSV")
     add("--seed", type=seed, default=0, help="of the sides, and of the tenth that is asked again")
     add("--port", type=whole, default=0, help="of this machine alone; 0: any that is free")
     add("--report", type=Path, nargs="*", metavar="CSV", help="print agreement, also with these")
@@ -184,6 +180,8 @@ def main():
     add("--reviewer", type=Path, metavar="CSV", help="decides where those of --merge disagree")
     args = parser.parse_args()
     out = args.out or args.csv
+    if args.merge and not args.out:
+        raise BadInput("--merge: needs --out, the file to write")
     if out.resolve().parent != args.csv.resolve().parent:
         raise BadInput(f"--out {out}: must lie beside {args.csv}, as the paths in it are relative")
     try:
