@@ -297,6 +297,15 @@ def test_flags_that_do_not_go_together_are_refused(flags, words):
         train.arguments(flags)
 
 
+def test_the_room_that_a_round_takes_is_asked_for(online):
+    # two files with 72 prompts' 4 clips of 3 x 4 x 16 x 16 bytes; nft's also hold the old model
+    clips = 2 * 72 * 4 * 3 * 4 * 16 * 16
+    _, task = online[0]("--algo=nft", "--freeze=0")
+    numbers = sum(value.numel() for value in task.model.state_dict().values())
+    assert task.extra_bytes == clips + 2 * 4 * numbers
+    assert online[0]("--algo=dpo")[1].extra_bytes == clips
+
+
 def test_rounds_of_a_sharded_policy_are_refused(online):
     with pytest.raises(BadInput, match="leave --fsdp out"):
         online[0]("--algo=dpo", "--fsdp")
