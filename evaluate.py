@@ -17,6 +17,7 @@ true; where the two part ways, the policy has learned the reward's mistakes.
 """
 
 import importlib
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -172,10 +173,24 @@ def pretrain_table(model, out, words, args, device):
     return [*lines, f"wrote {out / 'samples.gif'} and .png (CFG {CFG:g})"]
 
 
-def unit_line(held, std):
-    """On how many distinct clips of `held`, {name: Pairs}, the z-scores of a reward stand, as text.
+def distinct_clips(parts):
+    """How many distinct clips are in a list of Pairs."""
+    return len(torch.cat([pairs.clip_id.flatten() for pairs in parts]).unique())
+
+
+def with_enough_clips(held, pairs):
+    """`held`, {name: Pairs}, whose clips give a reward its unit; where they are few, also the first
+    of `pairs`, those to train on."""
+    if pairs is None or distinct_clips(held.values()) >= FEW_CLIPS:
+        return held
+    first = replace(pairs, y=pairs.y[:FEW_CLIPS], clip_id=pairs.clip_id[:FEW_CLIPS])
+    return held | {"training pairs": first}
+
+
+def unit_line(parts, std):
+    """On how many distinct clips of `parts`, {name: Pairs}, the z-scores of a reward stand, as text.
     With fewer than LEAST_CLIPS, its buffer `std` becomes 0: no command loads such a checkpoint."""
-    count = len(torch.cat([pairs.clip_id.flatten() for pairs in held.values()]).unique())
+    count = distinct_clips(parts.values())
     line = f"z-scores stand on {count} distinct clips"
     if count < LEAST_CLIPS:
         std.zero_()
@@ -186,13 +201,15 @@ def unit_line(held, std):
     return line
 
 
-def reward_table(model, out, held, device):
-    """VideoReward's accuracies on pairs `held`, {name: Pairs}, whose scores also give its z-score constants."""
-    scores = {name: pair_scores(model, pairs, device) for name, pairs in held.items()}  # (N, 2, 3) each
+def reward_table(model, out, held, device, train_pairs=None):
+    """VideoReward's accuracies on pairs `held`, {name: Pairs}, whose scores also give its z-score constants, with those
+    of `train_pairs` where `held` has few clips."""
+    parts = with_enough_clips(held, train_pairs)
+    scores = {name: pair_scores(model, pairs, device) for name, pairs in parts.items()}  # (N, 2, 3) each
     together = torch.cat(list(scores.values()))
     model.mean.copy_(together.mean((0, 1)))
     model.std.copy_(together.std((0, 1)).clamp(min=1e-6))
-    lines = [unit_line(held, model.std)]
+    lines = [unit_line(parts, model.std)]
     for name, pairs in held.items():
         lines.append(f"{len(pairs)} {name} (accuracy without ties, with ties; share of ties):")
         for i, dimension in enumerate(DIMENSIONS):
@@ -203,12 +220,14 @@ def reward_table(model, out, held, device):
     return lines
 
 
-def nrg_table(model, out, held, seed, device):
-    """The noise-aware reward's accuracies on pairs `held`, {name: Pairs}, by noise; their spread becomes its unit."""
-    scores = {name: noisy_scores(model, pairs, device, seed) for name, pairs in held.items()}
+def nrg_table(model, out, held, seed, device, train_pairs=None):
+    """The noise-aware reward's accuracies on pairs `held`, {name: Pairs}, by noise; their spread becomes its unit, with
+    that of `train_pairs` where `held` has few clips."""
+    parts = with_enough_clips(held, train_pairs)
+    scores = {name: noisy_scores(model, pairs, device, seed) for name, pairs in parts.items()}
     together = [at_t for by_time in scores.values() for at_t in by_time.values()]
     model.std.copy_(torch.cat(together).std((0, 1)).clamp(min=1e-6))
-    lines = [unit_line(held, model.std)]
+    lines = [unit_line(parts, model.std)]
     for name, pairs in held.items():
         lines.append(f"{len(pairs)} {name}, accuracy without ties at each t:")
         for t, at_t in scores[name].items():

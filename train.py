@@ -128,7 +128,8 @@ def reward_task(args, device):
     def loss(batch):
         return reward_step(model, **batch, loss=args.loss, caption=args.caption)
 
-    table = partial(reward_table, held=held, device=device)
+    train_pairs = pairs if args.data else None
+    table = partial(reward_table, held=held, device=device, train_pairs=train_pairs)
     return Task("reward", model, vocabulary.words, batch, loss, ("loss", "VQ", "MQ", "TA"), table)
 
 
@@ -168,7 +169,8 @@ def nrg_task(args, device):
             target, other = (judge.normalised(batch["x0"], batch[name]).clamp(-3, 3) for name in ("y", "other_y"))
         return noisy_value_step(model, **batch, target=target, other_target=other)
 
-    table = partial(nrg_table, held=held, seed=args.eval_seed, device=device)
+    train_pairs = pairs if args.data else None
+    table = partial(nrg_table, held=held, seed=args.eval_seed, device=device, train_pairs=train_pairs)
     batch, loss = (pair_batch, pair_loss) if args.target == "labels" else (value_batch, value_loss)
     return Task("noisy reward", model, words, batch, loss, ("loss", "VQ", "MQ", "TA"), table)
 

@@ -9,6 +9,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -127,8 +128,7 @@ def pairs_of(rows, csv_path, config, vocabulary, cache, folder=None, fps=FPS):
     y = prompt_ids([row.prompt for row in rows], csv_path, vocabulary, config.max_text)
     label, overall = torch.tensor([row.label for row in rows]), torch.tensor([row.overall for row in rows])
     mos = torch.tensor([row.mos or (0.0,) * 6 for row in rows]).reshape(-1, 2, 3)
-    numbers = {}  # of distinct videos
-    clip_id = [[numbers.setdefault(path, len(numbers)) for path in row.paths] for row in rows]
+    clip_id = [[crc32(str(root / path).encode()) for path in row.paths] for row in rows]
     return Pairs(y, clips, label=label, mos=mos, overall=overall, clip_id=torch.tensor(clip_id))
 
 

@@ -63,27 +63,33 @@ def jobs(args, device):
     return queue
 
 
-def report(args, rows):
+def table(rows):
+    """True win rates over the base model and true scores by the source of the ranking."""
     columns = [*DIMENSIONS, *(f"{name}_score" for name in DIMENSIONS)]
+    most, *fewer = REWARD_STEPS
+    runs = [(most, "labels", most), (most, "reward", most)]
+    for n in fewer:
+        runs += [(n, "labels", n), (n, "reward", n), (n, "reward", most)]
     cells = []
-    for labelled in REWARD_STEPS:
-        for clips, method in ((labelled, "labels"), (labelled, "reward"), (3200, "reward")):
-            run = {"labelled": labelled, "clips": clips, "method": method, "judge": "oracle"}
-            figures = [plus_minus(over_seeds(rows, column, **run)) for column in columns]
-            minutes, _ = over_seeds(rows, "reward_minutes", **run)
-            name = [f"{labelled:,}", method, f"{clips:,}"]
-            if name not in [row[:3] for row in cells]:
-                cells.append([*name, *figures, f"{minutes:.1f}"])
+    for labelled, method, clips in runs:
+        run = {"labelled": labelled, "method": method, "clips": clips, "judge": "oracle"}
+        figures = [plus_minus(over_seeds(rows, column, **run)) for column in columns]
+        minutes, _ = over_seeds(rows, "reward_minutes", **run)
+        cells.append([f"{labelled:,}", method, f"{clips:,}", *figures, f"{minutes:.1f}"])
     wins = [f"{name} wins" for name in DIMENSIONS]
-    scores = [f"{name} score" for name in DIMENSIONS]
+    scores = [f"true {name}" for name in DIMENSIONS]
     head = ["labelled pairs", "ranked by", "pairs of clips", *wins, *scores, "reward training, min"]
+    return Table("", head, cells)
+
+
+def report(args, rows):
     return {
         "rows": rows,
         "title": "Flow-DPO with and without a reward model",
         "introduction": [
-            f"True win rates over the base model and true scores, standard set, CFG 1, "
+            "True win rates over the base model and true scores, standard set, CFG 1, "
             f"mean ± standard deviation over {args.seeds} seeds."
         ],
-        "tables": [Table("", head, cells)],
+        "tables": [table(rows)],
         "pictures": {},
     }

@@ -27,7 +27,7 @@ from evaluate import arguments, over_seeds
 from pages import annotated
 from runtime.cli import BadInput
 from sample import CFG, NRG_SCALE
-from studies import align, beta, guidance, observer, online, reward_model, unified
+from studies import align, beta, guidance, observer, online, rank, reward_model, unified
 from studies.jobs import BEST_OF, JUDGES, METHODS, mean_z, rendered
 from studies.report.tables import Table, plus_minus, table_lines
 
@@ -37,6 +37,7 @@ STUDIES = {
     "beta": beta,
     "nrg": guidance,
     "online": online,
+    "rank": rank,
     "reward": reward_model,
     "unified": unified,
 }
@@ -346,6 +347,7 @@ TABLES = {
     "nrg-rewards": guidance_rewards,
     "nrg-on-top": guidance_on_top,
     "nrg-noise": attributes_under_noise,
+    "rank": lambda: rank.table(load("rank")["rows"]),
     "unified": mixture,
     "bench": lambda: costs("bench"),
     "bench-h200": lambda: costs("bench_h200"),

@@ -15,7 +15,7 @@ import evaluate
 from data import Pairs
 from online import refresh, rounds
 from runtime.cli import BadInput
-from studies import align, bench, beta, guidance, jobs, observer, online, reward_model, tables
+from studies import align, bench, beta, guidance, jobs, observer, online, rank, reward_model, tables
 from studies.report.charts import COLOURS, Chart, picture, ticks
 
 
@@ -135,6 +135,17 @@ def run_study(study, tmp_path, monkeypatch):
     evaluate.main()
     saved = json.loads((tmp_path / "results" / f"{study}.json").read_text())
     return saved["rows"], (tmp_path / "results" / f"{study}.md").read_text()
+
+
+def test_rank_study_from_end_to_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(rank, "REWARD_STEPS", {12: 2, 8: 2})
+    monkeypatch.setattr(rank, "SETS", {"standard": 3})
+    rows, text = run_study("rank", tmp_path, monkeypatch)
+    runs = [(row["labelled"], row["method"], row["clips"]) for row in rows if row["judge"] == "oracle"]
+    by_few = [(8, "labels", 8), (8, "reward", 8), (8, "reward", 12)]
+    assert runs == [(12, "labels", 12), (12, "reward", 12), *by_few]
+    assert all((row["reward_minutes"] > 0) == (row["method"] == "reward") for row in rows)
+    assert text.count("\n| 8 | reward |") == 2
 
 
 def test_align_study_from_end_to_end(tmp_path, monkeypatch):
