@@ -6,8 +6,8 @@
 
 In a round the policy, for nft its old model, samples --clips clips of each prompt at CFG 1;
 VideoReward's z-scores under the --align weights are their reward; and --steps / --rounds steps are
-taken on them. The reference of Flow-DPO is the start or, with --reference round, the policy as it
-was when the round began.
+taken on them. The reference of Flow-DPO is the start, with --reference round the policy as it was
+when the round began, or a checkpoint's model.
 
 round.pt holds all that a round needs and is complete before the round's first step; a checkpoint
 ends each round. A stopped run resumes bit for bit: within a round from that file, between two
