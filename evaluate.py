@@ -25,6 +25,7 @@ import torch
 import world
 from data import DIMENSIONS, INVALID, Vocabulary
 from flow import interpolate
+from model import load_velocity
 from real_data.video import write_gif, write_sheet
 from reward import accuracies_without_ties, accuracy_with_ties, accuracy_without_ties, load_reward
 from runtime.checkpoint import check_same_data
@@ -133,6 +134,15 @@ def load_judge(path, config, words):
     reward, reward_words = load_reward(path)
     check_same_data("--reward", reward.config, reward_words, "--init", config, words)
     return reward.requires_grad_(False)
+
+
+def reference_for(args, base, words, device):
+    """The frozen model that --reference names for Flow-DPO: the base model or a checkpoint's."""
+    if args.reference in ("first", "round"):
+        return base
+    model, own_words = load_velocity(args.reference, args.attention)
+    check_same_data("--reference", model.config, own_words, "--init", base.config, words)
+    return model.to(device).requires_grad_(False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

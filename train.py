@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import world
 from data import Vocabulary, draw_noise, drop_prompts, epoch_index, mean_one, step_rng, take
-from evaluate import alignment_table, load_judge, nrg_table, pair_scores, pretrain_table, reward_table, study
+from evaluate import alignment_table, load_judge, nrg_table, pair_scores, pretrain_table, reference_for, reward_table
 from flow import TIME_SHIFT, flow_error
 from flow_dpo import SCHEDULES, flow_dpo_step
 from flow_rwr import flow_rwr_step, rwr_weights
@@ -40,7 +40,6 @@ from real_data.labels import label_rewards
 from real_data.toy_pairs import check_toy, draw_clips, other_prompts
 from reward import LOSSES, VideoReward, counted, decided, reward_config, reward_step
 from runtime import distributed, flags, resume
-from runtime.checkpoint import check_same_data
 from runtime.cli import BadInput, progress_bar, run
 from runtime.distributed import accumulating, full_tensor, rank, reduce_logs, world_size
 from runtime.schedule import lr_factor
@@ -239,15 +238,6 @@ def base_and_policy(args, device):
     return base.to(device).requires_grad_(False), policy.to(device), words  # adapters are drawn on the CPU
 
 
-def reference_for(args, base, words, device):
-    """The frozen model that --reference names for Flow-DPO: the base model or a checkpoint's."""
-    if args.reference in ("first", "round"):
-        return base
-    model, own_words = load_velocity(args.reference, args.attention)
-    check_same_data("--reference", model.config, own_words, "--init", base.config, words)
-    return model.to(device).requires_grad_(False)
-
-
 def scored_pairs(args, config, words, device):
     """Pairs, the total reward r (N, 2) of both clips of each, and the VideoReward that gave it, offline and once (5.2).
     Clips are the twelve generators', --data's or, with --generated, the base model's."""
@@ -380,11 +370,7 @@ def train(task, args, device, state=None):
     if args.fsdp:
         resume.save_weights(args.out / "last.pt", args, task, final, evaluated=False)
     lines = task.evaluate(final.to(device).eval(), args.out)
-    try:
-        return [*lines, *resume.save_final(args, task, final, trained, ema, optimizer)]
-    except BadInput:
-        print("\n".join(["", *lines]))
-        raise
+    return resume.save_final(args, task, final, trained, ema, optimizer, lines)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -399,7 +385,7 @@ def arguments(argv=None):
 def main():
     args = arguments()
     if args.plan:
-        print("\n".join(study("studies.cost").plan(args)))
+        print("\n".join(importlib.import_module("studies.cost").plan(args)))
         return
     device, begun = distributed.start_process(args.device), time.perf_counter()
     distributed.check_flags(args)

@@ -22,7 +22,7 @@ import torch
 
 import world
 from data import Vocabulary, draw_noise, drop_prompts, epoch_index, step_rng, take
-from evaluate import alignment_table, load_judge, z_scores
+from evaluate import alignment_table, load_judge, reference_for, z_scores
 from flow_dpo import flow_dpo_step
 from model import merged_state_dict, share_trunk
 from online.flow_nft import flow_nft_step, move_old, optimality
@@ -35,7 +35,7 @@ from runtime.cli import BadInput, progress_bar
 from runtime.distributed import process_0_first
 from runtime.resume import last_state, read_own, resumes, settled, until_stopped
 from sample import sample_many
-from train import Task, base_and_policy, reference_for
+from train import Task, base_and_policy
 
 MOST_PROMPTS = 72  # in a round: as many as the toy has to train on
 ROUND_SEED = -500_000  # of a round's prompts and noise; no step has it

@@ -229,17 +229,21 @@ def save_run(args, task, step, trained, ema, optimizer):
         save_whole(args, task, step, trained, ema, optimizer, final, evaluated=False)
 
 
-def save_final(args, task, final, trained, ema, optimizer):
+def save_final(args, task, final, trained, ema, optimizer, lines):
     """Writes last.pt once more, with what the evaluation measured (the reward's z-score constants), and --export;
-    returns lines that say so."""
-    last, lines = args.out / "last.pt", []
-    if args.fsdp:
-        save_weights(last, args, task, final, evaluated=True)
-    else:
-        save_whole(args, task, args.steps, trained, ema, optimizer, final, evaluated=True)
-    if args.export:
-        save_weights(args.export, args, task, final, evaluated=True, half=True)
-        lines = [f"wrote {args.export}"]
+    returns the closing table's lines and others that say so. The table is printed even if a write fails."""
+    last = args.out / "last.pt"
+    try:
+        if args.fsdp:
+            save_weights(last, args, task, final, evaluated=True)
+        else:
+            save_whole(args, task, args.steps, trained, ema, optimizer, final, evaluated=True)
+        if args.export:
+            save_weights(args.export, args, task, final, evaluated=True, half=True)
+            lines = [*lines, f"wrote {args.export}"]
+    except BadInput:
+        print("\n".join(["", *lines]))
+        raise
     return [*lines, f"wrote {args.out / 'metrics.jsonl'}", f"wrote {last}"]
 
 
