@@ -97,7 +97,7 @@ def test_flops_are_those_that_torch_counts(monkeypatch, flags):
     """torch's counter leaves out the fused kernel on CPUs; with plain products it counts all."""
     monkeypatch.setattr(attention, "choose", lambda q, plan: "naive")
     torch.manual_seed(0)
-    args = arguments("--preset=nano", "--batch=3", *flags)
+    args = arguments("--batch=3", *flags)
     network = VideoTransformer(PRESETS["nano"])
     if flags:
         model.freeze_trunk(network, args.freeze)
