@@ -306,6 +306,7 @@ def test_a_shared_trunk_changes_the_cost_alone():
     shared(x, t, torch.zeros_like(y))
     assert torch.allclose(guidance(v, x, t, y), steered, atol=1e-5)
     calls.clear()
+    reward.trunk.blocks[0].register_forward_hook(lambda *_: calls.append(1))
     clips = sample(shared, x, y, steps=4, cfg=2.0, guidance=guidance)
     assert len(calls) == 2 * 4  # with and without a prompt
     own = sample(policy, x, y, steps=4, cfg=2.0, guidance=guide(reward, **settings))
