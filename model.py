@@ -35,10 +35,10 @@ from runtime.cli import BadInput
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of a VideoTransformer; `patch` divides (frames, size, size). BadInput for sizes that do not go together."""
+    """Sizes of a VideoTransformer; `patch` divides (frames, height, width). BadInput for sizes that do not fit."""
 
     frames: int = 8
-    size: int = 32  # height and width
+    size: int | tuple = 32  # height and width, or (height, width) where they differ
     channels: int = 3
     patch: tuple = (2, 8, 8)
     dim: int = 128
@@ -51,13 +51,16 @@ class ModelConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "patch", tuple(self.patch))
-        for name in ("frames", "size", "channels", "dim", "depth", "heads", "vocab", "max_text"):
+        if isinstance(self.size, tuple | list):
+            height, width = self.size
+            object.__setattr__(self, "size", height if height == width else (height, width))
+        for name in ("frames", "height", "width", "channels", "dim", "depth", "heads", "vocab", "max_text"):
             value, most = getattr(self, name), 512 if name == "depth" else 2**20  # so that no file asks for terabytes
             if type(value) is not int or not 1 <= value <= most:
                 raise BadInput(f"model config: {name} {value!r} must be a whole number from 1 to {most}")
         if [type(side) for side in self.patch] != [int] * 3 or min(self.patch) < 1 or math.prod(self.patch) > 4096:
             raise BadInput(f"model config: patch {self.patch} must be three whole numbers, of 4096 pixels at most")
-        for name, side in zip(("frames", "size", "size"), self.patch):
+        for name, side in zip(("frames", "height", "width"), self.patch):
             if getattr(self, name) % side:
                 raise BadInput(f"model config: {name} {getattr(self, name)} is not a multiple of the patch's {side}")
         if self.dim % self.heads or (self.dim // self.heads) % 2:
@@ -70,13 +73,21 @@ class ModelConfig:
             raise BadInput(f"--attention {self.attention}: {error}") from None
 
     @property
+    def height(self):
+        return self.size[0] if isinstance(self.size, tuple) else self.size
+
+    @property
+    def width(self):
+        return self.size[1] if isinstance(self.size, tuple) else self.size
+
+    @property
     def grid(self):
         """Tokens along (t, h, w)."""
-        return self.frames // self.patch[0], self.size // self.patch[1], self.size // self.patch[2]
+        return self.frames // self.patch[0], self.height // self.patch[1], self.width // self.patch[2]
 
     @property
     def video_shape(self):
-        return self.channels, self.frames, self.size, self.size
+        return self.channels, self.frames, self.height, self.width
 
 
 # `base` has 131 M parameters and 2,048 video tokens, `large` 1,032 M, the paper's scale, and 4,096; both for latents.
@@ -86,6 +97,7 @@ PRESETS = {
     "base": ModelConfig(frames=8, size=32, channels=16, patch=(1, 2, 2), dim=768, depth=12, heads=12, max_text=64),
     "large": ModelConfig(frames=16, size=32, channels=16, patch=(1, 2, 2), dim=1536, depth=24, heads=24, max_text=128),
 }
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Parts

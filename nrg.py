@@ -112,8 +112,7 @@ class RewardHead(nn.Module):
     def head(self, video, grid, words, condition):
         """Hidden states of video tokens (B, N, d) in (t, h, w) order on `grid`, of the prompt's words (B, S, d), and
         the trunk's condition (B, d) -> scores (B, 3) in the order VQ, MQ, TA."""
-        # scores are subtracted: near ones would be equal in bfloat16
-        with torch.autocast(video.device.type, enabled=False):
+        with torch.autocast(video.device.type, enabled=False):  # near scores would be equal in bfloat16
             video, words, condition = video.float(), words.float(), condition.float()
             shift, scale = self.modulation(condition)[:, None].chunk(2, -1)  # (B, 1, d) each
             video = self.numbers(self.norm(video) * (1 + scale) + shift)  # (B, N, n)

@@ -249,8 +249,7 @@ class VideoReward(nn.Module):
         x = torch.cat((video, tokens[:, :blind], self.words(y) + self.places, tokens[:, blind:]), 1)
         for block in self.blocks:
             x = checkpointed(block, x, self.rope, count + blind, when=self.checkpointed)
-        # scores are subtracted: near ones would be equal in bfloat16
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):  # near scores would be equal in bfloat16
             x = self.norm(x.float())  # (B, N + 2 + S + 1, d), or (B, N + S + 1, d)
             words = self.caption(x[:, :count].mean(1))  # (B, vocab), from video tokens, which cannot see the prompt
             scores = self.head(torch.cat((x[:, count : count + blind], x[:, -1:]), 1))  # (B, 3, 1), or (B, 1, 3)

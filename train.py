@@ -32,9 +32,17 @@ from evaluate import alignment_table, load_judge, nrg_table, pair_scores, pretra
 from flow import TIME_SHIFT, flow_error
 from flow_dpo import SCHEDULES, flow_dpo_step
 from flow_rwr import flow_rwr_step, rwr_weights
-from model import PRESETS, VideoTransformer, add_lora, freeze_trunk, load_velocity, merged_state_dict, share_trunk
+from model import (
+    PRESETS,
+    VideoTransformer,
+    add_lora,
+    freeze_trunk,
+    load_velocity,
+    merged_state_dict,
+    share_trunk,
+)
 from nrg import noisy_pair_step, noisy_reward_on, noisy_value_step
-from real_data.disk_pairs import disk_data
+from real_data.disk_pairs import disk_data, preset
 from real_data.generated import ON_POLICY, held_pairs, mixed_pairs, training_pairs
 from real_data.labels import label_rewards
 from real_data.toy_pairs import check_toy, draw_clips, other_prompts
@@ -78,10 +86,10 @@ class Task:
 def pretrain_task(args, device):
     """Flow matching on clips of all twelve generators, or of --data (section 4.1)."""
     if args.data:
-        vocabulary, config, pairs, _ = disk_data(args, PRESETS[args.preset], held_out=False)
+        vocabulary, config, pairs, _ = disk_data(args, preset(args.preset, args.size), held_out=False)
     else:
         vocabulary = Vocabulary()
-        config = replace(PRESETS[args.preset], vocab=len(vocabulary.words))
+        config = replace(preset(args.preset, args.size), vocab=len(vocabulary.words))
         check_toy(config, vocabulary)
     torch.manual_seed(args.seed)
     model = VideoTransformer(replace(config, attention=args.attention or "full")).to(device)
@@ -109,10 +117,10 @@ def pretrain_task(args, device):
 def reward_task(args, device):
     """VideoReward on pairs that annotators compared (section 3.2)."""
     if args.data:
-        vocabulary, config, pairs, held = disk_data(args, PRESETS[args.preset])
+        vocabulary, config, pairs, held = disk_data(args, preset(args.preset, args.size))
     else:
         vocabulary = Vocabulary()
-        config = replace(PRESETS[args.preset], vocab=len(vocabulary.words))
+        config = replace(preset(args.preset, args.size), vocab=len(vocabulary.words))
         pairs, held = (made(args, config, vocabulary, device) for made in (training_pairs, held_pairs))
     torch.manual_seed(args.seed)
     model = VideoReward(reward_config(config, separate=args.tokens == "separate")).to(device)

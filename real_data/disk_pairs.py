@@ -15,12 +15,18 @@ import numpy as np
 import torch
 
 from data import Pairs, Vocabulary, split_words, step_rng, vocabulary_of
+from model import PRESETS
 from real_data.pairs_csv import PATHS, read_pairs
 from real_data.video import FPS, cached_clip, check_length, clip_facts, is_latent, read_latent, to_video
 from runtime.cli import BadInput, progress_bar
 from runtime.distributed import process_0_first, rank
 
 MOST_WORDS = 128  # of a real prompt; the paper's are about 100 words long
+
+
+def preset(name, size=None):
+    """The ModelConfig of a preset, with another size if one is given."""
+    return replace(PRESETS[name], size=size or PRESETS[name].size)
 
 
 def latent_sizes(args, row):
@@ -32,9 +38,7 @@ def latent_sizes(args, row):
         channels, frames, height, width = read_latent((args.data_dir or args.data.parent) / row.path_a).shape
     except (ValueError, OSError) as error:
         raise BadInput(f"{where} {error}") from None
-    if height != width:
-        raise BadInput(f"{where} is {height} high and {width} wide; a square one is needed")
-    return {"channels": channels, "frames": frames, "size": height}
+    return {"channels": channels, "frames": frames, "size": args.size or (height, width)}
 
 
 def row_videos(row):

@@ -13,9 +13,9 @@ import numpy as np
 
 from data import DIMENSIONS
 from model import PRESETS, load_velocity
-from real_data.disk_pairs import check_videos, row_videos, words_and_sizes
+from real_data.disk_pairs import check_videos, preset, row_videos, words_and_sizes
 from real_data.pairs_csv import read_pairs
-from runtime.cli import BadInput, Parser, check_writable, progress_bar, run
+from runtime.cli import BadInput, Parser, check_writable, frame_size, progress_bar, run
 from runtime.flags import video_flags
 
 
@@ -25,6 +25,7 @@ def arguments(argv=None):
     add("data", type=Path, help="CSV of pairs of videos or latents, in VideoAlign's format")
     add("--init", type=Path, help="video model to be trained: its clip size and words are used")
     add("--preset", choices=PRESETS, default="nano", help="without --init: whose clip size is used")
+    add("--size", type=frame_size, help="without --init: height x width of a clip, for example 32x56")
     video_flags(add)
     return parser.parse_args(argv)
 
@@ -52,7 +53,7 @@ def report(rows, facts, vocabulary, config):
 def prepare(args):
     """Lines to print. BadInput if no pair can be used, or a file cannot be written."""
     check_writable(args.cache, "--cache")
-    config, words, skipped = PRESETS[args.preset], None, []
+    config, words, skipped = preset(args.preset, args.size), None, []
     if args.init:
         model, words = load_velocity(args.init)
         config = model.config

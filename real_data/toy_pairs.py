@@ -25,6 +25,9 @@ def check_toy(config, vocabulary):
             f"this model takes latents, clips of shape {config.video_shape} (C, T, H, W), and the toy renders pixels; "
             "give --data CSV with latents (examples/toy_latents.py writes some to try)"
         )
+    if config.height != config.width:
+        size = f"{config.height}x{config.width}"
+        raise BadInput(f"clips of {size} need --data: the toy renders square ones; give --data CSV")
     if vocabulary.words != TOY_WORDS or config.max_text < TOY_LENGTH:
         raise BadInput("this model does not know the toy's prompts; give --data CSV with the data it was trained on")
 

@@ -125,8 +125,9 @@ def load_network(path, kind, network, config_of):
     if kind != "velocity" and state.get("evaluated") is False:
         raise BadInput(f"{path}: its scores get their unit at the end of the training; --resume it to the end first")
     try:
+        config = config_of(**state["config"])
         with torch.device("meta"):  # nothing is allocated before the file has shown that it holds so much
-            blank = network(config_of(**state["config"]))
+            blank = network(config)
         weights = dict(state.get("ema") or state["model"])
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from None

@@ -63,6 +63,17 @@ def seed(text):
     return _checked(int, text, lambda n: 0 <= n < 2**31, f"a whole number from 0 to {2**31 - 1}")
 
 
+def frame_size(text):
+    """ "32x56" -> (32, 56), height and width; "32" -> (32, 32)."""
+    right = "height x width in pixels, for example 32x56, or one number for both"
+
+    def numbers(text):
+        sides = [int(side) for side in text.split("x")]
+        return tuple(sides * 2 if len(sides) == 1 else sides)
+
+    return _checked(numbers, text, lambda x: x == x and len(x) == 2 and min(x) > 0, right)
+
+
 def clip_count(text):
     return _checked(int, text, lambda n: 1 <= n <= 4096, "a whole number from 1 to 4096")
 

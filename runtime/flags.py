@@ -13,6 +13,7 @@ from runtime.cli import (
     clip_count,
     finite,
     fraction,
+    frame_size,
     interval,
     non_negative,
     positive,
@@ -72,6 +73,8 @@ def training_flags(argv, defaults, presets, losses, schedules):
         help="size of a model trained from nothing; with --plan of any video model",
         algos=("pretrain", "reward"),
     )
+    text = "height x width of a clip, for example 32x56 (default: the preset's, or that of latents)"
+    add("--size", type=frame_size, help=text, algos=("pretrain", "reward"))
     add(
         "--attention",
         help="full, or tile:T,H,W for sliding tiles (default: full, or as --init has it)",

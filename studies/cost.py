@@ -23,7 +23,8 @@ import math
 
 import torch
 
-from model import PRESETS, VideoTransformer, add_lora, freeze_trunk
+from model import VideoTransformer, add_lora, freeze_trunk
+from real_data.disk_pairs import preset
 from runtime.cli import BadInput
 
 # Two norms' inputs and outputs, 4; what modulation gives the two linear layers behind them, 2; q, k and v, 3; q and k
@@ -41,7 +42,7 @@ def tokens(config):
 def planned_model(args):
     """The model on the meta device, with what will not be trained frozen."""
     with torch.device("meta"):
-        model = VideoTransformer(PRESETS[args.preset])
+        model = VideoTransformer(preset(args.preset, args.size))
     if args.algo == "pretrain":
         return model
     return add_lora(model, args.lora_rank, skip=args.freeze) if args.lora_rank else freeze_trunk(model, args.freeze)

@@ -3,6 +3,8 @@
 import json
 from dataclasses import replace
 
+import forked
+import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
@@ -11,13 +13,13 @@ from forked import command, ended, fork, weights, with_read
 import sample
 import train
 from data import vocabulary_of
-from model import ModelConfig
-from real_data import video
+from model import ModelConfig, load_velocity
+from real_data import export_toy, video
 from real_data.disk_pairs import disk_pairs
 from real_data.pairs_csv import Pair, read_pairs, write_pairs
 from runtime.cli import BadInput
 
-SHAPE = 5, 4, 6, 6  # channels, frames, height, width
+SHAPE = 5, 4, 6, 8  # channels, frames, height, width
 PROMPTS = ["a red circle moving left", "A cat jumps over the dog", "the sea"]
 
 
@@ -50,7 +52,7 @@ def test_latents_are_read_as_they_are_and_mapped(latents):
         assert np.array_equal(video.read_latent(path.parent / name), array)
     assert isinstance(video.read_latent(path.parent / "shard.npy:3"), np.memmap)
     vocabulary = vocabulary_of(PROMPTS)
-    config = ModelConfig(channels=5, frames=4, size=6, patch=(2, 3, 3), vocab=len(vocabulary.words))
+    config = ModelConfig(channels=5, frames=4, size=(6, 8), patch=(2, 3, 4), vocab=len(vocabulary.words))
     pairs = disk_pairs(rows, path, config, vocabulary, path.parent / "cache")
     a, b = pairs.sides(torch.tensor([4, 1]))
     assert torch.equal(a, torch.stack([torch.tensor(arrays[rows[i].path_a]).float() for i in (4, 1)]))
@@ -83,10 +85,10 @@ def saved(array, said, name="bad.npy"):
 FAULTS = {
     "text": text("bad.npy"),
     "integers": saved(np.zeros(SHAPE, np.int64), "holds int64, not floating-point numbers"),
-    "three": saved(np.zeros(SHAPE[1:], np.float32), "has shape (4, 6, 6); (C, T, H, W) is needed"),
-    "other": saved(np.zeros((5, 4, 6, 8), np.float32), "has shape (5, 4, 6, 8); the model takes (5, 4, 6, 6)"),
-    "nan": saved(np.full(SHAPE, np.nan, np.float16), "not finite: 720, the first at [0, 0, 0, 0]"),
-    "too large": saved(np.full(SHAPE, 1e39), "not finite: 720, the first at [0, 0, 0, 0]"),
+    "three": saved(np.zeros(SHAPE[1:], np.float32), "has shape (4, 6, 8); (C, T, H, W) is needed"),
+    "other": saved(np.zeros((5, 4, 8, 6), np.float32), "has shape (5, 4, 8, 6); the model takes (5, 4, 6, 8)"),
+    "nan": saved(np.full(SHAPE, np.nan, np.float16), "not finite: 960, the first at [0, 0, 0, 0]"),
+    "too large": saved(np.full(SHAPE, 1e39), "not finite: 960, the first at [0, 0, 0, 0]"),
     "objects": saved(np.array([{}], object), "cannot be read as one array"),
     "row": (lambda folder: None, "is row 4 of a shard of 4"),
     "video": (lambda folder: (folder / "bad.mp4").touch(), "cannot be decoded"),
@@ -102,7 +104,7 @@ def test_bad_latents_name_line_and_column(latents, fault):
     rows = [*read_pairs(path)]
     rows[3] = replace(rows[3], path_b=bad)
     vocabulary = vocabulary_of(PROMPTS)
-    config = ModelConfig(channels=5, frames=4, size=6, patch=(2, 3, 3), vocab=len(vocabulary.words))
+    config = ModelConfig(channels=5, frames=4, size=(6, 8), patch=(2, 3, 4), vocab=len(vocabulary.words))
     with pytest.raises(BadInput) as error:
         disk_pairs(rows, path, config, vocabulary, path.parent / "cache")
     assert "line 5, column path_B" in str(error.value) and said in str(error.value)
@@ -114,7 +116,7 @@ def test_a_clip_that_goes_away_during_training_ends_in_one_line(latents):
     path, _ = latents
     rows = read_pairs(path)
     vocabulary = vocabulary_of(PROMPTS)
-    config = ModelConfig(channels=5, frames=4, size=6, patch=(2, 3, 3), vocab=len(vocabulary.words))
+    config = ModelConfig(channels=5, frames=4, size=(6, 8), patch=(2, 3, 4), vocab=len(vocabulary.words))
     pairs = disk_pairs(rows, path, config, vocabulary, path.parent / "cache")
     (path.parent / "shard.npy").unlink()
     with pytest.raises(BadInput, match="shard.npy:0: cannot be read any more .No such file"):
@@ -167,5 +169,56 @@ def test_every_algorithm_trains_on_latents(latents, tmp_path, monkeypatch, capsy
 def test_a_base_model_of_other_words_or_sizes_is_refused(latents, tmp_path):
     path, _ = latents
     args = train.arguments(["--algo=nrg", f"--data={path}", f"--cache={tmp_path / 'cache'}"])
-    with pytest.raises(BadInput, match=r"has shape \(5, 4, 6, 6\); the model takes \(3, 8, 32, 32\)"):
+    with pytest.raises(BadInput, match=r"has shape \(5, 4, 6, 8\); the model takes \(3, 8, 32, 32\)"):
         train.TASKS["nrg"](args, torch.device("cpu"))
+
+
+def test_a_size_of_its_own(tmp_path, monkeypatch, capsys):
+    """Height before width; one number for both; the toy renders squares alone."""
+    assert train.arguments(["--algo=reward", "--size=32x56"]).size == (32, 56)
+    assert ModelConfig(size=(32, 56)).video_shape == (3, 8, 32, 56) and ModelConfig(size=(32, 56)).grid == (4, 4, 7)
+    assert ModelConfig(size=[16, 16]) == ModelConfig(size=16)
+    monkeypatch.setattr("sys.argv", ["train.py", "--algo=pretrain", "--size=32x56", f"--out={tmp_path / 'run'}"])
+    with pytest.raises(BadInput, match="clips of 32x56 need --data"):
+        train.main()
+
+
+def test_latents_of_wan_take_a_step(tmp_path):
+    """16 x T x 60 x 104, those of a clip of 480 x 832."""
+    np.save(tmp_path / "shard.npy", np.random.default_rng(0).standard_normal((4, 16, 2, 60, 104)).astype(np.float16))
+    rows = [Pair(f"shard.npy:{i}", f"shard.npy:{i + 1}", PROMPTS[i], (1, 0, -1), 2.0, 4.0, 2.0, 4.0) for i in (0, 2)]
+    write_pairs(rows, tmp_path / "pairs.csv")
+    flags = ["--preset=base", "--steps=1", "--batch=1", f"--data={tmp_path / 'pairs.csv'}", f"--out={tmp_path / 'run'}"]
+
+    def run():
+        narrow = replace(forked.model.PRESETS["base"], dim=32, depth=2, heads=2)
+        forked.model.PRESETS["base"] = narrow
+        command("--algo=pretrain", *flags)
+
+    log = tmp_path / "log"
+    assert ended(fork(run, output=log)) == 0, log.read_text()
+    assert load_velocity(tmp_path / "run" / "last.pt")[0].config.video_shape == (16, 2, 60, 104)
+
+
+def test_videos_are_cropped_to_the_size_and_sampled_in_it(tmp_path, monkeypatch):
+    """Also with sliding tiles, adapters and guidance: the wide middle of the toy's squares."""
+    export_toy.export(export_toy.arguments(["export", str(tmp_path / "toy"), "--pairs=8", "--generated=0"]))
+    data = [f"--data={tmp_path / 'toy' / 'train.csv'}", f"--cache={tmp_path / 'cache'}"]
+    files = [f"--init={tmp_path / 'pretrain' / 'last.pt'}", f"--reward={tmp_path / 'reward' / 'last.pt'}"]
+    log = tmp_path / "log"
+    for algo, flags in {
+        "pretrain": ["--size=16x24", "--attention=tile:2,1,3/1,1,1"],
+        "reward": ["--size=16x24", f"--val={tmp_path / 'toy' / 'train.csv'}"],
+        "nrg": [*files, "--read=1", f"--val={tmp_path / 'toy' / 'train.csv'}"],
+        "dpo": [*files, "--lora-rank=2", "--freeze=1"],
+    }.items():
+        shared = [f"--algo={algo}", *data, "--steps=1", "--batch=2", f"--out={tmp_path / algo}"]
+        assert ended(fork(command, *shared, *flags, output=log)) == 0, log.read_text()
+    assert load_velocity(tmp_path / "dpo" / "last.pt")[0].config.size == (16, 24)
+    flags = [f"--ckpt={tmp_path / 'dpo' / 'last.pt'}", f"--nrg-ckpt={tmp_path / 'nrg' / 'last.pt'}", "--nrg=1,1,1"]
+    flags += ["--n=1", "--steps=1", f"--out={tmp_path / 'samples'}"]
+    monkeypatch.setattr("sys.argv", ["sample.py", *flags])
+    sample.main()
+    (gif,) = (tmp_path / "samples").glob("*.gif")
+    # two rows of one clip, four times as large, with lines of 2 around each
+    assert iio.imread(gif).shape == (8, 2 * (16 * 4 + 4), 24 * 4 + 4, 3)

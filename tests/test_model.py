@@ -126,9 +126,9 @@ def test_config_survives_json_and_bad_sizes_are_refused():
     import json
 
     assert ModelConfig(**json.loads(json.dumps(asdict(SMALL)))) == SMALL
-    with pytest.raises(BadInput, match="size 30"):
+    with pytest.raises(BadInput, match="height 30"):
         replace(SMALL, size=30)
-    with pytest.raises(BadInput, match="size 16 is not a multiple of the patch's 5"):
+    with pytest.raises(BadInput, match="width 16 is not a multiple of the patch's 5"):
         replace(SMALL, patch=(2, 8, 5))
     with pytest.raises(BadInput, match="heads"):
         replace(SMALL, heads=5)
