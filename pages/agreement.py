@@ -116,19 +116,20 @@ def report(path, others):
         left = [side == "left" for side in seen if side in ("left", "right")]
         twice = [(given[name], given[name + AGAIN]) for name in given if name + AGAIN in given]
         column = {
-            "same answer when asked again": share([a["label"] == b["label"] for a, b in twice]),
+            "asked again, the same": share([a["label"] == b["label"] for a, b in twice]),
             "left, of left and right": share(left),
             "same": share([side == "same" for side in seen]),
         }
         for judge, other in judges.items():
             equal, kappa = agreement(label[:, i], other[:, i])
-            column |= {f"{judge}, equal": equal, f"{judge}, Cohen's kappa": kappa}
+            column |= {f"{judge}, equal": equal, f"{judge}, kappa": kappa}
         columns.append(column)
     lines = [f"{path.name}: {len(rows)} pairs, {seconds_a_pair(records):.1f} seconds a pair", ""]
-    lines.append(f"{'':36}" + "".join(f"{dimension:>7}" for dimension in DIMENSIONS))
+    width = max(map(len, columns[0]))
+    lines.append(" " * width + "".join(f"{dimension:>7}" for dimension in DIMENSIONS))
     for name in columns[0]:
         values = ["-" if math.isnan(column[name]) else f"{column[name]:.2f}" for column in columns]
-        lines.append(f"{name:36}" + "".join(f"{value:>7}" for value in values))
+        lines.append(f"{name:{width}}" + "".join(f"{value:>7}" for value in values))
     return lines
 
 
