@@ -14,7 +14,7 @@ import world
 from data import DIMENSIONS, INVALID, Vocabulary
 from evaluate import pair_scores
 from real_data.disk_pairs import disk_pairs
-from real_data.pairs_csv import read_pairs, write_pairs
+from real_data.pairs_csv import LABELS, read_pairs, write_pairs
 from real_data.toy_pairs import annotate_pairs
 from reward import btt_probabilities, load_reward
 from runtime.checkpoint import WEIGHTS
@@ -34,7 +34,7 @@ def identity(pair):
 def add_record(records, record):
     given = records.setdefault(record["question"], {})
     given.pop(record["dimension"], None)
-    if record["label"]:
+    if record["label"] in LABELS:  # else it was taken back
         given[record["dimension"]] = record
 
 

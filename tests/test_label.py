@@ -221,6 +221,11 @@ def test_empty_labels_are_filled_in_place_and_others_stay(some, tmp_path):
             Page(csv)
         while state.get("id"):
             state = page.answer(state, ["same", "invalid", "same"])
+    with open(csv.with_suffix(".jsonl"), "ab") as journal:
+        journal.write(b'\n{"question": "')  # a crash in the middle of a line
+    with Page(csv) as page:
+        assert page.ask("undo", question=None)["open"] == 1
+        page.ask("answer", question=page.ask()["id"], dimension="TA", side="same")
     same = (0, LABELS["invalid"], 0)
     assert read_pairs(csv) == [replace(rows[0], label=same), rows[1], replace(rows[2], label=same)]
     with Page(csv) as page:
@@ -350,7 +355,7 @@ def pressed(*sides):
     return f"{found} === {json.dumps(','.join(sides))}"
 
 
-def test_thirty_pairs_and_a_kill_in_the_middle(browser, some, tmp_path):
+def test_thirty_pairs_and_a_kill_in_the_middle(browser, some, tmp_path, request):
     csv = some(30)
     names = {path.read_bytes(): path.name for path in tmp_path.glob("*.mp4")}
     rng, expected, on_left = random.Random(0), {}, {}
@@ -358,6 +363,7 @@ def test_thirty_pairs_and_a_kill_in_the_middle(browser, some, tmp_path):
     def start():
         command = [sys.executable, "-m", "pages.label", csv]
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        request.addfinalizer(process.kill)
         address = next(m[0] for line in process.stdout if (m := re.search(r"http\S+", line)))
         browser.get(address)
         wait(browser, "Boolean(question.id)")
@@ -387,8 +393,6 @@ def test_thirty_pairs_and_a_kill_in_the_middle(browser, some, tmp_path):
         else:
             on_left[pair], expected[pair] = left, [label_of[side] for side in sides]
     assert "All pairs are labelled" in browser.find_element("css selector", "#end").text
-    process.kill()
-    process.wait()
     for row in read_pairs(csv):
         name = {1: row.path_a, 0: "same", -1: row.path_b}
         assert [name[value] for value in row.label] == expected[tuple(sorted(row.paths))]
