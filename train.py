@@ -1,30 +1,23 @@
-"""Training: one loop for every algorithm.
+"""Training: what each algorithm trains on, and the command. The loop is in trainer.py.
 
     python train.py --algo dpo          align the shipped base model with the shipped VideoReward; ends with a table
     python train.py --algo rwr          the same by reward-weighted regression, or --algo sft on the winners alone
     python train.py --algo pretrain     the base model from nothing (flow matching, section 4.1)
     python train.py --algo reward       VideoReward from nothing (section 3.2)
-    python train.py --algo nft          alignment that goes on with fresh clips, as --algo dpo --rounds 10 (online/)
+    python train.py --algo nft          online alignment on the policy's own clips, as --algo dpo --rounds 10 (online/)
     python train.py --algo nrg          the noise-aware reward for guidance, on the base model's first blocks (4.4)
     torchrun --nproc_per_node 8 train.py --algo pretrain --preset large --fsdp --data latents/pairs.csv
                                         on eight GPUs, and on latents: base and large are made for them
-
-An algorithm is a Task: a model, a batch for each step, a loss, and a table at the end. All that is random in step n
-comes from the seed and n: stopped and resumed, a run ends at the same bits; over processes, it takes the same steps.
 """
 
 import copy
 import importlib
-import math
-import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache, partial
 
 import torch
-from tqdm import tqdm
 
 import world
 from data import Vocabulary, draw_noise, drop_prompts, epoch_index, mean_one, step_rng, take
@@ -49,8 +42,8 @@ from real_data.toy_pairs import check_toy, draw_clips, other_prompts
 from reward import LOSSES, VideoReward, counted, decided, reward_config, reward_step
 from runtime import distributed, flags, resume
 from runtime.cli import BadInput, progress_bar, run
-from runtime.distributed import accumulating, full_tensor, rank, reduce_logs, world_size
-from runtime.schedule import lr_factor
+from runtime.distributed import rank, world_size
+from trainer import Task, fit
 
 # A flag left out takes its algorithm's value here; docs/paper.md has the paper's (Tables 10 and 11) and why.
 ALIGNMENT = {"steps": 200, "batch": 16, "lr": 1e-4, "decay": 0.0, "ema": 0.0, "time_shift": TIME_SHIFT}
@@ -66,21 +59,6 @@ ONLINE = "online.rounds"  # stands above this module, as studies do, and is open
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The algorithms
-
-
-@dataclass
-class Task:
-    """What the loop needs to know of an algorithm."""
-
-    kind: str  # of its checkpoint (runtime/checkpoint.py)
-    model: torch.nn.Module  # the one that is trained
-    words: list  # its vocabulary
-    batch: Callable  # (step, rows) -> dict of tensors on the CPU: these rows, a slice, of the step's batch
-    loss: Callable  # batch -> (loss, logs); the mean over equal parts is the whole batch's loss
-    progress_keys: tuple  # names of the logs in the progress bar
-    evaluate: Callable  # (model, out) -> lines to print; may write pictures and set buffers of the model
-    state_dict: Callable = torch.nn.Module.state_dict  # model -> tensors to save
-    extra_bytes: int = 0  # that it writes to --out beside the checkpoints
 
 
 def pretrain_task(args, device):
@@ -308,80 +286,6 @@ TASKS = {
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The loop
-
-
-def train(task, args, device, state=None):
-    """Trains task.model to args.steps, on from `state` if there is one. Returns lines that say how it ended.
-
-    SIGINT and SIGTERM save and exit with status 130; a loss or gradient that is not finite stops the run before it is
-    used. Under torchrun every process calls this with the same arguments, and process 0 returns the lines."""
-    model, first = task.model, rank() == 0
-    unsharded = copy.deepcopy(model).cpu() if args.fsdp and first else None  # the shards are gathered in it at the end
-    loss_of = distributed.wrap_model(task, device, args)
-    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
-    fused = device.type != "mps"
-    optimizer = torch.optim.AdamW(trained.values(), args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=fused)
-    ema = {name: value.detach().clone() for name, value in trained.items()} if args.ema else {}
-    start = resume.restore(state, trained, ema, optimizer) if state else 0
-    rows = distributed.local_rows(args.batch)
-
-    shown = {"total": args.steps, "initial": start, "desc": args.algo, "dynamic_ncols": True, "disable": not first}
-    log = resume.Log(args, start, model, trained, task.extra_bytes)
-    with log, resume.stop_requests() as stop, tqdm(**shown) as bar:
-        for step in range(start, args.steps):
-            # this process's rows of the batch
-            batch = {name: value.to(device) for name, value in task.batch(step, rows).items()}
-
-            # forward and backward, one micro-batch after the other
-            micro_losses = []
-            for i in range(args.accum):
-                micro_batch = {name: value.chunk(args.accum)[i] for name, value in batch.items()}
-                with accumulating(loss_of, last=i == args.accum - 1):
-                    loss, logs = loss_of(micro_batch)
-                    (loss / args.accum).backward()
-                micro_losses.append((loss.item(), logs))
-            grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)).item()
-
-            # what all processes saw, before any of it is used
-            loss, logs, stopping = reduce_logs(micro_losses, bool(stop))
-            if not math.isfinite(loss) or not math.isfinite(grad_norm):
-                where = f"step {step} (--seed {args.seed}, the batch's {step_rng(args.seed, step).initial_seed()})"
-                raise BadInput(f"loss is {loss}, grad_norm {grad_norm} at {where}; {resume.last_state(args.out)}")
-
-            # update
-            for group in optimizer.param_groups:
-                group["lr"] = args.lr * lr_factor(step, args.steps, args.decay)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            if ema:
-                distributed.update_ema(ema, trained, min(args.ema, (step + 1) / (step + 10)))  # short at the start
-
-            # log and save
-            ends_round = args.rounds and (step + 1) % (args.steps // args.rounds) == 0
-            saving = stopping or (step + 1) % args.save_every == 0 or ends_round or step + 1 == args.steps
-            log.write({"step": step, **logs, "grad_norm": grad_norm}, sync=saving)
-            bar.set_postfix({name: f"{logs[name]:.3f}" for name in task.progress_keys if name in logs}, refresh=False)
-            bar.update()
-            if saving:
-                resume.save_run(args, task, step + 1, trained, ema, optimizer)
-            if stopping:
-                bar.close()
-                if first:
-                    newest = resume.last_checkpoint(args.out)
-                    print(f"stopped after step {step + 1}; --resume continues from {newest}")
-                sys.exit(130)
-
-    final = resume.final_model(args, model, ema, unsharded)
-    if not first:
-        return []
-    if args.fsdp:
-        resume.save_weights(args.out / "last.pt", args, task, final, evaluated=False)
-    lines = task.evaluate(final.to(device).eval(), args.out)
-    return resume.save_final(args, task, final, trained, ema, optimizer, lines)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The command
 
 
@@ -406,7 +310,7 @@ def main():
         where = f"{device}" if world_size() == 1 else f"{world_size()} processes on {device.type}"
         print(f"{args.algo}: {num_params / 1e6:.2f} M parameters, {num_trained / 1e6:.2f} M trained, ", end="")
         print(f"{args.precision} on {where}, {args.steps} steps of {args.batch}, lr {args.lr:g}, seed {args.seed}")
-    lines = train(task, args, device, state)
+    lines = fit(task, args, device, state)
     if rank() == 0:
         print("\n".join(["", *lines]) + f" in {(time.perf_counter() - begun) / 60:.1f} minutes")
     distributed.stop_process()

@@ -35,7 +35,8 @@ from runtime.cli import BadInput, progress_bar
 from runtime.distributed import process_0_first
 from runtime.resume import last_state, read_own, resumes, settled, until_stopped
 from sample import sample_many
-from train import Task, base_and_policy
+from train import base_and_policy
+from trainer import Task
 
 MOST_PROMPTS = 72  # in a round: as many as the toy has to train on
 ROUND_SEED = -500_000  # of a round's prompts and noise; no step has it

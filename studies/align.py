@@ -17,6 +17,7 @@ All models see the same prompts and noise. Win rates are over the base model, a 
 from functools import partial
 
 import train
+import trainer
 from data import DIMENSIONS
 from evaluate import over_seeds
 from studies.jobs import (
@@ -46,7 +47,7 @@ def trained(method, align, seed, args, device):
     out = args.work / "align" / f"{method}-{align.replace(':', '').replace(' ', '-')}-{seed}"
     settings = settings_for([*METHODS[method], f"--align={ALIGNED[align]}", f"--seed={seed}"], out, args)
     task = train.TASKS[settings.algo](settings, device)
-    train.train(task, settings, device)
+    trainer.fit(task, settings, device)
     scores = judge(out / "last.pt", args, device, SETS, CFGS)
     return rows_of(scores, base_scores(args, device, SETS, CFGS), method=method, align=align, seed=seed)
 

@@ -11,6 +11,7 @@ has learned the reward's mistakes. The paper could not draw these curves: they n
 from functools import partial
 
 import train
+import trainer
 from data import DIMENSIONS
 from evaluate import mean_and_spread, over_seeds
 from studies.jobs import (
@@ -42,7 +43,7 @@ LENGTHS = (0.25, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0)  # of the default number of steps
 def swept(method, beta, seed, args, device):
     out = args.work / "beta" / f"{method}-{beta}-{seed}"
     settings = settings_for([*METHODS[method], f"--beta={beta}", f"--seed={seed}"], out, args)
-    train.train(train.TASKS["dpo"](settings, device), settings, device)
+    trainer.fit(train.TASKS["dpo"](settings, device), settings, device)
     scores, base = judge(out / "last.pt", args, device, SETS, CFGS), base_scores(args, device, SETS, CFGS)
     return rows_of(
         scores, base, study="sweep", method=method, beta=beta, seed=seed, drift=drift(out / "last.pt", device)

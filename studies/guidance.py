@@ -17,6 +17,7 @@ from itertools import product
 import torch
 
 import train
+import trainer
 from data import DIMENSIONS, Vocabulary
 from evaluate import noisy_scores, over_seeds
 from model import load_velocity
@@ -55,7 +56,7 @@ def reward_of(variant, seed, args, device):
     """The noise-aware reward of a variant, trained here."""
     out = args.work / "nrg" / reward_name(variant, seed)
     settings = settings_for(["--algo=nrg", *VARIANTS[variant], f"--seed={seed}"], out, args)
-    train.train(train.TASKS["nrg"](settings, device), settings, device)
+    trainer.fit(train.TASKS["nrg"](settings, device), settings, device)
     return load_noisy_reward(out / "last.pt")[0].to(device)
 
 
@@ -111,7 +112,7 @@ def steered_rows(variant, seed, args, device):
     add("on top", (1, 1, 1), "cfg+nrg-1:1:1", cfg=CFG)
     dpo = args.work / "nrg" / f"dpo-{seed}"
     settings = settings_for([f"--seed={seed}"], dpo, args)
-    train.train(train.TASKS["dpo"](settings, device), settings, device)
+    trainer.fit(train.TASKS["dpo"](settings, device), settings, device)
     for cfg in (1.0, CFG):
         add("on top", (0, 0, 0), "dpo", checkpoint=dpo / "last.pt", cfg=cfg)
         add("on top", (1, 1, 1), "dpo+nrg-1:1:1", checkpoint=dpo / "last.pt", cfg=cfg)

@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 import train
+import trainer
 import world
 from data import DIMENSIONS, Vocabulary, draw_noise, step_rng
 from evaluate import NOISE_SEED, learned_scores, over_seeds, prompt_set, sample_prompts, static_quality, win_rate
@@ -266,7 +267,7 @@ def settings_for(flags, out, args):
 
 
 def train_and_judge(task, settings, device, steps, judged):
-    """train.train; on the way, after each of `steps` and at the end, judged(step, path of a checkpoint)."""
+    """trainer.fit; on the way, after each of `steps` and at the end, judged(step, path of a checkpoint)."""
     draw, path = task.batch, settings.out / "judged.pt"
 
     def batch(step, rows):
@@ -276,7 +277,7 @@ def train_and_judge(task, settings, device, steps, judged):
         return draw(step, rows)
 
     task.batch = batch
-    train.train(task, settings, device)
+    trainer.fit(task, settings, device)
     judged(settings.steps, settings.out / "last.pt")
 
 

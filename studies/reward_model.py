@@ -18,6 +18,7 @@ from functools import cache, partial
 import torch
 
 import train
+import trainer
 from data import DIMENSIONS, Vocabulary
 from evaluate import mean_and_spread, over_seeds, pair_scores
 from real_data import generated
@@ -68,7 +69,7 @@ def policy(args, device):
     if not path.exists():
         out = path.with_name(f"policy-{os.getpid()}")
         settings = settings_for(["--algo=dpo"], out, args)
-        train.train(train.TASKS["dpo"](settings, device), settings, device)
+        trainer.fit(train.TASKS["dpo"](settings, device), settings, device)
         os.replace(out / "last.pt", path)
     return path
 
@@ -122,7 +123,7 @@ def trained(model, fraction, seed, args, device):
     kind = (MODELS | RENDERED_ONLY)[model]
     settings = train.arguments(["--algo", "reward", *kind, *(f"--{k}={v}" for k, v in flags.items())])
     task = train.TASKS["reward"](settings, device)
-    train.train(task, settings, device)
+    trainer.fit(task, settings, device)
     network, rows = task.model.eval(), []
     for split, pairs in every_split(args, device).items():
         score = pair_scores(network.normalised, pairs, device)

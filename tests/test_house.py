@@ -18,7 +18,7 @@ FLOORS = (
     {"model"},
     {"reward", "nrg"},
     {"sample", "real_data"},
-    {"evaluate", "studies.cost"},
+    {"evaluate", "trainer", "studies.cost"},
     {"train"},
     {"online"},
     {"studies", "examples", "pages"},
@@ -39,7 +39,7 @@ def test_every_module_stands_in_a_known_room():
 
 
 def test_the_core_is_small():
-    assert sum(lines_in(ROOT / f"{name}.py") for name in CORE) <= 1730
+    assert sum(lines_in(ROOT / f"{name}.py") for name in CORE) <= 1700
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from wired import CONFIG, CPU, Brightness, noticeable
 
 import evaluate
 import train
+import trainer
 import world
 from data import DIMENSIONS, INVALID, Pairs, Vocabulary
 from evaluate import alignment_table, learned_scores, over_seeds, pair_scores, score_table, win_rate
@@ -88,7 +89,7 @@ def test_the_reference_is_the_start_before_and_after_and_has_no_gradient(tiny, a
 def test_closing_rows_are_the_base_and_the_policy_by_hand(tiny, algo):
     args, task = tiny(f"--algo={algo}", "--eval-prompts=3", "--eval-seed=77", "--freeze=0")
     noticeable(task.model, 0.1)
-    lines = train.train(task, args, CPU)
+    lines = trainer.fit(task, args, CPU)
     tables = rows_of_table(lines)
     prompts = world.split_prompts("train")[:3]
     y = Vocabulary().encode_attributes(prompts, CONFIG.max_text)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import wired
 from wired import BATCH, CONFIG, CPU, Brightness, find, noticeable, same_pairs, splits_of, trained
 
-import train
+import trainer
 import world
 from data import Vocabulary
 from model import load_velocity
@@ -132,7 +132,7 @@ def test_what_is_left_out_is_btt_separate_tokens_and_caption_one(tiny):
 def test_a_saved_videoreward_gives_z_scores_of_the_pairs_held_out(tiny, tmp_path):
     args, task = tiny("--algo=reward", "--eval-pairs=40", "--generated=0.5", f"--cache={tmp_path}")
     held, other = task.evaluate.keywords["held"].values()
-    lines = train.train(task, args, CPU)
+    lines = trainer.fit(task, args, CPU)
     model, _ = load_reward(args.out / "last.pt")
     with torch.no_grad():
         raw, of_other = (
@@ -224,7 +224,7 @@ def test_nrg_reads_so_many_blocks_of_the_base_and_leaves_them_if_frozen(tiny, re
 def test_a_noise_aware_rewards_unit_is_the_spread_over_clips_and_times(tiny, tmp_path):
     args, task = tiny("--algo=nrg", "--eval-pairs=20", "--generated=0.5", f"--cache={tmp_path}")
     held, other = task.evaluate.keywords["held"].values()
-    lines = train.train(task, args, CPU)
+    lines = trainer.fit(task, args, CPU)
     assert not torch.equal(task.model.std, torch.ones(3)) and splits_of(held.y) == {"validation"}
     times = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9)
     x1 = torch.randn(10, *CONFIG.video_shape, generator=torch.Generator().manual_seed(args.eval_seed))

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import train
+import trainer
 from model import ModelConfig
 from runtime.checkpoint import load_checkpoint
 from runtime.schedule import lr_factor
@@ -46,7 +47,7 @@ def run(out, gradients, *flags, start=(1.0,)):
         judged.append(final.w.tolist())
         return ["judged"]
 
-    task = train.Task("velocity", model, ["<pad>"], batch, loss, ("loss",), evaluate)
+    task = trainer.Task("velocity", model, ["<pad>"], batch, loss, ("loss",), evaluate)
     args = train.arguments(
         [
             f"--steps={len(wide)}",
@@ -58,7 +59,7 @@ def run(out, gradients, *flags, start=(1.0,)):
             *flags,
         ]
     )
-    lines = train.train(task, args, CPU)
+    lines = trainer.fit(task, args, CPU)
     assert lines[0] == "judged" and model.frozen.item() == 5.0
     log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [*path, model.w.tolist()], log, judged[0]
@@ -169,9 +170,9 @@ def test_micro_batches_are_averaged(tmp_path, parts):
         seen.append(len(batch["g"]))
         return (batch["g"] * model.w).mean(), {"share": batch["g"].mean().item()}
 
-    task = train.Task("velocity", model, ["<pad>"], batch, loss, ("share",), lambda final, out: [])
+    task = trainer.Task("velocity", model, ["<pad>"], batch, loss, ("share",), lambda final, out: [])
     flags = ["--steps=1", "--batch=4", f"--accum={parts}", f"--out={tmp_path}", "--device=cpu", "--precision=float32"]
-    train.train(task, train.arguments(flags), CPU)
+    trainer.fit(task, train.arguments(flags), CPU)
     line = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert seen == [4 // parts] * parts
     assert line["grad_norm"] == pytest.approx(0.25) and line["share"] == pytest.approx(0.25)

@@ -13,7 +13,7 @@ import wired
 from wired import BATCH, CPU, split_of, splits_of
 
 import evaluate
-import train
+import trainer
 import world
 from data import Vocabulary
 from model import load_velocity
@@ -146,7 +146,7 @@ def studied(monkeypatch, tmp_path, drawn):
         seen.append((settings, splits, held, *watched_splits(drawn)))
         return []
 
-    monkeypatch.setattr(train, "train", draws)
+    monkeypatch.setattr(trainer, "fit", draws)
     for module in (align, beta, guidance):
         for name in ("judge", "base_scores"):
             monkeypatch.setattr(module, name, lambda *args: {})

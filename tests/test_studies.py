@@ -13,6 +13,7 @@ import wired
 from wired import CPU
 
 import train
+import trainer
 import world
 from data import DIMENSIONS, step_rng
 from studies import align, beta, guidance, jobs, observer, online, reward_model, unified
@@ -59,7 +60,7 @@ def test_guided_rows_are_of_what_their_columns_say(monkeypatch, tmp_path):
     monkeypatch.setattr(guidance, "accuracy_rows", lambda *args: [])
     monkeypatch.setattr(guidance, "rows_of", lambda scores, base, **facts: [scores | facts])
     seeds = []
-    monkeypatch.setattr(train, "train", lambda task, settings, device: seeds.append(settings.seed))
+    monkeypatch.setattr(trainer, "fit", lambda task, settings, device: seeds.append(settings.seed))
     monkeypatch.setitem(train.TASKS, "dpo", lambda *args: None)
     rows = guidance.steered_rows("noised", 3, args, CPU)
     assert seeds == [3]

@@ -274,8 +274,8 @@ def test_the_command_itself_takes_these_ways(tiny, tmp_path, monkeypatch, capsys
     out = tmp_path / "run"
     flags = ["--algo=dpo", "--batch=8", "--pairs=12", "--steps=2", "--eval-prompts=2", "--device=cpu", f"--out={out}"]
     monkeypatch.setattr("sys.argv", ["train.py", f"--init={tmp_path / 'base.pt'}", *flags])
-    seen, honest = [], train.train
-    monkeypatch.setattr(train, "train", lambda task, *rest: seen.append(task) or honest(task, *rest))
+    seen, honest = [], train.fit
+    monkeypatch.setattr(train, "fit", lambda task, *rest: seen.append(task) or honest(task, *rest))
     train.main()
     assert seen[0].kind == "velocity" and "dpo wins, oracle" in capsys.readouterr().out
     after, before = load_velocity(out / "last.pt")[0], load_velocity(tmp_path / "base.pt")[0]

@@ -12,6 +12,7 @@ from forked import with_read
 
 import model
 import train
+import trainer
 import world
 from data import TOY_WORDS, Vocabulary
 from real_data.toy_pairs import toy_pairs
@@ -118,9 +119,9 @@ def find(clip, clips):
 
 
 def trained(args, task):
-    """The model after train.train, in eval mode; without a closing table."""
+    """The model after trainer.fit, in eval mode; without a closing table."""
     task.evaluate = lambda final, out: []
-    train.train(task, args, CPU)
+    trainer.fit(task, args, CPU)
     return task.model.eval()
 
 

@@ -1,0 +1,131 @@
+"""The training loop: one for every algorithm.
+
+An algorithm is a Task: a model, a batch for each step, a loss, and a table at the end. All that is
+random in step n comes from the seed and n, so a run that was stopped resumes bit for bit, and the
+steps do not depend on the number of processes.
+"""
+
+import copy
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from data import step_rng
+from runtime import distributed, resume
+from runtime.cli import BadInput
+from runtime.distributed import accumulating, full_tensor, rank, reduce_logs
+from runtime.schedule import lr_factor
+
+
+@dataclass
+class Task:
+    """What the loop needs to know of an algorithm."""
+
+    kind: str  # of its checkpoint (runtime/checkpoint.py)
+    model: torch.nn.Module  # the one that is trained
+    words: list  # its vocabulary
+    batch: Callable  # (step, rows) -> dict of CPU tensors: these rows, a slice, of the step's batch
+    loss: Callable  # batch -> (loss, logs); the mean over equal parts is the whole batch's loss
+    progress_keys: tuple  # names of the logs in the progress bar
+    evaluate: Callable  # (model, out) -> lines to print; may write pictures and set buffers
+    state_dict: Callable = torch.nn.Module.state_dict  # model -> tensors to save
+    extra_bytes: int = 0  # that it writes to --out beside the checkpoints
+
+
+def fit(task, args, device, state=None):
+    """Trains task.model to args.steps, from `state` on if there is one -> lines that say how the
+    training ended.
+
+    SIGINT and SIGTERM save and exit with status 130. A loss or gradient that is not finite stops
+    the run before it is used. Under torchrun every process calls this with the same arguments, and
+    process 0 returns the lines."""
+    model = task.model
+    is_main = rank() == 0
+    unsharded = None  # the shards are gathered in it at the end
+    if args.fsdp and is_main:
+        unsharded = copy.deepcopy(model).cpu()
+    loss_of = distributed.wrap_model(task, device, args)
+    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    optimizer = torch.optim.AdamW(
+        trained.values(), args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=device.type != "mps"
+    )
+    ema = {}
+    if args.ema:
+        ema = {name: value.detach().clone() for name, value in trained.items()}
+    start = 0
+    if state:
+        start = resume.restore(state, trained, ema, optimizer)
+    rows = distributed.local_rows(args.batch)
+
+    with (
+        resume.Log(args, start, model, trained, task.extra_bytes) as log,
+        resume.stop_requests() as stop,
+        tqdm(
+            total=args.steps,
+            initial=start,
+            desc=args.algo,
+            dynamic_ncols=True,
+            disable=not is_main,
+        ) as bar,
+    ):
+        for step in range(start, args.steps):
+            # this process's rows of the batch
+            batch = {name: value.to(device) for name, value in task.batch(step, rows).items()}
+
+            # forward and backward, one micro-batch after the other
+            micro_losses = []
+            for i in range(args.accum):
+                micro_batch = {name: value.chunk(args.accum)[i] for name, value in batch.items()}
+                with accumulating(loss_of, last=i == args.accum - 1):
+                    loss, logs = loss_of(micro_batch)
+                    (loss / args.accum).backward()
+                micro_losses.append((loss.item(), logs))
+            grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)).item()
+
+            # what all processes saw, before any of it is used
+            loss, logs, stopping = reduce_logs(micro_losses, bool(stop))
+            if not math.isfinite(loss) or not math.isfinite(grad_norm):
+                batch_seed = step_rng(args.seed, step).initial_seed()
+                raise BadInput(
+                    f"loss is {loss}, grad_norm {grad_norm} at step {step} (--seed {args.seed}, "
+                    f"the batch's {batch_seed}); {resume.last_state(args.out)}"
+                )
+
+            # update
+            for group in optimizer.param_groups:
+                group["lr"] = args.lr * lr_factor(step, args.steps, args.decay)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if ema:
+                decay = min(args.ema, (step + 1) / (step + 10))  # a short memory at the start
+                distributed.update_ema(ema, trained, decay)
+
+            # log and save
+            done = step + 1
+            ends_round = args.rounds and done % (args.steps // args.rounds) == 0
+            is_due = done % args.save_every == 0 or done == args.steps
+            saving = stopping or ends_round or is_due
+            log.write({"step": step, **logs, "grad_norm": grad_norm}, sync=saving)
+            figures = {name: f"{logs[name]:.3f}" for name in task.progress_keys if name in logs}
+            bar.set_postfix(figures, refresh=False)
+            bar.update()
+            if saving:
+                resume.save_run(args, task, done, trained, ema, optimizer)
+            if stopping:
+                bar.close()
+                if is_main:
+                    newest = resume.last_checkpoint(args.out)
+                    print(f"stopped after step {done}; --resume continues from {newest}")
+                sys.exit(130)
+
+    final = resume.final_model(args, model, ema, unsharded)
+    if not is_main:
+        return []
+    if args.fsdp:
+        resume.save_weights(args.out / "last.pt", args, task, final, evaluated=False)
+    lines = task.evaluate(final.to(device).eval(), args.out)
+    return resume.save_final(args, task, final, trained, ema, optimizer, lines)
