@@ -349,8 +349,6 @@ TABLES = {
     "nrg-noise": attributes_under_noise,
     "rank": lambda: rank.table(load("rank")["rows"]),
     "unified": mixture,
-    "bench": lambda: costs("bench"),
-    "bench-h200": lambda: costs("bench_h200"),
 }
 
 
@@ -405,6 +403,16 @@ def generated(path):
     return LINK.sub(lambda match: definition_link(match, path), text)
 
 
+def bench_page():
+    """results/bench.md: every measured cost beside the best that is possible."""
+    lines = ["# What costs how much", "", "Ratios measured by `python evaluate.py bench`."]
+    for name in ("bench", "bench_h200"):
+        saved = load(name)
+        source = "`{command}`, commit {commit}, torch {torch}, {device}".format(**saved)
+        lines += ["", f"## {name}", "", source, "", *table_lines(costs(name))]
+    return "\n".join([*lines, ""])
+
+
 def generated_files():
     """{path: text} of every file that is made from results/*.json."""
     files = {}
@@ -415,6 +423,7 @@ def generated_files():
             files[ROOT / "results" / file] = text
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         files[path] = generated(path)
+    files[ROOT / "results" / "bench.md"] = bench_page()
     files[ROOT / "docs" / "annotated.html"] = annotated.page()
     return files
 
