@@ -30,7 +30,7 @@ def flow_dpo_terms(err_w, err_l, ref_err_w, ref_err_l, t, beta, schedule="consta
     margin, the bracket of Eq. 6 with its sign turned; and the four errors."""
     if schedule not in SCHEDULES:
         raise ValueError(f"unknown schedule {schedule!r}; known: {', '.join(SCHEDULES)}")
-    beta_t = beta * (1 - t) ** 2 if schedule == "(1-t)^2" else beta  # derived (Eq. 5), or advised
+    beta_t = beta * (1 - t) ** 2 if schedule == "(1-t)^2" else beta  # by Eq. 5, or constant
     margin = (err_l - ref_err_l) - (err_w - ref_err_w)  # (B,)
     logit = beta_t / 2 * margin  # (B,)
     losses = -F.logsigmoid(logit)  # Eq. 6, (B,)

@@ -163,7 +163,7 @@ def noisy_value_step(reward, x0, y, target, t, x1, other_y, other_target):
     against what a reward of clean clips says of x0: target (B, 3), and in TA for prompts other_y other_target (B, 3).
 
     Not in the paper. The least error is at E[r(x0) | x_t], which is Eq. 10's value log E[exp(w r(x0)) | x_t] / w up to
-    terms in w: a direction of guidance that is right at every t, and flat where nothing can be told any more."""
+    terms in w. Its gradient vanishes where noise hides all information."""
     x_t, ta = interpolate(x0, x1, t), DIMENSIONS.index("TA")
     own, other = reward(torch.cat((x_t, x_t)), torch.cat((t, t)), torch.cat((y, other_y))).chunk(2)  # (B, 3) each
     error = (own - target).square().mean(0)  # (3,)
