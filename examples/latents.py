@@ -116,12 +116,12 @@ def frames_at(path, count=81, fps=16, height=480, width=832):
     if it cannot be decoded or is shorter."""
     times = np.arange(count) / fps
     try:
-        stream = probe(path)
-        if times[-1] >= stream.seconds:
-            fault = f"lasts {stream.seconds:.2f} s; {count} frames at {fps} a second"
+        shown, facts = probe(path)
+        if times[-1] >= facts["seconds"]:
+            fault = f"lasts {facts['seconds']:.2f} s; {count} frames at {fps} a second"
             raise ValueError(f"{fault} need more than {times[-1]:g} s")
-        positions = np.searchsorted(stream.times, times + 1e-6, side="right") - 1  # 1e-6: rounding
-        frames = read_frames(path, stream, positions)
+        positions = np.searchsorted(shown, times + 1e-6, side="right") - 1  # 1e-6: rounding
+        frames = read_frames(path, facts, positions)
         return torch.stack([fit_frame(frame, height, width) for frame in frames], 1)
     except ValueError as error:
         raise BadInput(f"{path} {error}") from None

@@ -240,7 +240,7 @@ def extra_field(rows, folder):
 
 FAULTS = [
     (drop_column, "line 1, column MQ: is missing"),
-    (spoil("TA", "C"), "line 3, column TA: unknown label 'C'; known: A, B, same, invalid"),
+    (spoil("TA", "C"), "line 3, column TA: unknown label 'C'; known: A, B, same, tie, invalid"),
     (spoil("path_A", "../a.mp4"), "line 3, column path_A: path '../a.mp4' does not lie in the data folder"),
     (spoil("path_A", "/etc/hosts"), "line 3, column path_A: path '/etc/hosts' does not lie in"),
     (spoil("path_A", "a\0.mp4"), "line 3, column path_A: 'a\\x00.mp4' is no path (embedded null byte)"),

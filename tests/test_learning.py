@@ -142,7 +142,7 @@ def test_a_saved_videoreward_gives_z_scores_of_the_pairs_held_out(tiny, tmp_path
     every = torch.cat((raw, of_other))  # rendered and generated
     assert torch.allclose(model.mean, every.mean(0), atol=1e-5) and torch.allclose(model.std, every.std(0), rtol=1e-3)
     assert torch.allclose(z, (raw - every.mean(0)) / every.std(0), atol=1e-3)
-    assert splits_of(held.y) == {"validation"} and "20 rendered validation pairs" in lines[0]
+    assert splits_of(held.y) == {"validation"} and "20 rendered validation pairs" in "\n".join(lines)
     right = [((raw[:20] - raw[20:])[:, k].sign() == held.label[:, k])[held.label[:, k] != 0] for k in range(3)]
     for k, name in enumerate(("VQ", "MQ", "TA")):
         _, without, _, ties = next(line for line in lines if line.strip().startswith(name)).split()

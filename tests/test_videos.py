@@ -142,8 +142,14 @@ def test_videos_as_they_come(tmp_path):
         rows = [(name, "h264.mp4", "a cat", "A", "B", "same", 10, 1, 10, 40) for name in [*right, *said]]
         rows = [row for row in rows if row[0] != "h264.mp4"]
         csv.writer(file).writerows([COLUMNS, *rows])
-    memory = "import resource as r; print(*(r.getrusage(who).ru_maxrss for who in (r.RUSAGE_SELF, r.RUSAGE_CHILDREN)))"
-    script = f"from real_data import prepare; prepare.main(); {memory}"
+    # ru_maxrss of a process counts what its parent had when it forked; VmHWM begins with the program
+    script = """
+import re, resource
+from real_data import prepare
+prepare.main()
+own = re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1]
+print(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
     shell = [sys.executable, "-c", script, tmp_path / "pairs.csv", "--cache", tmp_path / "cache"]
     done = subprocess.run(list(map(str, shell)), capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
