@@ -3,6 +3,11 @@ package, a browser or a file that is missing there is seen."""
 
 import os
 
+from runtime import cli
+
+# A process of pytest runs many commands: what they free has to go back, or every fork copies it
+cli.keep_freed_memory = lambda: None
+
 ALLOWED = (
     "transformers",  # examples: tokenising with the library's own text encoder, which has to be downloaded
     "no cuobjdump",  # a build of Triton without NVIDIA's tools

@@ -175,7 +175,7 @@ def test_case_punctuation_and_spaces_of_a_prompt_do_not_matter(command, tmp_path
     assert world.prompt_attributes([prompt]).tolist() == [[0, 0, 0]]  # red, circle, left
 
 
-@pytest.mark.parametrize("algo", list(train.TASKS))
+@pytest.mark.parametrize("algo", [algo for algo in train.TASKS if algo != "nft"])  # rounds: test_online.py
 def test_a_stopped_run_resumes_to_the_same_bits(command, monkeypatch, tmp_path, algo):
     own = {"reward": ["--pairs", 40], "nft": ["--rounds", 1, "--clips", 1]}
     flags = short(algo, *own.get(algo, []))

@@ -6,6 +6,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -14,6 +15,7 @@ from readme import DOCS, ROOT, WINGS, all_commands, commands, fenced, modules, p
 from torch.distributed import run as torchrun
 
 import train
+from model import PRESETS
 from runtime.cli import Parser
 
 RUN = [doc for doc in DOCS if doc == "README.md" or doc.startswith("docs/")]  # whose fences are run
@@ -152,6 +154,9 @@ def test_the_commands_of_a_section_run_one_after_the_other(doc, heading, tmp_pat
             continue
         planned = "--plan" in words  # takes no time, and always says the same
         flags = words[2:]
+        if "--preset" in flags and not planned:  # of the same clips and patches, narrow and shallow
+            for name, config in PRESETS.items():
+                monkeypatch.setitem(PRESETS, name, replace(config, dim=48, depth=3, heads=2))
         shrunk = [] if planned else shrunk_flags(words[1], flags)
         monkeypatch.setattr(sys, "argv", [words[1], *flags, *shrunk])
         runpy.run_path(str(ROOT / words[1]), run_name="__main__")
