@@ -70,6 +70,13 @@ def mean_and_sd(rows, column, digits=2, **query):
     return plus_minus(over_seeds(rows, column, **query), digits)
 
 
+def wins_by_judge(rows, **query):
+    """Win rates in the columns of WINS_BY_JUDGE."""
+    return [
+        mean_and_sd(rows, name, judge=judge, **query) for judge in JUDGES for name in DIMENSIONS
+    ]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The tables: each function returns a Table
 
@@ -80,12 +87,7 @@ def win_rates(aligned):
     query = {"align": aligned, "set": "standard", "cfg": 1.0}
     cells = []
     for method in METHODS:
-        wins = [
-            mean_and_sd(rows, name, method=method, judge=judge, **query)
-            for judge in JUDGES
-            for name in DIMENSIONS
-        ]
-        cells.append([METHOD_NAMES[method], *wins])
+        cells.append([METHOD_NAMES[method], *wins_by_judge(rows, method=method, **query)])
     return Table("", [f"aligned {aligned}", *WINS_BY_JUDGE], cells)
 
 
@@ -95,17 +97,8 @@ def summary():
     query = {"align": "1:1:1", "set": "standard", "cfg": 1.0}
     cells = [["base model", *["0.50"] * 6]]
     for method in ("sft", "rwr", "dpo-schedule", "dpo-constant"):
-        wins = [
-            mean_and_sd(aligned, name, method=method, judge=judge, **query)
-            for judge in JUDGES
-            for name in DIMENSIONS
-        ]
-        cells.append([METHOD_NAMES[method], *wins])
-    wins = [
-        mean_and_sd(guided, name, study="weights", method="nrg-1:1:1", judge=judge)
-        for judge in JUDGES
-        for name in DIMENSIONS
-    ]
+        cells.append([METHOD_NAMES[method], *wins_by_judge(aligned, method=method, **query)])
+    wins = wins_by_judge(guided, study="weights", method="nrg-1:1:1")
     cells.append(["Flow-NRG, 1:1:1", *wins])
     return Table("", ["", *WINS_BY_JUDGE], cells)
 
@@ -226,7 +219,7 @@ def guidance_weights():
     cells = []
     for label, method in methods.items():
         query = {"study": "weights", "method": method}
-        wins = [mean_and_sd(rows, name, judge=judge, **query) for judge in JUDGES for name in DIMENSIONS]
+        wins = wins_by_judge(rows, **query)
         scores = [mean(rows, score, judge="oracle", **query) for score in SCORES]
         cells.append([label, *wins, *scores])
     return Table("", ["VQ : MQ : TA", *WINS_BY_JUDGE, *(f"true {name}" for name in DIMENSIONS)], cells)
