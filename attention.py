@@ -23,7 +23,7 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 BACKENDS = ("auto", "naive", "sdpa", "sdpa32", "tiled", "gather", "triton")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # The function
 
 
@@ -48,20 +48,28 @@ def attention(q, k, v, plan=None, backend="auto"):
         return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask).to(v.dtype)
     if backend == "naive":
         logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-        return torch.softmax(logits if mask is None else logits.masked_fill(~mask, -math.inf), -1) @ v
-    raise ValueError(f"attention backend {backend!r} is unknown or needs a plan; known: {', '.join(BACKENDS)}")
+        return (
+            torch.softmax(logits if mask is None else logits.masked_fill(~mask, -math.inf), -1) @ v
+        )
+    raise ValueError(
+        f"attention backend {backend!r} is unknown or needs a plan; known: {', '.join(BACKENDS)}"
+    )
 
 
 def choose(q, plan=None):
     """The fastest backend for the device, dtype, length and plan."""
     if plan is not None:
         fits = plan.tile in (16, 32, 64, 128) and q.shape[-1] in (16, 32, 64, 128)
-        fits &= plan.tile * q.shape[-1] * q.element_size() <= 2**15  # or shared memory, of 227 KiB, is too small
+        fits &= (
+            plan.tile * q.shape[-1] * q.element_size() <= 2**15
+        )  # or shared memory, of 227 KiB, is too small
         return "triton" if q.is_cuda and fits and HAS_TRITON else "gather"
     if q.device.type == "cpu":
         if q.dtype == torch.bfloat16 and not has_bf16(q.device):
             return "sdpa32"  # the fused kernel's backward takes 3 to 6 times as long in bfloat16
-        short = 4096 if q.dtype == torch.bfloat16 else 80  # in bfloat16 sdpa takes 1.4 to 3.7 times as long
+        short = (
+            4096 if q.dtype == torch.bfloat16 else 80
+        )  # in bfloat16 sdpa takes 1.4 to 3.7 times as long
         return "naive" if q.shape[-2] <= short else "sdpa"
     return "sdpa"
 
@@ -69,7 +77,9 @@ def choose(q, plan=None):
 def load_triton():
     """Imports the kernels where they are first asked for. ValueError without Triton."""
     if not HAS_TRITON:
-        raise ValueError("attention backend 'triton' needs the package triton, which comes with CUDA builds of torch")
+        raise ValueError(
+            "attention backend 'triton' needs the package triton, which comes with CUDA builds of torch"
+        )
     from kernels import tiles_triton
 
     KERNELS["triton"] = tiles_triton

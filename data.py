@@ -16,7 +16,6 @@ A worked pair: the prompt "a red circle moving left" is `y = [1, 3, 9, 2, 13, 0,
 (sharp, shaky), modern-5 renders B (hazy, steady); three annotators compare them, and the label is (1, -1, 0).
 """
 
-import importlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,7 +46,9 @@ class Vocabulary:
     def __init__(self, words=TOY_WORDS):
         self.words = list(words)
         self.ids = {word: i for i, word in enumerate(self.words)}
-        self.open = UNKNOWN in self.ids  # made from real prompts: strange words are read as UNKNOWN, long prompts cut
+        self.open = (
+            UNKNOWN in self.ids
+        )  # made from real prompts: strange words are read as UNKNOWN, long prompts cut
 
     def encode(self, prompts, length):
         """Prompts (list of B str) -> ids (B, length) int64. ValueError: an unknown word, none or too many."""
@@ -59,9 +60,13 @@ class Vocabulary:
             unknown = [word for word in words if word not in self.ids]
             if unknown:
                 known = ", ".join(self.words[1:])
-                raise ValueError(f"unknown word {unknown[0]!r} in prompt {prompt!r}; words known: {known}")
+                raise ValueError(
+                    f"unknown word {unknown[0]!r} in prompt {prompt!r}; words known: {known}"
+                )
             if not 0 < len(words) <= length:
-                raise ValueError(f"prompt {prompt!r} has {len(words)} words; 1 to {length} can be used")
+                raise ValueError(
+                    f"prompt {prompt!r} has {len(words)} words; 1 to {length} can be used"
+                )
             y[i, : len(words)] = torch.tensor([self.ids[word] for word in words])
         return y
 
@@ -96,7 +101,9 @@ def epoch_index(count, batch, step, seed):
     index = torch.empty_like(position)
     for epoch in (position // count).unique().tolist():
         here = position // count == epoch
-        index[here] = torch.randperm(count, generator=step_rng(seed, -1 - epoch))[position[here] % count]
+        index[here] = torch.randperm(count, generator=step_rng(seed, -1 - epoch))[
+            position[here] % count
+        ]
     return index
 
 
@@ -108,7 +115,10 @@ def drop_prompts(y, probability, rng):
 
 def draw_noise(count, shape, shift, rng, normal=False):
     """Times t (count,), as flow.draw_time has them, and noise x1 (count, *shape) of a batch."""
-    return {"t": draw_time(count, rng, shift, normal), "x1": torch.randn(count, *shape, generator=rng)}
+    return {
+        "t": draw_time(count, rng, shift, normal),
+        "x1": torch.randn(count, *shape, generator=rng),
+    }
 
 
 def take(batch, rows):
@@ -148,4 +158,6 @@ class Pairs:
 
 
 if __name__ == "__main__":
-    run(importlib.import_module("real_data.export_toy").main)
+    from real_data.export_toy import main
+
+    run(main)

@@ -34,4 +34,8 @@ def flow_rwr_step(policy, x0, y, weight, t, x1):
     -> (loss, logs)."""
     error = flow_error(policy, x0, x1, t, y)  # (B,)
     loss = (weight * error).mean()  # Eq. 9
-    return loss, {"loss": loss.item(), "error": error.mean().item(), "effective_samples": effective_samples(weight)}
+    return loss, {
+        "loss": loss.item(),
+        "error": error.mean().item(),
+        "effective_samples": effective_samples(weight),
+    }

@@ -39,7 +39,9 @@ def add_lora(model, rank, alpha=None, skip=0):
     """Freezes `model` and adds trainable adapters to its attention, in place; alpha: 2 rank unless given (Table 10).
     The first `skip` blocks stay without: a trunk to share. BadInput outside 0..depth - 1."""
     if not 0 <= skip < len(model.blocks):
-        raise BadInput(f"--freeze {skip}: this model has {len(model.blocks)} blocks, so 0 to {len(model.blocks) - 1}")
+        raise BadInput(
+            f"--freeze {skip}: this model has {len(model.blocks)} blocks, so 0 to {len(model.blocks) - 1}"
+        )
     model.requires_grad_(False)
     for block in model.blocks[skip:]:
         block.attn.qkv = LoRALinear(block.attn.qkv, rank, alpha or 2 * rank)

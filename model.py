@@ -29,7 +29,7 @@ from lora import add_lora, lora_disabled, merge_lora, merged_state_dict  # noqa:
 from runtime.checkpoint import load_network
 from runtime.cli import BadInput
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Config
 
 
@@ -54,19 +54,46 @@ class ModelConfig:
         if isinstance(self.size, tuple | list):
             height, width = self.size
             object.__setattr__(self, "size", height if height == width else (height, width))
-        for name in ("frames", "height", "width", "channels", "dim", "depth", "heads", "vocab", "max_text"):
-            value, most = getattr(self, name), 512 if name == "depth" else 2**20  # so that no file asks for terabytes
+        for name in (
+            "frames",
+            "height",
+            "width",
+            "channels",
+            "dim",
+            "depth",
+            "heads",
+            "vocab",
+            "max_text",
+        ):
+            value, most = (
+                getattr(self, name),
+                512 if name == "depth" else 2**20,
+            )  # so that no file asks for terabytes
             if type(value) is not int or not 1 <= value <= most:
-                raise BadInput(f"model config: {name} {value!r} must be a whole number from 1 to {most}")
-        if [type(side) for side in self.patch] != [int] * 3 or min(self.patch) < 1 or math.prod(self.patch) > 4096:
-            raise BadInput(f"model config: patch {self.patch} must be three whole numbers, of 4096 pixels at most")
+                raise BadInput(
+                    f"model config: {name} {value!r} must be a whole number from 1 to {most}"
+                )
+        if (
+            [type(side) for side in self.patch] != [int] * 3
+            or min(self.patch) < 1
+            or math.prod(self.patch) > 4096
+        ):
+            raise BadInput(
+                f"model config: patch {self.patch} must be three whole numbers, of 4096 pixels at most"
+            )
         for name, side in zip(("frames", "height", "width"), self.patch):
             if getattr(self, name) % side:
-                raise BadInput(f"model config: {name} {getattr(self, name)} is not a multiple of the patch's {side}")
+                raise BadInput(
+                    f"model config: {name} {getattr(self, name)} is not a multiple of the patch's {side}"
+                )
         if self.dim % self.heads or (self.dim // self.heads) % 2:
-            raise BadInput(f"model config: dim {self.dim} over {self.heads} heads must be a whole, even head size")
+            raise BadInput(
+                f"model config: dim {self.dim} over {self.heads} heads must be a whole, even head size"
+            )
         if math.prod(self.grid) > 2**20:
-            raise BadInput(f"model config: {math.prod(self.grid)} patches in a clip; at most {2**20} can be used")
+            raise BadInput(
+                f"model config: {math.prod(self.grid)} patches in a clip; at most {2**20} can be used"
+            )
         try:
             tile_mask(self.attention, self.grid, self.max_text, torch.device("cpu"))
         except ValueError as error:
@@ -83,7 +110,11 @@ class ModelConfig:
     @property
     def grid(self):
         """Tokens along (t, h, w)."""
-        return self.frames // self.patch[0], self.height // self.patch[1], self.width // self.patch[2]
+        return (
+            self.frames // self.patch[0],
+            self.height // self.patch[1],
+            self.width // self.patch[2],
+        )
 
     @property
     def video_shape(self):
@@ -92,14 +123,22 @@ class ModelConfig:
 
 # `base` has 131 M parameters and 2,048 video tokens, `large` 1,032 M, the paper's scale, and 4,096; both for latents.
 PRESETS = {
-    "nano": ModelConfig(patch=(4, 8, 8), dim=160, heads=5),  # 3 M parameters, 32 video tokens: a CPU
-    "small": ModelConfig(frames=16, size=64, dim=384, depth=12, heads=6),  # 33 M, 512 tokens: one GPU
-    "base": ModelConfig(frames=8, size=32, channels=16, patch=(1, 2, 2), dim=768, depth=12, heads=12, max_text=64),
-    "large": ModelConfig(frames=16, size=32, channels=16, patch=(1, 2, 2), dim=1536, depth=24, heads=24, max_text=128),
+    "nano": ModelConfig(
+        patch=(4, 8, 8), dim=160, heads=5
+    ),  # 3 M parameters, 32 video tokens: a CPU
+    "small": ModelConfig(
+        frames=16, size=64, dim=384, depth=12, heads=6
+    ),  # 33 M, 512 tokens: one GPU
+    "base": ModelConfig(
+        frames=8, size=32, channels=16, patch=(1, 2, 2), dim=768, depth=12, heads=12, max_text=64
+    ),
+    "large": ModelConfig(
+        frames=16, size=32, channels=16, patch=(1, 2, 2), dim=1536, depth=24, heads=24, max_text=128
+    ),
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Parts
 
 
@@ -121,7 +160,9 @@ def unpatchify(tokens, shape, patch):
 
 def time_features(t, dim):
     """Sines and cosines of t (B,) in [0, 1] -> (B, dim) float32, wavelengths from 2 pi / 1000 to 20 pi."""
-    frequency = 1000.0 * torch.exp(-math.log(10000.0) * torch.arange(dim // 2, device=t.device) / (dim // 2))
+    frequency = 1000.0 * torch.exp(
+        -math.log(10000.0) * torch.arange(dim // 2, device=t.device) / (dim // 2)
+    )
     angle = t.float()[:, None] * frequency
     return torch.cat((angle.cos(), angle.sin()), 1)
 
@@ -176,10 +217,16 @@ class Attention(nn.Module):
 
     def forward(self, x, rope, context=None, tiles=None):
         b, n, _ = x.shape
-        q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, -1).unbind(2)  # (B, N, heads, head_dim) each
+        q, k, v = (
+            self.qkv(x).reshape(b, n, 3, self.heads, -1).unbind(2)
+        )  # (B, N, heads, head_dim) each
         q = apply_rope(rms_norm(q, self.q_norm), rope).to(v.dtype)
         k = apply_rope(rms_norm(k, self.k_norm), rope).to(v.dtype)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, N, head_dim) each
+        q, k, v = (
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+        )  # (B, heads, N, head_dim) each
         if context is None:
             mixed = attention(q, k, v, tiles)  # (B, heads, N, head_dim)
         else:
@@ -208,8 +255,12 @@ class Block(nn.Module):
         self.modulation = nn.Linear(dim, 6 * dim)
 
     def forward(self, x, c, rope, tiles=None):
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None].chunk(6, -1)  # (B, 1, d) each
-        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), rope, tiles=tiles)  # (B, N, d)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None].chunk(
+            6, -1
+        )  # (B, 1, d) each
+        x = x + gate1 * self.attn(
+            modulate(self.norm1(x), shift1, scale1), rope, tiles=tiles
+        )  # (B, N, d)
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))  # (B, N, d)
 
 
@@ -220,7 +271,7 @@ def checkpointed(block, *inputs, when):
     return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # The model
 
 
@@ -229,7 +280,9 @@ def low_pass(config):
     axes = []
     for n in config.patch:
         k, i = torch.arange(n)[:, None], torch.arange(n)[None]
-        basis = torch.cos(math.pi * k * (i + 0.5) / n) * (2 / n) ** 0.5  # DCT-II: row k is a cosine of k half periods
+        basis = (
+            torch.cos(math.pi * k * (i + 0.5) / n) * (2 / n) ** 0.5
+        )  # DCT-II: row k is a cosine of k half periods
         axes.append(torch.where(k == 0, basis / 2**0.5, basis))
     basis = torch.einsum("ai,bj,ck->abcijk", *axes).flatten(3).flatten(0, 2)  # (volume, volume)
     frequency = torch.cartesian_prod(*(torch.arange(n) / n for n in config.patch)).square().sum(1)
@@ -254,7 +307,9 @@ class VideoTransformer(nn.Module):
         self.modulation = nn.Linear(dim, 2 * dim)
         self.patch_out = nn.Linear(dim, volume)
         head_dim = dim // config.heads
-        table = torch.cat((identity_rope(config.max_text, head_dim), rope(config.grid, head_dim)), 1)  # words first
+        table = torch.cat(
+            (identity_rope(config.max_text, head_dim), rope(config.grid, head_dim)), 1
+        )  # words first
         self.register_buffer("rope", table, persistent=False)
         self.checkpointed = False  # whether each block is computed again in backward, which then keeps its input alone
         self.initialize_weights()
@@ -264,7 +319,9 @@ class VideoTransformer(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.normal_(self.words.weight, std=0.5)  # words must be told apart from the first step on
+        nn.init.normal_(
+            self.words.weight, std=0.5
+        )  # words must be told apart from the first step on
         nn.init.normal_(self.places, std=0.02)
         for block in self.blocks:  # every block starts as the identity
             nn.init.zeros_(block.modulation.weight)
@@ -276,12 +333,16 @@ class VideoTransformer(nn.Module):
     def embed(self, x_t, t, y):
         """The blocks' input: tokens (B, S + N, d), words first, and the condition (B, d)."""
         if x_t.shape[1:] != self.config.video_shape:
-            raise ValueError(f"video of shape {tuple(x_t.shape)}; this model takes B x {self.config.video_shape}")
+            raise ValueError(
+                f"video of shape {tuple(x_t.shape)}; this model takes B x {self.config.video_shape}"
+            )
         words = self.words(y)  # (B, S, d)
         video = self.patch_in(patchify(x_t, self.config.patch))  # (B, N, d)
         if (tiles := self.tiles(x_t.device)) is not None:
             video = video[:, tiles.order]
-        condition = self.time(time_features(t, self.config.dim).to(words.dtype)) + self.pooled(words.mean(1))  # (B, d)
+        condition = self.time(time_features(t, self.config.dim).to(words.dtype)) + self.pooled(
+            words.mean(1)
+        )  # (B, d)
         return torch.cat((words + self.places, video), 1), F.silu(condition)
 
     def run(self, hidden, condition, start, stop):
@@ -304,7 +365,9 @@ class VideoTransformer(nn.Module):
         hidden = hidden[:, self.config.max_text :] * (1 + scale) + shift  # (B, N, d)
         if (tiles := self.tiles(hidden.device)) is not None:
             hidden = hidden[:, tiles.inverse]
-        x0_hat = unpatchify(self.patch_out(hidden), self.config.video_shape, self.config.patch)  # (B, C, T, H, W)
+        x0_hat = unpatchify(
+            self.patch_out(hidden), self.config.video_shape, self.config.patch
+        )  # (B, C, T, H, W)
         return (x_t - x0_hat) / t.clamp(min=self.config.t_floor)[:, None, None, None, None]
 
     def forward(self, x_t, t, y):
@@ -321,7 +384,9 @@ class VideoTransformer(nn.Module):
 def freeze_trunk(model, blocks):
     """Freezes all up to the first `blocks` blocks, a trunk to share; 0 freezes none. BadInput outside 0..depth - 1."""
     if not 0 <= blocks < len(model.blocks):
-        raise BadInput(f"--freeze {blocks}: this model has {len(model.blocks)} blocks, so 0 to {len(model.blocks) - 1}")
+        raise BadInput(
+            f"--freeze {blocks}: this model has {len(model.blocks)} blocks, so 0 to {len(model.blocks) - 1}"
+        )
     if blocks:
         for part in (model.patch_in, model.words, model.time, model.pooled, *model.blocks[:blocks]):
             part.requires_grad_(False)
@@ -339,8 +404,12 @@ def share_trunk(policy, reference, blocks):
         with torch.no_grad():
             hidden, condition = reference.embed(x_t, t, y)
             hidden = reference.run(hidden, condition, 0, blocks)
-            v_reference = reference.head(reference.run(hidden, condition, blocks, depth), condition, x_t, t)
-        return policy.head(policy.run(hidden, condition, blocks, depth), condition, x_t, t), v_reference
+            v_reference = reference.head(
+                reference.run(hidden, condition, blocks, depth), condition, x_t, t
+            )
+        return policy.head(
+            policy.run(hidden, condition, blocks, depth), condition, x_t, t
+        ), v_reference
 
     return shared_forward
 

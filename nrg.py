@@ -30,7 +30,7 @@ from reward import accuracies_without_ties, bt_loss
 from runtime.checkpoint import load_network
 from runtime.cli import BadInput
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Guidance
 
 
@@ -62,7 +62,7 @@ def guide(reward, weights, scale=1.0, eps=0.0, interval=(0.0, 1.0), gradient=rew
     return guided
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # The noise-aware reward
 
 
@@ -75,12 +75,21 @@ class NoisyRewardConfig(ModelConfig):
     def __post_init__(self):
         super().__post_init__()
         if not 1 <= self.read <= self.depth:
-            raise BadInput(f"--read {self.read}: this base model has {self.depth} blocks, so 1 to {self.depth}")
+            raise BadInput(
+                f"--read {self.read}: this base model has {self.depth} blocks, so 1 to {self.depth}"
+            )
 
 
 def trunk_tensors(model, blocks):
     """{name: tensor} of all that a VideoTransformer computes its first `blocks` hidden states from."""
-    parts = ("patch_in.", "words.", "places", "time.", "pooled.", *(f"blocks.{i}." for i in range(blocks)))
+    parts = (
+        "patch_in.",
+        "words.",
+        "places",
+        "time.",
+        "pooled.",
+        *(f"blocks.{i}." for i in range(blocks)),
+    )
     return {name: value for name, value in model.state_dict().items() if name.startswith(parts)}
 
 
@@ -112,14 +121,22 @@ class RewardHead(nn.Module):
     def head(self, video, grid, words, condition):
         """Hidden states of video tokens (B, N, d) in (t, h, w) order on `grid`, of the prompt's words (B, S, d), and
         the trunk's condition (B, d) -> scores (B, 3) in the order VQ, MQ, TA."""
-        with torch.autocast(video.device.type, enabled=False):  # near scores would be equal in bfloat16
+        with torch.autocast(
+            video.device.type, enabled=False
+        ):  # near scores would be equal in bfloat16
             video, words, condition = video.float(), words.float(), condition.float()
             shift, scale = self.modulation(condition)[:, None].chunk(2, -1)  # (B, 1, d) each
             video = self.numbers(self.norm(video) * (1 + scale) + shift)  # (B, N, n)
-            video = F.adaptive_avg_pool3d(video.transpose(1, 2).unflatten(2, grid), PLACES)  # (B, n, *PLACES)
-            clip = self.describe(self.cells(video.flatten(1)) + self.condition(condition))  # (B, width)
+            video = F.adaptive_avg_pool3d(
+                video.transpose(1, 2).unflatten(2, grid), PLACES
+            )  # (B, n, *PLACES)
+            clip = self.describe(
+                self.cells(video.flatten(1)) + self.condition(condition)
+            )  # (B, width)
             asked = self.asked(self.norm(words)).mean(1)  # (B, match)
-            match = (self.shown(clip) * asked).sum(1, keepdim=True) / asked.shape[1] ** 0.5  # (B, 1)
+            match = (self.shown(clip) * asked).sum(1, keepdim=True) / asked.shape[
+                1
+            ] ** 0.5  # (B, 1)
             return (self.scores(clip) + F.pad(match, (2, 0))) / self.std  # VQ and MQ know no prompt
 
 
@@ -165,11 +182,17 @@ def noisy_value_step(reward, x0, y, target, t, x1, other_y, other_target):
     Not in the paper. The least error is at E[r(x0) | x_t], which is Eq. 10's value log E[exp(w r(x0)) | x_t] / w up to
     terms in w. Its gradient vanishes where noise hides all information."""
     x_t, ta = interpolate(x0, x1, t), DIMENSIONS.index("TA")
-    own, other = reward(torch.cat((x_t, x_t)), torch.cat((t, t)), torch.cat((y, other_y))).chunk(2)  # (B, 3) each
+    own, other = reward(torch.cat((x_t, x_t)), torch.cat((t, t)), torch.cat((y, other_y))).chunk(
+        2
+    )  # (B, 3) each
     error = (own - target).square().mean(0)  # (3,)
     other_error = (other - other_target)[:, ta].square().mean()
     loss = error.sum() + other_error
-    return loss, {"loss": loss.item(), **dict(zip(DIMENSIONS, error.tolist())), "other": other_error.item()}
+    return loss, {
+        "loss": loss.item(),
+        **dict(zip(DIMENSIONS, error.tolist())),
+        "other": other_error.item(),
+    }
 
 
 def noisy_pair_step(reward, x0_a, x0_b, y, label, t, x1, x1_b=None, weight=None):
@@ -182,15 +205,24 @@ def noisy_pair_step(reward, x0_a, x0_b, y, label, t, x1, x1_b=None, weight=None)
     x_t = torch.cat((interpolate(x0_a, x1, t), interpolate(x0_b, x1 if x1_b is None else x1_b, t)))
     a, b = reward(x_t, torch.cat((t, t)), torch.cat((y, y))).chunk(2)  # (B, 3) each
     loss = bt_loss(a, b, label, weight)
-    delta, label, t = (a - b).detach().cpu(), label.cpu(), t.cpu()  # so that the logs wait for the device but once
+    delta, label, t = (
+        (a - b).detach().cpu(),
+        label.cpu(),
+        t.cpu(),
+    )  # so that the logs wait for the device but once
     logs = {"loss": loss.item(), **accuracies_without_ties(delta, label)}
     for i in range(TIME_BINS):
         in_bin = time_bin(t) == i
-        logs |= {f"{name}/t{i}": value for name, value in accuracies_without_ties(delta[in_bin], label[in_bin]).items()}
-    return loss, {name: value for name, value in logs.items() if value == value}  # nan: no such pair
+        logs |= {
+            f"{name}/t{i}": value
+            for name, value in accuracies_without_ties(delta[in_bin], label[in_bin]).items()
+        }
+    return loss, {
+        name: value for name, value in logs.items() if value == value
+    }  # nan: no such pair
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # One trunk for policy and reward
 
 
@@ -229,7 +261,10 @@ def steer(policy, reward, weights, scale, eps, interval=(0.0, 1.0)):
     and attend alike, otherwise the reward runs its own. Weights or a scale of 0 leave the policy alone."""
     if scale == 0 or not any(weights):
         return policy, None
-    own, others = trunk_tensors(reward.trunk, reward.config.read), trunk_tensors(policy, reward.config.read)
+    own, others = (
+        trunk_tensors(reward.trunk, reward.config.read),
+        trunk_tensors(policy, reward.config.read),
+    )
     same = own.keys() == others.keys() and all(torch.equal(own[name], others[name]) for name in own)
     same = same and reward.config.attention == policy.config.attention
     shared = SharedTrunk(policy, reward) if same else policy

@@ -27,7 +27,7 @@ from runtime.checkpoint import load_network
 
 THETA = 5.0  # section 3.2: how often ties occur; 1 would mean never
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Losses: r_a, r_b (...) scores, label (...) int: 1 A better, -1 B better, 0 tie, INVALID ignored
 
 
@@ -95,8 +95,16 @@ def reward_step(model, video_a, video_b, y, label, mos, weight, loss="btt", capt
     else:
         preference = LOSSES[loss](a, b, label, weight=weight)
     words = caption_loss(words, y)
-    accuracy = {name: value for name, value in accuracies_without_ties(a - b, label).items() if value == value}
-    return preference + caption * words, {"loss": preference.item(), "caption": words.item(), **accuracy}
+    accuracy = {
+        name: value
+        for name, value in accuracies_without_ties(a - b, label).items()
+        if value == value
+    }
+    return preference + caption * words, {
+        "loss": preference.item(),
+        "caption": words.item(),
+        **accuracy,
+    }
 
 
 LOSSES = {"btt": btt_loss, "bt": bt_loss, "regression": regression_loss}
@@ -107,7 +115,7 @@ def counted(loss, label, mos):
     return {"btt": label != INVALID, "bt": decided(label), "regression": mos != 0}[loss]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Metrics (paper, appendix H.3): delta (N,) = r_A - r_B, label (N,)
 
 
@@ -118,7 +126,9 @@ def accuracy_without_ties(delta, label):
 
 def accuracies_without_ties(delta, label):
     """accuracy_without_ties of each dimension, for delta and label (N, 3): {"VQ": ..., "MQ": ..., "TA": ...}."""
-    return {name: accuracy_without_ties(delta[:, i], label[:, i]) for i, name in enumerate(DIMENSIONS)}
+    return {
+        name: accuracy_without_ties(delta[:, i], label[:, i]) for i, name in enumerate(DIMENSIONS)
+    }
 
 
 def accuracy_with_ties(delta, label):
@@ -142,7 +152,7 @@ def accuracy_with_ties(delta, label):
     return correct[best].item() / len(delta), size[best].item()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # The network
 
 
@@ -223,14 +233,20 @@ class VideoReward(nn.Module):
         self.stem = Stem(config)
         self.words = nn.Embedding(config.vocab, dim)
         self.places = nn.Parameter(torch.randn(config.max_text, dim) * 0.02)
-        self.tokens = nn.Parameter(torch.randn(3 if config.separate else 1, dim) * 0.02)  # VQ, MQ, TA; or the last
+        self.tokens = nn.Parameter(
+            torch.randn(3 if config.separate else 1, dim) * 0.02
+        )  # VQ, MQ, TA; or the last
         self.blocks = nn.ModuleList(RewardBlock(dim, config.heads) for _ in range(config.depth))
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, 1 if config.separate else 3)
         self.caption = nn.Linear(dim, config.vocab)
         head_dim = dim // config.heads
-        frames, rest = (identity_rope(n, head_dim) for n in (config.frames, config.max_text + len(self.tokens)))
-        self.register_buffer("rope", torch.cat((frames, rope(config.grid, head_dim), rest), 1), persistent=False)
+        frames, rest = (
+            identity_rope(n, head_dim) for n in (config.frames, config.max_text + len(self.tokens))
+        )
+        self.register_buffer(
+            "rope", torch.cat((frames, rope(config.grid, head_dim), rest), 1), persistent=False
+        )
         self.checkpointed = False  # as VideoTransformer's
         self.register_buffer("mean", torch.zeros(3))
         self.register_buffer("std", torch.ones(3))
@@ -251,8 +267,12 @@ class VideoReward(nn.Module):
             x = checkpointed(block, x, self.rope, count + blind, when=self.checkpointed)
         with torch.autocast(x.device.type, enabled=False):  # near scores would be equal in bfloat16
             x = self.norm(x.float())  # (B, N + 2 + S + 1, d), or (B, N + S + 1, d)
-            words = self.caption(x[:, :count].mean(1))  # (B, vocab), from video tokens, which cannot see the prompt
-            scores = self.head(torch.cat((x[:, count : count + blind], x[:, -1:]), 1))  # (B, 3, 1), or (B, 1, 3)
+            words = self.caption(
+                x[:, :count].mean(1)
+            )  # (B, vocab), from video tokens, which cannot see the prompt
+            scores = self.head(
+                torch.cat((x[:, count : count + blind], x[:, -1:]), 1)
+            )  # (B, 3, 1), or (B, 1, 3)
         return scores.flatten(1), words
 
     def normalised(self, video, y):

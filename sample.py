@@ -23,7 +23,11 @@ from runtime.flags import sampling_flags
 
 STEPS = 20
 CFG = 2.0
-NRG_SCALE, NRG_EPS, NRG_INTERVAL = 16.0, 0.1, (0.0, 0.95)  # on rewards of unit spread, measured in docs/guidance.md
+NRG_SCALE, NRG_EPS, NRG_INTERVAL = (
+    16.0,
+    0.1,
+    (0.0, 0.95),
+)  # on rewards of unit spread, measured in docs/guidance.md
 
 
 @torch.no_grad()
@@ -36,14 +40,18 @@ def sample(model, x1, y, steps=STEPS, cfg=1.0, null=None, guidance=None, shift=T
         raise ValueError(f"steps must be at least 1, not {steps}")
     null = torch.zeros_like(y) if null is None else null
     timesteps = shift_time(torch.linspace(1, 0, steps + 1), shift).tolist()  # 1 ... 0
-    mode = torch.inference_mode if guidance is None else torch.no_grad  # guidance may differentiate what is kept
+    mode = (
+        torch.inference_mode if guidance is None else torch.no_grad
+    )  # guidance may differentiate what is kept
     x = x1
     for t_now, t_next in zip(timesteps[:-1], timesteps[1:]):
         t = torch.full((len(x),), t_now, device=x.device)
         with mode():
             if cfg != 1.0:
                 v_null = model(x, t, null)
-            v = model(x, t, y)  # last, as guidance may use what this call leaves behind (nrg.SharedTrunk)
+            v = model(
+                x, t, y
+            )  # last, as guidance may use what this call leaves behind (nrg.SharedTrunk)
         if cfg != 1.0:
             v = v_null + cfg * (v - v_null)
         if guidance is not None:
@@ -61,7 +69,7 @@ def sample_many(model, x1, y, progress=lambda starts: starts, batch=64, **settin
     return torch.cat(parts)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # The command
 
 
@@ -75,25 +83,40 @@ def main():
         y = vocabulary.encode([args.prompt] * args.n, model.config.max_text)
         # the oracle knows neither latents nor a vocabulary of real prompts: no scores
         toy = not (latent or vocabulary.open)
-        attributes = world.prompt_attributes([vocabulary.decode(row) for row in y.tolist()]) if toy else None
+        attributes = (
+            world.prompt_attributes([vocabulary.decode(row) for row in y.tolist()]) if toy else None
+        )
     except ValueError as error:
         raise BadInput(str(error)) from None
     if vocabulary.open:
         print(f"prompt: {vocabulary.coverage([args.prompt], model.config.max_text)}")
-    x1 = torch.randn(args.n, *model.config.video_shape, generator=torch.Generator().manual_seed(args.seed))
+    x1 = torch.randn(
+        args.n, *model.config.video_shape, generator=torch.Generator().manual_seed(args.seed)
+    )
     x1, y, model = x1.to(device), y.to(device), model.to(device)
 
-    runs = {f"CFG {cfg:g}": (model, cfg, None) for cfg in ((1.0, args.cfg) if args.compare else (args.cfg,))}
+    runs = {
+        f"CFG {cfg:g}": (model, cfg, None)
+        for cfg in ((1.0, args.cfg) if args.compare else (args.cfg,))
+    }
     if args.nrg is not None:
         reward, reward_words = load_noisy_reward(args.nrg_ckpt)
         check_same_data("--nrg-ckpt", reward.config, reward_words, "--ckpt", model.config, words)
-        steered, guidance = steer(model, reward.to(device), args.nrg, args.nrg_scale, args.nrg_eps, args.nrg_interval)
-        runs["CFG {:g} NRG {:g},{:g},{:g}".format(args.cfg, *args.nrg)] = (steered, args.cfg, guidance)
+        steered, guidance = steer(
+            model, reward.to(device), args.nrg, args.nrg_scale, args.nrg_eps, args.nrg_interval
+        )
+        runs["CFG {:g} NRG {:g},{:g},{:g}".format(args.cfg, *args.nrg)] = (
+            steered,
+            args.cfg,
+            guidance,
+        )
     videos, scores = [], []
     for model, cfg, guidance in runs.values():
         videos.append(sample_many(model, x1, y, steps=args.steps, cfg=cfg, guidance=guidance).cpu())
         if not videos[-1].isfinite().all():
-            raise BadInput("the samples are not finite numbers; give a smaller --nrg, --nrg-scale or --cfg")
+            raise BadInput(
+                "the samples are not finite numbers; give a smaller --nrg, --nrg-scale or --cfg"
+            )
         scores += [] if attributes is None else [world.oracle(videos[-1], attributes)]
 
     name = re.sub(r"[^\w]+", "-", args.prompt.lower())[:80]
@@ -101,15 +124,21 @@ def main():
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         if latent:
-            np.save(args.out / f"{name}.npy", torch.stack(videos).numpy())  # (runs, clips, C, T, H, W)
+            np.save(
+                args.out / f"{name}.npy", torch.stack(videos).numpy()
+            )  # (runs, clips, C, T, H, W)
         else:
             write_gif(args.out / f"{name}.gif", videos)
-            write_sheet(args.out / f"{name}.png", torch.stack(videos, 1).flatten(0, 1))  # a clip's versions together
+            write_sheet(
+                args.out / f"{name}.png", torch.stack(videos, 1).flatten(0, 1)
+            )  # a clip's versions together
     except OSError as error:
         raise BadInput(f"cannot write to {args.out}: {error.strerror}") from None
     width = max(map(len, runs))
     if scores:
-        print(f"true scores of {args.prompt!r}\n{'':{width}} {'clip':>4} {'VQ':>6} {'MQ':>6} {'TA':>6}")
+        print(
+            f"true scores of {args.prompt!r}\n{'':{width}} {'clip':>4} {'VQ':>6} {'MQ':>6} {'TA':>6}"
+        )
     for label, table in zip(runs, scores):
         for i, row in [*enumerate(table.tolist()), ("mean", table.mean(0).tolist())]:
             print(f"{label:{width}} {i:>4} " + " ".join(f"{value:6.2f}" for value in row))

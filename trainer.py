@@ -65,11 +65,7 @@ def fit(task, args, device, state=None):
         resume.Log(args, start, model, trained, task.extra_bytes) as log,
         resume.stop_requests() as stop,
         tqdm(
-            total=args.steps,
-            initial=start,
-            desc=args.algo,
-            dynamic_ncols=True,
-            disable=not is_main,
+            total=args.steps, initial=start, desc=args.algo, dynamic_ncols=True, disable=not is_main
         ) as bar,
     ):
         for step in range(start, args.steps):

@@ -9,7 +9,9 @@ SPACELESS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u1950-\u19ff\u1a20-\u1aaf\u
 SPACELESS += "\u3040-\u312f\u31f0-\u31ff\u3400-\u9fff\ua980-\ua9ff\uaa60-\uaadf\uf900-\ufaff"
 SPACELESS += "\uff66-\uff9f\U00020000-\U0003ffff"
 # Combining marks, such as the vowel signs of Hindi and Thai, and the joiners between letters
-MARKS = "".join(c for c in map(chr, range(0x300, 0x1F000)) if unicodedata.category(c).startswith("M"))
+MARKS = "".join(
+    c for c in map(chr, range(0x300, 0x1F000)) if unicodedata.category(c).startswith("M")
+)
 MARKS += "\u200c\u200d"
 LETTER = rf"[^\W{SPACELESS}]"
 WORD = re.compile(rf"{LETTER}(?:{LETTER}+|[{MARKS}'-]+)*|\w[{MARKS}]*")

@@ -19,7 +19,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Prompts: "a red circle moving left"
 
 COLOURS = {
@@ -54,7 +54,9 @@ def prompt_attributes(prompts):
         found = [[table.index(word) for word in words if word in table] for table in tables]
         for name, hits, table in zip(("colour", "shape", "direction"), found, tables):
             if len(hits) != 1:
-                raise ValueError(f"prompt {prompt!r} must name exactly one {name} of: {', '.join(table)}")
+                raise ValueError(
+                    f"prompt {prompt!r} must name exactly one {name} of: {', '.join(table)}"
+                )
         rows.append([hits[0] for hits in found])
     return torch.tensor(rows, dtype=torch.int64).reshape(-1, 3)
 
@@ -80,7 +82,7 @@ def split_prompts(*names):
     return torch.cat([torch.nonzero(SPLIT == SPLIT_NAMES.index(name)) for name in names])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Generators: twelve quality profiles (paper, Table 1: six "pre-Sora" and six "modern" models)
 
 
@@ -138,7 +140,9 @@ class Clips:
 
 def join(a, b):
     """The clips of a, then those of b."""
-    return Clips(*(torch.cat((getattr(a, field.name), getattr(b, field.name))) for field in fields(Clips)))
+    return Clips(
+        *(torch.cat((getattr(a, field.name), getattr(b, field.name))) for field in fields(Clips))
+    )
 
 
 def draw_clips(prompt, generator, rng, frames=8, clean=False):
@@ -148,7 +152,9 @@ def draw_clips(prompt, generator, rng, frames=8, clean=False):
     count, mean = len(prompt), PROFILES[generator]  # mean (B, 3)
     # u^((1 - m) / m) has mean m and stays in [0, 1]: every generator has good and bad clips
     quality = torch.rand(count, 3, generator=rng) ** ((1 - mean) / mean)
-    split = 1 + 0.5 * (torch.rand(count, 5, generator=rng) - 0.5)  # how the loss of quality spreads over the defects
+    split = 1 + 0.5 * (
+        torch.rand(count, 5, generator=rng) - 0.5
+    )  # how the loss of quality spreads over the defects
     loss = (1 - quality)[:, [0, 0, 0, 1, 1]]
     severity = (loss * split).clamp(0, 1)
     mistaken = torch.rand(count, 3, generator=rng) < MAX_MISTAKE * (1 - mean[:, 2:])
@@ -157,9 +163,15 @@ def draw_clips(prompt, generator, rng, frames=8, clean=False):
     radius = RADIUS * (1 + 0.2 * (torch.rand(count, generator=rng) - 0.5))
     # each clip's draws are standardised, so that a severity shows in full even in a few frames
     wobble = torch.randn(count, frames, 3, generator=rng)
-    wobble = (wobble - wobble.mean(1, keepdim=True)) / wobble.std(1, correction=0, keepdim=True).clamp(min=1e-3)
+    wobble = (wobble - wobble.mean(1, keepdim=True)) / wobble.std(
+        1, correction=0, keepdim=True
+    ).clamp(min=1e-3)
     if clean:
-        severity, mistaken, quality = torch.zeros(count, 5), torch.zeros_like(mistaken), torch.ones(count, 3)
+        severity, mistaken, quality = (
+            torch.zeros(count, 5),
+            torch.zeros_like(mistaken),
+            torch.ones(count, 3),
+        )
     shown = torch.where(mistaken, (prompt + shift) % torch.tensor(CHOICES), prompt)
     hard = SPLIT[shown[:, 0], shown[:, 1], shown[:, 2]] == SPLIT_NAMES.index("hard")
     shown = torch.where(hard[:, None], prompt, shown)
@@ -184,7 +196,12 @@ def _bar(x, y):
     return torch.maximum(x.abs() - 1.4, y.abs() - 0.561)
 
 
-DISTANCE = (_circle, _triangle, _cross, _bar)  # signed distance, inside < 0, from each of SHAPES with area pi
+DISTANCE = (
+    _circle,
+    _triangle,
+    _cross,
+    _bar,
+)  # signed distance, inside < 0, from each of SHAPES with area pi
 
 
 def _mask(shape, centre, radius, size):
@@ -203,14 +220,18 @@ def _paths(clips):
     heading = HEADING[clips.shown[:, 2]]  # (B, 2)
     centre = clips.centre[:, None] + TRAVEL * progress[None, :, None] * heading[:, None]
     centre = centre + MAX_JITTER * clips.severity[:, 3, None, None] * clips.wobble[..., :2]
-    radius = clips.radius[:, None] * torch.exp(MAX_FLICKER * clips.severity[:, 4, None] * clips.wobble[..., 2])
+    radius = clips.radius[:, None] * torch.exp(
+        MAX_FLICKER * clips.severity[:, 4, None] * clips.wobble[..., 2]
+    )
     return centre, radius
 
 
 def render(clips, size=32):
     """Clips -> videos (B, 3, T, size, size) float32 in [-1, 1]."""
     centre, radius = _paths(clips)
-    mask = torch.empty(len(clips), size, radius.shape[1], size)  # (B, H, T, W): the blur is two plain matrix products
+    mask = torch.empty(
+        len(clips), size, radius.shape[1], size
+    )  # (B, H, T, W): the blur is two plain matrix products
     for shape in range(len(SHAPES)):
         which = clips.shown[:, 1] == shape
         mask[which] = _mask(shape, centre[which], radius[which], size).transpose(1, 2)
@@ -218,16 +239,23 @@ def render(clips, size=32):
     distance = (torch.arange(size)[:, None] - torch.arange(size)[None]) / size  # (H, H)
     sigma = (MAX_BLUR * clips.severity[:, 0, None, None]).clamp(min=1e-4)
     kernel = torch.softmax(-0.5 * (distance / sigma) ** 2, -1)  # (B, H, H)
-    mask = (kernel @ mask.flatten(2)).reshape(len(clips), -1, size) @ kernel.transpose(1, 2)  # (B, H * T, W)
+    mask = (kernel @ mask.flatten(2)).reshape(len(clips), -1, size) @ kernel.transpose(
+        1, 2
+    )  # (B, H * T, W)
     mask = mask.unflatten(1, (size, -1)).transpose(1, 2)  # (B, T, H, W)
     # the object stands out by `colour` from a grey `ground`: it fades, then haze covers both, then [0, 1] -> [-1, 1]
-    fade, haze = MAX_FADE * clips.severity[:, 1, None], MAX_HAZE * clips.severity[:, 2, None]  # (B, 1) each
+    fade, haze = (
+        MAX_FADE * clips.severity[:, 1, None],
+        MAX_HAZE * clips.severity[:, 2, None],
+    )  # (B, 1) each
     colour = 2 * (1 - haze) * (1 - fade) * (PALETTE[clips.shown[:, 0]] - GROUND)  # (B, 3)
     ground = 2 * ((1 - haze) * GROUND + haze * HAZE) - 1  # (B, 1)
-    return torch.addcmul(ground[..., None, None, None], mask[:, None], colour[..., None, None, None])
+    return torch.addcmul(
+        ground[..., None, None, None], mask[:, None], colour[..., None, None, None]
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # The oracle: true scores from pixels
 
 
@@ -249,14 +277,19 @@ def measure(video):
     level = strength / peak.clamp(min=0.05)[..., None, None]
     mask = ((level - 0.5) * 4 + 0.5).clamp(0, 1)  # (B, T, H, W)
     # an object stands out, does not fade away, and does not fill the frame as noise would
-    present = (peak > 0.12) & (peak > 0.4 * clip_peak[:, None]) & (mask.mean((-1, -2)) < 0.45)  # (B, T)
+    present = (
+        (peak > 0.12) & (peak > 0.4 * clip_peak[:, None]) & (mask.mean((-1, -2)) < 0.45)
+    )  # (B, T)
     mask = mask * present[..., None, None]
 
     # where the object is and how large: pixels are counted, then divided by the frame's height
     grid_x = (torch.arange(width, device=video.device) + 0.5) / height
     grid_y = (torch.arange(height, device=video.device) + 0.5) / height
     mass = mask.sum((-1, -2)).clamp(min=1e-3)  # (B, T)
-    centre = torch.stack(((mask.sum(-2) * grid_x).sum(-1), (mask.sum(-1) * grid_y).sum(-1)), -1) / mass[..., None]
+    centre = (
+        torch.stack(((mask.sum(-2) * grid_x).sum(-1), (mask.sum(-1) * grid_y).sum(-1)), -1)
+        / mass[..., None]
+    )
     area, radius = mass / height**2, (mass / height**2 / torch.pi).sqrt()
     off_x, off_y = grid_x - centre[..., :1], grid_y - centre[..., 1:]  # (B, T, W), (B, T, H)
     far = off_x[..., None, :] ** 2 + off_y[..., :, None] ** 2 > (2 * radius[..., None, None]) ** 2
@@ -264,7 +297,9 @@ def measure(video):
 
     # VQ: how far the object stands out, how high the ground lies, how wide the edges are
     dx, dy = (side - level[..., :-1, :-1] for side in (level[..., :-1, 1:], level[..., 1:, :-1]))
-    slope = (dx * dx + dy * dy).sqrt().flatten(2).topk(top).values.mean(-1) * height  # (B, T), 1 / heights
+    slope = (dx * dx + dy * dy).sqrt().flatten(2).topk(top).values.mean(
+        -1
+    ) * height  # (B, T), 1 / heights
     softness = (1 / slope.clamp(min=1.0)).mean(1)
 
     # MQ: a steady path has no second difference, a steady size no first one
@@ -278,24 +313,41 @@ def measure(video):
         change = (area[:, 1:] / area[:, :-1]).log().abs().clamp(max=1.5)
         seen = present[:, 1:] & present[:, :-1]
         flicker = (change * seen).sum(1) / seen.sum(1).clamp(min=1)
-        clock = torch.linspace(-0.5, 0.5, frames, device=video.device) * present  # least squares over seen frames
-        clock = (clock - clock.sum(1, keepdim=True) / present.sum(1, keepdim=True).clamp(min=1)) * present
-        travel = (clock[..., None] * centre).sum(1) / (clock * clock).sum(1, keepdim=True).clamp(min=1e-3)
+        clock = (
+            torch.linspace(-0.5, 0.5, frames, device=video.device) * present
+        )  # least squares over seen frames
+        clock = (
+            clock - clock.sum(1, keepdim=True) / present.sum(1, keepdim=True).clamp(min=1)
+        ) * present
+        travel = (clock[..., None] * centre).sum(1) / (clock * clock).sum(1, keepdim=True).clamp(
+            min=1e-3
+        )
     else:
-        flicker, travel = torch.zeros(count, device=video.device), torch.zeros(count, 2, device=video.device)
+        flicker, travel = (
+            torch.zeros(count, device=video.device),
+            torch.zeros(count, 2, device=video.device),
+        )
 
     # TA: hue is what is left of a colour without its grey part, so haze does not change it
-    colour = (difference * mask[:, None]).sum((2, 3, 4)) / mask.sum((1, 2, 3)).clamp(min=1e-3)[:, None]  # (B, 3)
+    colour = (difference * mask[:, None]).sum((2, 3, 4)) / mask.sum((1, 2, 3)).clamp(min=1e-3)[
+        :, None
+    ]  # (B, 3)
     hue = colour - colour.mean(1, keepdim=True)
     palette = PALETTE.to(video.device) - PALETTE.to(video.device).mean(1, keepdim=True)
-    match_colour = hue / hue.norm(dim=1, keepdim=True).clamp(min=0.05) @ (palette / palette.norm(dim=1, keepdim=True)).T
+    match_colour = (
+        hue
+        / hue.norm(dim=1, keepdim=True).clamp(min=0.05)
+        @ (palette / palette.norm(dim=1, keepdim=True)).T
+    )
     match_shape = []
     for shape in range(len(SHAPES)):
         template = _mask(shape, centre, radius, height)  # (B, T, H, W)
         shared = torch.minimum(template, mask).sum((-1, -2))
         overlap = shared / torch.maximum(template, mask).sum((-1, -2)).clamp(min=1e-3)  # (B, T)
         match_shape.append((overlap * present).sum(1) / present.sum(1).clamp(min=1))
-    match_direction = travel / travel.norm(dim=1, keepdim=True).clamp(min=0.1) @ HEADING.to(video.device).T
+    match_direction = (
+        travel / travel.norm(dim=1, keepdim=True).clamp(min=0.1) @ HEADING.to(video.device).T
+    )
     return {
         "contrast": clip_peak,
         "haze": ground.mean(1),
@@ -356,14 +408,18 @@ TRUE_MEAN = torch.tensor([0.538, 0.468, 0.869])
 TRUE_STD = torch.tensor([0.307, 0.351, 0.204])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # The annotators (paper, section 3.1): three look at each pair, a reviewer decides where they disagree
 
 ANNOTATOR_NOISE = 0.3  # standard deviation of what one person sees of one clip, in TRUE_STD
 REVIEWER_NOISE = 0.15
-TIE_BELOW = torch.tensor([0.5, 0.5, 0.7])  # differences that a person calls a tie, in TRUE_STD (TA: half an attribute)
+TIE_BELOW = torch.tensor(
+    [0.5, 0.5, 0.7]
+)  # differences that a person calls a tie, in TRUE_STD (TA: half an attribute)
 OVERALL_TIE = torch.tensor(0.35)  # the same for the mean of the three z-scores
-LENIENCY = 0.5  # standard deviation of one person's offset on the 1-5 scale; a pair's two clips share it
+LENIENCY = (
+    0.5  # standard deviation of one person's offset on the 1-5 scale; a pair's two clips share it
+)
 
 
 def _standard(score_a, score_b):
@@ -372,7 +428,9 @@ def _standard(score_a, score_b):
 
 def _vote(scores, tie_below, rng):
     def opinion(people, noise):
-        seen = scores + noise * torch.randn(people, *scores.shape, generator=rng)  # (people, 2, B, ...)
+        seen = scores + noise * torch.randn(
+            people, *scores.shape, generator=rng
+        )  # (people, 2, B, ...)
         difference = seen[:, 0] - seen[:, 1]
         return torch.sign(difference).long() * (difference.abs() > tie_below)
 

@@ -64,7 +64,9 @@ def read_pairs(folder, config):
             if not all(map(math.isfinite, scores[-1])):
                 raise ValueError
         except (KeyError, TypeError, ValueError):
-            raise BadInput(f"{where}: needs files in {', '.join(FILES)} and numbers in {', '.join(SCORES)}") from None
+            raise BadInput(
+                f"{where}: needs files in {', '.join(FILES)} and numbers in {', '.join(SCORES)}"
+            ) from None
         files.append([(path, f"{where}, column {name}") for name, path in zip(FILES, paths)])
         a, b, text = (open_array(*file).shape for file in files[-1])
         if len(files) == 1:
@@ -72,15 +74,23 @@ def read_pairs(folder, config):
         sizes = [n / patch for n, patch in zip(a[1:], config.patch_size)]
         places = range(1, config.rope_max_seq_len + 1)
         if len(a) != 4 or a[0] != config.in_channels or any(size not in places for size in sizes):
-            takes = f"({config.in_channels}, T, H, W), T, H, W multiples of {tuple(config.patch_size)}"
+            takes = (
+                f"({config.in_channels}, T, H, W), T, H, W multiples of {tuple(config.patch_size)}"
+            )
             takes += f" and at most {config.rope_max_seq_len} times them"
             raise BadInput(f"{where}, column latent_A: shape {a}; this model takes {takes}")
         if a != b:
-            raise BadInput(f"{where}, column latent_B: shape {b}, but latent_A has {a}; a pair needs one shape")
+            raise BadInput(
+                f"{where}, column latent_B: shape {b}, but latent_A has {a}; a pair needs one shape"
+            )
         if len(text) != 2 or not text[0] or text[1] != config.text_dim:
-            raise BadInput(f"{where}, column text: shape {text}; this model takes (words, {config.text_dim})")
+            raise BadInput(
+                f"{where}, column text: shape {text}; this model takes (words, {config.text_dim})"
+            )
         if (a, text) != (first_clip, first_text):
-            raise BadInput(f"{where}: shapes {a} and {text}, but {first_clip} and {first_text} in line {rows[0][0]}")
+            raise BadInput(
+                f"{where}: shapes {a} and {text}, but {first_clip} and {first_text} in line {rows[0][0]}"
+            )
     null = folder / "null.npy", "the text of no prompt"
     if open_array(*null).shape != first_text:
         raise BadInput(f"{null[0]}: its shape is not that of the texts, {first_text}")
@@ -95,7 +105,9 @@ def open_array(path, where):
     try:
         array = np.lib.format.open_memmap(path, mode="r")
     except (OSError, ValueError, EOFError):
-        raise BadInput(f"{where}: {path} is missing, or no .npy file that can be read safely") from None
+        raise BadInput(
+            f"{where}: {path} is missing, or no .npy file that can be read safely"
+        ) from None
     if array.dtype.kind != "f":
         raise BadInput(f"{where}: {path} holds {array.dtype}, not floating-point numbers")
     return array
@@ -150,7 +162,9 @@ def write_tiny(folder, channels=4, text_dim=8, count=16):
                     clip[0] += score
                     np.save(folder / name, clip.astype(np.float16))
                 np.save(folder / names[2], rng.standard_normal((6, text_dim)).astype(np.float16))
-                writer.writerow([*names, *(f"{score:.4f}" for score in scores.repeat(len(DIMENSIONS)))])
+                writer.writerow(
+                    [*names, *(f"{score:.4f}" for score in scores.repeat(len(DIMENSIONS)))]
+                )
         np.save(folder / "null.npy", np.zeros((6, text_dim), np.float16))
     except OSError as error:
         raise BadInput(f"cannot write to {folder}: {error.strerror}") from None

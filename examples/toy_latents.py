@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # the project's modules, from wherever this is started
+sys.path.insert(
+    0, str(Path(__file__).parent.parent)
+)  # the project's modules, from wherever this is started
 
 from data import Vocabulary
 from model import ModelConfig
@@ -35,15 +37,21 @@ def main():
     parser.add_argument("folder", type=Path, help="a new folder")
     parser.add_argument("--pairs", type=positive_int, default=240, help="how many")
     parser.add_argument("--seed", type=seed, default=0, help="of prompts, clips and annotators")
-    parser.add_argument("--frames", type=positive_int, default=8, help="of a clip, and of its latent")
-    parser.add_argument("--size", type=positive_int, default=32, help="pixels along a side, twice the latent's")
+    parser.add_argument(
+        "--frames", type=positive_int, default=8, help="of a clip, and of its latent"
+    )
+    parser.add_argument(
+        "--size", type=positive_int, default=32, help="pixels along a side, twice the latent's"
+    )
     args = parser.parse_args()
     if args.folder.exists():
         raise BadInput(f"{args.folder}: is there already; name a new folder")
     config = ModelConfig(frames=args.frames, size=args.size, patch=(1, 2, 2))
     vocabulary = Vocabulary()
     pairs = annotated_pairs(args.pairs, ["train"], args.seed, config, vocabulary)
-    clips = torch.stack(pairs.sides(torch.arange(args.pairs)), 1).flatten(0, 1)  # A and B of each pair in turn
+    clips = torch.stack(pairs.sides(torch.arange(args.pairs)), 1).flatten(
+        0, 1
+    )  # A and B of each pair in turn
     rows = [
         Pair(
             f"shard-0.npy:{2 * i}",
@@ -58,7 +66,9 @@ def main():
     latents = encode(clips)
     np.save(args.folder / "shard-0.npy", latents.numpy())
     write_pairs(rows, args.folder / "pairs.csv")
-    print(f"wrote {args.folder / 'pairs.csv'} and shard-0.npy, {len(latents)} latents of {tuple(latents.shape[1:])}")
+    print(
+        f"wrote {args.folder / 'pairs.csv'} and shard-0.npy, {len(latents)} latents of {tuple(latents.shape[1:])}"
+    )
 
 
 if __name__ == "__main__":

@@ -20,7 +20,9 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # the project's modules, from wherever this is started
+sys.path.insert(
+    0, str(Path(__file__).parent.parent)
+)  # the project's modules, from wherever this is started
 
 from data import DIMENSIONS, draw_noise, epoch_index, mean_one, step_rng, take
 from examples import latents
@@ -36,17 +38,20 @@ from runtime.cli import BadInput, finite, positive, positive_int
 from runtime.distributed import accumulating, rank, reduce_logs, world_size
 from runtime.resume import restore
 from sample import NRG_EPS, NRG_INTERVAL, sample
-from train import ranked
+from tasks import ranked
 
 try:
     from examples import wan_model
     from examples.wan_model import WanReward, velocity
-except (ImportError, RuntimeError) as error:  # RuntimeError: diffusers with a package it cannot load
+except (
+    ImportError,
+    RuntimeError,
+) as error:  # RuntimeError: diffusers with a package it cannot load
     fault = str(error).partition("\n")[0]
     print(f"wan.py: error: diffusers is needed: pip install diffusers ({fault})", file=sys.stderr)
     sys.exit(2)
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # The algorithms
 
 
@@ -103,7 +108,9 @@ def nrg(reward, pairs, args):
         index = epoch_index(len(label), args.batch, step, args.seed)
         labels = {"label": label[index], "weight": mean_one(decided(label[index]))}
         noise = draw_noise(args.batch, pairs.shape, 1.0, step_rng(args.seed, step))
-        a, b = (torch.stack((index[rows], torch.full_like(index[rows], side)), 1) for side in (0, 1))
+        a, b = (
+            torch.stack((index[rows], torch.full_like(index[rows], side)), 1) for side in (0, 1)
+        )
         x0_a, x0_b, y = pairs.clips(a), pairs.clips(b), pairs.texts(a)
         return {"x0_a": x0_a, "x0_b": x0_b, "y": y, **take(labels | noise, rows)}
 
@@ -115,7 +122,7 @@ def nrg(reward, pairs, args):
 
 ALGORITHMS = {"dpo": dpo, "rwr": rwr, "sft": rwr, "nrg": nrg}
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Training
 
 
@@ -230,7 +237,7 @@ def train(wan, pairs, args, device):
         print(f"wrote {result}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Sampling
 
 
@@ -257,37 +264,69 @@ def draw(wan, pairs, args, device):
         if args.nrg:
             with torch.no_grad():
                 scores = reward(x0, torch.zeros(args.n, device=device), y).mean(0).tolist()
-            line += "; learned reward " + " ".join(f"{name} {value:.2f}" for name, value in zip(DIMENSIONS, scores))
+            line += "; learned reward " + " ".join(
+                f"{name} {value:.2f}" for name, value in zip(DIMENSIONS, scores)
+            )
         print(line)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # The command
 
 
 def arguments(argv=None):
     parser = cli.Parser("Aligns diffusers' Wan by LoRA, trains a reward on it, samples from it.")
     parser.add_argument("algo", choices=(*ALGORITHMS, "sample"), help="what to do")
-    parser.add_argument("--tiny", action="store_true", help="a random model, made-up pairs, and defaults for them")
-    parser.add_argument("--model", type=Path, help="folder of Wan in diffusers' format, or of its transformer")
+    parser.add_argument(
+        "--tiny", action="store_true", help="a random model, made-up pairs, and defaults for them"
+    )
+    parser.add_argument(
+        "--model", type=Path, help="folder of Wan in diffusers' format, or of its transformer"
+    )
     parser.add_argument("--data", type=Path, help="folder of pairs (examples/latents.py)")
     parser.add_argument("--out", type=Path, default=Path("out/wan"), help="folder to write to")
-    parser.add_argument("--lora", type=Path, help="adapters to start from (dpo: its reference too) or to sample with")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, bit for bit")
+    parser.add_argument(
+        "--lora",
+        type=Path,
+        help="adapters to start from (dpo: its reference too) or to sample with",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the run in --out, bit for bit"
+    )
     parser.add_argument("--rank", type=positive_int, default=64, help="of new adapters")
-    parser.add_argument("--steps", type=positive_int, default=50, help="optimiser steps, or Euler steps of sample")
-    parser.add_argument("--batch", type=positive_int, default=1, help="pairs a step; clips with rwr and sft")
-    parser.add_argument("--accum", type=positive_int, default=1, help="micro-batches, one after the other, a step")
-    parser.add_argument("--save-every", type=positive_int, default=100, help="steps between checkpoints")
+    parser.add_argument(
+        "--steps", type=positive_int, default=50, help="optimiser steps, or Euler steps of sample"
+    )
+    parser.add_argument(
+        "--batch", type=positive_int, default=1, help="pairs a step; clips with rwr and sft"
+    )
+    parser.add_argument(
+        "--accum", type=positive_int, default=1, help="micro-batches, one after the other, a step"
+    )
+    parser.add_argument(
+        "--save-every", type=positive_int, default=100, help="steps between checkpoints"
+    )
     parser.add_argument("--lr", type=positive, default=5e-6, help="learning rate; with nrg 1e-3")
-    parser.add_argument("--beta", type=positive, default=500.0, help="dpo: larger stays closer to the reference")
-    parser.add_argument("--shift", type=positive, default=3.0, help="of t towards noise, but in nrg; 5 at 720 lines")
+    parser.add_argument(
+        "--beta", type=positive, default=500.0, help="dpo: larger stays closer to the reference"
+    )
+    parser.add_argument(
+        "--shift", type=positive, default=3.0, help="of t towards noise, but in nrg; 5 at 720 lines"
+    )
     parser.add_argument("--n", type=positive_int, default=1, help="sample: clips")
-    parser.add_argument("--cfg", type=finite, default=5.0, help="sample: classifier-free guidance; 1 = off")
-    parser.add_argument("--nrg", type=cli.triple, help="sample: weights of VQ, MQ and TA, for example 1,1,0.5")
+    parser.add_argument(
+        "--cfg", type=finite, default=5.0, help="sample: classifier-free guidance; 1 = off"
+    )
+    parser.add_argument(
+        "--nrg", type=cli.triple, help="sample: weights of VQ, MQ and TA, for example 1,1,0.5"
+    )
     parser.add_argument("--nrg-scale", type=finite, default=100.0, help="sample: w of Eq. 11")
-    parser.add_argument("--reward", type=Path, help="sample: what nrg wrote (default: OUT/nrg.safetensors)")
-    parser.add_argument("--seed", type=cli.seed, default=0, help="of adapters, order, noise and times")
+    parser.add_argument(
+        "--reward", type=Path, help="sample: what nrg wrote (default: OUT/nrg.safetensors)"
+    )
+    parser.add_argument(
+        "--seed", type=cli.seed, default=0, help="of adapters, order, noise and times"
+    )
     parser.add_argument("--device", default="auto", help="auto (cuda, mps, cpu) or a torch device")
     args = parser.parse_args(argv)
     if args.algo == "nrg" or args.tiny:
@@ -308,7 +347,9 @@ def main():
     device = distributed.start_process(args.device)
     parts = world_size() * args.accum
     if args.batch % parts:
-        raise BadInput(f"--batch {args.batch}: must be a multiple of {parts}, that is of processes x --accum")
+        raise BadInput(
+            f"--batch {args.batch}: must be a multiple of {parts}, that is of processes x --accum"
+        )
     if args.tiny:
         args.model, args.data = args.out / "tiny", args.out / "tiny" / "pairs"
         with distributed.process_0_first():

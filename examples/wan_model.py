@@ -18,7 +18,7 @@ from nrg import RewardHead
 from runtime.checkpoint import check_fit
 from runtime.cli import BadInput
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Weights
 
 
@@ -36,7 +36,11 @@ def write_safetensors(tensors, path):
     temporary = path.with_suffix(".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.detach().cpu() for name, tensor in tensors.items()}, temporary, {"format": "pt"})
+        save_file(
+            {name: tensor.detach().cpu() for name, tensor in tensors.items()},
+            temporary,
+            {"format": "pt"},
+        )
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
         raise BadInput(f"cannot write {path}: {error}") from None
@@ -66,8 +70,12 @@ def load_transformer(path):
     if kind != "WanTransformer3DModel" or channels != config.get("out_channels", 16):
         fault = f"holds a {kind} that is not Wan's for text to video in diffusers' format"
         raise BadInput(f"--model {path}: {fault}")
-    if (root / "transformer_2").exists() or read_json(root / "model_index.json").get("boundary_ratio"):
-        fault = "has two experts, transformer and transformer_2, each for a part of t; models of one"
+    if (root / "transformer_2").exists() or read_json(root / "model_index.json").get(
+        "boundary_ratio"
+    ):
+        fault = (
+            "has two experts, transformer and transformer_2, each for a part of t; models of one"
+        )
         raise BadInput(f"--model {path}: {fault} can be used here, Wan2.1-T2V or Wan2.2-TI2V-5B")
     tensors = {}
     for part in weight_files(folder):
@@ -76,7 +84,9 @@ def load_transformer(path):
         wan = WanTransformer3DModel.from_config(config)
     except Exception as error:  # a wrong value can fail anywhere in the library
         fault = str(error).partition("\n")[0]
-        raise BadInput(f"{folder / 'config.json'}: not the sizes of a Wan model ({fault})") from None
+        raise BadInput(
+            f"{folder / 'config.json'}: not the sizes of a Wan model ({fault})"
+        ) from None
     check_fit(wan, tensors, folder)
     wan.load_state_dict(tensors)
     return wan
@@ -100,15 +110,19 @@ def weight_files(folder):
 def write_tiny(path):
     """A random transformer of 37,000 parameters, in the form of a real one."""
     torch.manual_seed(0)
-    sizes = dict(num_attention_heads=2, attention_head_dim=12, num_layers=4, ffn_dim=48, freq_dim=32)
-    wan = WanTransformer3DModel(in_channels=4, out_channels=4, text_dim=8, rope_max_seq_len=32, **sizes)
+    sizes = dict(
+        num_attention_heads=2, attention_head_dim=12, num_layers=4, ffn_dim=48, freq_dim=32
+    )
+    wan = WanTransformer3DModel(
+        in_channels=4, out_channels=4, text_dim=8, rope_max_seq_len=32, **sizes
+    )
     try:
         wan.save_pretrained(path)
     except OSError as error:
         raise BadInput(f"cannot write to {path}: {error.strerror}") from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Velocity and reward
 
 
@@ -139,7 +153,9 @@ class WanReward(RewardHead):
         (wan,) = self.trunk
         with lora_disabled(wan), mixed(x_t):
             table = wan.rope(x_t)
-            condition, modulation, text, _ = wan.condition_embedder(1000 * t, y)  # (B, d), (B, 6 d), (B, S, d)
+            condition, modulation, text, _ = wan.condition_embedder(
+                1000 * t, y
+            )  # (B, d), (B, 6 d), (B, S, d)
             video = wan.patch_embedding(x_t)  # (B, d, T, H, W)
             grid, hidden = video.shape[2:], video.flatten(2).transpose(1, 2)  # (B, N, d)
             for block in wan.blocks[: len(wan.blocks) // 4]:
@@ -147,7 +163,7 @@ class WanReward(RewardHead):
         return self.head(hidden.float(), grid, text.float(), F.silu(condition.float()))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Adapters
 
 
@@ -159,7 +175,11 @@ def add_adapter(wan, name, rank):
 
 def add_adapters(wan, rank):
     """Trainable adapters, float32, on q, k, v and output of all self- and cross-attention."""
-    for name in [name for name, _ in wan.named_modules() if name.endswith((".to_q", ".to_k", ".to_v", ".to_out.0"))]:
+    for name in [
+        name
+        for name, _ in wan.named_modules()
+        if name.endswith((".to_q", ".to_k", ".to_v", ".to_out.0"))
+    ]:
         add_adapter(wan, name, rank)
 
 
@@ -186,7 +206,11 @@ def read_adapters(wan, path):
     notes = json.loads(notes.get("lora_adapter_metadata", "{}"))
     notes = {name.removeprefix("transformer."): value for name, value in notes.items()}
     alpha = notes.get("lora_alpha")
-    if notes.get("alpha_pattern") or notes.get("use_rslora") or not isinstance(alpha, int | float | None):
+    if (
+        notes.get("alpha_pattern")
+        or notes.get("use_rslora")
+        or not isinstance(alpha, int | float | None)
+    ):
         fault = "its scale is not alpha / rank with one alpha, which is all that can be read here"
         raise BadInput(f"{path}: {fault}")
     if not tensors:

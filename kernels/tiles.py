@@ -25,7 +25,7 @@ import torch.nn.functional as F
 TILE = 64  # tokens of a block where there is no mask
 KERNELS = {}  # "triton": the module tiles_triton, once attention has been asked for it
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Plans: who sees whom
 
 
@@ -34,9 +34,13 @@ class TileMask(NamedTuple):
 
     words: int  # tokens before the video's
     tile: int  # tokens of a box
-    order: torch.Tensor  # (video tokens,): the token, counted in (t, h, w) order, at each place of the mask's order
+    order: (
+        torch.Tensor
+    )  # (video tokens,): the token, counted in (t, h, w) order, at each place of the mask's order
     inverse: torch.Tensor  # (video tokens,): x[:, order][:, inverse] is x
-    keys: torch.Tensor  # (blocks, most) int32: the key blocks that each query block sees, then zeros
+    keys: (
+        torch.Tensor
+    )  # (blocks, most) int32: the key blocks that each query block sees, then zeros
     counts: torch.Tensor  # (blocks,) int32: how many these are
     queries: torch.Tensor  # (blocks, most') int32: the same seen from the keys, for their gradients
     query_counts: torch.Tensor  # (blocks,) int32
@@ -51,7 +55,9 @@ def parse_attention(text):
     found = re.fullmatch(f"tile:{three}(?:/{three})?", text)
     sides = [int(side or 3) for side in found.groups()] if found else [0]
     if min(sides) < 1:
-        raise ValueError("must be full, tile:T,H,W or tile:T,H,W/t,h,w, for example tile:2,4,4/1,3,3")
+        raise ValueError(
+            "must be full, tile:T,H,W or tile:T,H,W/t,h,w, for example tile:2,4,4/1,3,3"
+        )
     return tuple(sides[:3]), tuple(sides[3:])
 
 
@@ -77,7 +83,9 @@ def tile_mask(text, grid, words, device):
     sees = torch.zeros(count, count, dtype=torch.bool)
     sees[:first] = sees[:, :first] = True
     for i, at in enumerate(itertools.product(*map(range, boxes))):
-        starts = [min(max(x - w // 2, 0), n - w) for x, w, n in zip(at, window, boxes)]  # stops at the border
+        starts = [
+            min(max(x - w // 2, 0), n - w) for x, w, n in zip(at, window, boxes)
+        ]  # stops at the border
         near = torch.zeros(boxes, dtype=torch.bool)
         near[tuple(slice(start, start + w) for start, w in zip(starts, window))] = True
         sees[first + i, first:] = near.flatten()
@@ -89,7 +97,9 @@ def _lists(sees):
     """Boolean (blocks, blocks) -> the columns of each row's true entries (blocks, most), how many (blocks,)."""
     counts = sees.sum(1)
     columns = sees.int().argsort(dim=1, descending=True, stable=True)[:, : counts.max()]
-    return torch.where(torch.arange(columns.shape[1]) < counts[:, None], columns, 0).int(), counts.int()
+    return torch.where(
+        torch.arange(columns.shape[1]) < counts[:, None], columns, 0
+    ).int(), counts.int()
 
 
 @lru_cache
@@ -105,7 +115,9 @@ def blocks(count, words, tile):
     """Slices of `count` tokens: blocks of words, then boxes; `words` -1 for words alone."""
     words = count if words < 0 else words
     ends = (
-        [*range(0, words, tile), *range(words, count + 1, tile)] if words < count else [*range(0, count, tile), count]
+        [*range(0, words, tile), *range(words, count + 1, tile)]
+        if words < count
+        else [*range(0, count, tile), count]
     )
     return [slice(start, stop) for start, stop in itertools.pairwise(ends)]
 
@@ -127,7 +139,9 @@ def gather(q, k, v, tiles):
     each, as the kernel's outputs and gradients then lie in memory as they are read, which saves a tenth."""
     b, heads, count, d = q.shape
     words, first = tiles.words, -(-tiles.words // tiles.tile)
-    near = tiles.keys[first:, first : tiles.counts[-1]] - first  # (boxes, window); the first in each list are the words
+    near = (
+        tiles.keys[first:, first : tiles.counts[-1]] - first
+    )  # (boxes, window); the first in each list are the words
 
     def seen(x):
         """(B, heads, N, d) -> (B * heads * boxes, 1, words + window * tile, d)"""
@@ -140,10 +154,14 @@ def gather(q, k, v, tiles):
 
     boxes = q[:, :, words:].reshape(-1, 1, tiles.tile, d)
     video = F.scaled_dot_product_attention(boxes, seen(k), seen(v)).reshape(b, heads, -1, d)
-    return torch.cat((F.scaled_dot_product_attention(q[:, :, :words], k, v), video), 2) if words else video
+    return (
+        torch.cat((F.scaled_dot_product_attention(q[:, :, :words], k, v), video), 2)
+        if words
+        else video
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Flash attention over tiles
 
 
@@ -164,7 +182,9 @@ def tiled_forward(q, k, v, keys, counts, words, tile):
         most = torch.full_like(q_i[..., :1], -math.inf)
         total, mixed = torch.zeros_like(most), torch.zeros_like(q_i)
         for j in keys[i, : counts[i]].tolist():
-            logits = q_i @ k[:, :, columns[j]].to(lse.dtype).transpose(-1, -2)  # (B, heads, tile, tile)
+            logits = q_i @ k[:, :, columns[j]].to(lse.dtype).transpose(
+                -1, -2
+            )  # (B, heads, tile, tile)
             higher = torch.maximum(most, logits.amax(-1, keepdim=True))
             weight, fade = torch.exp(logits - higher), torch.exp(most - higher)
             total = total * fade + weight.sum(-1, keepdim=True)
@@ -178,12 +198,16 @@ def tiled_backward(grad, q, k, v, out, lse, keys, counts, words, tile):
     """Gradients of q, k and v. The weights are made again, from the log-sum-exp, tile by tile."""
     scale, columns = q.shape[-1] ** -0.5, blocks(k.shape[2], words, tile)
     grads = [torch.zeros_like(x, dtype=lse.dtype) for x in (q, k, v)]
-    inner = (grad.to(lse.dtype) * out).sum(-1, keepdim=True)  # sum_j weight_ij d weight_ij, the softmax's own term
+    inner = (grad.to(lse.dtype) * out).sum(
+        -1, keepdim=True
+    )  # sum_j weight_ij d weight_ij, the softmax's own term
     for i, rows in enumerate(blocks(q.shape[2], words, tile)):
         q_i, grad_i = q[:, :, rows].to(lse.dtype), grad[:, :, rows].to(lse.dtype)
         for j in keys[i, : counts[i]].tolist():
             k_j, v_j = k[:, :, columns[j]].to(lse.dtype), v[:, :, columns[j]].to(lse.dtype)
-            weight = torch.exp(q_i @ k_j.transpose(-1, -2) * scale - lse[:, :, rows, None])  # (B, heads, tile, tile)
+            weight = torch.exp(
+                q_i @ k_j.transpose(-1, -2) * scale - lse[:, :, rows, None]
+            )  # (B, heads, tile, tile)
             d_logits = weight * (grad_i @ v_j.transpose(-1, -2) - inner[:, :, rows]) * scale
             grads[0][:, :, rows] += d_logits @ k_j
             grads[1][:, :, columns[j]] += d_logits.transpose(-1, -2) @ q_i
@@ -213,7 +237,9 @@ def tile_attention(q, k, v, keys, counts, queries, query_counts, words, tile, ba
     mutates_args=(),
     schema=f"(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {LISTS}) -> (Tensor, Tensor, Tensor)",
 )
-def tile_attention_backward(grad, q, k, v, out, lse, keys, counts, queries, query_counts, words, tile, backend):
+def tile_attention_backward(
+    grad, q, k, v, out, lse, keys, counts, queries, query_counts, words, tile, backend
+):
     """Gradients of q, k and v. It has no derivative of its own: a second backward raises."""
     if backend == "triton":
         lists = keys, counts, queries, query_counts

@@ -30,12 +30,18 @@ def _span(block, length, words, TILE: tl.constexpr):
 @triton.jit
 def _load(x, rows, exists, DIM: tl.constexpr):
     """Rows (TILE, DIM) of one head, zeros where there is no token."""
-    return tl.load(x + rows[:, None] * DIM + tl.arange(0, DIM)[None], mask=exists[:, None], other=0.0)
+    return tl.load(
+        x + rows[:, None] * DIM + tl.arange(0, DIM)[None], mask=exists[:, None], other=0.0
+    )
 
 
 @triton.jit
 def _store(x, value, rows, exists, DIM: tl.constexpr):
-    tl.store(x + rows[:, None] * DIM + tl.arange(0, DIM)[None], value.to(x.dtype.element_ty), mask=exists[:, None])
+    tl.store(
+        x + rows[:, None] * DIM + tl.arange(0, DIM)[None],
+        value.to(x.dtype.element_ty),
+        mask=exists[:, None],
+    )
 
 
 @triton.jit
@@ -88,7 +94,9 @@ def query_kernel(
         k_j = _load(k + head * keys_n * DIM, columns, there, DIM)
         v_j = _load(v + head * keys_n * DIM, columns, there, DIM)
         weight = _weights(q_i, k_j, lse_i, there, scale)
-        d_logits = weight * (tl.dot(grad_i, tl.trans(v_j), input_precision="ieee") - inner_i[:, None])
+        d_logits = weight * (
+            tl.dot(grad_i, tl.trans(v_j), input_precision="ieee") - inner_i[:, None]
+        )
         total = tl.dot(d_logits.to(k_j.dtype), k_j, total, input_precision="ieee")
     _store(d_q + head * queries_n * DIM, total * scale, rows, exists, DIM)
 
@@ -110,9 +118,13 @@ def key_kernel(
         grad_i = _load(grad + head * queries_n * DIM, rows, exists, DIM)
         lse_i = tl.load(lse + head * queries_n + rows, mask=exists, other=0.0)
         inner_i = tl.load(inner + head * queries_n + rows, mask=exists, other=0.0)
-        weight = _weights(q_i, k_j, lse_i, there, scale)  # rows that do not exist add 0: their grad is 0
+        weight = _weights(
+            q_i, k_j, lse_i, there, scale
+        )  # rows that do not exist add 0: their grad is 0
         total_v = tl.dot(tl.trans(weight.to(grad_i.dtype)), grad_i, total_v, input_precision="ieee")
-        d_logits = weight * (tl.dot(grad_i, tl.trans(v_j), input_precision="ieee") - inner_i[:, None])
+        d_logits = weight * (
+            tl.dot(grad_i, tl.trans(v_j), input_precision="ieee") - inner_i[:, None]
+        )
         total_k = tl.dot(tl.trans(d_logits.to(q_i.dtype)), q_i, total_k, input_precision="ieee")
     _store(d_k + head * keys_n * DIM, total_k * scale, columns, there, DIM)
     _store(d_v + head * keys_n * DIM, total_v, columns, there, DIM)
@@ -123,7 +135,9 @@ def _launch(kernel, programs, tensors, numbers, q, tile):
     dim = q.shape[-1]
     for name, value in (("head size", dim), ("tokens of a tile", tile)):
         if value not in (16, 32, 64, 128):
-            raise ValueError(f"attention backend 'triton': {name} {value}; must be 16, 32, 64 or 128")
+            raise ValueError(
+                f"attention backend 'triton': {name} {value}; must be 16, 32, 64 or 128"
+            )
     big = dim * tile > 64 * 64
     settings = {"DIM": dim, "TILE": tile, "num_warps": 8 if big else 4, "num_stages": 2}
     kernel[(programs, q.shape[0] * q.shape[1])](*tensors, *numbers, dim**-0.5, **settings)
@@ -145,7 +159,16 @@ def backward(grad, q, k, v, out, lse, keys, counts, queries, query_counts, words
     d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     given = q, k, v, grad, lse, inner
     sizes = q.shape[2], k.shape[2], words
-    _launch(query_kernel, len(counts), (*given, d_q, keys, counts), (keys.shape[1], *sizes), q, tile)
+    _launch(
+        query_kernel, len(counts), (*given, d_q, keys, counts), (keys.shape[1], *sizes), q, tile
+    )
     lists = queries, query_counts
-    _launch(key_kernel, len(query_counts), (*given, d_k, d_v, *lists), (queries.shape[1], *sizes), q, tile)
+    _launch(
+        key_kernel,
+        len(query_counts),
+        (*given, d_k, d_v, *lists),
+        (queries.shape[1], *sizes),
+        q,
+        tile,
+    )
     return d_q, d_k, d_v

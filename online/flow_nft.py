@@ -47,7 +47,12 @@ def flow_nft_loss(positive, negative, r, drift, kl=0.0):
     """Errors (B,) of v+ and v-, r (B,) and the drift |v - v_ref|^2 (B,) from the model that alignment began with
     -> (loss, logs). kl: weight of the drift, which alone keeps the policy near it."""
     loss = (r * positive + (1 - r) * negative + kl * drift).mean()
-    logs = {"loss": loss, "positive": positive.mean(), "negative": negative.mean(), "drift": drift.mean()}
+    logs = {
+        "loss": loss,
+        "positive": positive.mean(),
+        "negative": negative.mean(),
+        "drift": drift.mean(),
+    }
     return loss, {name: value.item() for name, value in logs.items()}
 
 

@@ -18,7 +18,7 @@ import torch
 
 import world
 from data import INVALID, Pairs, mean_one, step_rng
-from evaluate import pair_scores
+from judge import pair_scores
 from real_data.disk_pairs import disk_data
 from real_data.pairs_csv import Pair, read_pairs, write_pairs
 from real_data.toy_pairs import annotate_pairs, annotated_pairs
@@ -94,7 +94,9 @@ class Refresh:
     def read_clips(self, folder):
         state = read_own(folder / "clips.pt", self.args)
         if state is None:
-            fault = "belongs to another run, or to other settings; move it away or give another --out"
+            fault = (
+                "belongs to another run, or to other settings; move it away or give another --out"
+            )
             raise BadInput(f"{folder}: {fault}")
         return {name: state[name] for name in ("prompts", "y", "clips")}
 
@@ -111,7 +113,9 @@ class Refresh:
                 names = video_names(i)
                 for name, clip in zip(names, to_video(pair)):
                     write_video(unfinished / name, clip)
-                rows.append(Pair(*names, prompts[i], (None,) * 3, *(FPS, float(clips.shape[3])) * 2))
+                rows.append(
+                    Pair(*names, prompts[i], (None,) * 3, *(FPS, float(clips.shape[3])) * 2)
+                )
             write_pairs(rows, unfinished / "pairs.csv")
             save_checkpoint(unfinished / "clips.pt", {"settings": settled(self.args), **sampled})
             unfinished.rename(folder)

@@ -22,8 +22,8 @@ import torch
 
 import world
 from data import Vocabulary, draw_noise, drop_prompts, epoch_index, step_rng, take
-from evaluate import alignment_table, load_judge, reference_for, z_scores
 from flow_dpo import flow_dpo_step
+from judge import alignment_table, load_judge, reference_for, z_scores
 from model import merged_state_dict, share_trunk
 from online.flow_nft import flow_nft_step, move_old, optimality
 from online.refresh import Refresh
@@ -35,7 +35,7 @@ from runtime.cli import BadInput, progress_bar
 from runtime.distributed import process_0_first
 from runtime.resume import last_state, read_own, resumes, settled, until_stopped
 from sample import sample_many
-from train import base_and_policy
+from tasks import base_and_policy
 from trainer import Task
 
 MOST_PROMPTS = 72  # in a round: as many as the toy has to train on
@@ -45,7 +45,9 @@ ROUND_SEED = -500_000  # of a round's prompts and noise; no step has it
 def online_task(args, device):
     """Flow-DPO or DiffusionNFT in rounds. BadInput for flags that do not go together."""
     if args.fsdp:
-        raise BadInput(f"--algo {args.algo} in rounds samples from the whole policy; leave --fsdp out")
+        raise BadInput(
+            f"--algo {args.algo} in rounds samples from the whole policy; leave --fsdp out"
+        )
     base, policy, words = base_and_policy(args, device)
     rounds = Rounds(args, base, policy, words, device)
     round_length = args.steps // args.rounds
@@ -121,10 +123,14 @@ class Rounds:
             self.prompts = [world.prompt_text(row) for row in world.split_prompts("train")]
             self.y = vocabulary.encode(self.prompts, base.config.max_text)
         self.refresh = Refresh(args, self.judge, vocabulary, device) if args.refresh else None
-        if args.refresh and resumes(args):  # the closing table needs the judge as the last round left it
+        if args.refresh and resumes(
+            args
+        ):  # the closing table needs the judge as the last round left it
             state = read_own(self.file, self.args)
             if state is None:
-                raise BadInput(f"{self.file}: holds no round of this run to go on from; start it anew")
+                raise BadInput(
+                    f"{self.file}: holds no round of this run to go on from; start it anew"
+                )
             self.restore(state)
 
     def at(self, number):
@@ -208,7 +214,9 @@ class Rounds:
         """The round's number, the mean z-score of its clips and, of the toy's, the mean true score."""
         logs = {"round": float(state["number"]), "learned": state["scores"].mean().item()}
         if not self.args.data:
-            prompts = world.prompt_attributes(state["prompts"]).repeat_interleave(self.args.clips, 0)
+            prompts = world.prompt_attributes(state["prompts"]).repeat_interleave(
+                self.args.clips, 0
+            )
             true = world.oracle(to_video(state["clips"].flatten(0, 1)), prompts)
             logs["true"] = true.mean().item()
         return logs

@@ -12,7 +12,7 @@ import torch
 
 import world
 from data import DIMENSIONS, INVALID, Vocabulary
-from evaluate import pair_scores
+from judge import pair_scores
 from real_data.disk_pairs import disk_pairs
 from real_data.pairs_csv import LABELS, read_pairs, write_pairs
 from real_data.toy_pairs import annotate_pairs
@@ -53,7 +53,7 @@ def labels_of(path):
     return {identity(row): row.label for row in read_pairs(path, unlabelled=True)}
 
 
-# --------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Agreement
 
 

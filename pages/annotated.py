@@ -22,11 +22,11 @@ FILES = {
     "reward.py": "VideoReward (section 3.2)",
     "nrg.py": "Flow-NRG (section 4.4)",
     "sample.py": "The sampler (appendix C)",
-    "train.py": "Training (section 5)",
+    "tasks.py": "What each algorithm trains on (sections 3 to 5)",
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Segments: a piece of prose and the code beside it
 
 
@@ -83,12 +83,16 @@ def segments(source):
 def first_line(node, lines):
     """The line on which a definition begins, with its decorators and the comments right above."""
     number = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-    while number > 1 and re.match(r"\s*# (?!---)", lines[number - 2]) and not lines[number - 3].startswith("# ---"):
+    while (
+        number > 1
+        and re.match(r"\s*# (?!---)", lines[number - 2])
+        and not lines[number - 3].startswith("# ---")
+    ):
         number -= 1
     return number
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # HTML
 
 
@@ -103,7 +107,9 @@ def prose_html(text, formulas):
     the block's place, others follow the paragraph that names them; `formulas` loses what it shows."""
     blocks = []
     for block in re.split(r"\n\s*\n", text):
-        numbers = [number for number in re.findall(r"Eq\. (\d+)(?![-\d])", block) if number in formulas]
+        numbers = [
+            number for number in re.findall(r"Eq\. (\d+)(?![-\d])", block) if number in formulas
+        ]
         if not block.startswith("    "):
             words = escape(" ".join(block.split()), quote=False)
             blocks.append("<p>" + re.sub(r"`([^`]+)`", r"<code>\1</code>", words) + "</p>")
@@ -120,7 +126,9 @@ def code_html(code):
     marks = []  # (start, end, class) as (row, column) pairs
     try:
         for token in tokenize.generate_tokens(io.StringIO(code).readline):
-            kind = {tokenize.COMMENT: "c", tokenize.STRING: "s", tokenize.NUMBER: "n"}.get(token.type)
+            kind = {tokenize.COMMENT: "c", tokenize.STRING: "s", tokenize.NUMBER: "n"}.get(
+                token.type
+            )
             if token.type == tokenize.NAME and keyword.iskeyword(token.string):
                 kind = "k"
             if kind:
@@ -132,7 +140,9 @@ def code_html(code):
     position = (1, 0)
     for start, end, kind in marks:
         html.append(escape(text_between(lines, position, start), quote=False))
-        html.append(f'<span class="{kind}">{escape(text_between(lines, start, end), quote=False)}</span>')
+        html.append(
+            f'<span class="{kind}">{escape(text_between(lines, start, end), quote=False)}</span>'
+        )
         position = end
     html.append(escape(text_between(lines, position, (len(lines), len(lines[-1]))), quote=False))
     return "".join(html)
@@ -160,11 +170,17 @@ def page():
                 rows.append(f"<h3>{escape(heading)}</h3>")
             left = prose_html(prose, formulas)
             right = f"<pre><code>{code_html(code)}</code></pre>" if code else ""
-            rows.append(f'<div class="row"><div class="prose">{left}</div><div class="code">{right}</div></div>')
+            rows.append(
+                f'<div class="row"><div class="prose">{left}</div><div class="code">{right}</div></div>'
+            )
         body = "\n".join(rows)
-        sections.append(f'<section id="{name}"><h2>{file} <small>{title}</small></h2>\n{body}\n</section>')
+        sections.append(
+            f'<section id="{name}"><h2>{file} <small>{title}</small></h2>\n{body}\n</section>'
+        )
     template = (HERE / "annotated.html").read_text()
-    return template.replace("{{links}}", "\n".join(links)).replace("{{sections}}", "\n".join(sections))
+    return template.replace("{{links}}", "\n".join(links)).replace(
+        "{{sections}}", "\n".join(sections)
+    )
 
 
 def run(args, device):

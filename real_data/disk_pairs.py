@@ -17,7 +17,15 @@ import torch
 from data import Pairs, Vocabulary, split_words, step_rng, vocabulary_of
 from model import PRESETS
 from real_data.pairs_csv import PATHS, read_pairs
-from real_data.video import FPS, cached_clip, check_length, clip_facts, is_latent, read_latent, to_video
+from real_data.video import (
+    FPS,
+    cached_clip,
+    check_length,
+    clip_facts,
+    is_latent,
+    read_latent,
+    to_video,
+)
 from runtime.cli import BadInput, progress_bar
 from runtime.distributed import process_0_first, rank
 
@@ -35,7 +43,9 @@ def latent_sizes(args, row):
         return {"channels": 3}
     where = f"{args.data}, line {row.line}, column path_A: latent {row.path_a}"
     try:
-        channels, frames, height, width = read_latent((args.data_dir or args.data.parent) / row.path_a).shape
+        channels, frames, height, width = read_latent(
+            (args.data_dir or args.data.parent) / row.path_a
+        ).shape
     except (ValueError, OSError) as error:
         raise BadInput(f"{where} {error}") from None
     return {"channels": channels, "frames": frames, "size": args.size or (height, width)}
@@ -46,7 +56,9 @@ def row_videos(row):
     return tuple(zip(row.paths, (row.frames_a, row.frames_b)))
 
 
-def check_videos(rows, csv_path, config, cache, progress, skip=False, folder=None, fps=FPS, short="spread"):
+def check_videos(
+    rows, csv_path, config, cache, progress, skip=False, folder=None, fps=FPS, short="spread"
+):
     """Decodes the distinct videos of the Pair `rows` into the folder `cache` and checks them and latents, each once.
 
     -> ({video: facts}, {video: what is wrong with it}), a video as in row_videos. BadInput names line and column of the
@@ -63,18 +75,28 @@ def check_videos(rows, csv_path, config, cache, progress, skip=False, folder=Non
         try:
             facts = clip_facts(root / path, cache, *config.video_shape[1:], fps)
             if tuple(facts["shape"]) != config.video_shape:
-                raise ValueError(f"has shape {tuple(facts['shape'])}; the model takes {config.video_shape}")
+                raise ValueError(
+                    f"has shape {tuple(facts['shape'])}; the model takes {config.video_shape}"
+                )
             if not is_latent(path):
                 check_length(facts, frames)
             if short == "refuse" and facts["short"]:
                 seconds = f"lasts {facts['seconds']:.2f} s"
-                raise ValueError(f"{seconds}, too short for {config.frames} frames at {fps:g} a second")
+                raise ValueError(
+                    f"{seconds}, too short for {config.frames} frames at {fps:g} a second"
+                )
             return video, facts, None
         except ValueError as error:
-            return video, None, f"{first[video]}: {'latent' if is_latent(path) else 'video'} {path} {error}"
+            return (
+                video,
+                None,
+                f"{first[video]}: {'latent' if is_latent(path) else 'video'} {path} {error}",
+            )
         except OSError as error:
             where = error.filename or cache
-            raise BadInput(f"{where}: {error.strerror}; clips are cached in --cache {cache}") from None
+            raise BadInput(
+                f"{where}: {error.strerror}; clips are cached in --cache {cache}"
+            ) from None
 
     facts, faults = {}, {}
     with process_0_first():  # which decodes; the others then find the clips in the cache
@@ -93,7 +115,9 @@ def check_videos(rows, csv_path, config, cache, progress, skip=False, folder=Non
 def usable_rows(rows, csv_path, config, cache, skipped, progress, **options):
     """The Pair `rows` whose clips can be used, all of them decoded. BadInput as in check_videos; with a list `skipped`
     the others are left out, and what is wrong is appended to it. `options` as in check_videos."""
-    facts, faults = check_videos(rows, csv_path, config, cache, progress, skipped is not None, **options)
+    facts, faults = check_videos(
+        rows, csv_path, config, cache, progress, skipped is not None, **options
+    )
     if faults:
         skipped.extend(faults.values())
     good = [row for row in rows if not faults.keys() & set(row_videos(row))]
@@ -101,12 +125,16 @@ def usable_rows(rows, csv_path, config, cache, skipped, progress, **options):
         raise BadInput(f"{csv_path}: no pair is left, all were skipped; the first: {skipped[0]}")
     count = sum(each["short"] for each in facts.values())
     if count and rank() == 0:
-        short = f"{count} of {len(facts)} videos are too short for the model's {config.frames} frames"
+        short = (
+            f"{count} of {len(facts)} videos are too short for the model's {config.frames} frames"
+        )
         print(f"{csv_path}: {short}, which are spread over them; see --fps and --short")
     return good
 
 
-def disk_pairs(rows, csv_path, config, vocabulary, cache, skipped=None, progress=lambda videos, total: videos):
+def disk_pairs(
+    rows, csv_path, config, vocabulary, cache, skipped=None, progress=lambda videos, total: videos
+):
     """The Pair `rows` of a CSV as Pairs, as in usable_rows and pairs_of."""
     rows = usable_rows(rows, csv_path, config, cache, skipped, progress)
     return pairs_of(rows, csv_path, config, vocabulary, cache)
@@ -124,13 +152,18 @@ def pairs_of(rows, csv_path, config, vocabulary, cache, folder=None, fps=FPS):
             return to_video(cached_clip(root / path, cache, *config.video_shape[1:], fps))
         except (OSError, ValueError) as error:
             fault = getattr(error, "strerror", None) or error
-            raise BadInput(f"{root / path}: cannot be read any more ({fault}); put it back and --resume") from None
+            raise BadInput(
+                f"{root / path}: cannot be read any more ({fault}); put it back and --resume"
+            ) from None
 
     def clips(index, side):
         return torch.stack([clip(rows[i].paths[s]) for i, s in zip(index.tolist(), side.tolist())])
 
     y = prompt_ids([row.prompt for row in rows], csv_path, vocabulary, config.max_text)
-    label, overall = torch.tensor([row.label for row in rows]), torch.tensor([row.overall for row in rows])
+    label, overall = (
+        torch.tensor([row.label for row in rows]),
+        torch.tensor([row.overall for row in rows]),
+    )
     mos = torch.tensor([row.mos or (0.0,) * 6 for row in rows]).reshape(-1, 2, 3)
     clip_id = [[crc32(str(root / path).encode()) for path in row.paths] for row in rows]
     return Pairs(y, clips, label=label, mos=mos, overall=overall, clip_id=torch.tensor(clip_id))
@@ -143,7 +176,11 @@ def words_and_sizes(args, rows, config, words=None):
     prompts = sorted({row.prompt for row in rows})
     vocabulary = vocabulary_of(prompts)
     longest = max(len(split_words(prompt)) for prompt in prompts)
-    sizes = {"vocab": len(vocabulary.words), "max_text": min(longest, MOST_WORDS), **latent_sizes(args, rows[0])}
+    sizes = {
+        "vocab": len(vocabulary.words),
+        "max_text": min(longest, MOST_WORDS),
+        **latent_sizes(args, rows[0]),
+    }
     return vocabulary, replace(config, **sizes)
 
 
@@ -156,8 +193,12 @@ def prompt_ids(prompts, csv_path, vocabulary, max_text):
 
 def disk_prompts(args, vocabulary, max_text):
     """The prompts of --data that differ for a model: a list of N texts and ids (N, max_text). No video is opened."""
-    prompts = [row.prompt for row in read_pairs(args.data, [] if args.skip_bad else None, args.data_dir)]
-    y, place = prompt_ids(prompts, args.data, vocabulary, max_text).unique(dim=0, return_inverse=True)
+    prompts = [
+        row.prompt for row in read_pairs(args.data, [] if args.skip_bad else None, args.data_dir)
+    ]
+    y, place = prompt_ids(prompts, args.data, vocabulary, max_text).unique(
+        dim=0, return_inverse=True
+    )
     texts = dict(zip(place.tolist(), prompts))
     return [texts[i] for i in range(len(y))], y
 
@@ -169,8 +210,14 @@ def disk_data(args, config, words=None, held_out=True):
     data, are made for it. Without `held_out` all pairs of --data are trained on."""
     skipped = [] if args.skip_bad else None
     rows = read_pairs(args.data, skipped, args.data_dir)
-    if args.algo == "reward" and args.loss == "regression" and not any(any(row.mos) for row in rows):
-        raise BadInput(f"{args.data}: --loss regression needs ratings, the columns MOS_A_VQ to MOS_B_TA")
+    if (
+        args.algo == "reward"
+        and args.loss == "regression"
+        and not any(any(row.mos) for row in rows)
+    ):
+        raise BadInput(
+            f"{args.data}: --loss regression needs ratings, the columns MOS_A_VQ to MOS_B_TA"
+        )
     vocabulary, config = words_and_sizes(args, rows, config, words)
 
     def usable(rows, path):
@@ -199,7 +246,9 @@ def disk_data(args, config, words=None, held_out=True):
         if held_out:
             prompts = {plain(row.prompt): row.prompt for row in held_rows}
             shared = f"{len(prompts.keys() & train_prompts)} of {len(prompts)} are also in training"
-            print(f"validation prompts: {vocabulary.coverage(prompts.values(), config.max_text)}; {shared}")
+            print(
+                f"validation prompts: {vocabulary.coverage(prompts.values(), config.max_text)}; {shared}"
+            )
         if skipped:
             print(f"skipped {len(skipped)} rows or videos:", *skipped, sep="\n  ")
     return vocabulary, config, pairs, held

@@ -18,17 +18,26 @@ from runtime.checkpoint import WEIGHTS
 from runtime.cli import BadInput, Parser, fraction, pick_device, positive_int, seed
 
 GENERATORS = (*world.GENERATORS, *MODELS)  # the names behind the numbers of Pairs.models
-SPLITS = {"train": "train", "validation": "validation", "benchmark": "hard"}  # file -> the world's split of prompts
+SPLITS = {
+    "train": "train",
+    "validation": "validation",
+    "benchmark": "hard",
+}  # file -> the world's split of prompts
 
 
 def toy_split(name, args, config, vocabulary):
     """The pairs of one of SPLITS: args.pairs to train on, a fifth as many in the others."""
-    offset, size = list(SPLITS).index(name), args.pairs if name == "train" else max(1, args.pairs // 5)
+    offset, size = (
+        list(SPLITS).index(name),
+        args.pairs if name == "train" else max(1, args.pairs // 5),
+    )
     device = pick_device("auto")
-    return mixed_pairs(size, SPLITS[name], args.seed + 10 * offset, args, config, vocabulary, device)
+    return mixed_pairs(
+        size, SPLITS[name], args.seed + 10 * offset, args, config, vocabulary, device
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # The toy data set on disk
 
 
@@ -47,10 +56,18 @@ def summary(name, pairs):
         lines.append(f"| {dimension} | " + " | ".join(f"{share:.3f}" for share in shares) + " |")
     shares = [(pairs.overall == value).float().mean().item() for value in (1, 0, -1)]
     lines.append("| Overall | " + " | ".join(f"{share:.3f}" for share in shares) + " | |")
-    lines += ["", "| generator | pairs it is in | mean rating VQ | MQ | TA |", "|---|---|---|---|---|"]
+    lines += [
+        "",
+        "| generator | pairs it is in | mean rating VQ | MQ | TA |",
+        "|---|---|---|---|---|",
+    ]
     for i, generator in enumerate(GENERATORS):
         here = pairs.models == i
-        ratings = [f"{rating:.2f}" for rating in pairs.mos[here].mean(0).tolist()] if here.any() else ["", "", ""]
+        ratings = (
+            [f"{rating:.2f}" for rating in pairs.mos[here].mean(0).tolist()]
+            if here.any()
+            else ["", "", ""]
+        )
         lines.append(f"| {generator} | {here.sum()} | {' | '.join(ratings)} |")
     return [*lines, ""]
 
@@ -79,7 +96,15 @@ def export(args):
 
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 done = pool.map(write, range(len(rows)))
-                list(tqdm(done, desc=f"writing {name}", total=len(rows), unit="pair", dynamic_ncols=True))
+                list(
+                    tqdm(
+                        done,
+                        desc=f"writing {name}",
+                        total=len(rows),
+                        unit="pair",
+                        dynamic_ncols=True,
+                    )
+                )
             write_pairs(rows, temporary / f"{name}.csv")
             lines += summary(name, pairs)
         (temporary / "README.md").write_text("\n".join(["# Toy preference pairs", "", *lines]))
@@ -92,27 +117,49 @@ def export(args):
 
 
 def _toy_row(name, i, pairs, vocabulary, frames):
-    paths = [f"videos/{name}/{i:06d}_{side}_{GENERATORS[g]}.mp4" for side, g in zip("AB", pairs.models[i])]
+    paths = [
+        f"videos/{name}/{i:06d}_{side}_{GENERATORS[g]}.mp4"
+        for side, g in zip("AB", pairs.models[i])
+    ]
     benchmark = name == "benchmark"
     return Pair(
         *paths,
         vocabulary.decode(pairs.y[i]),
         tuple(pairs.label[i].tolist()),
         *(FPS, float(frames)) * 2,
-        mos=() if benchmark else tuple(round(value, 4) for value in pairs.mos[i].flatten().tolist()),
+        mos=()
+        if benchmark
+        else tuple(round(value, 4) for value in pairs.mos[i].flatten().tolist()),
         models=tuple(GENERATORS[g] for g in pairs.models[i]) if benchmark else (),
         overall=pairs.overall[i].item() if benchmark else INVALID,
     )
 
 
 def arguments(argv=None):
-    parser = Parser("The toy preference data: as videos and CSV files in the public format, or as a table.")
+    parser = Parser(
+        "The toy preference data: as videos and CSV files in the public format, or as a table."
+    )
     add = parser.add_argument
     add("command", choices=["export", "table"], help="write files, or print what came out")
     add("folder", type=Path, nargs="?", help="export: a new folder")
-    add("--pairs", type=positive_int, default=200, help="training pairs; a fifth more each to validate and judge")
-    add("--generated", type=fraction, default=0.5, help="share of them that compare clips of the base model --init")
-    add("--init", type=Path, default=WEIGHTS / "base.pt", help="checkpoint of the base model (weights/base.pt)")
+    add(
+        "--pairs",
+        type=positive_int,
+        default=200,
+        help="training pairs; a fifth more each to validate and judge",
+    )
+    add(
+        "--generated",
+        type=fraction,
+        default=0.5,
+        help="share of them that compare clips of the base model --init",
+    )
+    add(
+        "--init",
+        type=Path,
+        default=WEIGHTS / "base.pt",
+        help="checkpoint of the base model (weights/base.pt)",
+    )
     add("--cache", type=Path, default=Path("out/clips"), help="folder that keeps its clips")
     add("--seed", type=seed, default=0, help="of prompts, clips and annotators")
     args = parser.parse_args(argv)

@@ -29,7 +29,10 @@ MODELS = {  # names, and settings of sample.sample
     "base-6steps": {"steps": 6},
 }
 MOST_CLIPS = 40  # of each prompt: 71 MB for the training prompts
-ON_POLICY = {"models": {"base": {}}, "most": 100}  # pairs to align on: all clips by what will be aligned, as it is
+ON_POLICY = {
+    "models": {"base": {}},
+    "most": 100,
+}  # pairs to align on: all clips by what will be aligned, as it is
 NOISE_SEED = 50_000  # no other noise has seeds near it
 
 
@@ -58,7 +61,9 @@ def generated_clips(model, y, count, models, seed, cache, device):
     return kept
 
 
-def generated_pairs(count, splits, seed, path, config, cache, device, models=MODELS, most=MOST_CLIPS):
+def generated_pairs(
+    count, splits, seed, path, config, cache, device, models=MODELS, most=MOST_CLIPS
+):
     """As toy_pairs, of clips that a checkpoint's model generates for prompts of the named splits, at most `most` of
     each: `count` pairs without labels, and the attributes (count, 3) of their prompts. BadInput unless its clips have
     the sizes of `config` and its words are the toy's."""
@@ -83,7 +88,7 @@ def generated_pairs(count, splits, seed, path, config, cache, device, models=MOD
     return Pairs(y[which], clips, generator, clip_id=clip_id), prompts[which]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # What a training asks for
 
 
@@ -92,14 +97,24 @@ def join_pairs(first, second):
 
     def clips(index, side):
         sources = (first, index < len(first), 0), (second, index >= len(first), len(first))
-        made = [(here, part.clips(index[here] - start, side[here])) for part, here, start in sources if here.any()]
+        made = [
+            (here, part.clips(index[here] - start, side[here]))
+            for part, here, start in sources
+            if here.any()
+        ]
         videos = torch.empty(len(index), *made[0][1].shape[1:])
         for here, clip in made:
             videos[here] = clip
         return videos
 
-    both = {f.name: (getattr(first, f.name), getattr(second, f.name)) for f in fields(Pairs) if f.name != "clips"}
-    return Pairs(clips=clips, **{n: torch.cat(values) for n, values in both.items() if values[0] is not None})
+    both = {
+        f.name: (getattr(first, f.name), getattr(second, f.name))
+        for f in fields(Pairs)
+        if f.name != "clips"
+    }
+    return Pairs(
+        clips=clips, **{n: torch.cat(values) for n, values in both.items() if values[0] is not None}
+    )
 
 
 def kinds_of_pairs(count, split, seed, args, config, vocabulary, device, labelled=True, **sampled):
@@ -115,7 +130,10 @@ def kinds_of_pairs(count, split, seed, args, config, vocabulary, device, labelle
     if not labelled:
         return {kind: pairs for kind, (pairs, _) in drawn.items()}
     bar = progress_bar("annotators look at the pairs", "x64 pairs")
-    return {kind: annotate_pairs(*pairs_and_prompts, seed, bar) for kind, pairs_and_prompts in drawn.items()}
+    return {
+        kind: annotate_pairs(*pairs_and_prompts, seed, bar)
+        for kind, pairs_and_prompts in drawn.items()
+    }
 
 
 def mixed_pairs(*wanted, **settings):
@@ -130,5 +148,10 @@ def training_pairs(args, config, vocabulary, device, labelled=True):
 
 def held_pairs(args, config, vocabulary, device):
     """{name: annotated pairs of prompts that no reward trains on}, args.eval_pairs in all."""
-    parts = kinds_of_pairs(args.eval_pairs, "validation", args.seed + 1, args, config, vocabulary, device)
-    return {f"{kind} validation pairs, prompts never seen in training": pairs for kind, pairs in parts.items()}
+    parts = kinds_of_pairs(
+        args.eval_pairs, "validation", args.seed + 1, args, config, vocabulary, device
+    )
+    return {
+        f"{kind} validation pairs, prompts never seen in training": pairs
+        for kind, pairs in parts.items()
+    }

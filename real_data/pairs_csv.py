@@ -73,12 +73,19 @@ def read_pairs(csv_path, skipped=None, folder=None, unlabelled=False):
     except UnicodeDecodeError as error:
         before = content[: error.start].decode("utf-8-sig").split("\n")
         try:
-            header, field_number = before[0].split(","), len(next(csv.reader([before[-1].strip("\r") + "?"])))
+            header, field_number = (
+                before[0].split(","),
+                len(next(csv.reader([before[-1].strip("\r") + "?"]))),
+            )
         except csv.Error:  # no row at all
             header, field_number = [""], 1
-        where = f"line {len(before)}, column {header[min(field_number, len(header)) - 1].strip() or 1}"
+        where = (
+            f"line {len(before)}, column {header[min(field_number, len(header)) - 1].strip() or 1}"
+        )
         byte = content[error.start]
-        raise BadInput(f"{csv_path}, {where}: byte {byte:#x} is not UTF-8; save the file as UTF-8") from None
+        raise BadInput(
+            f"{csv_path}, {where}: byte {byte:#x} is not UTF-8; save the file as UTF-8"
+        ) from None
     folder = Path(folder or csv_path.parent)
     separator = max(",;\t", key=text.partition("\n")[0].count)
     reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=separator)
@@ -99,7 +106,9 @@ def read_pairs(csv_path, skipped=None, folder=None, unlabelled=False):
     except csv.Error as error:
         raise BadInput(f"{csv_path}, line {reader.line_num}: not a CSV row ({error})") from None
     if not pairs:
-        raise BadInput(f"{csv_path}: holds no pair" + (f"; the first fault: {skipped[0]}" if skipped else ""))
+        raise BadInput(
+            f"{csv_path}: holds no pair" + (f"; the first fault: {skipped[0]}" if skipped else "")
+        )
     return pairs
 
 
@@ -111,14 +120,18 @@ def _check_header(path, header):
             raise BadInput(f"{path}, line 1, column {name}: stands there twice")
     for name in COLUMNS:
         if name not in header:
-            raise BadInput(f"{path}, line 1, column {name}: is missing; needed: {', '.join(COLUMNS)}")
+            raise BadInput(
+                f"{path}, line 1, column {name}: is missing; needed: {', '.join(COLUMNS)}"
+            )
 
 
 def _parse(csv_path, line, header, row, folder, unlabelled):
     where = f"{csv_path}, line {line}"
     if len(row) != len(header):
         last = header[min(len(row), len(header)) - 1]
-        raise BadInput(f"{where}, column {last}: the row has {len(row)} fields, the header {len(header)}")
+        raise BadInput(
+            f"{where}, column {last}: the row has {len(row)} fields, the header {len(header)}"
+        )
     cell = dict(zip(header, (text.strip() for text in row)))
 
     def label(name):
@@ -127,7 +140,9 @@ def _parse(csv_path, line, header, row, folder, unlabelled):
         for known, value in LABELS.items():
             if cell[name].lower() == known.lower():
                 return value
-        raise BadInput(f"{where}, column {name}: unknown label {cell[name]!r}; known: {', '.join(LABELS)}")
+        raise BadInput(
+            f"{where}, column {name}: unknown label {cell[name]!r}; known: {', '.join(LABELS)}"
+        )
 
     def number(name, low, high, empty=None):
         try:
@@ -135,7 +150,9 @@ def _parse(csv_path, line, header, row, folder, unlabelled):
         except ValueError:
             value = math.nan
         if not low <= value <= high and value != empty:
-            raise BadInput(f"{where}, column {name}: {cell[name]!r} is no number from {low:g} to {high:g}")
+            raise BadInput(
+                f"{where}, column {name}: {cell[name]!r} is no number from {low:g} to {high:g}"
+            )
         return value
 
     def video(name):
@@ -147,11 +164,16 @@ def _parse(csv_path, line, header, row, folder, unlabelled):
             found = stat.S_ISREG(file.stat().st_mode)
         except (FileNotFoundError, NotADirectoryError):
             found = False
-        except (OSError, ValueError) as error:  # a name too long or with a zero byte; links in a circle
+        except (
+            OSError,
+            ValueError,
+        ) as error:  # a name too long or with a zero byte; links in a circle
             fault = getattr(error, "strerror", None) or error
             raise BadInput(f"{where}, column {name}: {path[:40]!r} is no path ({fault})") from None
         if not path or not Path(os.path.abspath(file)).is_relative_to(os.path.abspath(folder)):
-            raise BadInput(f"{where}, column {name}: path {cell[name]!r} does not lie in the data folder {folder}")
+            raise BadInput(
+                f"{where}, column {name}: path {cell[name]!r} does not lie in the data folder {folder}"
+            )
         if not found:
             raise BadInput(f"{where}, column {name}: no video {cell[name]!r} in {folder}")
         return path
@@ -159,18 +181,24 @@ def _parse(csv_path, line, header, row, folder, unlabelled):
     if not any(letter.isalnum() for letter in cell["prompt"]):
         raise BadInput(f"{where}, column prompt: {cell['prompt']!r} has no words")
     if cell["prompt"].lower() in NO_PROMPT:
-        raise BadInput(f"{where}, column prompt: {cell['prompt']!r} stands for an empty cell; write the prompt")
+        raise BadInput(
+            f"{where}, column prompt: {cell['prompt']!r} stands for an empty cell; write the prompt"
+        )
     path_a, path_b = (video(name) for name in PATHS)
     (file_a, row_a), (file_b, row_b) = (latent_file(path) for path in (path_a, path_b))
     if row_a == row_b and os.path.samefile(folder / file_a, folder / file_b):
-        raise BadInput(f"{where}, column path_B: {path_b!r} is the clip of path_A; a pair is of two clips")
+        raise BadInput(
+            f"{where}, column path_B: {path_b!r} is the clip of path_A; a pair is of two clips"
+        )
     return Pair(
         path_a,
         path_b,
         cell["prompt"],
         tuple(label(name) for name in DIMENSIONS),
         *(number(name, 1e-3, 1e6) for name in NUMBERS),
-        mos=tuple(number(name, 1, 5, empty=0.0) for name in RATINGS) if set(RATINGS) <= set(header) else (),
+        mos=tuple(number(name, 1, 5, empty=0.0) for name in RATINGS)
+        if set(RATINGS) <= set(header)
+        else (),
         models=tuple(cell[name] for name in MODELS) if set(MODELS) <= set(header) else (),
         overall=label("Overall") if "Overall" in header else INVALID,
         line=line,
@@ -188,7 +216,10 @@ def write_pairs(pairs, csv_path):
         writer = csv.DictWriter(file, header, extrasaction="ignore")
         writer.writeheader()
         for pair in pairs:
-            cells = dict(zip(PATHS, pair.paths)) | {"prompt": pair.prompt, "Overall": NAMES[pair.overall]}
+            cells = dict(zip(PATHS, pair.paths)) | {
+                "prompt": pair.prompt,
+                "Overall": NAMES[pair.overall],
+            }
             cells |= dict(zip(DIMENSIONS, (NAMES[value] for value in pair.label)))
             cells |= dict(zip(NUMBERS, (pair.fps_a, pair.frames_a, pair.fps_b, pair.frames_b)))
             cells |= dict(zip(RATINGS, pair.mos)) | dict(zip(MODELS, pair.models))

@@ -20,12 +20,18 @@ from runtime.flags import video_flags
 
 
 def arguments(argv=None):
-    parser = Parser("Decodes, checks and caches the clips of a CSV, so that training starts at once.")
+    parser = Parser(
+        "Decodes, checks and caches the clips of a CSV, so that training starts at once."
+    )
     add = parser.add_argument
     add("data", type=Path, help="CSV of pairs of videos or latents, in VideoAlign's format")
     add("--init", type=Path, help="video model to be trained: its clip size and words are used")
     add("--preset", choices=PRESETS, default="nano", help="without --init: whose clip size is used")
-    add("--size", type=frame_size, help="without --init: height x width of a clip, for example 32x56")
+    add(
+        "--size",
+        type=frame_size,
+        help="without --init: height x width of a clip, for example 32x56",
+    )
     video_flags(add)
     return parser.parse_args(argv)
 
@@ -36,18 +42,25 @@ def report(rows, facts, vocabulary, config):
     lines = [f"clips    {len(facts)}, {len(facts) - len(videos)} of them latents"]
     if videos:
         sizes = Counter(f"{each['width']}x{each['height']}" for each in videos)
-        lines += ["sizes    " + ", ".join(f"{size} ({count})" for size, count in sizes.most_common(9))]
+        lines += [
+            "sizes    " + ", ".join(f"{size} ({count})" for size, count in sizes.most_common(9))
+        ]
         for name, unit, values in (
             ("rates", "fps", [each["frames"] / each["seconds"] for each in videos]),
             ("lengths", "s", [each["seconds"] for each in videos]),
         ):
             low, median, high = np.quantile(values, (0, 0.5, 1))
             lines += [f"{name:8} {low:.4g} to {high:.4g} {unit}, median {median:.4g}"]
-        lines[-1] += f"; {sum(each['short'] for each in videos)} too short for {config.frames} frames"
+        lines[-1] += (
+            f"; {sum(each['short'] for each in videos)} too short for {config.frames} frames"
+        )
     prompts = {row.prompt for row in rows}
     lines += [f"prompts  {len(prompts)}, {vocabulary.coverage(prompts, config.max_text)}"]
     ties = [sum(row.label[i] == 0 for row in rows) for i in range(len(DIMENSIONS))]
-    return [*lines, "ties     " + ", ".join(f"{name} {count}" for name, count in zip(DIMENSIONS, ties))]
+    return [
+        *lines,
+        "ties     " + ", ".join(f"{name} {count}" for name, count in zip(DIMENSIONS, ties)),
+    ]
 
 
 def prepare(args):
@@ -66,7 +79,10 @@ def prepare(args):
         if unfinished.with_name(unfinished.name.partition(".")[0] + ".npz").exists():
             unfinished.unlink(missing_ok=True)
 
-    bad = [(int(re.match(r", line (\d+)", fault[len(str(args.data)) :])[1]), fault) for fault in skipped]
+    bad = [
+        (int(re.match(r", line (\d+)", fault[len(str(args.data)) :])[1]), fault)
+        for fault in skipped
+    ]
     good = []
     for row in rows:
         found = [faults[video] for video in row_videos(row) if video in faults]

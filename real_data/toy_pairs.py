@@ -29,7 +29,9 @@ def check_toy(config, vocabulary):
         size = f"{config.height}x{config.width}"
         raise BadInput(f"clips of {size} need --data: the toy renders square ones; give --data CSV")
     if vocabulary.words != TOY_WORDS or config.max_text < TOY_LENGTH:
-        raise BadInput("this model does not know the toy's prompts; give --data CSV with the data it was trained on")
+        raise BadInput(
+            "this model does not know the toy's prompts; give --data CSV with the data it was trained on"
+        )
 
 
 def draw_prompts(count, splits, rng):
@@ -52,7 +54,10 @@ def other_prompts(y, vocabulary, rng):
         return y.roll(1, 0)
     which = torch.randint(3, (len(y), 1), generator=rng)
     for kind, words in enumerate((world.COLOURS, world.SHAPES, world.DIRECTIONS)):
-        first, count = vocabulary.ids[next(iter(words))], len(words)  # ids of a kind follow each other
+        first, count = (
+            vocabulary.ids[next(iter(words))],
+            len(words),
+        )  # ids of a kind follow each other
         changed = first + (y - first + torch.randint(1, count, (len(y), 1), generator=rng)) % count
         y = torch.where((which == kind) & (y >= first) & (y < first + count), changed, y)
     return y
@@ -65,7 +70,9 @@ def draw_pairs(count, splits, seed, frames):
     models = len(world.GENERATORS)
     first = torch.randint(models, (count,), generator=rng)
     second = (first + torch.randint(1, models, (count,), generator=rng)) % models
-    return world.draw_clips(prompt, first, rng, frames), world.draw_clips(prompt, second, rng, frames)
+    return world.draw_clips(prompt, first, rng, frames), world.draw_clips(
+        prompt, second, rng, frames
+    )
 
 
 def toy_pairs(count, splits, seed, config, vocabulary):
@@ -89,7 +96,14 @@ def annotate_pairs(pairs, prompt, seed, progress=lambda chunks: chunks):
     rng = torch.Generator().manual_seed(seed + 1)
     label, unanimous = world.annotate(a, b, rng)
     overall, mos = world.annotate_overall(a, b, rng), world.rate(a, b, rng)
-    return replace(pairs, label=label, unanimous=unanimous, mos=mos, overall=overall, truth=torch.stack((a, b), 1))
+    return replace(
+        pairs,
+        label=label,
+        unanimous=unanimous,
+        mos=mos,
+        overall=overall,
+        truth=torch.stack((a, b), 1),
+    )
 
 
 def annotated_pairs(count, splits, seed, config, vocabulary, progress=lambda chunks: chunks):

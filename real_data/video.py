@@ -38,7 +38,9 @@ import torch.nn.functional as F
 from runtime.cli import BadInput
 
 FPS = 2.0  # section 5.1 and appendix I; the video's own duration decides how many frames that is
-HEADERS = threading.Lock()  # numpy reads an array's header by ast, where threads of Python 3.11 disturb each other
+HEADERS = (
+    threading.Lock()
+)  # numpy reads an array's header by ast, where threads of Python 3.11 disturb each other
 
 
 def _ffmpeg(path, *flags):
@@ -47,7 +49,15 @@ def _ffmpeg(path, *flags):
     strict = ["-xerror", "-err_detect", "crccheck+bitstream+buffer+explode"]
     source = ["-protocol_whitelist", "fd", "-threads", "1", "-i", "fd:"]
     output = ["-map", "0:V:0", "-fps_mode", "passthrough", *flags, "-"]
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error", *strict, *source, *output]
+    command = [
+        imageio_ffmpeg.get_ffmpeg_exe(),
+        "-nostdin",
+        "-v",
+        "error",
+        *strict,
+        *source,
+        *output,
+    ]
     with open(path, "rb") as file:
         return subprocess.Popen(command, stdin=file, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
@@ -57,18 +67,29 @@ def probe(path):
 
     Facts: "frames" N, "step" the shortest time between two, "seconds" to the end of the last, "height" and "width" as
     played. ValueError: no video, damaged, or fewer than two frames."""
-    flags = ["-enc_time_base", "demux", "-c:v", "wrapped_avframe", "-f", "framecrc"]  # a line a frame
+    flags = [
+        "-enc_time_base",
+        "demux",
+        "-c:v",
+        "wrapped_avframe",
+        "-f",
+        "framecrc",
+    ]  # a line a frame
     with _ffmpeg(path, *flags) as process:
         output, errors = (text.decode(errors="replace") for text in process.communicate())
     if process.returncode < 0:
-        raise BadInput(f"{path}: ffmpeg was killed by signal {-process.returncode} while decoding it")
+        raise BadInput(
+            f"{path}: ffmpeg was killed by signal {-process.returncode} while decoding it"
+        )
     lines = output.splitlines()
     frames = [line.split(",") for line in lines if not line.startswith("#")]
     if process.returncode or errors:
         reason = errors.partition("\n")[0].rpartition("] ")[2]  # without [decoder @ address]
         if "matches no streams" in reason:
             reason = "it has no video stream"
-        where = f"is damaged after frame {len(frames)}" if frames else "cannot be decoded as a video"
+        where = (
+            f"is damaged after frame {len(frames)}" if frames else "cannot be decoded as a video"
+        )
         raise ValueError(f"{where} ({reason})")
     ticks = np.maximum.accumulate([int(frame[2]) for frame in frames])
     duration = np.array([int(frame[3]) for frame in frames])
@@ -81,7 +102,9 @@ def probe(path):
     end = ticks[-1] + (max(step, duration[-1]) if trusted else step)
     header = dict(line[1:].split(" 0: ") for line in lines if " 0: " in line)
     width, height = map(int, header["dimensions"].split("x"))
-    sar_width, sar_height = map(int, header["sar"].split("/"))  # proportions of a pixel; 0 if unknown
+    sar_width, sar_height = map(
+        int, header["sar"].split("/")
+    )  # proportions of a pixel; 0 if unknown
     if sar_width and sar_height:
         width = max(1, round(width * sar_width / sar_height))
     tick = float(Fraction(header["tb"]))
@@ -149,7 +172,9 @@ def fit_frame(frame, height, width):
     top, left = (rows - crop_rows) // 2, (columns - crop_columns) // 2
     channels = []
     for channel in range(3):  # one by one: in float32 a frame is four times as large
-        values = frame[top : top + crop_rows, left : left + crop_columns, channel].astype(np.float32)
+        values = frame[top : top + crop_rows, left : left + crop_columns, channel].astype(
+            np.float32
+        )
         values = F.interpolate(torch.from_numpy(values)[None, None], (height, width), mode="area")
         channels.append(values[0, 0].round().byte())
     return torch.stack(channels)
@@ -186,7 +211,11 @@ def is_latent(path):
 def latent_file(path):
     """ "shard.npy:12" -> ("shard.npy", 12); any other path -> (path, None)."""
     name, colon, row = path.rpartition(":")
-    return (name, int(row)) if colon and name.lower().endswith(".npy") and row.isdecimal() else (path, None)
+    return (
+        (name, int(row))
+        if colon and name.lower().endswith(".npy") and row.isdecimal()
+        else (path, None)
+    )
 
 
 def _load(path):
@@ -222,7 +251,9 @@ def checked_latent(path):
         array = read_latent(path).astype(np.float32)
     bad = np.argwhere(~np.isfinite(array))
     if len(bad):
-        raise ValueError(f"holds numbers that are not finite: {len(bad)}, the first at {bad[0].tolist()}")
+        raise ValueError(
+            f"holds numbers that are not finite: {len(bad)}, the first at {bad[0].tolist()}"
+        )
     return {"shape": array.shape, "short": False}
 
 
@@ -232,7 +263,11 @@ def decoded_clip(path, length, height, width, fps):
     positions = frame_positions(times, facts, length, fps)
     chosen = read_frames(path, facts, positions[middle(len(positions), length)])
     clip = torch.stack([fit_frame(frame, height, width) for frame in chosen], 1)
-    return {"shape": clip.shape, "short": frame_count(facts["seconds"], fps) < length, **facts}, clip
+    return {
+        "shape": clip.shape,
+        "short": frame_count(facts["seconds"], fps) < length,
+        **facts,
+    }, clip
 
 
 def cached_file(path, folder, length, height, width, fps=FPS):
@@ -253,7 +288,9 @@ def cached_file(path, folder, length, height, width, fps=FPS):
         facts, clip = decoded_clip(path, length, height, width, fps)
         arrays = {"facts": json.dumps(facts), "clip": clip}
     file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=f"{file.name}.", suffix=".tmp", delete=False) as unfinished:
+    with tempfile.NamedTemporaryFile(
+        dir=folder, prefix=f"{file.name}.", suffix=".tmp", delete=False
+    ) as unfinished:
         np.savez(unfinished, **arrays)
     with suppress(FileNotFoundError):  # another process made the file and removed this one
         os.replace(unfinished.name, file)
@@ -275,7 +312,7 @@ def cached_clip(path, folder, length, height, width=None, fps=FPS):
         return torch.from_numpy(arrays["clip"])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Pictures
 
 
@@ -288,7 +325,10 @@ def to_pixels(video, zoom=1):
 def _tile(frames, gap=2):
     """A list of rows of pictures (H, W, C) -> one picture, a grey line between."""
     pad = ((gap, gap), (gap, gap), (0, 0))
-    rows = [np.concatenate([np.pad(frame, pad, constant_values=96) for frame in row], 1) for row in frames]
+    rows = [
+        np.concatenate([np.pad(frame, pad, constant_values=96) for frame in row], 1)
+        for row in frames
+    ]
     return np.concatenate(rows, 0)
 
 

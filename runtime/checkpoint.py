@@ -48,7 +48,10 @@ def save_checkpoint(path, state):
     except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a write that failed
         with suppress(OSError):
             temporary.unlink()
-        fault = getattr(error, "strerror", None) or "the disk is full, or a limit on the size of files was met"
+        fault = (
+            getattr(error, "strerror", None)
+            or "the disk is full, or a limit on the size of files was met"
+        )
         raise BadInput(f"cannot write {path}: {fault}") from None
 
 
@@ -60,10 +63,18 @@ def load_checkpoint(path, kind=None):
             f"{path}: no such checkpoint; train one with `python train.py`, or leave the flag out to use weights/"
         )
     try:
-        with open(path, "rb") as file, warnings.catch_warnings(action="ignore"):  # of odd pickles, refused below
-            if file.read(4) != b"PK\3\4":  # what torch wrote before it wrote zip files; its lengths are not checked
+        with (
+            open(path, "rb") as file,
+            warnings.catch_warnings(action="ignore"),
+        ):  # of odd pickles, refused below
+            if (
+                file.read(4) != b"PK\3\4"
+            ):  # what torch wrote before it wrote zip files; its lengths are not checked
                 raise ValueError
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in zipfile.ZipFile(file).infolist()):
+            if any(
+                entry.compress_type != zipfile.ZIP_STORED
+                for entry in zipfile.ZipFile(file).infolist()
+            ):
                 raise ValueError  # torch never compresses: a few MB could fill the memory
             file.seek(0)
             state = torch.load(file, map_location="cpu", weights_only=True)
@@ -71,11 +82,20 @@ def load_checkpoint(path, kind=None):
         raise BadInput(
             f"{path}: not a checkpoint that can be read safely (damaged, or not written by train.py)"
         ) from None
-    if not isinstance(state, dict) or not {"format", "kind", "config", "model", "vocabulary"} <= state.keys():
-        raise BadInput(f"{path}: not a checkpoint of this project (it lacks format, kind, config, model or vocabulary)")
+    if (
+        not isinstance(state, dict)
+        or not {"format", "kind", "config", "model", "vocabulary"} <= state.keys()
+    ):
+        raise BadInput(
+            f"{path}: not a checkpoint of this project (it lacks format, kind, config, model or vocabulary)"
+        )
     if not isinstance(state["format"], int) or state["format"] != FORMAT:
-        raise BadInput(f"{path}: checkpoint format {state['format']}, but this version reads format {FORMAT}")
-    if not isinstance(state["vocabulary"], list) or not all(isinstance(word, str) for word in state["vocabulary"]):
+        raise BadInput(
+            f"{path}: checkpoint format {state['format']}, but this version reads format {FORMAT}"
+        )
+    if not isinstance(state["vocabulary"], list) or not all(
+        isinstance(word, str) for word in state["vocabulary"]
+    ):
         raise BadInput(f"{path}: its vocabulary is not a list of words")
     if kind and state["kind"] != kind:
         raise BadInput(f"{path}: holds a {state['kind']} model, but a {kind} model is needed here")
@@ -89,8 +109,14 @@ def check_fit(model, weights, path):
         value = weights.get(name)
         if name not in weights or name not in own:
             where = "lacks" if name not in weights else "has an unknown"
-            raise BadInput(f"{path}: {where} tensor {name!r}; it belongs to another kind or version of model")
-        if not torch.is_tensor(value) or not value.is_floating_point() or value.layout != torch.strided:
+            raise BadInput(
+                f"{path}: {where} tensor {name!r}; it belongs to another kind or version of model"
+            )
+        if (
+            not torch.is_tensor(value)
+            or not value.is_floating_point()
+            or value.layout != torch.strided
+        ):
             raise BadInput(f"{path}: {name!r} is no tensor of floating-point numbers")
         if not value.isfinite().all():
             raise BadInput(f"{path}: tensor {name!r} holds numbers that are not finite")
@@ -123,19 +149,27 @@ def load_network(path, kind, network, config_of):
     network: a module's class, made from config_of(**config). BadInput names what does not fit."""
     state = load_checkpoint(path, kind)
     if kind != "velocity" and state.get("evaluated") is False:
-        raise BadInput(f"{path}: its scores get their unit at the end of the training; --resume it to the end first")
+        raise BadInput(
+            f"{path}: its scores get their unit at the end of the training; --resume it to the end first"
+        )
     try:
         config = config_of(**state["config"])
-        with torch.device("meta"):  # nothing is allocated before the file has shown that it holds so much
+        with torch.device(
+            "meta"
+        ):  # nothing is allocated before the file has shown that it holds so much
             blank = network(config)
         weights = dict(state.get("ema") or state["model"])
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from None
     except (TypeError, ValueError, RuntimeError, ArithmeticError, AttributeError):
-        raise BadInput(f"{path}: its config or its weights do not describe a {network.__name__}") from None
+        raise BadInput(
+            f"{path}: its config or its weights do not describe a {network.__name__}"
+        ) from None
     check_fit(blank, weights, path)
     if len(state["vocabulary"]) > blank.config.vocab:
-        raise BadInput(f"{path}: {len(state['vocabulary'])} words, but its model knows {blank.config.vocab}")
+        raise BadInput(
+            f"{path}: {len(state['vocabulary'])} words, but its model knows {blank.config.vocab}"
+        )
     model = network(blank.config)
     model.load_state_dict(weights)
     return model.eval(), state["vocabulary"]

@@ -37,7 +37,7 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(message)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Types of flags: text -> value, or one line that says what would be right
 
 
@@ -101,16 +101,20 @@ def _floats(text):
 def triple(text):
     """ "1,1,0.5" -> (1.0, 1.0, 0.5): weights of VQ, MQ and TA."""
     right = "three numbers with commas between, for example 1,1,0.5"
-    return _checked(_floats, text, lambda x: x == x and len(x) == 3 and all(map(math.isfinite, x)), right)
+    return _checked(
+        _floats, text, lambda x: x == x and len(x) == 3 and all(map(math.isfinite, x)), right
+    )
 
 
 def interval(text):
     """ "0,0.9" -> (0.0, 0.9): the lowest and the highest t."""
     right = "two numbers from 0 to 1 with a comma between, the lower first, for example 0,0.9"
-    return _checked(_floats, text, lambda x: x == x and len(x) == 2 and 0 <= x[0] <= x[1] <= 1, right)
+    return _checked(
+        _floats, text, lambda x: x == x and len(x) == 2 and 0 <= x[0] <= x[1] <= 1, right
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Running
 
 
@@ -152,11 +156,19 @@ def progress_bar(name, unit):
 def pick_device(name="auto"):
     """torch.device for "auto" (cuda, then mps, then cpu) or a named one; BadInput if it is not there."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = (
+            "cuda"
+            if torch.cuda.is_available()
+            else "mps"
+            if torch.backends.mps.is_available()
+            else "cpu"
+        )
     try:
         torch.zeros(1, device=name).cpu()  # meta has no numbers to copy
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise BadInput(f"--device {name}: not available here ({str(error).splitlines()[0]})") from None
+        raise BadInput(
+            f"--device {name}: not available here ({str(error).splitlines()[0]})"
+        ) from None
     return torch.device(name)
 
 

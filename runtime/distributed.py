@@ -55,7 +55,9 @@ def start_process(name):
         store, number, count = next(rendezvous("env://"))
         # after a restart the launcher's store still has the addresses of the processes before
         store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        hour = timedelta(hours=1)  # long enough for process 0 to write a large checkpoint while the others wait
+        hour = timedelta(
+            hours=1
+        )  # long enough for process 0 to write a large checkpoint while the others wait
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=hour)
         _store = store
@@ -83,9 +85,13 @@ def check_flags(args):
     """BadInput for flags that do not go with this number of processes."""
     parts = world_size() * args.accum
     if args.batch % parts:
-        raise BadInput(f"--batch {args.batch}: must be a multiple of {parts}, that is of processes x --accum")
+        raise BadInput(
+            f"--batch {args.batch}: must be a multiple of {parts}, that is of processes x --accum"
+        )
     if args.fsdp and not launched():
-        raise BadInput("--fsdp: shards over the processes of torchrun; start with torchrun --nproc_per_node N train.py")
+        raise BadInput(
+            "--fsdp: shards over the processes of torchrun; start with torchrun --nproc_per_node N train.py"
+        )
 
 
 def local_rows(batch):
@@ -148,7 +154,11 @@ def reduce_logs(micro_losses, stop):
         for name, value in logs.items():
             values.setdefault(name, []).append(value)
     logs = {name: sum(each) / len(each) for name, each in values.items()}
-    return sum(loss for loss, _ in micro_losses) / len(micro_losses), logs, any(stop for _, stop in gathered)
+    return (
+        sum(loss for loss, _ in micro_losses) / len(micro_losses),
+        logs,
+        any(stop for _, stop in gathered),
+    )
 
 
 class Loss(nn.Module):
@@ -167,7 +177,9 @@ class Loss(nn.Module):
                 return self.task.loss(batch)
         except torch._dynamo.exc.BackendCompilerFailed as error:
             fault = str(error).splitlines()[0]
-            raise BadInput(f"--compile: torch.compile failed ({fault}); leave the flag out") from None
+            raise BadInput(
+                f"--compile: torch.compile failed ({fault}); leave the flag out"
+            ) from None
 
 
 def in_bf16(args, device):
@@ -183,11 +195,15 @@ def wrap_model(task, device, args):
         if hasattr(module, "checkpointed"):
             module.checkpointed = args.grad_checkpoint
     if args.compile:
-        for block in blocks:  # one by one: as fast as the whole model, and all alike are compiled once
+        for (
+            block
+        ) in blocks:  # one by one: as fast as the whole model, and all alike are compiled once
             block.compile()
     if args.fsdp:
         mesh = init_device_mesh(device.type, (world_size(),))
-        policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # times and rotary tables must stay float32
+        policy = MixedPrecisionPolicy(
+            cast_forward_inputs=False
+        )  # times and rotary tables must stay float32
         for block in blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy)
         return fully_shard(loss, mesh=mesh, mp_policy=policy)

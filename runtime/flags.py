@@ -53,7 +53,9 @@ class TrainingParser(Parser):
     def given(self, argv):
         """The names of the flags that a command line gives."""
         unset = Namespace(**{action.dest: None for action in self._actions})
-        return [name for name, value in vars(self.parse_args(argv, unset)).items() if value is not None]
+        return [
+            name for name, value in vars(self.parse_args(argv, unset)).items() if value is not None
+        ]
 
 
 def training_flags(argv, defaults, presets, losses, schedules):
@@ -96,7 +98,10 @@ def training_flags(argv, defaults, presets, losses, schedules):
     add = parser.group("how long and how fast")
     helps = {
         "steps": (positive_int, "optimiser steps"),
-        "batch": (positive_int, "clips (pretrain) or pairs a step; sft and rwr take two clips for a pair"),
+        "batch": (
+            positive_int,
+            "clips (pretrain) or pairs a step; sft and rwr take two clips for a pair",
+        ),
         "lr": (positive, "peak learning rate of AdamW"),
         "decay": (fraction, "last share of the run in which the rate falls to 0; 0 = constant"),
         "ema": (fraction, "memory of the averaged weights; 0 = none"),
@@ -115,11 +120,24 @@ def training_flags(argv, defaults, presets, losses, schedules):
         default="auto",
         help="of matrix products; auto = bfloat16 where the device has instructions for it. Weights are float32",
     )
-    add("--compile", action="store_true", help="each block by torch.compile: for a GPU, not for a CPU")
+    add(
+        "--compile",
+        action="store_true",
+        help="each block by torch.compile: for a GPU, not for a CPU",
+    )
     add("--grad-checkpoint", action="store_true", help="keep a block's input alone for backward")
-    add("--accum", type=positive_int, default=1, help="micro-batches that a process cuts its batch into")
+    add(
+        "--accum",
+        type=positive_int,
+        default=1,
+        help="micro-batches that a process cuts its batch into",
+    )
     add("--fsdp", action="store_true", help="under torchrun: shard the model, not only the batch")
-    add("--plan", type=positive_int, help="print what this training takes on so many GPUs, and do nothing")
+    add(
+        "--plan",
+        type=positive_int,
+        help="print what this training takes on so many GPUs, and do nothing",
+    )
     add("--flops", type=positive, default=4e14, help="of --plan: FLOP/s that a GPU sustains")
 
     add = parser.group("flow matching")
@@ -147,7 +165,9 @@ def training_flags(argv, defaults, presets, losses, schedules):
     text = "with ties, without, or on ratings (3.2)"
     add("--loss", choices=losses, default="btt", help=text, algos=("reward",))
     text = "one a score, or one"
-    add("--tokens", choices=("separate", "shared"), default="separate", help=text, algos=("reward",))
+    add(
+        "--tokens", choices=("separate", "shared"), default="separate", help=text, algos=("reward",)
+    )
     text = "weight of the loss on the prompt's words (default: 1; --data 0)"
     add("--caption", type=non_negative, help=text, algos=("reward", "dpo", "nft"))
     text = "on mean errors; larger stays closer to the reference"
@@ -197,11 +217,19 @@ def training_flags(argv, defaults, presets, losses, schedules):
     add("--kl", type=non_negative, default=0.0, help=text, algos=("nft",))
 
     add = parser.group("real data")
-    add("--data", type=Path, help="CSV of pairs of videos or latents, in VideoAlign's format (default: the toy world)")
+    add(
+        "--data",
+        type=Path,
+        help="CSV of pairs of videos or latents, in VideoAlign's format (default: the toy world)",
+    )
     text = "CSV to validate on (default: a tenth of the prompts, held out)"
     add("--val", type=Path, help=text, algos=REWARDS)
     video_flags(add)
-    add("--skip-bad", action="store_true", help="go on without rows that have a fault, and list them")
+    add(
+        "--skip-bad",
+        action="store_true",
+        help="go on without rows that have a fault, and list them",
+    )
 
     add = parser.group("output")
     add("--out", type=Path, help="folder (default: out/<algo>)")
@@ -210,14 +238,22 @@ def training_flags(argv, defaults, presets, losses, schedules):
     add("--save-every", type=positive_int, default=500, help="steps between checkpoints")
     text = "prompts of the closing table"
     add("--eval-prompts", type=positive_int, default=192, help=text, algos=VIDEO)
-    add("--eval-pairs", type=positive_int, default=1000, help="toy pairs to validate on", algos=REWARDS)
+    add(
+        "--eval-pairs",
+        type=positive_int,
+        default=1000,
+        help="toy pairs to validate on",
+        algos=REWARDS,
+    )
     text = "noise of the closing table"
     add("--eval-seed", type=seed, default=1234, help=text, algos=(*VIDEO, "nrg"))
 
     args = parser.parse_args(argv)
     filled = dict(defaults[args.algo])
     filled["generated"] = 0.5 if args.algo == "reward" else 0.0
-    filled["caption"] = 0.0 if args.data else 1.0  # measured on the toy alone, whose vocabulary is 17 words
+    filled["caption"] = (
+        0.0 if args.data else 1.0
+    )  # measured on the toy alone, whose vocabulary is 17 words
     filled["init"] = WEIGHTS / "base.pt"
     filled["reward"] = None if args.rank == "labels" else WEIGHTS / "reward.pt"
     filled["out"] = Path("out") / args.algo
@@ -233,7 +269,9 @@ def training_flags(argv, defaults, presets, losses, schedules):
         fault = unread(name, args, parser.readers)
         if fault:
             raise BadInput(f"--{name.replace('_', '-')}: {fault}")
-    args.inputs = [name for name in INPUTS if getattr(args, name) and not unread(name, args, parser.readers)]
+    args.inputs = [
+        name for name in INPUTS if getattr(args, name) and not unread(name, args, parser.readers)
+    ]
     if args.rounds and args.steps % args.rounds:
         raise BadInput(f"--rounds {args.rounds}: --steps {args.steps} must be a multiple of it")
     if args.rounds and args.clips == 1 and (args.algo == "dpo" or args.refresh):
@@ -241,7 +279,9 @@ def training_flags(argv, defaults, presets, losses, schedules):
     if args.old_decay == 1:
         raise BadInput("--old-decay 1: the old model would never move; give less than 1")
     if args.time_shift == 0 and args.algo != "nrg":
-        raise BadInput("--time-shift 0: clean clips are for --algo nrg alone; give a positive number")
+        raise BadInput(
+            "--time-shift 0: clean clips are for --algo nrg alone; give a positive number"
+        )
     if not any(args.align):
         raise BadInput("--align 0,0,0: at least one weight must not be 0")
     return args
@@ -261,13 +301,19 @@ def unread(name, args, readers):
         "clips": (args.rounds, "with --rounds"),
         "refresh": (args.rounds, "with --rounds"),
         "refresh_pairs": (args.refresh, "with --refresh"),
-        "reference": (args.rounds or args.reference not in ("first", "round"), "with --rounds, or as a checkpoint"),
+        "reference": (
+            args.rounds or args.reference not in ("first", "round"),
+            "with --rounds, or as a checkpoint",
+        ),
         "data_dir": (args.data, "with --data"),
         "val": (args.data, "with --data"),
         "skip_bad": (args.data, "with --data"),
         "fps": (args.data, "with --data"),
         "short": (args.data, "with --data"),
-        "cache": (args.data or (args.algo != "pretrain" and args.generated > 0), "with --data or --generated"),
+        "cache": (
+            args.data or (args.algo != "pretrain" and args.generated > 0),
+            "with --data or --generated",
+        ),
         "eval_prompts": (closing, "where there is a closing table"),
         "eval_pairs": (toy, "without --data"),
         "eval_seed": (closing, "where there is a closing table"),
@@ -289,20 +335,27 @@ def video_flags(add):
     text = "folder that keeps decoded and sampled clips"
     add("--cache", type=Path, default=Path("out/clips"), help=text)
     add("--fps", type=positive, default=2.0, help="frames a second of a video to look at (5.1)")
-    text = "videos too short for the model's frames at --fps: spread the frames over them, or refuse"
+    text = (
+        "videos too short for the model's frames at --fps: spread the frames over them, or refuse"
+    )
     add("--short", choices=("spread", "refuse"), default="spread", help=text)
 
 
 def sampling_flags(steps, cfg, scale, eps, guided):
     """The flags of sample.py's command line; the arguments are the defaults of its numbers."""
-    parser = Parser("Samples clips of one prompt and prints their true scores (1 is a clean clip, 0 a bad one).")
+    parser = Parser(
+        "Samples clips of one prompt and prints their true scores (1 is a clean clip, 0 a bad one)."
+    )
     add = parser.add_argument
     add("--prompt", default="a red circle moving left", help="words that the model knows")
     add("--ckpt", type=Path, default=WEIGHTS / "base.pt", help="weights of a video model")
     add("--n", type=clip_count, default=4, help="clips")
     add("--steps", type=positive_int, default=steps, help="Euler steps")
     add("--cfg", type=finite, default=cfg, help="scale of classifier-free guidance; 1 = off")
-    add("--attention", help="full, or tile:T,H,W for sliding tiles (default: as the model was trained)")
+    add(
+        "--attention",
+        help="full, or tile:T,H,W for sliding tiles (default: as the model was trained)",
+    )
     add("--seed", type=seed, default=0, help="one seed, one set of clips, on every device")
     add("--out", type=Path, default=Path("out/sample"), help="folder to write to")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
@@ -311,8 +364,17 @@ def sampling_flags(steps, cfg, scale, eps, guided):
     add("--nrg", type=triple, help="weights of VQ, MQ and TA of any sign, for example 1,1,0.5")
     add("--nrg-ckpt", type=Path, default=WEIGHTS / "nrg.pt", help="weights of a noise-aware reward")
     add("--nrg-scale", type=finite, default=scale, help="w of Eq. 11, on rewards of unit spread")
-    add("--nrg-eps", type=non_negative, default=eps, help="of t / (1 - t + eps); 0 = the paper's form")
+    add(
+        "--nrg-eps",
+        type=non_negative,
+        default=eps,
+        help="of t / (1 - t + eps); 0 = the paper's form",
+    )
     text = "lowest and highest t that is guided"
     add("--nrg-interval", type=interval, default="{:g},{:g}".format(*guided), help=text)
-    add("--compare", action="store_true", help="CFG 1, --cfg and guidance after --cfg, one under the other")
+    add(
+        "--compare",
+        action="store_true",
+        help="CFG 1, --cfg and guidance after --cfg, one under the other",
+    )
     return parser.parse_args()

@@ -39,7 +39,17 @@ except ImportError:  # Windows: two runs in one folder are not noticed
     fcntl = None
 
 # Flags that a resumed run may change
-UNSETTLED = {"resume", "out", "cache", "save_every", "device", "export", "eval_prompts", "eval_pairs", "eval_seed"}
+UNSETTLED = {
+    "resume",
+    "out",
+    "cache",
+    "save_every",
+    "device",
+    "export",
+    "eval_prompts",
+    "eval_pairs",
+    "eval_seed",
+}
 UNSETTLED |= {"accum", "compile", "grad_checkpoint", "plan", "flops"}
 UNSETTLED |= {"inputs", "digests", "pairs_of_steps"}  # no flags
 
@@ -65,14 +75,18 @@ def commit():
     """The commit of the code, with "+" behind it if files differ from it; "" outside a repository."""
     try:
         git = ["git", "-C", str(WEIGHTS.parent)]
-        name = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+        name = subprocess.run(
+            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+        )
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
+        )
         return name.stdout.strip() + "+" * bool(changed.stdout.strip())
     except (OSError, subprocess.CalledProcessError):
         return ""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # The folder
 
 
@@ -106,7 +120,9 @@ def opened_run(args):
     if resumes(args):
         return interrupted_run(args)
     if last:
-        raise BadInput(f"{last}: a run is there already; continue it by --resume, or give another --out")
+        raise BadInput(
+            f"{last}: a run is there already; continue it by --resume, or give another --out"
+        )
     return None
 
 
@@ -123,17 +139,23 @@ class Log:
             self.file = open(self.out / "metrics.jsonl", "a+")
             _lock(self.file, self.out)
             self.file.seek(0)
-            self.file.truncate(sum(len(line) for _, line in zip(range(start), iter(self.file.readline, ""))))
+            self.file.truncate(
+                sum(len(line) for _, line in zip(range(start), iter(self.file.readline, "")))
+            )
             free = shutil.disk_usage(self.out).free
         except OSError as error:
             raise BadInput(f"cannot write to {self.out}: {error.strerror}") from None
         num_params = sum(map(torch.numel, model.parameters()))
         num_trained = sum(map(torch.numel, trained.values()))
-        need = 4 * (num_params + (3 if args.ema else 2) * num_trained)  # weights, AdamW's two, averages
+        need = 4 * (
+            num_params + (3 if args.ema else 2) * num_trained
+        )  # weights, AdamW's two, averages
         need *= 1 if last_checkpoint(self.out) else 2  # the next one is written beside the last
         need += extra_bytes  # of what an algorithm keeps beside them
         if free < need:
-            raise BadInput(f"{self.out}: {free / 1e9:.2f} GB free, but checkpoints will take {need / 1e9:.2f} GB")
+            raise BadInput(
+                f"{self.out}: {free / 1e9:.2f} GB free, but checkpoints will take {need / 1e9:.2f} GB"
+            )
 
     def write(self, record, sync=False):
         """Appends a line; with `sync` everything so far is on the disk afterwards."""
@@ -148,7 +170,9 @@ class Log:
             raise self.fault(error) from None
 
     def fault(self, error):
-        return BadInput(f"cannot write {self.out / 'metrics.jsonl'}: {error.strerror}; {last_state(self.out)}")
+        return BadInput(
+            f"cannot write {self.out / 'metrics.jsonl'}: {error.strerror}; {last_state(self.out)}"
+        )
 
     def __enter__(self):
         return self
@@ -164,7 +188,9 @@ class Log:
 def _lock(log, out):
     try:
         if fcntl:
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system takes it back when the process ends, however
+            fcntl.flock(
+                log, fcntl.LOCK_EX | fcntl.LOCK_NB
+            )  # the system takes it back when the process ends, however
     except BlockingIOError:
         raise BadInput(f"{out}: another run is writing there; give another --out") from None
     except OSError:
@@ -197,7 +223,7 @@ def until_stopped(items, out):
         yield item
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Saving
 
 
@@ -217,7 +243,12 @@ def final_model(args, model, ema, unsharded):
 
 
 def facts(task, step):
-    return {"kind": task.kind, "config": asdict(task.model.config), "vocabulary": task.words, "step": step}
+    return {
+        "kind": task.kind,
+        "config": asdict(task.model.config),
+        "vocabulary": task.words,
+        "step": step,
+    }
 
 
 def save_run(args, task, step, trained, ema, optimizer):
@@ -265,7 +296,10 @@ def save_whole(args, task, step, trained, ema, optimizer, final, evaluated):
     if ema:
         state["ema"] = task.state_dict(final)
     if not trained.keys() <= state["model"].keys():  # adapters, which are merged into what is saved
-        state |= {"trained": {name: value.detach() for name, value in trained.items()}, "averaged": ema}
+        state |= {
+            "trained": {name: value.detach() for name, value in trained.items()},
+            "averaged": ema,
+        }
     save_checkpoint(args.out / "last.pt", state)
 
 
@@ -309,7 +343,7 @@ def save_shards(args, task, step, trained, ema, optimizer):
         raise BadInput(f"cannot write {done}: {fault}".split("\n")[0]) from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Going on
 
 
@@ -318,7 +352,9 @@ def interrupted_run(args):
     path = last_checkpoint(args.out) or args.out / "last.pt"
     state = _read_run(path) if path.is_dir() else load_checkpoint(path)
     if not path.is_dir() and "optimizer" not in state:
-        raise BadInput(f"{path}: weights without the optimiser's state; it can be used with --init, not with --resume")
+        raise BadInput(
+            f"{path}: weights without the optimiser's state; it can be used with --init, not with --resume"
+        )
     if not isinstance(state.get("settings"), dict) or not isinstance(state.get("step"), int):
         raise BadInput(f"{path}: lacks the settings of its run; it was not written by train.py")
     before = state["settings"]
@@ -326,7 +362,9 @@ def interrupted_run(args):
         args.pairs = int(before["pairs"])  # also where --steps has grown
     for name, value in settled(args).items():
         was, flag = before.get(name), name.removesuffix(" sha256")
-        if was == value or (was is None and name != flag):  # a checkpoint of before there were digests
+        if was == value or (
+            was is None and name != flag
+        ):  # a checkpoint of before there were digests
             continue
         if name != flag:
             fault = f"{getattr(args, flag)} (--{flag}) has changed since {path} was written"
@@ -334,7 +372,9 @@ def interrupted_run(args):
         if name == "steps" and str(was).isdigit():
             check_longer(args, state["step"], int(was))
         else:
-            raise BadInput(f"--resume: --{name.replace('_', '-')} was {was} in {path}, now {value}; use the same")
+            raise BadInput(
+                f"--resume: --{name.replace('_', '-')} was {was} in {path}, now {value}; use the same"
+            )
     return state | {"path": path}
 
 
@@ -351,7 +391,9 @@ def _read_run(path):
     try:
         return json.loads((path / "run.json").read_text())
     except (OSError, ValueError):
-        raise BadInput(f"{path}: its run.json is missing or damaged; remove the folder to start anew") from None
+        raise BadInput(
+            f"{path}: its run.json is missing or damaged; remove the folder to start anew"
+        ) from None
 
 
 def _like(value, wanted):
@@ -366,7 +408,11 @@ def restore(state, trained, ema, optimizer):
     if "optimizer" not in state:
         load_shards(path, run_tensors(trained, ema, optimizer))
         return state["step"]
-    sources = {"trained": trained, "averaged": ema} if "trained" in state else {"model": trained, "ema": ema}
+    sources = (
+        {"trained": trained, "averaged": ema}
+        if "trained" in state
+        else {"model": trained, "ema": ema}
+    )
     try:
         with torch.no_grad():
             for source, tensors in sources.items():
@@ -377,7 +423,9 @@ def restore(state, trained, ema, optimizer):
             for key in ("exp_avg", "exp_avg_sq"):
                 _like(optimizer.state[value].get(key, value), value)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise BadInput(f"{path}: does not hold the state of this model's training ({error})".split("\n")[0]) from None
+        raise BadInput(
+            f"{path}: does not hold the state of this model's training ({error})".split("\n")[0]
+        ) from None
     return state["step"]
 
 
@@ -418,6 +466,14 @@ def load_shards(path, tensors):
     """Loads shards-STEP into tensors of the same names and shapes, whatever the number of processes that wrote it."""
     try:
         dcp.load(tensors, storage_reader=SafeReader(path))
-    except (OSError, pickle.UnpicklingError, dcp.api.CheckpointException, EOFError, RuntimeError) as error:
+    except (
+        OSError,
+        pickle.UnpicklingError,
+        dcp.api.CheckpointException,
+        EOFError,
+        RuntimeError,
+    ) as error:
         fault = next(iter(error.failures.values()))[0] if hasattr(error, "failures") else error
-        raise BadInput(f"{path}: cannot be read as shards of this run ({fault})".split("\n")[0]) from None
+        raise BadInput(
+            f"{path}: cannot be read as shards of this run ({fault})".split("\n")[0]
+        ) from None

@@ -16,10 +16,10 @@ All models see the same prompts and noise. Win rates are over the base model, a 
 
 from functools import partial
 
-import train
+import tasks
 import trainer
 from data import DIMENSIONS
-from evaluate import over_seeds
+from judge import over_seeds
 from studies.jobs import (
     ALIGNED,
     ATTRIBUTES,
@@ -45,11 +45,15 @@ def untrained(args, device):
 
 def trained(method, align, seed, args, device):
     out = args.work / "align" / f"{method}-{align.replace(':', '').replace(' ', '-')}-{seed}"
-    settings = settings_for([*METHODS[method], f"--align={ALIGNED[align]}", f"--seed={seed}"], out, args)
-    task = train.TASKS[settings.algo](settings, device)
+    settings = settings_for(
+        [*METHODS[method], f"--align={ALIGNED[align]}", f"--seed={seed}"], out, args
+    )
+    task = tasks.TASKS[settings.algo](settings, device)
     trainer.fit(task, settings, device)
     scores = judge(out / "last.pt", args, device, SETS, CFGS)
-    return rows_of(scores, base_scores(args, device, SETS, CFGS), method=method, align=align, seed=seed)
+    return rows_of(
+        scores, base_scores(args, device, SETS, CFGS), method=method, align=align, seed=seed
+    )
 
 
 def picked(align, seed, args, device):
@@ -63,7 +67,7 @@ def picked(align, seed, args, device):
 
 
 def folder(args):
-    return f"align-{args.steps or train.DEFAULTS['dpo']['steps']}-{args.eval_prompts or 'all'}"
+    return f"align-{args.steps or tasks.DEFAULTS['dpo']['steps']}-{args.eval_prompts or 'all'}"
 
 
 def jobs(args, device):
@@ -71,12 +75,14 @@ def jobs(args, device):
     for seed in range(args.seeds):
         for align in ALIGNED:
             for method in METHODS:
-                made[f"{method}-{align}-{seed}"] = partial(trained, method, align, seed, args, device)
+                made[f"{method}-{align}-{seed}"] = partial(
+                    trained, method, align, seed, args, device
+                )
             made[f"best-of-{align}-{seed}"] = partial(picked, align, seed, args, device)
     return made
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # The report
 
 
@@ -88,7 +94,14 @@ def report(args, rows):
                 head = ["method", *(f"{name} {n}" for name in SETS for n in DIMENSIONS)]
                 wanted = {"align": align, "cfg": cfg, "judge": by}
                 cells = [
-                    [m, *(plus_minus(figure(n, set=s, method=m, **wanted)) for s in SETS for n in DIMENSIONS)]
+                    [
+                        m,
+                        *(
+                            plus_minus(figure(n, set=s, method=m, **wanted))
+                            for s in SETS
+                            for n in DIMENSIONS
+                        ),
+                    ]
                     for m in METHODS
                 ]
                 tables.append(Table(f"{name}: {align}, CFG {cfg:g}, judged by {by}", head, cells))
@@ -99,24 +112,47 @@ def report(args, rows):
             wanted = {"method": f"best-of-{n}", "align": align, "set": "standard", "cfg": 1.0}
             figures = [figure(column, judge=by, **wanted) for by in JUDGES for column in scores]
             cells.append([str(n), f"{figure('drift', **wanted)[0]:.2f}", *map(plus_minus, figures)])
-        head = ["n", "KL", *(f"{by} {column.replace('_', ' ')}" for by in JUDGES for column in scores)]
+        head = [
+            "n",
+            "KL",
+            *(f"{by} {column.replace('_', ' ')}" for by in JUDGES for column in scores),
+        ]
         tables.append(Table(f"Best of n, {align}, standard set, CFG 1", head, cells))
 
-    columns = [*(f"{n}_score" for n in DIMENSIONS), "TA_ceiling", "TA_share", *ATTRIBUTES, "quality"]
+    columns = [
+        *(f"{n}_score" for n in DIMENSIONS),
+        "TA_ceiling",
+        "TA_share",
+        *ATTRIBUTES,
+        "quality",
+    ]
     cells = []
     for cfg in CFGS:
         for align, method in [("", "base"), *((a, m) for a in ALIGNED for m in METHODS)]:
-            wanted = {"method": method, "align": align, "cfg": cfg, "judge": "oracle", "set": "standard"}
-            cells.append([f"{cfg:g}", align, method, *(plus_minus(figure(column, **wanted)) for column in columns)])
+            wanted = {
+                "method": method,
+                "align": align,
+                "cfg": cfg,
+                "judge": "oracle",
+                "set": "standard",
+            }
+            cells.append(
+                [
+                    f"{cfg:g}",
+                    align,
+                    method,
+                    *(plus_minus(figure(column, **wanted)) for column in columns),
+                ]
+            )
     head = ["CFG", "aligned", "method", *(c.replace("_", " ") for c in columns)]
-    title = (
-        "True scores, TA wins that can be had and the share that is, attributes right, static quality (standard set)"
-    )
+    title = "True scores, TA wins that can be had and the share that is, attributes right, static quality (standard set)"
     tables.append(Table(title, head, cells))
     return {
         "rows": rows,
         "title": "Alignment on the toy world",
-        "introduction": [f"Win rates over the base model, mean ± standard deviation over {args.seeds} seeds."],
+        "introduction": [
+            f"Win rates over the base model, mean ± standard deviation over {args.seeds} seeds."
+        ],
         "tables": [*tables, findings(figure, args.seeds)],
         "pictures": {},
     }
@@ -158,14 +194,20 @@ def findings(figure, seeds):
         line(text, test)
 
     for align in ALIGNED:
-        sides = (partial(win, method, "TA", align=align) for method in ("dpo-constant", "dpo-schedule"))
+        sides = (
+            partial(win, method, "TA", align=align) for method in ("dpo-constant", "dpo-schedule")
+        )
         compare(f"constant beta above (1-t)^2 in TA, {align}", *sides)
     compare("(1-t)^2 wins in VQ", partial(win, "dpo-schedule", "VQ"), half)
     compare("(1-t)^2 wins in MQ", partial(win, "dpo-schedule", "MQ"), half)
     compare("(1-t)^2 loses in TA", half, partial(win, "dpo-schedule", "TA"))
     for other in ("sft", "rwr"):
         sides = partial(mean, "dpo-constant"), partial(mean, other)
-        compare(f"constant-beta DPO at least .05 above {other}, mean of the three", *sides, by_least=0.05)
+        compare(
+            f"constant-beta DPO at least .05 above {other}, mean of the three",
+            *sides,
+            by_least=0.05,
+        )
 
     wins = {n: sum(win(f"best-of-{n}", name, "oracle") for name in DIMENSIONS) / 3 for n in BEST_OF}
     best = max(wins, key=wins.get)
@@ -182,6 +224,8 @@ def findings(figure, seeds):
     line("SFT and RWR within .05 of each other, mean of the three", close)
     sharpest = max(METHODS, key=quality)
     before = quality("base", align="")  # of one noise for all seeds
-    compare("no method raises static quality", lambda by, **seed: before, partial(quality, sharpest))
+    compare(
+        "no method raises static quality", lambda by, **seed: before, partial(quality, sharpest)
+    )
     title = "What the paper finds, and what is found here (standard set, CFG 1)"
     return Table(title, ["finding", *(f"by {by}" for by in JUDGES)], rows, "findings")

@@ -29,7 +29,7 @@ from runtime.cli import BadInput, has_bf16
 from sample import CFG, NRG_EPS, sample
 from studies.cost import step_flops
 from studies.jobs import facts, medians, save_json
-from train import TASKS, arguments
+from tasks import TASKS, arguments
 
 # Between the presets: 256 video tokens, width 256
 MEDIUM = ModelConfig(frames=4, size=32, channels=16, patch=(1, 4, 4), dim=256, depth=4, heads=4)
@@ -42,7 +42,7 @@ def product(device, dtype):
     return lambda: a @ b, 2 * tokens * size * size
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Training
 
 
@@ -81,7 +81,9 @@ def bare(config, batch, device, dtype):
     shapes = (d, 3 * d), (d, d), (d, 4 * d), (4 * d, d)
     layers = [(torch.randn(n, a), torch.randn(n, b), torch.randn(b, a)) for a, b in shapes]
     layers = [tuple(x.to(device, dtype) for x in layer) for layer in layers]
-    q, k, v = torch.randn(3, batch, config.heads, n // batch, d // config.heads, device=device, dtype=dtype)
+    q, k, v = torch.randn(
+        3, batch, config.heads, n // batch, d // config.heads, device=device, dtype=dtype
+    )
     attend = forward_backward(q, k, v)
 
     def blocks():
@@ -129,14 +131,30 @@ def training(device):
             rate = flops / took["product"]
             needed = step_flops(config, arguments(["--algo=pretrain", f"--batch={batch}"]))
             share = needed / took["step"] / rate
-            rows.append((f"{name}, {kind}: share of the matrix rate ({rate / 1e9:,.0f} GFLOP/s)", share, 1.0))
+            rows.append(
+                (
+                    f"{name}, {kind}: share of the matrix rate ({rate / 1e9:,.0f} GFLOP/s)",
+                    share,
+                    1.0,
+                )
+            )
             if "compiled" in took:
                 share = needed / took["compiled"] / rate
-                rows.append((f"{name}, {kind}, compiled blocks: share of the matrix rate", share, 1.0))
+                rows.append(
+                    (f"{name}, {kind}, compiled blocks: share of the matrix rate", share, 1.0)
+                )
                 label = f"{name}, {kind}, compiled blocks: {batch / took['compiled']:,.0f} clips/s; compiled / not"
                 rows.append((label, took["compiled"] / took["step"], 0.0))
-            rows.append((f"{name}, {kind}: linear layers and attention alone / step", took["bare"] / took["step"], 1.0))
-            rows.append((f"{name}, {kind}: checkpointed / not", took["checkpointed"] / took["step"], 4 / 3))
+            rows.append(
+                (
+                    f"{name}, {kind}: linear layers and attention alone / step",
+                    took["bare"] / took["step"],
+                    1.0,
+                )
+            )
+            rows.append(
+                (f"{name}, {kind}: checkpointed / not", took["checkpointed"] / took["step"], 4 / 3)
+            )
     return rows
 
 
@@ -144,7 +162,11 @@ def alignment(device):
     """A step of each algorithm against SFT on both clips of as many pairs."""
     config, count = replace(MEDIUM, depth=6), 4
     x0_w, x0_l, y = clips(config, count, device)
-    both, prompts, ones = torch.cat((x0_w, x0_l)), torch.cat((y, y)), torch.ones(2 * count, device=device)
+    both, prompts, ones = (
+        torch.cat((x0_w, x0_l)),
+        torch.cat((y, y)),
+        torch.ones(2 * count, device=device),
+    )
     full, frozen, reference = awake(config, device), awake(config, device), awake(config, device)
     freeze_trunk(frozen, 2)
     reference.requires_grad_(False)
@@ -154,15 +176,30 @@ def alignment(device):
 
     def dpo(policy, shared_forward=None):
         batch = x0_w, x0_l, y, t[:count], x1[:count]
-        return stepper(policy, lambda: flow_dpo_step(policy, reference, *batch, 100.0, shared_forward=shared_forward))
+        return stepper(
+            policy,
+            lambda: flow_dpo_step(policy, reference, *batch, 100.0, shared_forward=shared_forward),
+        )
 
     def regression(weight):
         return stepper(full, lambda: flow_rwr_step(full, both, prompts, weight, t, x1))
 
-    ways = {"SFT": regression(ones), "RWR": regression(weight), "DPO": dpo(full), "shared": dpo(frozen, shared)}
+    ways = {
+        "SFT": regression(ones),
+        "RWR": regression(weight),
+        "DPO": dpo(full),
+        "shared": dpo(frozen, shared),
+    }
     took = medians(ways, device)
-    names = {"RWR": ("RWR", 1.0), "DPO": ("DPO, reference online", 4 / 3), "shared": ("DPO, 2 of 6 blocks shared", 1.0)}
-    return [(f"{name} / SFT on both clips", took[way] / took["SFT"], floor) for way, (name, floor) in names.items()]
+    names = {
+        "RWR": ("RWR", 1.0),
+        "DPO": ("DPO, reference online", 4 / 3),
+        "shared": ("DPO, 2 of 6 blocks shared", 1.0),
+    }
+    return [
+        (f"{name} / SFT on both clips", took[way] / took["SFT"], floor)
+        for way, (name, floor) in names.items()
+    ]
 
 
 def outside(device):
@@ -196,11 +233,17 @@ def outside(device):
 
         ways = {"data": data, "learn": learn, "log": clip_and_log, "update": update}
         took = medians(ways, device, ordered=True)
-        rows.append((f"{algo}: data, clipping, logs / step", (took["data"] + took["log"]) / sum(took.values()), 0.0))
+        rows.append(
+            (
+                f"{algo}: data, clipping, logs / step",
+                (took["data"] + took["log"]) / sum(took.values()),
+                0.0,
+            )
+        )
     return rows
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Attention
 
 
@@ -219,16 +262,24 @@ def dense(device):
     for dtype in (torch.float32, torch.bfloat16):
         slow = set()
         for count in (64, 128, 256, 512, 1024, 2048, 4096):
-            clips_n = max(1, (65536 if device.type == "cuda" else 2048) // count)  # a GPU wants more to do
-            q, k, v = torch.randn(3, clips_n, count, 4, 64, device=device, dtype=dtype).transpose(2, 3)
+            clips_n = max(
+                1, (65536 if device.type == "cuda" else 2048) // count
+            )  # a GPU wants more to do
+            q, k, v = torch.randn(3, clips_n, count, 4, 64, device=device, dtype=dtype).transpose(
+                2, 3
+            )
             backends = {"naive", "sdpa", *(["sdpa32"] if dtype == torch.bfloat16 else [])} - slow
             if device.type == "cuda":
                 backends |= {"triton"}
             mine = choose(q)
             ways = sorted(backends | {mine})
-            took = medians({name: forward_backward(q, k, v, backend=name) for name in ways}, device, 9)
+            took = medians(
+                {name: forward_backward(q, k, v, backend=name) for name in ways}, device, 9
+            )
             best = min(took, key=took.get)
-            slow |= {name for name in took if took[name] > 3 * took[best]}  # not tried on longer ones
+            slow |= {
+                name for name in took if took[name] > 3 * took[best]
+            }  # not tried on longer ones
             name = f"{str(dtype)[6:]}, {count} tokens: auto ({mine}) / best ({best})"
             rows.append((name, took[mine] / took[best], 1.0))
     return rows
@@ -237,7 +288,11 @@ def dense(device):
 def tiles(device):
     """Sliding tiles: dense time / their time, as a share of what the density promises."""
     rows = []
-    plans = [("tile:2,8,8/1,1,1", (8, 16, 16)), ("tile:2,8,8/3,1,1", (16, 16, 16)), ("tile:4,8,8/1,1,1", (16, 16, 16))]
+    plans = [
+        ("tile:2,8,8/1,1,1", (8, 16, 16)),
+        ("tile:2,8,8/3,1,1", (16, 16, 16)),
+        ("tile:4,8,8/1,1,1", (16, 16, 16)),
+    ]
     plans += [("tile:4,4,4/1,2,3", (16, 16, 16)), ("tile:2,8,8/3,2,1", (16, 16, 16))]
     for text, grid in plans:
         mask, count = tile_mask(text, grid, 0, device), math.prod(grid)
@@ -247,7 +302,9 @@ def tiles(device):
             q, k, v = torch.randn(3, 8, 16, count, 64, device=device, dtype=torch.bfloat16)
         ways = {"dense": forward_backward(q, k, v), "tile": forward_backward(q, k, v, plan=mask)}
         took = medians(ways, device, 9)
-        name = f"{text}, {count} tokens, density {density:.2f}, {choose(q, mask)}: speed-up x density"
+        name = (
+            f"{text}, {count} tokens, density {density:.2f}, {choose(q, mask)}: speed-up x density"
+        )
         rows.append((name, took["dense"] / took["tile"] * density, 1.0))
     return rows
 
@@ -260,7 +317,9 @@ def kernels(device):
     torch_has = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
     for dim, count in itertools.product((64, 128), (4096, 8192, 16384)):
         heads = 2048 // dim
-        q, k, v = torch.randn(3, 32768 // count, heads, count, dim, device=device, dtype=torch.bfloat16)
+        q, k, v = torch.randn(
+            3, 32768 // count, heads, count, dim, device=device, dtype=torch.bfloat16
+        )
         flops = 4 * 32768 * count * heads * dim  # forward; backward has 5 products for its 2
 
         def forward(backend=None, q=q, k=k, v=v):
@@ -277,14 +336,16 @@ def kernels(device):
         ways = {"Triton": None} | torch_has
         for name, run, times in (("forward", forward, 1), ("forward and backward", backward, 3.5)):
             took = medians({way: partial(run, backend) for way, backend in ways.items()}, device, 9)
-            rates = ", ".join(f"{way} {times * flops / seconds / 1e12:.0f}" for way, seconds in took.items())
+            rates = ", ".join(
+                f"{way} {times * flops / seconds / 1e12:.0f}" for way, seconds in took.items()
+            )
             best = min(took[way] for way in torch_has)
             label = f"D {dim}, {count} tokens, {name} ({rates} TFLOP/s): Triton / best"
             rows.append((label, best / took["Triton"], 1.0))
     return rows
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Sampling and memory
 
 
@@ -313,7 +374,11 @@ def sampling(device):
     return [
         ("CFG / plain", took["CFG"] / took["plain"], 2.0),
         ("NRG, shared trunk / plain", took["NRG, shared trunk"] / took["plain"], 1 + read / depth),
-        ("NRG, shared trunk / CFG", took["NRG, shared trunk"] / took["CFG"], (1 + read / depth) / 2),
+        (
+            "NRG, shared trunk / CFG",
+            took["NRG, shared trunk"] / took["CFG"],
+            (1 + read / depth) / 2,
+        ),
         ("NRG, own trunk / plain", took["NRG, own trunk"] / took["plain"], 1 + 2 * read / depth),
     ]
 
@@ -322,15 +387,23 @@ def saved_numbers(config, checkpointed, batch=2):
     """Numbers that one more block keeps for backward, for each channel of each token."""
     kept = []
     for depth in (2, 4):
-        model, (x0, _, y) = awake(replace(config, depth=depth), torch.device("cpu")), clips(config, batch, "cpu")
+        model, (x0, _, y) = (
+            awake(replace(config, depth=depth), torch.device("cpu")),
+            clips(config, batch, "cpu"),
+        )
         model.checkpointed = checkpointed
-        weights = {value.untyped_storage().data_ptr() for value in (*model.parameters(), *model.buffers())}
+        weights = {
+            value.untyped_storage().data_ptr() for value in (*model.parameters(), *model.buffers())
+        }
         storages = {}
 
         def pack(x, weights=weights, storages=storages):
             storage = x.untyped_storage()
             if storage.data_ptr() not in weights:
-                storages[storage.data_ptr()] = storage.nbytes(), x  # x is held, so that no other takes its place
+                storages[storage.data_ptr()] = (
+                    storage.nbytes(),
+                    x,
+                )  # x is held, so that no other takes its place
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
@@ -343,7 +416,10 @@ def saved_numbers(config, checkpointed, batch=2):
 def memory(device):
     """What a block keeps for backward, counted on the CPU."""
     names = {False: "numbers a channel, token and block", True: "the same, checkpointed"}
-    return [(name, saved_numbers(MEDIUM, checkpointed), float(checkpointed)) for checkpointed, name in names.items()]
+    return [
+        (name, saved_numbers(MEDIUM, checkpointed), float(checkpointed))
+        for checkpointed, name in names.items()
+    ]
 
 
 PARTS = {

@@ -10,10 +10,10 @@ has learned the reward's mistakes. The paper could not draw these curves: they n
 
 from functools import partial
 
-import train
+import tasks
 import trainer
 from data import DIMENSIONS
-from evaluate import mean_and_spread, over_seeds
+from judge import mean_and_spread, over_seeds
 from studies.jobs import (
     BEST_OF,
     JUDGES,
@@ -43,10 +43,19 @@ LENGTHS = (0.25, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0)  # of the default number of steps
 def swept(method, beta, seed, args, device):
     out = args.work / "beta" / f"{method}-{beta}-{seed}"
     settings = settings_for([*METHODS[method], f"--beta={beta}", f"--seed={seed}"], out, args)
-    trainer.fit(train.TASKS["dpo"](settings, device), settings, device)
-    scores, base = judge(out / "last.pt", args, device, SETS, CFGS), base_scores(args, device, SETS, CFGS)
+    trainer.fit(tasks.TASKS["dpo"](settings, device), settings, device)
+    scores, base = (
+        judge(out / "last.pt", args, device, SETS, CFGS),
+        base_scores(args, device, SETS, CFGS),
+    )
     return rows_of(
-        scores, base, study="sweep", method=method, beta=beta, seed=seed, drift=drift(out / "last.pt", device)
+        scores,
+        base,
+        study="sweep",
+        method=method,
+        beta=beta,
+        seed=seed,
+        drift=drift(out / "last.pt", device),
     )
 
 
@@ -58,10 +67,16 @@ def long_run(method, seed, args, device):
     settings.steps, base, rows = lengths[-1], base_scores(args, device, SETS, CFGS), []
 
     def judged(step, path):
-        facts = {"study": "long", "method": method, "steps": step, "seed": seed, "drift": drift(path, device)}
+        facts = {
+            "study": "long",
+            "method": method,
+            "steps": step,
+            "seed": seed,
+            "drift": drift(path, device),
+        }
         rows.extend(rows_of(judge(path, args, device, SETS, CFGS), base, **facts))
 
-    train_and_judge(train.TASKS[settings.algo](settings, device), settings, device, lengths, judged)
+    train_and_judge(tasks.TASKS[settings.algo](settings, device), settings, device, lengths, judged)
     return rows
 
 
@@ -74,7 +89,7 @@ def picked(seed, args, device):
 
 
 def folder(args):
-    return f"beta-{args.steps or train.DEFAULTS['dpo']['steps']}-{args.eval_prompts or 'all'}"
+    return f"beta-{args.steps or tasks.DEFAULTS['dpo']['steps']}-{args.eval_prompts or 'all'}"
 
 
 def jobs(args, device):
@@ -89,7 +104,7 @@ def jobs(args, device):
     return made
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # The report
 
 
@@ -101,16 +116,26 @@ def report(args, rows):
 
     def table(title, head, xs, x, **wanted):
         columns = [curve("drift", x, xs, judge="oracle", set="standard", **wanted)]
-        columns += [curve(n, x, xs, judge=by, set="standard", **wanted) for by in JUDGES for n in NAMES]
+        columns += [
+            curve(n, x, xs, judge=by, set="standard", **wanted) for by in JUDGES for n in NAMES
+        ]
         cells = [
-            [str(value), f"{columns[0][i][0]:.4f}", *(plus_minus(column[i]) for column in columns[1:])]
+            [
+                str(value),
+                f"{columns[0][i][0]:.4f}",
+                *(plus_minus(column[i]) for column in columns[1:]),
+            ]
             for i, value in enumerate(xs)
         ]
         return Table(title, [head, "drift", *(f"{by} {n}" for by in JUDGES for n in NAMES)], cells)
 
     steps = sorted({row["steps"] for row in rows if row["study"] == "long"})
-    tables = [table(f"{m}: sweep", "beta", BETAS, "beta", study="sweep", method=m) for m in SCHEDULES]
-    tables += [table(f"{m}: long run", "steps", steps, "steps", study="long", method=m) for m in LONG]
+    tables = [
+        table(f"{m}: sweep", "beta", BETAS, "beta", study="sweep", method=m) for m in SCHEDULES
+    ]
+    tables += [
+        table(f"{m}: long run", "steps", steps, "steps", study="long", method=m) for m in LONG
+    ]
     tables.append(table("best of n", "n", BEST_OF, "steps", study="best"))
 
     sweeps, runs = [], []
@@ -118,22 +143,33 @@ def report(args, rows):
         for by in JUDGES:
             series = []
             for method in SCHEDULES:
-                points = curve("TA", "beta", BETAS, study="sweep", method=method, judge=by, set=name)
+                points = curve(
+                    "TA", "beta", BETAS, study="sweep", method=method, judge=by, set=name
+                )
                 series.append((method, BETAS, *zip(*points)))
-            sweeps.append(Chart(f"TA, {name} set, {by}", series, "beta", "win rate", log=True, level=0.5))
+            sweeps.append(
+                Chart(f"TA, {name} set, {by}", series, "beta", "win rate", log=True, level=0.5)
+            )
     figure, together = partial(over_seeds, rows, set="standard"), []
 
     for method in (*LONG, "best-of-n"):
         lengths, x = (BEST_OF[1:], "KL") if method == "best-of-n" else (steps, "drift")
         ways = [{"method": "best-of-n", "steps": 1}]  # the base model
-        ways += [{"method": method, "steps": n, "study": "best" if x == "KL" else "long"} for n in lengths]
+        ways += [
+            {"method": method, "steps": n, "study": "best" if x == "KL" else "long"}
+            for n in lengths
+        ]
         away = [figure("drift", judge="oracle", **way)[0] for way in ways]
         scores = {by: [mean_z(rows, by, set="standard", **way) for way in ways] for by in JUDGES}
         series = [(by, away, scores[by], None) for by in JUDGES]
         runs.append(Chart(method, series, f"{x} from the base model", "mean z-score"))
         if method != "dpo-schedule":  # which leaves the others' range
             together.append((method, scores["videoreward"], scores["oracle"], None))
-    runs.append(Chart("the truth by what VideoReward says", together, "VideoReward's z-score", "true z-score"))
+    runs.append(
+        Chart(
+            "the truth by what VideoReward says", together, "VideoReward's z-score", "true z-score"
+        )
+    )
     return {
         "rows": rows,
         "title": "Choosing beta on the toy world",

@@ -45,7 +45,11 @@ def planned_model(args):
         model = VideoTransformer(preset(args.preset, args.size))
     if args.algo == "pretrain":
         return model
-    return add_lora(model, args.lora_rank, skip=args.freeze) if args.lora_rank else freeze_trunk(model, args.freeze)
+    return (
+        add_lora(model, args.lora_rank, skip=args.freeze)
+        if args.lora_rank
+        else freeze_trunk(model, args.freeze)
+    )
 
 
 def step_flops(config, args):
@@ -87,12 +91,19 @@ def plan(args):
 
     Sizes are those of --preset, whatever --init and --data say."""
     if args.algo not in CLIPS:
-        raise BadInput(f"--plan: knows the video model's trainings, {', '.join(CLIPS)}, not --algo {args.algo}")
+        raise BadInput(
+            f"--plan: knows the video model's trainings, {', '.join(CLIPS)}, not --algo {args.algo}"
+        )
     model = planned_model(args)
     config, parts = model.config, memory(model, args, args.plan)
-    every, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad >= least) for least in (False, True))
+    every, trained = (
+        sum(p.numel() for p in model.parameters() if p.requires_grad >= least)
+        for least in (False, True)
+    )
     flops = step_flops(config, args)
-    lines = [f"{args.algo}, {args.preset}: {every / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained, "]
+    lines = [
+        f"{args.algo}, {args.preset}: {every / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained, "
+    ]
     lines[0] += f"{config.depth} blocks, {tokens(config)} tokens a clip"
     way = "FSDP" if args.fsdp else "DDP" if args.plan > 1 else "alone"
     lines.append(f"a step: {CLIPS[args.algo] * args.batch} clips, {flops:.3g} FLOPs")
@@ -102,5 +113,7 @@ def plan(args):
     for name in ("activations", "activations, checkpointed"):
         lines.append(f"  total, {name:25}{(fixed + parts[name]) / 2**30:8.2f}")
     seconds = 1000 * flops / args.plan / args.flops
-    lines.append(f"1,000 steps at {args.flops:.3g} FLOP/s each: {seconds / 3600:.2f} hours; checkpointing adds a third")
+    lines.append(
+        f"1,000 steps at {args.flops:.3g} FLOP/s each: {seconds / 3600:.2f} hours; checkpointing adds a third"
+    )
     return lines

@@ -16,10 +16,10 @@ from itertools import product
 
 import torch
 
-import train
+import tasks
 import trainer
 from data import DIMENSIONS, Vocabulary
-from evaluate import noisy_scores, over_seeds
+from judge import noisy_scores, over_seeds
 from model import load_velocity
 from nrg import guide, load_noisy_reward, steer
 from real_data.toy_pairs import annotated_pairs
@@ -36,11 +36,7 @@ TABLE_5 = ((0, 0, 1), (0.1, 0.1, 0.8), (0.1, 0.1, 0.6), (0.5, 0.5, 0), (1, 1, 1)
 RISING = (0.5, 1, 2)
 SCALES = (0.25, 0.5, 2, 4)  # times the default
 HIGHEST = (0.8, 0.9, 1.0)  # t that is guided, beside the default
-VARIANTS = {
-    "noised": [],
-    "labels": ["--target=labels"],
-    "clean": ["--time-shift=0"],
-}
+VARIANTS = {"noised": [], "labels": ["--target=labels"], "clean": ["--time-shift=0"]}
 
 
 def name_of(weights):
@@ -56,7 +52,7 @@ def reward_of(variant, seed, args, device):
     """The noise-aware reward of a variant, trained here."""
     out = args.work / "nrg" / reward_name(variant, seed)
     settings = settings_for(["--algo=nrg", *VARIANTS[variant], f"--seed={seed}"], out, args)
-    trainer.fit(train.TASKS["nrg"](settings, device), settings, device)
+    trainer.fit(tasks.TASKS["nrg"](settings, device), settings, device)
     return load_noisy_reward(out / "last.pt")[0].to(device)
 
 
@@ -92,7 +88,12 @@ def steered_rows(variant, seed, args, device):
 
     def add(study, weights, method=None, **settings):
         scores = guided(reward, weights, args, device, clean=variant == "clean", **settings)
-        facts = {"study": study, "method": method or name_of(weights), "variant": variant, "seed": seed}
+        facts = {
+            "study": study,
+            "method": method or name_of(weights),
+            "variant": variant,
+            "seed": seed,
+        }
         facts["highest"] = settings.get("interval", NRG_INTERVAL)[1]
         rows.extend(rows_of(scores, base, **facts, scale=settings.get("scale", NRG_SCALE)))
 
@@ -112,7 +113,7 @@ def steered_rows(variant, seed, args, device):
     add("on top", (1, 1, 1), "cfg+nrg-1:1:1", cfg=CFG)
     dpo = args.work / "nrg" / f"dpo-{seed}"
     settings = settings_for([f"--seed={seed}"], dpo, args)
-    trainer.fit(train.TASKS["dpo"](settings, device), settings, device)
+    trainer.fit(tasks.TASKS["dpo"](settings, device), settings, device)
     for cfg in (1.0, CFG):
         add("on top", (0, 0, 0), "dpo", checkpoint=dpo / "last.pt", cfg=cfg)
         add("on top", (1, 1, 1), "dpo+nrg-1:1:1", checkpoint=dpo / "last.pt", cfg=cfg)
@@ -121,7 +122,10 @@ def steered_rows(variant, seed, args, device):
 
 def classifier_free(args, device):
     """Table 5's rows for comparison: the base model, and the base model with CFG, over itself without."""
-    base, facts = base_scores(args, device, SETS, (1.0, CFG)), {"study": "weights", "variant": "none", "seed": 0}
+    base, facts = (
+        base_scores(args, device, SETS, (1.0, CFG)),
+        {"study": "weights", "variant": "none", "seed": 0},
+    )
     with_cfg, without = ({f"large {CFG:g}": base[f"large {cfg:g}"]} for cfg in (CFG, 1.0))
     plain = {"large 1": base["large 1"]}
     rows = rows_of(plain, plain, **facts, method="base")
@@ -131,11 +135,22 @@ def classifier_free(args, device):
 def accuracy_rows(reward, variant, seed, args, device):
     """Accuracy without ties on pairs of prompts never seen in training, at several times."""
     base, words = load_velocity(WEIGHTS / "base.pt")
-    pairs = annotated_pairs(min(1000, args.eval_pairs), ["validation"], 98765, base.config, Vocabulary(words))
+    pairs = annotated_pairs(
+        min(1000, args.eval_pairs), ["validation"], 98765, base.config, Vocabulary(words)
+    )
     rows = []
     for t, scores in noisy_scores(reward, pairs, device, seed=0).items():
         right = accuracies_without_ties(scores[:, 0] - scores[:, 1], pairs.label)
-        rows.append({"study": "accuracy", "method": "nrg", "variant": variant, "seed": seed, "t": t, **right})
+        rows.append(
+            {
+                "study": "accuracy",
+                "method": "nrg",
+                "variant": variant,
+                "seed": seed,
+                "t": t,
+                **right,
+            }
+        )
     return rows
 
 
@@ -143,11 +158,14 @@ def told_rows(variant, seed, args, device):
     """Rows of observer.told_apart for a reward that `steered_rows` trained."""
     reward, words = load_noisy_reward(args.work / "nrg" / reward_name(variant, seed) / "last.pt")
     reader = partial(observer.alignment, reward.to(device), words, device)
-    return [row | {"variant": variant} for row in observer.told_apart(reader, seed, min(256, args.eval_pairs))]
+    return [
+        row | {"variant": variant}
+        for row in observer.told_apart(reader, seed, min(256, args.eval_pairs))
+    ]
 
 
 def folder(args):
-    return f"nrg-{args.steps or train.DEFAULTS['nrg']['steps']}-{args.eval_prompts or 'all'}"
+    return f"nrg-{args.steps or tasks.DEFAULTS['nrg']['steps']}-{args.eval_prompts or 'all'}"
 
 
 def jobs(args, device):
@@ -160,7 +178,7 @@ def jobs(args, device):
     return made
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # The report
 
 
@@ -172,7 +190,11 @@ def report(args, rows):
 
     possible = ("TA_ceiling", "TA_share")
     scores = [*(f"{n}_score" for n in DIMENSIONS), *possible, *ATTRIBUTES]
-    columns = [*(f"{by} {n}" for by in (*JUDGES, "true") for n in DIMENSIONS), *possible, *ATTRIBUTES]
+    columns = [
+        *(f"{by} {n}" for by in (*JUDGES, "true") for n in DIMENSIONS),
+        *possible,
+        *ATTRIBUTES,
+    ]
 
     def table(title, wanted_of):
         rows = []
@@ -182,12 +204,23 @@ def report(args, rows):
         return Table(title, ["", *columns], rows)
 
     methods = ["base", *map(name_of, TABLE_5), f"CFG {CFG:g}, no NRG"]
-    tables = [table("Table 5: weights VQ:MQ:TA", {name: {"study": "weights", "method": name} for name in methods})]
+    tables = [
+        table(
+            "Table 5: weights VQ:MQ:TA",
+            {name: {"study": "weights", "method": name} for name in methods},
+        )
+    ]
     alone = [name_of(tuple(w * (i == k) for k in range(3))) for i in range(3) for w in RISING]
-    tables.append(table("Each weight alone", {name: {"study": "one", "method": name} for name in alone}))
+    tables.append(
+        table("Each weight alone", {name: {"study": "one", "method": name} for name in alone})
+    )
     sweep = {f"scale {f * NRG_SCALE:g}": {"study": "scale", "scale": f * NRG_SCALE} for f in SCALES}
     sweep[f"scale {NRG_SCALE:g}"] = {"study": "weights", "method": "nrg-1:1:1"}
-    tables.append(table("Scale, 1:1:1", dict(sorted(sweep.items(), key=lambda item: float(item[0].split()[1])))))
+    tables.append(
+        table(
+            "Scale, 1:1:1", dict(sorted(sweep.items(), key=lambda item: float(item[0].split()[1])))
+        )
+    )
     ways = {}
     for weights, highest in product(((1, 1, 1), (0, 0, 1)), sorted((*HIGHEST, NRG_INTERVAL[1]))):
         study = "weights" if highest == NRG_INTERVAL[1] else "interval"
@@ -200,7 +233,9 @@ def report(args, rows):
     kinds = {}
     for variant in VARIANTS:
         for weights in ((1, 1, 1), (0, 1, 0), (0, 0, 1)):
-            study = "reward" if variant != "noised" else "one" if weights == (0, 1, 0) else "weights"
+            study = (
+                "reward" if variant != "noised" else "one" if weights == (0, 1, 0) else "weights"
+            )
             wanted = {"study": study, "variant": variant, "method": name_of(weights)}
             kinds[f"{variant}, {name_of(weights)}"] = wanted
     title = "The reward: what it learned from"
@@ -228,10 +263,18 @@ def report(args, rows):
         for name, reader in product(ATTRIBUTES, readers)
     }
     title = "What is told under noise: own prompt above one with another colour, shape or direction"
-    lines = [[f"{name}, {reader}", *map(plus_minus, curve)] for (name, reader), curve in told.items()]
+    lines = [
+        [f"{name}, {reader}", *map(plus_minus, curve)] for (name, reader), curve in told.items()
+    ]
     tables.append(Table(title, ["", *(f"t {t:g}" for t in seen)], lines))
     audits = [
-        Chart(name, [(reader, seen, *zip(*told[name, reader])) for reader in readers], "t", "told apart", level=0.5)
+        Chart(
+            name,
+            [(reader, seen, *zip(*told[name, reader])) for reader in readers],
+            "t",
+            "told apart",
+            level=0.5,
+        )
         for name in ATTRIBUTES
     ]
 

@@ -16,18 +16,26 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import train
+import tasks
 import trainer
 import world
 from data import DIMENSIONS, Vocabulary, draw_noise, step_rng
-from evaluate import NOISE_SEED, learned_scores, over_seeds, prompt_set, sample_prompts, static_quality, win_rate
 from flow import TIME_SHIFT, interpolate
+from judge import (
+    NOISE_SEED,
+    learned_scores,
+    over_seeds,
+    prompt_set,
+    sample_prompts,
+    static_quality,
+    win_rate,
+)
 from model import load_velocity
 from real_data.toy_pairs import draw_clips
 from reward import load_reward
 from runtime import resume
 from runtime.checkpoint import WEIGHTS, save_checkpoint
-from runtime.cli import BadInput, check_writable, has_bf16
+from runtime.cli import BadInput, Parser, check_writable, has_bf16, positive_int
 from sample import CFG
 from studies.report.charts import picture
 from studies.report.tables import markdown
@@ -38,7 +46,59 @@ except ImportError:  # Windows: a study then runs in one terminal
     fcntl = None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+NAMES = (
+    "reward",
+    "align",
+    "beta",
+    "nrg",
+    "rank",
+    "online",
+    "unified",
+    "bench",
+    "report",
+    "tables",
+    "read",
+)
+
+
+def arguments(argv=None):
+    parser = Parser(
+        "Reproduces the paper's tables on the toy world, or measures what costs how much."
+    )
+    parser.add_argument("study", choices=NAMES, help="what to do")
+    parser.add_argument(
+        "--seeds", type=positive_int, default=3, help="runs of each row, seeds 0, 1, ..."
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("results"), help="folder for the tables and pictures"
+    )
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path("out/evaluate"),
+        help="folder for what is kept between runs",
+    )
+    parser.add_argument("--device", default="auto", help="auto (cuda, mps, cpu) or a torch device")
+    parser.add_argument(
+        "--steps", type=positive_int, help="of each training (default: the algorithm's own)"
+    )
+    parser.add_argument(
+        "--eval-prompts", type=positive_int, help="align, beta, nrg: at most so many of each set"
+    )
+    parser.add_argument(
+        "--eval-pairs",
+        type=positive_int,
+        default=2000,
+        help="reward: pairs of each split; nrg: at most 1000",
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="tables: write nothing, fail if one is outdated"
+    )
+    parser.add_argument("--only", action="append", help="bench: this part alone; may be repeated")
+    return parser.parse_args(argv)
+
+
+# ---------------------------------------------------------------------------------------------
 # Jobs: what takes time, each done once
 
 
@@ -51,7 +111,9 @@ def work_through(jobs, folder):
     for name, job in bar:
         done = folder / f"{name}.json"
         with open(folder / f"{name}.lock", "w") as lock:
-            if not _took(lock) or done.exists():  # in this order: whoever held the lock may just have finished
+            if (
+                not _took(lock) or done.exists()
+            ):  # in this order: whoever held the lock may just have finished
                 continue
             bar.set_postfix_str(name)
             rows = job()
@@ -73,7 +135,7 @@ def _took(lock):
         return False
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Results
 
 
@@ -82,7 +144,12 @@ def facts(device):
     command = " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
     name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
     kind = f"{device}{name} with{'' if has_bf16(device) else 'out'} bfloat16"  # what train.py trains in if there is
-    return {"command": command, "commit": resume.commit(), "torch": torch.__version__, "device": kind}
+    return {
+        "command": command,
+        "commit": resume.commit(),
+        "torch": torch.__version__,
+        "device": kind,
+    }
 
 
 def rendered(study, result, saved):
@@ -139,7 +206,9 @@ def medians(ways, device, rounds=21, ordered=False):
             seconds.append(took)
     totals = [sum(took.values()) for took in seconds]
     shares = {name: [took[name] / total for took, total in zip(seconds, totals)] for name in ways}
-    return {name: statistics.median(share) * statistics.median(totals) for name, share in shares.items()}
+    return {
+        name: statistics.median(share) * statistics.median(totals) for name, share in shares.items()
+    }
 
 
 METHODS = {
@@ -167,7 +236,9 @@ def prompts_of(name, count):
     return prompt_set(count, *{"standard": ("train", "validation"), "hard": ("hard",)}[name])
 
 
-def judge(checkpoint, args, device, sets, cfgs, steered=lambda model: (model, None), seed=NOISE_SEED):
+def judge(
+    checkpoint, args, device, sets, cfgs, steered=lambda model: (model, None), seed=NOISE_SEED
+):
     """Samples of a checkpoint on each set and CFG, judged: {"set cfg": {"oracle" (N, 3), "videoreward" (N, 3),
     "right" (N, 3), "quality" (N,)}}. steered: model -> what to sample with, a velocity model and a guidance; seed: of
     the noise."""
@@ -177,7 +248,9 @@ def judge(checkpoint, args, device, sets, cfgs, steered=lambda model: (model, No
     for i, (name, count) in enumerate(sets.items()):
         prompts = prompts_of(name, min(count, args.eval_prompts or count))
         for cfg in cfgs:
-            videos = sample_prompts(model, words, prompts, seed + i, device, cfg=cfg, guidance=guidance)
+            videos = sample_prompts(
+                model, words, prompts, seed + i, device, cfg=cfg, guidance=guidance
+            )
             scores[f"{name} {cfg:g}"] = {
                 "oracle": world.oracle(videos, prompts),
                 "videoreward": learned_scores(reward, reward_words, videos, prompts, device),
@@ -209,15 +282,24 @@ def best_of(seed, args, device, sets, weights):
     """{n: `judge` of the base model at CFG 1, of n clips of each prompt the one that VideoReward likes best}. The first
     is the one that every other method is compared with. weights: of VQ, MQ and TA."""
     base = base_scores(args, device, sets, (1.0,))
-    others = [100_000 * (seed + 1) + 100 * i for i in range(1, max(BEST_OF))]  # far from all other noise
-    each = [base, *(judge(WEIGHTS / "base.pt", args, device, sets, (1.0,), seed=noise) for noise in others)]
+    others = [
+        100_000 * (seed + 1) + 100 * i for i in range(1, max(BEST_OF))
+    ]  # far from all other noise
+    each = [
+        base,
+        *(judge(WEIGHTS / "base.pt", args, device, sets, (1.0,), seed=noise) for noise in others),
+    ]
     picked = {}
     for n in BEST_OF:
         picked[n] = {}
         for key in base:
-            scores = {name: torch.stack([clips[key][name] for clips in each[:n]]) for name in base[key]}  # (n, N, ...)
+            scores = {
+                name: torch.stack([clips[key][name] for clips in each[:n]]) for name in base[key]
+            }  # (n, N, ...)
             best = (scores["videoreward"] @ torch.tensor(weights)).argmax(0)  # (N,)
-            picked[n][key] = {name: value[best, torch.arange(len(best))] for name, value in scores.items()}
+            picked[n][key] = {
+                name: value[best, torch.arange(len(best))] for name, value in scores.items()
+            }
     return picked
 
 
@@ -239,13 +321,25 @@ def rows_of(scores, base, **facts):
     rows = []
     for key, here in scores.items():
         name, cfg = key.split()
-        ceiling = 1 - (base[key]["oracle"][:, DIMENSIONS.index("TA")] >= ALL_RIGHT).float().mean().item() / 2
+        ceiling = (
+            1
+            - (base[key]["oracle"][:, DIMENSIONS.index("TA")] >= ALL_RIGHT).float().mean().item()
+            / 2
+        )
         for by in JUDGES:
             wins, mean = win_rate(here[by], base[key][by]).tolist(), here[by].mean(0).tolist()
-            row = {**facts, "set": name, "cfg": float(cfg), "judge": by, **dict(zip(DIMENSIONS, wins))}
+            row = {
+                **facts,
+                "set": name,
+                "cfg": float(cfg),
+                "judge": by,
+                **dict(zip(DIMENSIONS, wins)),
+            }
             row |= {f"{n}_score": value for n, value in zip(DIMENSIONS, mean)}
             row |= {"TA_ceiling": ceiling, "TA_share": (row["TA"] - 0.5) / max(ceiling - 0.5, 1e-6)}
-            row |= dict(zip(ATTRIBUTES, here["right"].mean(0).tolist())) | {"quality": here["quality"].mean().item()}
+            row |= dict(zip(ATTRIBUTES, here["right"].mean(0).tolist())) | {
+                "quality": here["quality"].mean().item()
+            }
             rows.append(row)
     return rows
 
@@ -253,7 +347,9 @@ def rows_of(scores, base, **facts):
 def mean_z(rows, by, **wanted):
     """The mean of the three dimensions over the seeds, as z-scores: VideoReward's own, the oracle's by TRUE_MEAN and
     TRUE_STD."""
-    means = torch.tensor([over_seeds(rows, f"{n}_score", judge=by, **wanted)[0] for n in DIMENSIONS])
+    means = torch.tensor(
+        [over_seeds(rows, f"{n}_score", judge=by, **wanted)[0] for n in DIMENSIONS]
+    )
     return ((means - world.TRUE_MEAN) / world.TRUE_STD if by == "oracle" else means).mean().item()
 
 
@@ -261,9 +357,9 @@ def settings_for(flags, out, args):
     """The flags of a training whose own closing table is kept short."""
     steps = [f"--steps={args.steps}"] if args.steps else []
     short = ["--eval-prompts=2"]
-    if train.arguments(flags).algo in ("reward", "nrg"):
+    if tasks.arguments(flags).algo in ("reward", "nrg"):
         short = [f"--eval-pairs={min(1000, args.eval_pairs)}"]
-    return train.arguments([*flags, *steps, *short, "--save-every=1000000", f"--out={out}"])
+    return tasks.arguments([*flags, *steps, *short, "--save-every=1000000", f"--out={out}"])
 
 
 def train_and_judge(task, settings, device, steps, judged):
@@ -272,7 +368,9 @@ def train_and_judge(task, settings, device, steps, judged):
 
     def batch(step, rows):
         if step in steps:
-            save_checkpoint(path, {**resume.facts(task, step), "model": task.state_dict(task.model)})
+            save_checkpoint(
+                path, {**resume.facts(task, step), "model": task.state_dict(task.model)}
+            )
             judged(step, path)
         return draw(step, rows)
 
@@ -285,7 +383,9 @@ def run(study, args, device):
     """Does a study's jobs, and writes its tables and pictures once all are done."""
     rows = work_through(study.jobs(args, device), args.work / study.folder(args))
     if rows is None:
-        print("the other jobs are being done by another process; run the same command once more when it has ended")
+        print(
+            "the other jobs are being done by another process; run the same command once more when it has ended"
+        )
         return
     result = study.report(args, [row for group in rows.values() for row in group])
     save(args.study, result, args.out, device)

@@ -17,21 +17,27 @@ import torch.nn.functional as F
 
 import world
 from data import DIMENSIONS, Vocabulary, step_rng
-from evaluate import prompt_set
 from flow import interpolate
+from judge import prompt_set
 from model import load_velocity
 from runtime.checkpoint import WEIGHTS
 
 TIMES = (0.0, 0.4, 0.6, 0.8, 0.9, 0.95)
 BLOCKS = (2, 4)
-ASKED, KNOWN, LEARNED = 256, 4000, 2000  # clips that are read; renders that Bayes knows, and that a probe learns from
+ASKED, KNOWN, LEARNED = (
+    256,
+    4000,
+    2000,
+)  # clips that are read; renders that Bayes knows, and that a probe learns from
 RIDGE = 0.1  # beside a Gram matrix whose diagonal is 1 on average
 
 
 def clean_clips(count, splits, rng):
     """Renders (count, C, T, H, W) in which every attribute can be seen, and their attributes (count, 3)."""
     prompts = prompt_set(count, *splits)
-    return world.render(world.draw_clips(prompts, torch.zeros_like(prompts[:, 0]), rng, clean=True)), prompts
+    return world.render(
+        world.draw_clips(prompts, torch.zeros_like(prompts[:, 0]), rng, clean=True)
+    ), prompts
 
 
 def noised(x0, now, rng):
@@ -59,14 +65,18 @@ def told_apart(reader, seed, count=ASKED):
 
 def scores_of(values):
     """Prompts (N, 3) -> scores (N,): the sum of what each attribute has, `values` [(N, choices)] for the three."""
-    return lambda prompts: sum(value.gather(1, prompts[:, i : i + 1])[:, 0] for i, value in enumerate(values))
+    return lambda prompts: sum(
+        value.gather(1, prompts[:, i : i + 1])[:, 0] for i, value in enumerate(values)
+    )
 
 
 def ideal(x_t, t, rng):
     """log p(attribute | x_t), each attribute by itself, were KNOWN renders all that there is."""
     x0, shown = clean_clips(KNOWN, ("train", "validation", "hard"), rng)
     mean, seen = ((1 - t[0]) * x0).flatten(1).double(), x_t.flatten(1).double()
-    log_p = (seen @ mean.T - 0.5 * mean.square().sum(1)) / t[0].double().clamp(min=0.02) ** 2  # (N, KNOWN) + constant
+    log_p = (seen @ mean.T - 0.5 * mean.square().sum(1)) / t[0].double().clamp(
+        min=0.02
+    ) ** 2  # (N, KNOWN) + constant
     return scores_of(
         [
             torch.stack([log_p[:, shown[:, i] == a].logsumexp(1) for a in range(choices)], 1)
@@ -84,7 +94,9 @@ def probe(base, blocks, x_t, t, rng):
         for x in x_t.split(128):
             no_prompt = torch.zeros(len(x), base.config.max_text, dtype=torch.int64)
             hidden, condition = base.embed(x, t[:1].expand(len(x)), no_prompt)
-            parts.append(base.run(hidden, condition, 0, blocks)[:, base.config.max_text :].flatten(1))
+            parts.append(
+                base.run(hidden, condition, 0, blocks)[:, base.config.max_text :].flatten(1)
+            )
         return torch.cat(parts)
 
     x0, shown = clean_clips(LEARNED, ["train"], rng)
@@ -116,5 +128,11 @@ def audited(seed, count):
     base, _ = load_velocity(WEIGHTS / "base.pt")
     readers = {"ideal": ideal}
     for blocks in BLOCKS:
-        readers[f"probe {blocks}"] = lambda x_t, t, rng, blocks=blocks: probe(base, blocks, x_t, t, rng)
-    return [row | {"variant": name} for name, reader in readers.items() for row in told_apart(reader, seed, count)]
+        readers[f"probe {blocks}"] = lambda x_t, t, rng, blocks=blocks: probe(
+            base, blocks, x_t, t, rng
+        )
+    return [
+        row | {"variant": name}
+        for name, reader in readers.items()
+        for row in told_apart(reader, seed, count)
+    ]

@@ -16,10 +16,19 @@ import shutil
 from functools import partial
 from itertools import product
 
-import train
+import tasks
 from data import DIMENSIONS
-from evaluate import over_seeds
-from studies.jobs import JUDGES, base_scores, drift, judge, mean_z, rows_of, settings_for, train_and_judge
+from judge import over_seeds
+from studies.jobs import (
+    JUDGES,
+    base_scores,
+    drift,
+    judge,
+    mean_z,
+    rows_of,
+    settings_for,
+    train_and_judge,
+)
 from studies.report.charts import Chart
 from studies.report.tables import Table, plus_minus
 
@@ -45,17 +54,25 @@ def aligned(arm, seed, args, device):
     length, base, rows = settings.steps // ROUNDS, base_scores(args, device, SETS, CFGS), []
 
     def judged(step, path):
-        facts = {"study": "judged", "method": arm, "round": step // length, "seed": seed, "drift": drift(path, device)}
+        facts = {
+            "study": "judged",
+            "method": arm,
+            "round": step // length,
+            "seed": seed,
+            "drift": drift(path, device),
+        }
         rows.extend(rows_of(judge(path, args, device, SETS, CFGS), base, **facts))
         if step // length in SHOWN:
             shutil.copy(path, out / f"round-{step // length}.pt")
 
     steps = [length * number for number in JUDGED[:-1]]
-    train_and_judge(train.TASKS[settings.algo](settings, device), settings, device, steps, judged)
+    train_and_judge(tasks.TASKS[settings.algo](settings, device), settings, device, steps, judged)
     lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines()[::length])
     own = {"study": "own", "method": arm, "seed": seed}
     return rows + [
-        own | {name: line[name] for name in ("round", "learned", "true")} for line in lines if "round" in line
+        own | {name: line[name] for name in ("round", "learned", "true")}
+        for line in lines
+        if "round" in line
     ]
 
 
@@ -76,14 +93,16 @@ def jobs(args, device):
     return made
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # The report
 
 
 def report(args, rows):
     scores = [f"{n}_score" for n in DIMENSIONS]
     judged = [
-        row | {"mean_score": sum(row[n] for n in scores) / len(scores)} for row in rows if row["study"] == "judged"
+        row | {"mean_score": sum(row[n] for n in scores) / len(scores)}
+        for row in rows
+        if row["study"] == "judged"
     ]
     figure, cells = partial(over_seeds, judged), []
     for arm, number in [("base", 0), *product(ARMS, JUDGED)]:
@@ -93,8 +112,17 @@ def report(args, rows):
         row += [plus_minus(figure("mean_score", judge="oracle", **here), 3)]
         row += [f"{mean_z(judged, by, **here):.2f}" for by in JUDGES]
         cells.append(row + [plus_minus(figure(n, judge="oracle", **here)) for n in DIMENSIONS])
-    head = ["arm, rounds", "drift", *(f"true {n}" for n in DIMENSIONS), "mean", *(f"z {by}" for by in JUDGES)]
-    tables = [findings(figure, args.seeds), Table("By round", [*head, *(f"oracle {n}" for n in DIMENSIONS)], cells)]
+    head = [
+        "arm, rounds",
+        "drift",
+        *(f"true {n}" for n in DIMENSIONS),
+        "mean",
+        *(f"z {by}" for by in JUDGES),
+    ]
+    tables = [
+        findings(figure, args.seeds),
+        Table("By round", [*head, *(f"oracle {n}" for n in DIMENSIONS)], cells),
+    ]
 
     rounds = sorted({row["round"] for row in rows if row["study"] == "own"})
     own = []
@@ -102,13 +130,20 @@ def report(args, rows):
         curve = [over_seeds(rows, said, study="own", method=arm, round=number) for number in rounds]
         own.append([f"{arm}, {said}", *map(plus_minus, curve)])
     title = "What a round's own VideoReward and the oracle say of its clips, mean of the three"
-    tables.append(Table(title, ["", *(f"{number:g}" for number in rounds)], own[2:]))  # dpo has no rounds
+    tables.append(
+        Table(title, ["", *(f"{number:g}" for number in rounds)], own[2:])
+    )  # dpo has no rounds
 
     charts, together, away = [], [], []
     for arm in ARMS:
-        ways = [{"method": "base", "round": 0}, *({"method": arm, "round": number} for number in JUDGED)]
+        ways = [
+            {"method": "base", "round": 0},
+            *({"method": arm, "round": number} for number in JUDGED),
+        ]
         z = {by: [mean_z(judged, by, **way) for way in ways] for by in JUDGES}
-        charts.append(Chart(arm, [(by, (0, *JUDGED), z[by], None) for by in JUDGES], "round", "mean z-score"))
+        charts.append(
+            Chart(arm, [(by, (0, *JUDGED), z[by], None) for by in JUDGES], "round", "mean z-score")
+        )
         drifted = [figure("drift", judge="oracle", **way)[0] for way in ways]
         together.append((arm, (0, *JUDGED), z["oracle"], None))
         away.append((arm, drifted, z["oracle"], None))
@@ -128,7 +163,7 @@ def report(args, rows):
 
 def findings(figure, seeds):
     """What is asked of rounds, held against the oracle. Yes is in every seed, no in none."""
-    once, last = train.DEFAULTS["dpo"]["steps"] // (STEPS // ROUNDS), ROUNDS
+    once, last = tasks.DEFAULTS["dpo"]["steps"] // (STEPS // ROUNDS), ROUNDS
     rows = []
 
     def mean(arm, number, **seed):
@@ -151,19 +186,29 @@ def findings(figure, seeds):
         changes = []
         for name in DIMENSIONS:
             wanted = {"column": f"{name}_score", "judge": "oracle", **seed}
-            ends = [figure(method=m, round=number, **wanted)[0] for m, number in ((arm, last), ("dpo", last))]
+            ends = [
+                figure(method=m, round=number, **wanted)[0]
+                for m, number in ((arm, last), ("dpo", last))
+            ]
             changes.append(ends[0] - ends[1])
-        return min(changes) >= -0.02, ", ".join(f"{n} {change:+.3f}" for n, change in zip(DIMENSIONS, changes))
+        return min(changes) >= -0.02, ", ".join(
+            f"{n} {change:+.3f}" for n, change in zip(DIMENSIONS, changes)
+        )
 
     def stays(arm, **seed):
         best = max(mean(arm, number, **seed) for number in JUDGED)
-        return mean(arm, last, **seed) >= best - 0.03, f"{mean(arm, last, **seed):.3f}, best {best:.3f}"
+        return mean(
+            arm, last, **seed
+        ) >= best - 0.03, f"{mean(arm, last, **seed):.3f}, best {best:.3f}"
 
     for arm in ("dpo-refreshed", "nft-refreshed"):
         for number, said in ((once, "the default's"), (last, "as many")):
             text = f"{arm} ends .08 above offline dpo of {said} steps, mean of the three"
             above(text, (arm, last), ("dpo", number), by_least=0.08)
-        line(f"{arm} ends with none of the three .02 below offline dpo of as many steps", partial(no_worse, arm))
+        line(
+            f"{arm} ends with none of the three .02 below offline dpo of as many steps",
+            partial(no_worse, arm),
+        )
         line(f"{arm} ends no more than .03 below its best round", partial(stays, arm))
     for one, other in (("nft", "dpo-rounds"), ("nft-refreshed", "dpo-refreshed")):
         above(f"{one} ends above {other}, of as many clips", (one, last), (other, last))

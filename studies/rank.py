@@ -12,10 +12,10 @@ the standard set at CFG 1.
 
 from functools import partial
 
-import train
+import tasks
 import trainer
 from data import DIMENSIONS
-from evaluate import over_seeds
+from judge import over_seeds
 from studies.jobs import base_scores, clock, judge, rows_of, settings_for
 from studies.report.tables import Table, plus_minus
 
@@ -29,7 +29,7 @@ def aligned(labelled, clips, ranked_by, seed, args, device, reward=None, seconds
     source = [f"--reward={reward}"] if reward else ["--rank=labels"]
     flags = ["--algo=dpo", *source, f"--pairs={clips}", f"--seed={seed}"]
     settings = settings_for(flags, out, args)
-    trainer.fit(train.TASKS["dpo"](settings, device), settings, device)
+    trainer.fit(tasks.TASKS["dpo"](settings, device), settings, device)
     scores = judge(out / "last.pt", args, device, SETS, CFGS)
     facts = {"labelled": labelled, "clips": clips, "method": ranked_by, "seed": seed}
     base = base_scores(args, device, SETS, CFGS)
@@ -43,7 +43,7 @@ def with_reward(labelled, seed, args, device):
     flags = ["--algo=reward", "--generated=0", f"--pairs={labelled}", f"--steps={steps}"]
     settings = settings_for([*flags, f"--seed={seed}"], out, args)
     begun = clock(device)
-    trainer.fit(train.TASKS["reward"](settings, device), settings, device)
+    trainer.fit(tasks.TASKS["reward"](settings, device), settings, device)
     ranks = {"reward": out / "last.pt", "seconds": clock(device) - begun}
     rows = []
     for clips in sorted({labelled, max(REWARD_STEPS)}):
@@ -52,7 +52,7 @@ def with_reward(labelled, seed, args, device):
 
 
 def folder(args):
-    return f"rank-{args.steps or train.DEFAULTS['dpo']['steps']}-{args.eval_prompts or 'all'}"
+    return f"rank-{args.steps or tasks.DEFAULTS['dpo']['steps']}-{args.eval_prompts or 'all'}"
 
 
 def jobs(args, device):

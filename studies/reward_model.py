@@ -17,10 +17,10 @@ from functools import cache, partial
 
 import torch
 
-import train
+import tasks
 import trainer
 from data import DIMENSIONS, Vocabulary
-from evaluate import mean_and_spread, over_seeds, pair_scores
+from judge import mean_and_spread, over_seeds, pair_scores
 from real_data import generated
 from real_data.toy_pairs import annotate_pairs, annotated_pairs
 from reward import RewardConfig, accuracies_without_ties, accuracy_with_ties, accuracy_without_ties
@@ -37,11 +37,20 @@ MODELS = {  # Table 6, variants I to IV
     "btt-shared": ["--loss", "btt", *SHARED],
     "btt-separate": [],
 }
-RENDERED_ONLY = {"btt-rendered": ["--generated", "0"]}  # the default, without pairs of generated clips
+RENDERED_ONLY = {
+    "btt-rendered": ["--generated", "0"]
+}  # the default, without pairs of generated clips
 FRACTIONS = (0.01, 0.1)  # of the pairs, beside all of them (Fig. 2)
 COMPARED = ("bt-shared", "regression")
-SPLITS = {"validation": ("validation", 1), "benchmark": ("hard", 2)}  # the world's split, and a seed of its own
-GENERATED = {"base": generated.MODELS, "policy": {"policy": {}}, "cfg3": {"base-cfg3": {"cfg": 3.0}}}
+SPLITS = {
+    "validation": ("validation", 1),
+    "benchmark": ("hard", 2),
+}  # the world's split, and a seed of its own
+GENERATED = {
+    "base": generated.MODELS,
+    "policy": {"policy": {}},
+    "cfg3": {"base-cfg3": {"cfg": 3.0}},
+}
 EVALUATION_SEED = 777_000
 BINS = 12  # of |difference| in units of the mean one of decided pairs, 0.2 wide (Fig. 3)
 
@@ -51,16 +60,25 @@ def judged_pairs(split, count, maker, cache, device):
     """`count` annotated pairs of a split, of the clips of the checkpoint `maker` where it is one of GENERATED."""
     if split in SPLITS:
         name, offset = SPLITS[split]
-        return annotated_pairs(count, [name], EVALUATION_SEED + offset, RewardConfig(), Vocabulary())
+        return annotated_pairs(
+            count, [name], EVALUATION_SEED + offset, RewardConfig(), Vocabulary()
+        )
     seed, settings = EVALUATION_SEED + 3, (maker, RewardConfig(), cache, device, GENERATED[split])
     return annotate_pairs(*generated.generated_pairs(count, ["validation"], seed, *settings), seed)
 
 
 def every_split(args, device):
     """{split: its pairs}."""
-    makers = {"base": WEIGHTS / "base.pt", "policy": policy(args, device), "cfg3": WEIGHTS / "base.pt"}
+    makers = {
+        "base": WEIGHTS / "base.pt",
+        "policy": policy(args, device),
+        "cfg3": WEIGHTS / "base.pt",
+    }
     made = (args.work / "clips", device)
-    return {name: judged_pairs(name, args.eval_pairs, makers.get(name), *made) for name in (*SPLITS, *GENERATED)}
+    return {
+        name: judged_pairs(name, args.eval_pairs, makers.get(name), *made)
+        for name in (*SPLITS, *GENERATED)
+    }
 
 
 def policy(args, device):
@@ -69,7 +87,7 @@ def policy(args, device):
     if not path.exists():
         out = path.with_name(f"policy-{os.getpid()}")
         settings = settings_for(["--algo=dpo"], out, args)
-        trainer.fit(train.TASKS["dpo"](settings, device), settings, device)
+        trainer.fit(tasks.TASKS["dpo"](settings, device), settings, device)
         os.replace(out / "last.pt", path)
     return path
 
@@ -87,7 +105,9 @@ def accuracies(score, pairs):
     gap = (pairs.truth[:, 0] - pairs.truth[:, 1]) / TRUE_STD  # (N, 3)
     truth = torch.where(gap.abs() > TIE_BELOW, gap.sign(), 0).long()
     row |= {f"{name}_true": value for name, value in accuracies_without_ties(delta, truth).items()}
-    return row | {f"{name}_pairs": count for name, count in zip(DIMENSIONS, (truth != 0).sum(0).tolist())}
+    return row | {
+        f"{name}_pairs": count for name, count in zip(DIMENSIONS, (truth != 0).sum(0).tolist())
+    }
 
 
 def tied_differences(score, pairs):
@@ -97,7 +117,9 @@ def tied_differences(score, pairs):
     for i, name in enumerate(DIMENSIONS):
         tied, decided = size[pairs.label[:, i] == 0, i], size[pairs.label[:, i] != 0, i].mean()
         row[f"{name}_tied"] = (tied.mean() / decided).item()
-        row[f"{name}_tied_histogram"] = (torch.histc(tied / decided, BINS, 0, 0.2 * BINS) / len(tied)).tolist()
+        row[f"{name}_tied_histogram"] = (
+            torch.histc(tied / decided, BINS, 0, 0.2 * BINS) / len(tied)
+        ).tolist()
     return row
 
 
@@ -108,32 +130,55 @@ def untrained(model, seed, args, device):
             score = (pairs.truth - TRUE_MEAN) / TRUE_STD
         else:
             score = torch.randn(pairs.truth.shape, generator=torch.Generator().manual_seed(seed))
-        rows.append({"model": model, "split": split, "seed": seed, "fraction": 1.0, **accuracies(score, pairs)})
+        rows.append(
+            {
+                "model": model,
+                "split": split,
+                "seed": seed,
+                "fraction": 1.0,
+                **accuracies(score, pairs),
+            }
+        )
     return rows
 
 
 def trained(model, fraction, seed, args, device):
     """Trains one model on a share of the pairs. Steps go with the square root of the share, 2 epochs of all pairs
     and 20 of a hundredth; with as many steps as for all, a hundredth would be learned by heart."""
-    steps = args.steps or train.DEFAULTS["reward"]["steps"]
-    batch = train.DEFAULTS["reward"]["batch"]
-    flags = {"steps": max(1, round(steps * math.sqrt(fraction))), "pairs": max(2, round(steps * batch / 2 * fraction))}
-    flags |= {"seed": seed, "out": args.work / "reward" / f"{model}-{fraction:g}-{seed}", "save-every": 10**9}
+    steps = args.steps or tasks.DEFAULTS["reward"]["steps"]
+    batch = tasks.DEFAULTS["reward"]["batch"]
+    flags = {
+        "steps": max(1, round(steps * math.sqrt(fraction))),
+        "pairs": max(2, round(steps * batch / 2 * fraction)),
+    }
+    flags |= {
+        "seed": seed,
+        "out": args.work / "reward" / f"{model}-{fraction:g}-{seed}",
+        "save-every": 10**9,
+    }
     flags["eval-pairs"] = min(1000, args.eval_pairs)
     kind = (MODELS | RENDERED_ONLY)[model]
-    settings = train.arguments(["--algo", "reward", *kind, *(f"--{k}={v}" for k, v in flags.items())])
-    task = train.TASKS["reward"](settings, device)
+    settings = tasks.arguments(
+        ["--algo", "reward", *kind, *(f"--{k}={v}" for k, v in flags.items())]
+    )
+    task = tasks.TASKS["reward"](settings, device)
     trainer.fit(task, settings, device)
     network, rows = task.model.eval(), []
     for split, pairs in every_split(args, device).items():
         score = pair_scores(network.normalised, pairs, device)
-        row = {"model": model, "split": split, "seed": seed, "fraction": fraction, **accuracies(score, pairs)}
+        row = {
+            "model": model,
+            "split": split,
+            "seed": seed,
+            "fraction": fraction,
+            **accuracies(score, pairs),
+        }
         rows.append(row | (tied_differences(score, pairs) if split == "validation" else {}))
     return rows
 
 
 def folder(args):
-    return f"reward-{args.steps or train.DEFAULTS['reward']['steps']}-{args.eval_pairs}"
+    return f"reward-{args.steps or tasks.DEFAULTS['reward']['steps']}-{args.eval_pairs}"
 
 
 def jobs(args, device):
@@ -147,30 +192,40 @@ def jobs(args, device):
     for seed in range(args.seeds):
         for fraction in FRACTIONS:
             for model in COMPARED:
-                made[f"{model}-{fraction:g}-{seed}"] = partial(trained, model, fraction, seed, args, device)
+                made[f"{model}-{fraction:g}-{seed}"] = partial(
+                    trained, model, fraction, seed, args, device
+                )
     return made
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # The report
 
 
 def report(args, rows):
     figure = partial(over_seeds, rows)
     tables = []
-    columns = [f"{name}_{kind}" for name in (*DIMENSIONS, "Overall") for kind in ("with", "without")]
+    columns = [
+        f"{name}_{kind}" for name in (*DIMENSIONS, "Overall") for kind in ("with", "without")
+    ]
     for split in SPLITS:
-        ties = ", ".join(f"{n} {figure(f'{n}_ties', model='oracle', split=split)[0]:.2f}" for n in DIMENSIONS)
+        ties = ", ".join(
+            f"{n} {figure(f'{n}_ties', model='oracle', split=split)[0]:.2f}" for n in DIMENSIONS
+        )
         cells = []
         for model in ("random", "oracle", *MODELS):
             figures = (figure(column, model=model, split=split, fraction=1.0) for column in columns)
             cells.append([model, *(plus_minus(value, 3) for value in figures)])
         title = f"Tables 2 and 6: {split}, {args.eval_pairs} pairs (ties: {ties})"
-        tables.append(Table(title, ["model", *(f"{c.replace('_', ' ')} ties" for c in columns)], cells))
+        tables.append(
+            Table(title, ["model", *(f"{c.replace('_', ' ')} ties" for c in columns)], cells)
+        )
 
     columns, cells = [(split, name) for split in (*SPLITS, *GENERATED) for name in DIMENSIONS], []
     for model in (*MODELS, *RENDERED_ONLY):
-        figures = (figure(f"{n}_true", model=model, split=split, fraction=1.0) for split, n in columns)
+        figures = (
+            figure(f"{n}_true", model=model, split=split, fraction=1.0) for split, n in columns
+        )
         cells.append([model, *(plus_minus(value, 3) for value in figures)])
     counts = (figure(f"{n}_pairs", model="oracle", split=split)[0] for split, n in columns)
     cells.append(["pairs", *(f"{count:.0f}" for count in counts)])
@@ -182,16 +237,24 @@ def report(args, rows):
         for model in COMPARED:
             curves[kind, model] = []
             for share in shares:
-                here = [r for r in rows if (r["model"], r["split"], r["fraction"]) == (model, "validation", share)]
+                here = [
+                    r
+                    for r in rows
+                    if (r["model"], r["split"], r["fraction"]) == (model, "validation", share)
+                ]
                 means = [sum(r[f"{n}_{kind}"] for n in DIMENSIONS) / 3 for r in here]
                 curves[kind, model].append(mean_and_spread(means))
-            cells.append([f"{model}, {kind} ties", *(plus_minus(value, 3) for value in curves[kind, model])])
+            cells.append(
+                [f"{model}, {kind} ties", *(plus_minus(value, 3) for value in curves[kind, model])]
+            )
     title = "Fig. 2: accuracy on validation pairs, mean of VQ, MQ and TA, by share of the training pairs"
     tables.append(Table(title, ["", *(f"{share:g}" for share in shares)], cells))
 
     cells = []
     for model in MODELS:
-        tied = (figure(f"{n}_tied", model=model, split="validation", fraction=1.0) for n in DIMENSIONS)
+        tied = (
+            figure(f"{n}_tied", model=model, split="validation", fraction=1.0) for n in DIMENSIONS
+        )
         cells.append([model, *(plus_minus(value, 3) for value in tied)])
     title = "Fig. 3: mean |difference| of tied validation pairs, that of decided pairs being 1"
     tables.append(Table(title, ["", *DIMENSIONS], cells))
@@ -200,13 +263,24 @@ def report(args, rows):
     fractions, ties = [], []
     for kind in ("without", "with"):
         series = [(m, shares, *zip(*curves[kind, m])) for m in COMPARED]
-        fractions.append(Chart(f"validation, {kind} ties", series, "share of the pairs", "accuracy", log=True))
+        fractions.append(
+            Chart(f"validation, {kind} ties", series, "share of the pairs", "accuracy", log=True)
+        )
     middles = [0.2 * i + 0.1 for i in range(BINS)]
     for name in DIMENSIONS:
         series = []
         for model in ("bt-shared", "btt-shared"):
-            here = [r for r in rows if (r["model"], r["split"], r["fraction"]) == (model, "validation", 1.0)]
-            heights = torch.tensor([r[f"{name}_tied_histogram"] for r in here]).reshape(-1, BINS).mean(0).tolist()
+            here = [
+                r
+                for r in rows
+                if (r["model"], r["split"], r["fraction"]) == (model, "validation", 1.0)
+            ]
+            heights = (
+                torch.tensor([r[f"{name}_tied_histogram"] for r in here])
+                .reshape(-1, BINS)
+                .mean(0)
+                .tolist()
+            )
             series.append((model, middles, heights, None))
         ties.append(Chart(name, series, "|difference| (decided = 1)", "share of tied pairs"))
     return {
@@ -227,33 +301,84 @@ def findings(figure, curves, shares, seeds):
 
     def compare(text, first, second, kind, names, test):
         pairs = [(held_out(first, f"{n}_{kind}"), held_out(second, f"{n}_{kind}")) for n in names]
-        said = ", ".join(f"{n} {a[0]:.3f} ± {a[1]:.3f} / {b[0]:.3f} ± {b[1]:.3f}" for n, (a, b) in zip(names, pairs))
+        said = ", ".join(
+            f"{n} {a[0]:.3f} ± {a[1]:.3f} / {b[0]:.3f} ± {b[1]:.3f}"
+            for n, (a, b) in zip(names, pairs)
+        )
         rows.append([text, "yes" if all(test(a, b) for a, b in pairs) else "no", said])
 
     def above(a, b):
         return a[0] > b[0]
 
-    def equal(a, b):  # within two standard errors of the difference of two means over the seeds, or half a point
+    def equal(
+        a, b
+    ):  # within two standard errors of the difference of two means over the seeds, or half a point
         return abs(a[0] - b[0]) < max(0.005, 2 * math.sqrt((a[1] ** 2 + b[1] ** 2) / seeds))
 
-    compare("BTT above BT with ties, in VQ and MQ", "btt-shared", "bt-shared", "with", ("VQ", "MQ"), above)
+    compare(
+        "BTT above BT with ties, in VQ and MQ",
+        "btt-shared",
+        "bt-shared",
+        "with",
+        ("VQ", "MQ"),
+        above,
+    )
     compare("BTT equals BT without ties", "btt-shared", "bt-shared", "without", DIMENSIONS, equal)
-    compare("separate tokens above shared in MQ and TA", "btt-separate", "btt-shared", "without", ("MQ", "TA"), above)
-    compare("separate tokens a little below shared in VQ", "btt-shared", "btt-separate", "without", ("VQ",), above)
-    compare("tied pairs closer to 0 under BTT than BT", "bt-shared", "btt-shared", "tied", DIMENSIONS, above)
+    compare(
+        "separate tokens above shared in MQ and TA",
+        "btt-separate",
+        "btt-shared",
+        "without",
+        ("MQ", "TA"),
+        above,
+    )
+    compare(
+        "separate tokens a little below shared in VQ",
+        "btt-shared",
+        "btt-separate",
+        "without",
+        ("VQ",),
+        above,
+    )
+    compare(
+        "tied pairs closer to 0 under BTT than BT",
+        "bt-shared",
+        "btt-shared",
+        "tied",
+        DIMENSIONS,
+        above,
+    )
     for kind in ("without", "with"):
         bt, regression = (curves[kind, model] for model in COMPARED)
-        said = ", ".join(f"{share:g}: {a[0]:.3f} / {b[0]:.3f}" for share, a, b in zip(shares, bt, regression))
+        said = ", ".join(
+            f"{share:g}: {a[0]:.3f} / {b[0]:.3f}" for share, a, b in zip(shares, bt, regression)
+        )
         holds = all(above(a, b) for a, b in zip(bt, regression))
-        rows.append([f"BT above regression at every share of the data, {kind} ties", "yes" if holds else "no", said])
+        rows.append(
+            [
+                f"BT above regression at every share of the data, {kind} ties",
+                "yes" if holds else "no",
+                said,
+            ]
+        )
     for split in SPLITS:
         shares_of_ceiling = []
         for name in DIMENSIONS:
             wanted = {"split": split, "fraction": 1.0}
-            own, top = (figure(f"{name}_without", model=m, **wanted)[0] for m in ("btt-separate", "oracle"))
+            own, top = (
+                figure(f"{name}_without", model=m, **wanted)[0] for m in ("btt-separate", "oracle")
+            )
             shares_of_ceiling.append(own / top)
-        said = ", ".join(f"{name} {share:.3f}" for name, share in zip(DIMENSIONS, shares_of_ceiling))
+        said = ", ".join(
+            f"{name} {share:.3f}" for name, share in zip(DIMENSIONS, shares_of_ceiling)
+        )
         holds = "yes" if min(shares_of_ceiling) >= 0.95 else "no"
-        rows.append([f"(ours) separate BTT has 95 % of the oracle's accuracy without ties, {split}", holds, said])
+        rows.append(
+            [
+                f"(ours) separate BTT has 95 % of the oracle's accuracy without ties, {split}",
+                holds,
+                said,
+            ]
+        )
     title = "What the paper finds, and what is found here (validation pairs)"
     return Table(title, ["finding", "here", "figures"], rows, "findings")

@@ -23,12 +23,12 @@ from itertools import product
 from pathlib import Path
 
 from data import DIMENSIONS
-from evaluate import arguments, over_seeds
+from judge import over_seeds
 from pages import annotated
 from runtime.cli import BadInput
 from sample import CFG, NRG_SCALE
 from studies import align, beta, guidance, observer, online, rank, reward_model, unified
-from studies.jobs import BEST_OF, JUDGES, METHODS, mean_z, rendered
+from studies.jobs import BEST_OF, JUDGES, METHODS, arguments, mean_z, rendered
 from studies.report.tables import Table, plus_minus, table_lines
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,7 +77,7 @@ def wins_by_judge(rows, **query):
     ]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # The tables: each function returns a Table
 
 
@@ -113,7 +113,11 @@ def true_scores():
     columns = [*SCORES, "TA_share", "shape", "quality"]
     methods = ["base", *METHODS, *(f"best-of-{n}" for n in BEST_OF[1:])]
     cells = []
-    for method, cfg in [*((method, 1.0) for method in methods), ("base", CFG), ("dpo-constant", CFG)]:
+    for method, cfg in [
+        *((method, 1.0) for method in methods),
+        ("base", CFG),
+        ("dpo-constant", CFG),
+    ]:
         query = {"method": method, "set": "standard", "cfg": cfg, "judge": "oracle"}
         label = METHOD_NAMES.get(method, method.replace("-", " "))
         if cfg != 1.0:
@@ -148,7 +152,9 @@ def rounds():
         scores = [mean_and_sd(rows, score, **query) for score in SCORES]
         z_scores = [f"{mean_z(rows, judge, method=arm, round=number):.2f}" for judge in JUDGES]
         average = mean_and_sd(rows, "mean", 3, **query)
-        cells.append([arm, str(number), mean(rows, "drift", 3, **query), *scores, average, *z_scores])
+        cells.append(
+            [arm, str(number), mean(rows, "drift", 3, **query), *scores, average, *z_scores]
+        )
     true = [f"true {name}" for name in DIMENSIONS]
     return Table("", ["arm", "rounds", "drift", *true, "mean", "true z", "learned z"], cells)
 
@@ -185,7 +191,10 @@ def reward_pairs():
         "policy": "clips of a Flow-DPO policy",
         "cfg3": "the base model's clips at CFG 3",
     }
-    models = {"btt-separate": "half generated", **dict.fromkeys(reward_model.RENDERED_ONLY, "rendered")}
+    models = {
+        "btt-separate": "half generated",
+        **dict.fromkeys(reward_model.RENDERED_ONLY, "rendered"),
+    }
     rows = load("reward")["rows"]
     cells = []
     for split, label in splits.items():
@@ -214,7 +223,10 @@ def guidance_table(head, queries):
 def guidance_weights():
     """Flow-NRG by its weights: win rates over the unguided base model by both judges."""
     rows = load("nrg")["rows"]
-    methods = {" : ".join(f"{w:g}" for w in weights): guidance.name_of(weights) for weights in guidance.TABLE_5}
+    methods = {
+        " : ".join(f"{w:g}" for w in weights): guidance.name_of(weights)
+        for weights in guidance.TABLE_5
+    }
     methods["no guidance, CFG 2"] = "CFG 2, no NRG"
     cells = []
     for label, method in methods.items():
@@ -222,7 +234,9 @@ def guidance_weights():
         wins = wins_by_judge(rows, **query)
         scores = [mean(rows, score, judge="oracle", **query) for score in SCORES]
         cells.append([label, *wins, *scores])
-    return Table("", ["VQ : MQ : TA", *WINS_BY_JUDGE, *(f"true {name}" for name in DIMENSIONS)], cells)
+    return Table(
+        "", ["VQ : MQ : TA", *WINS_BY_JUDGE, *(f"true {name}" for name in DIMENSIONS)], cells
+    )
 
 
 def guidance_alone():
@@ -253,7 +267,11 @@ def guidance_settings():
 
 def guidance_rewards():
     """Weights 1 : 1 : 1 and MQ alone by what the noise-aware reward has learned from."""
-    names = {"noised": "VideoReward's scores", "labels": "people's labels", "clean": "clean clips only"}
+    names = {
+        "noised": "VideoReward's scores",
+        "labels": "people's labels",
+        "clean": "clean clips only",
+    }
     queries = {}
     for variant, weights in product(names, ((1, 1, 1), (0, 1, 0))):
         study = "reward"
@@ -345,7 +363,7 @@ TABLES = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # The files
 
 

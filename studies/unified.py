@@ -21,9 +21,9 @@ from functools import partial
 import torch
 
 from data import draw_noise, step_rng
-from evaluate import over_seeds
 from flow_dpo import flow_dpo_step
 from flow_rwr import flow_rwr_step, rwr_weights
+from judge import over_seeds
 from nrg import guide, noisy_pair_step
 from sample import sample
 from studies.report.charts import Chart
@@ -111,7 +111,9 @@ def model_of(method, seed):
 
         def loss(rng):
             some = torch.randint(len(data), (BATCH,), generator=rng)
-            return flow_rwr_step(policy, data[some], NO_PROMPT, weight[some], **draw_noise(BATCH, (1,), 1.0, rng))[0]
+            return flow_rwr_step(
+                policy, data[some], NO_PROMPT, weight[some], **draw_noise(BATCH, (1,), 1.0, rng)
+            )[0]
 
         policy = Small(policy=True)
         return fit(policy, loss, seed), None
@@ -119,7 +121,9 @@ def model_of(method, seed):
 
         def loss(rng):
             pair, noise = labelled_pairs(rng), draw_noise(BATCH, (1,), 1.0, rng)
-            return flow_dpo_step(policy, reference, *pair, NO_PROMPT, **noise, beta=float(method[4:]))[0]
+            return flow_dpo_step(
+                policy, reference, *pair, NO_PROMPT, **noise, beta=float(method[4:])
+            )[0]
 
         policy = Small(policy=True)
         return fit(policy, loss, seed), None
@@ -149,7 +153,9 @@ def below(x):
 
 def truth():
     """p* in the bins of EDGES, and its mean."""
-    return below(EDGES).diff(), (torch.softmax(MEANS / BETA, 0) * (MEANS + STD**2 / BETA)).sum().item()
+    return below(EDGES).diff(), (
+        torch.softmax(MEANS / BETA, 0) * (MEANS + STD**2 / BETA)
+    ).sum().item()
 
 
 def quantiles(count):
@@ -166,11 +172,22 @@ def judged(method, seed):
     share = torch.histogram(x0, EDGES).hist / SAMPLES
     # the first Wasserstein distance, the area between the two distribution functions, is that of samples in order
     distance = (x0.sort().values - quantiles(SAMPLES)).abs().mean().item()
-    facts = {"distance": distance, "mean": x0.mean().item(), "right": (x0 > 0).float().mean().item()}
+    facts = {
+        "distance": distance,
+        "mean": x0.mean().item(),
+        "right": (x0 > 0).float().mean().item(),
+    }
     return [{"method": method, "seed": seed, **facts, "histogram": share.tolist()}]
 
 
-METHODS = ("reference", "rwr", *(f"dpo-{beta:g}" for beta in DPO_BETAS), "nrg-exact", "nrg-shared", "nrg-own")
+METHODS = (
+    "reference",
+    "rwr",
+    *(f"dpo-{beta:g}" for beta in DPO_BETAS),
+    "nrg-exact",
+    "nrg-shared",
+    "nrg-own",
+)
 
 
 def folder(args):
@@ -178,7 +195,11 @@ def folder(args):
 
 
 def jobs(args, device):
-    return {f"{method}-{seed}": partial(judged, method, seed) for seed in range(args.seeds) for method in METHODS}
+    return {
+        f"{method}-{seed}": partial(judged, method, seed)
+        for seed in range(args.seeds)
+        for method in METHODS
+    }
 
 
 def report(args, rows):
@@ -187,18 +208,33 @@ def report(args, rows):
     curves = [("p*", share)]
     for method in METHODS:
         here = [row for row in rows if row["method"] == method]
-        cells.append([method, *(plus_minus(over_seeds(here, c), 3) for c in ("distance", "mean", "right"))])
-        curves.append((method, torch.tensor([row["histogram"] for row in here]).reshape(-1, len(EDGES) - 1).mean(0)))
+        cells.append(
+            [method, *(plus_minus(over_seeds(here, c), 3) for c in ("distance", "mean", "right"))]
+        )
+        curves.append(
+            (
+                method,
+                torch.tensor([row["histogram"] for row in here])
+                .reshape(-1, len(EDGES) - 1)
+                .mean(0),
+            )
+        )
 
     middles, width = (EDGES[:-1] + EDGES[1:]) / 2, EDGES[1] - EDGES[0]
-    series = {name: (name, middles.tolist(), (curve / width).tolist(), None) for name, curve in curves}
+    series = {
+        name: (name, middles.tolist(), (curve / width).tolist(), None) for name, curve in curves
+    }
     dpo = [f"dpo-{beta:g}" for beta in DPO_BETAS]
     groups = ["reference", "rwr"], dpo, ["nrg-exact", "nrg-shared", "nrg-own"]
-    charts = [Chart("density", [series[name] for name in ("p*", *group)], "x", "p(x)") for group in groups]
+    charts = [
+        Chart("density", [series[name] for name in ("p*", *group)], "x", "p(x)") for group in groups
+    ]
     return {
         "rows": rows,
         "title": "Three ways to p*",
-        "introduction": [f"p_ref: modes at -1 and 1, standard deviation {STD}; r(x) = x, beta {BETA:g}."],
+        "introduction": [
+            f"p_ref: modes at -1 and 1, standard deviation {STD}; r(x) = x, beta {BETA:g}."
+        ],
         "tables": [Table("", ["", "distance to p*", "mean", "mass above 0"], cells)],
         "pictures": {"unified": charts},
     }

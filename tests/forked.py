@@ -14,11 +14,14 @@ import torch
 
 import model
 import reward
+import tasks
 import train
 from data import Vocabulary
 from runtime import checkpoint, cli
 
-torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # imports a second's worth of torch, once for all children
+torch.optim.AdamW(
+    [torch.zeros(1, requires_grad=True)]
+)  # imports a second's worth of torch, once for all children
 TINY = model.ModelConfig(dim=32, depth=3, heads=2, vocab=len(Vocabulary().words))
 
 
@@ -26,11 +29,21 @@ def tiny_checkpoints(folder):
     """Flags that name a tiny random base model and reward in `folder`."""
     torch.manual_seed(0)
     sizes = {"dim": 24, "depth": 2, "heads": 2, "vocab": TINY.vocab}
-    made = {"velocity": model.VideoTransformer(TINY), "reward": reward.VideoReward(reward.RewardConfig(**sizes))}
+    made = {
+        "velocity": model.VideoTransformer(TINY),
+        "reward": reward.VideoReward(reward.RewardConfig(**sizes)),
+    }
     for kind, network in made.items():
-        for value in network.parameters():  # new blocks do nothing, as their gates are 0; after this they do
+        for value in (
+            network.parameters()
+        ):  # new blocks do nothing, as their gates are 0; after this they do
             value.data += 0.05 * torch.randn(value.shape)
-        facts = {"kind": kind, "config": asdict(network.config), "vocabulary": Vocabulary().words, "step": 0}
+        facts = {
+            "kind": kind,
+            "config": asdict(network.config),
+            "vocabulary": Vocabulary().words,
+            "step": 0,
+        }
         checkpoint.save_checkpoint(folder / f"{kind}.pt", {**facts, "model": network.state_dict()})
     return [f"--init={folder / 'velocity.pt'}", f"--reward={folder / 'reward.pt'}"]
 
@@ -48,7 +61,10 @@ def fork(function, *args, output=os.devnull, **environment):
         handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(handle, 1)
         os.dup2(handle, 2)
-        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # not a test's capture
+        sys.stdout, sys.stderr = (
+            open(1, "w", closefd=False),
+            open(2, "w", closefd=False),
+        )  # not a test's capture
         signal.signal(signal.SIGINT, signal.default_int_handler)
         torch.set_num_threads(1)  # a pool of threads does not survive a fork
         model.PRESETS["nano"] = TINY
@@ -74,7 +90,7 @@ def with_read(flags, *more):
     flags = list(map(str, flags))
     for flag in more:
         try:
-            train.arguments([flag, *flags])
+            tasks.arguments([flag, *flags])
         except cli.BadInput as error:
             if not re.search("read by|reads it only", str(error)):
                 raise
@@ -105,12 +121,17 @@ def together(function, cases, output=os.devnull, ranks=2):
         each.close()
 
     def all_cases():
-        for port, case in zip(ports, cases):  # a meeting place for each, as process 0 leaves the last one later
+        for port, case in zip(
+            ports, cases
+        ):  # a meeting place for each, as process 0 leaves the last one later
             os.environ["MASTER_PORT"] = str(port)
             function(*case)
 
     shared = {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(ranks)}
-    children = [fork(all_cases, output=output, **shared, RANK=str(i), LOCAL_RANK=str(i)) for i in range(ranks)]
+    children = [
+        fork(all_cases, output=output, **shared, RANK=str(i), LOCAL_RANK=str(i))
+        for i in range(ranks)
+    ]
     return [ended(child) for child in children]
 
 

@@ -12,7 +12,9 @@ WINGS = ("kernels", "runtime", "real_data", "online", "studies", "examples", "pa
 def documents(root=ROOT):
     """The Markdown files that people write, from the root; results/*.md are written by the studies."""
     folders = [root / part for part in ("", "docs", "weights", "examples")]
-    return [str(path.relative_to(root)) for folder in folders for path in sorted(folder.glob("*.md"))]
+    return [
+        str(path.relative_to(root)) for folder in folders for path in sorted(folder.glob("*.md"))
+    ]
 
 
 DOCS = documents()
@@ -52,10 +54,15 @@ def commands(text):
             for _, output in found[-1:]:
                 output.append(line)
             continue
-        lexer = shlex.shlex(match[1], posix=True, punctuation_chars=";&|")  # which leaves comments out
+        lexer = shlex.shlex(
+            match[1], posix=True, punctuation_chars=";&|"
+        )  # which leaves comments out
         lexer.whitespace_split = True
         for between, words in groupby(lexer, {";", "&&", "&", "|", "do", "done"}.__contains__):
-            words = [re.sub(r"\$\{?(\w+)\}?", lambda name: values.get(name[1], name[0]), word) for word in words]
+            words = [
+                re.sub(r"\$\{?(\w+)\}?", lambda name: values.get(name[1], name[0]), word)
+                for word in words
+            ]
             while words and re.match(r"\w+=", words[0]):
                 del words[0]  # a variable of the environment
             if words[0] == "for":
@@ -77,5 +84,8 @@ def fenced(doc):
 
 def all_commands(doc):
     """Every command of a file once, as text."""
-    found = [*sum(fenced(doc).values(), []), *(one for span in spans(prose(doc)) for one in commands(span))]
+    found = [
+        *sum(fenced(doc).values(), []),
+        *(one for span in spans(prose(doc)) for one in commands(span)),
+    ]
     return dict.fromkeys(shlex.join(words) for words, _ in found)

@@ -22,7 +22,9 @@ def code_lines(source):
         if isinstance(node, ast.ClassDef):
             nodes.extend(node.body)
     for node in nodes:
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(
+            node
+        ):
             docstring = node.body[0]
             for number in range(docstring.lineno, docstring.end_lineno + 1):
                 lines[number - 1] = ""
@@ -37,7 +39,9 @@ def test_the_page_has_all_code_of_the_core_and_every_equation():
     assert len(page) < 1_000_000 and "<script" not in page and 'src="' not in page
     shown = "\n".join(re.findall(r"<pre><code>(.*?)</code></pre>", page, re.DOTALL))
     shown = html.unescape(re.sub(r"<[^>]+>", "", shown)).splitlines()
-    expected = [line for file in annotated.FILES for line in code_lines((annotated.ROOT / file).read_text())]
+    expected = [
+        line for file in annotated.FILES for line in code_lines((annotated.ROOT / file).read_text())
+    ]
     assert [line for line in shown if line.strip()] == expected
     numbers = {int(number) for number in re.findall(r'class="number">\((\d+)\)', page)}
     assert {1, 2, 4, 5, 6, 7, 8, 9, 10, 11} <= numbers

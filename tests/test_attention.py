@@ -71,8 +71,12 @@ def near(text, grid, words):
     box, window = parse_attention(text)
     boxes = [n // side for n, side in zip(grid, box)]
     place = [(t, h, w) for t in range(grid[0]) for h in range(grid[1]) for w in range(grid[2])]
-    order = sorted(range(len(place)), key=lambda i: [x // side for x, side in zip(place[i], box)])  # stable
-    at = torch.tensor([[x // side for x, side in zip(place[i], box)] for i in order])  # (video, 3): each token's box
+    order = sorted(
+        range(len(place)), key=lambda i: [x // side for x, side in zip(place[i], box)]
+    )  # stable
+    at = torch.tensor(
+        [[x // side for x, side in zip(place[i], box)] for i in order]
+    )  # (video, 3): each token's box
     mask = torch.ones(words + len(at), words + len(at), dtype=torch.bool)
     for axis in range(3):
         width = min(window[axis], boxes[axis])
@@ -85,18 +89,27 @@ def near(text, grid, words):
 def test_a_plan_sees_what_the_coordinates_say(case):
     text, grid, words = case
     plan, (mask, order) = tile_mask(text, grid, words, CPU), near(text, grid, words)
-    assert plan.order.tolist() == order and torch.equal(plan.order[plan.inverse], torch.arange(len(order)))
+    assert plan.order.tolist() == order and torch.equal(
+        plan.order[plan.inverse], torch.arange(len(order))
+    )
     assert torch.equal(boolean_mask(plan, len(mask)), mask)
-    seen_from_keys = boolean_mask(plan._replace(keys=plan.queries, counts=plan.query_counts), len(mask))
+    seen_from_keys = boolean_mask(
+        plan._replace(keys=plan.queries, counts=plan.query_counts), len(mask)
+    )
     assert torch.equal(seen_from_keys, mask.T)
     boxes = plan.counts[-(-words // plan.tile) :]
-    assert (boxes == boxes[0]).all()  # every box sees equally many: `gather` and balanced GPU programs need it
+    assert (
+        boxes == boxes[0]
+    ).all()  # every box sees equally many: `gather` and balanced GPU programs need it
 
 
 @pytest.mark.parametrize(
     ("window", "seen"),
     [
-        ("/1,1,2", [[0, 1], [0, 1], [1, 2], [2, 3], [3, 4]]),  # an even one reaches further back than ahead
+        (
+            "/1,1,2",
+            [[0, 1], [0, 1], [1, 2], [2, 3], [3, 4]],
+        ),  # an even one reaches further back than ahead
         ("/2,4,1", [[0], [1], [2], [3], [4]]),
         ("/1,1,4", [[0, 1, 2, 3]] * 3 + [[1, 2, 3, 4]] * 2),
         ("", [[0, 1, 2], [0, 1, 2], [1, 2, 3], [2, 3, 4], [2, 3, 4]]),  # three boxes unless told
@@ -108,7 +121,11 @@ def test_windows_on_a_line_by_hand(window, seen):
 
 
 def test_blocks_by_hand():
-    assert blocks(22, 6, 4) == [slice(0, 4), slice(4, 6), *(slice(i, i + 4) for i in (6, 10, 14, 18))]
+    assert blocks(22, 6, 4) == [
+        slice(0, 4),
+        slice(4, 6),
+        *(slice(i, i + 4) for i in (6, 10, 14, 18)),
+    ]
     assert blocks(10, -1, 4) == [slice(0, 4), slice(4, 8), slice(8, 10)]
     assert blocks(8, 0, 4) == [slice(0, 4), slice(4, 8)]
 
@@ -126,7 +143,9 @@ def test_a_second_backward_is_exact_in_naive_and_refused_elsewhere():
     def twice(backend):
         x = torch.randn(1, 1, 4, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         x.requires_grad_(True)
-        return torch.autograd.gradgradcheck(lambda x: attention(x, x * 2, x.square(), None, backend), x)
+        return torch.autograd.gradgradcheck(
+            lambda x: attention(x, x * 2, x.square(), None, backend), x
+        )
 
     assert twice("naive")
     for backend in ("sdpa", "tiled"):
@@ -140,8 +159,12 @@ def test_the_custom_op_is_sound_and_compiles_to_one_graph():
     tensors = [x.requires_grad_(True) for x in torch.randn(3, 1, 2, 9, 16)]
     arguments = (*tensors, *plan[4:], plan.words, plan.tile, "tiled")
     torch.library.opcheck(torch.ops.videoreward.tile_attention.default, arguments)
-    compiled = torch.compile(lambda *x: attention(*x, plan, "tiled").square(), backend="aot_eager", fullgraph=True)
-    assert torch.allclose(compiled(*tensors), attention(*tensors, plan, "naive").square(), atol=1e-6)
+    compiled = torch.compile(
+        lambda *x: attention(*x, plan, "tiled").square(), backend="aot_eager", fullgraph=True
+    )
+    assert torch.allclose(
+        compiled(*tensors), attention(*tensors, plan, "naive").square(), atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("backend", ["flash9", "gather"])
@@ -150,7 +173,9 @@ def test_a_backend_that_is_unknown_or_lacks_a_plan_is_named(backend):
         attention(*torch.randn(3, 1, 1, 2, 4), backend=backend)
 
 
-@pytest.mark.parametrize("text", ["tile", "tile:2,2", "tile:0,2,2", "tile:2,2,2/3,0,3", "tile:2,2,2,2", "sparse"])
+@pytest.mark.parametrize(
+    "text", ["tile", "tile:2,2", "tile:0,2,2", "tile:2,2,2/3,0,3", "tile:2,2,2,2", "sparse"]
+)
 def test_a_wrong_attention_is_refused(text):
     with pytest.raises(ValueError, match="must be full, tile:T,H,W"):
         parse_attention(text)

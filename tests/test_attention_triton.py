@@ -20,7 +20,9 @@ triton = pytest.importorskip("triton")
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float16, 2e-3)])
-@pytest.mark.parametrize("case", [None, ("tile:1,4,4/1,2,1", (1, 12, 8), 21), ("tile:2,2,4", (2, 4, 4), 0)])
+@pytest.mark.parametrize(
+    "case", [None, ("tile:1,4,4/1,2,1", (1, 12, 8), 21), ("tile:2,2,4", (2, 4, 4), 0)]
+)
 def test_output_and_gradients(dtype, tolerance, case):
     torch.manual_seed(0)
     if case is None:  # dense, ragged, other lengths of queries and keys
@@ -35,7 +37,9 @@ def test_output_and_gradients(dtype, tolerance, case):
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="needs CUDA")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 @pytest.mark.parametrize("dim", [32, 64, 128])
-@pytest.mark.parametrize("case", [None, ("tile:1,8,8/1,3,3", (2, 32, 32), 77), ("tile:2,8,8/3,1,1", (8, 16, 16), 8)])
+@pytest.mark.parametrize(
+    "case", [None, ("tile:1,8,8/1,3,3", (2, 32, 32), 77), ("tile:2,8,8/3,1,1", (8, 16, 16), 8)]
+)
 def test_long_sequences_on_a_gpu(case, dim, dtype, tolerance):
     torch.manual_seed(0)
     if case is None:
@@ -45,7 +49,9 @@ def test_long_sequences_on_a_gpu(case, dim, dtype, tolerance):
     mask, _ = near(text, grid, words)
     q, k, v = torch.randn(3, 2, 3, words + math.prod(grid), dim).to(DEVICE, dtype)
     plan = tile_mask(text, grid, words, DEVICE)
-    fits = plan.tile * dim * q.element_size() <= 2**15  # in shared memory; `auto` copies what does not
+    fits = (
+        plan.tile * dim * q.element_size() <= 2**15
+    )  # in shared memory; `auto` copies what does not
     backend = "triton" if fits else "auto"
     check((q, k, v), plan, mask.to(DEVICE), backend, tolerance)
 
@@ -84,7 +90,9 @@ for name in ("forward_kernel", "query_kernel", "key_kernel"):
 
 def test_machine_code_uses_tensor_cores_and_does_not_spill():
     settings = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"}
-    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=settings)
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], capture_output=True, text=True, env=settings
+    )
     if "no cuobjdump" in done.stderr:
         pytest.skip("this build of triton has no cuobjdump")
     assert done.returncode == 0, done.stderr

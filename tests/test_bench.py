@@ -13,7 +13,9 @@ from model import ModelConfig
 from runtime import cli
 from studies import bench, jobs
 
-SMALL = ModelConfig(frames=4, size=24, patch=(1, 4, 4), dim=64, depth=2, heads=2, max_text=4)  # 148 tokens
+SMALL = ModelConfig(
+    frames=4, size=24, patch=(1, 4, 4), dim=64, depth=2, heads=2, max_text=4
+)  # 148 tokens
 
 
 def test_a_block_keeps_24_numbers_a_channel_and_checkpointed_its_input():
@@ -26,7 +28,10 @@ def test_a_block_keeps_24_numbers_a_channel_and_checkpointed_its_input():
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_gradients_are_those_of_blocks_that_keep_everything(checkpointed, monkeypatch):
-    network, (x0, _, y) = bench.awake(replace(SMALL, depth=3), torch.device("cpu")), bench.clips(SMALL, 2, "cpu")
+    network, (x0, _, y) = (
+        bench.awake(replace(SMALL, depth=3), torch.device("cpu")),
+        bench.clips(SMALL, 2, "cpu"),
+    )
 
     def gradients():
         out = network(x0, torch.tensor([0.3, 0.8]), y)
@@ -53,14 +58,18 @@ def test_one_part_is_printed_and_not_written(tmp_path, monkeypatch, capsys):
 def test_the_command_writes_json(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "MEDIUM", SMALL)
     monkeypatch.setattr(bench, "PARTS", {"memory": bench.memory})
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "bench", "--out", str(tmp_path), "--device", "cpu"])
+    monkeypatch.setattr(
+        sys, "argv", ["evaluate.py", "bench", "--out", str(tmp_path), "--device", "cpu"]
+    )
     threads = torch.get_num_threads()
     cli.run(evaluate.main)
     torch.set_num_threads(threads)
     result = json.loads((tmp_path / "bench.json").read_text())
     assert result["command"].startswith("python evaluate.py bench") and len(result["rows"]) == 2
     assert "checkpointed" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "bench", "--only", "speed", "--out", str(tmp_path)])
+    monkeypatch.setattr(
+        sys, "argv", ["evaluate.py", "bench", "--only", "speed", "--out", str(tmp_path)]
+    )
     with pytest.raises(cli.BadInput, match="--only speed: no part of the bench; known: memory"):
         evaluate.main()
 
@@ -70,5 +79,9 @@ def test_a_slow_round_leaves_ratios_alone(monkeypatch):
     took = [9.0, 9.0, 1.0, 2.0, 10.0, 20.0, 2.0, 4.2]
     times = iter([time for seconds in took for time in (0.0, seconds)])
     monkeypatch.setattr(jobs, "clock", lambda device: next(times))
-    found = jobs.medians({"a": lambda: None, "b": lambda: None}, torch.device("cpu"), rounds=3, ordered=True)
-    assert found == pytest.approx({"a": 6.2 / 3, "b": 2 * 6.2 / 3})  # shares 1/3 and 2/3 of the middle round's time
+    found = jobs.medians(
+        {"a": lambda: None, "b": lambda: None}, torch.device("cpu"), rounds=3, ordered=True
+    )
+    assert found == pytest.approx(
+        {"a": 6.2 / 3, "b": 2 * 6.2 / 3}
+    )  # shares 1/3 and 2/3 of the middle round's time

@@ -14,6 +14,7 @@ from forked import same, with_read
 
 import evaluate
 import sample
+import tasks
 import train
 import world
 from data import TOY_WORDS
@@ -27,7 +28,14 @@ ROOT = Path(__file__).parent.parent
 
 def short(algo, *flags):
     """The flags of a tiny training."""
-    tiny = "--steps=5", "--batch=2", "--eval-prompts=4", "--eval-pairs=20", "--device=cpu", "--generated=0"
+    tiny = (
+        "--steps=5",
+        "--batch=2",
+        "--eval-prompts=4",
+        "--eval-pairs=20",
+        "--device=cpu",
+        "--generated=0",
+    )
     return with_read([f"--algo={algo}", *map(str, flags)], *tiny)
 
 
@@ -48,7 +56,7 @@ def command(monkeypatch, capsys):
     return run
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 
 
 def test_sampling_on_shipped_weights_from_a_shell(tmp_path):
@@ -72,7 +80,10 @@ def test_sampling_flags_change_the_clip(command, tmp_path):
 
     plain = gif("plain")
     assert gif("again") == plain
-    assert len({plain, gif("seed", "--seed", 1), gif("steps", "--steps", 5), gif("cfg", "--cfg", 1)}) == 4
+    assert (
+        len({plain, gif("seed", "--seed", 1), gif("steps", "--steps", 5), gif("cfg", "--cfg", 1)})
+        == 4
+    )
 
 
 def test_guided_clips_come_with_those_without(command, tmp_path):
@@ -82,12 +93,24 @@ def test_guided_clips_come_with_those_without(command, tmp_path):
     def scores(*flags):
         """{run: lines of scores}, and the pictures' bytes."""
         folder = tmp_path / " ".join(["run", *flags])
-        flags = ["--n", 2, "--steps", 3, "--nrg-ckpt", tmp_path / "nrg" / "last.pt", "--out", folder, *flags]
+        flags = [
+            "--n",
+            2,
+            "--steps",
+            3,
+            "--nrg-ckpt",
+            tmp_path / "nrg" / "last.pt",
+            "--out",
+            folder,
+            *flags,
+        ]
         status, out, error = command(sample, *flags)
         assert status == 0, error
         runs = {}
         for line in out.splitlines()[2:-1]:
-            run, _, numbers = line.rpartition(next(row for row in (" mean ", " 0 ", " 1 ") if row in line))
+            run, _, numbers = line.rpartition(
+                next(row for row in (" mean ", " 0 ", " 1 ") if row in line)
+            )
             runs.setdefault(run.strip(), []).append(numbers)
         return runs, {path.suffix: path.read_bytes() for path in folder.iterdir()}
 
@@ -98,16 +121,25 @@ def test_guided_clips_come_with_those_without(command, tmp_path):
         list(none) == ["CFG 2", "CFG 2 NRG 0,0,0"]
         and len({*map(tuple, none.values()), *map(tuple, plain.values())}) == 1
     )
-    for nothing in ("--nrg-scale=0", "--nrg-eps=1e9", "--nrg-interval=0,0.1"):  # steps at t = 1, .89 and .67
+    for nothing in (
+        "--nrg-scale=0",
+        "--nrg-eps=1e9",
+        "--nrg-interval=0,0.1",
+    ):  # steps at t = 1, .89 and .67
         left, _ = scores("--nrg", "1,1,0.5", nothing)
         assert left["CFG 2 NRG 1,1,0.5"] == plain["CFG 2"]
     up, pictures = scores("--nrg", "1,1,0.5")
     down, others = scores("--nrg", "-1,0,2")
     assert up["CFG 2"] == down["CFG 2"] == plain["CFG 2"]
     assert len({*map(tuple, up.values()), *map(tuple, down.values())}) == 3
-    assert pictures.keys() == {".gif", ".png"} and all(pictures[kind] != others[kind] for kind in pictures)
+    assert pictures.keys() == {".gif", ".png"} and all(
+        pictures[kind] != others[kind] for kind in pictures
+    )
     compared, _ = scores("--nrg", "1,1,0.5", "--compare")
-    assert list(compared) == ["CFG 1", "CFG 2", "CFG 2 NRG 1,1,0.5"] and compared["CFG 2"] == plain["CFG 2"]
+    assert (
+        list(compared) == ["CFG 1", "CFG 2", "CFG 2 NRG 1,1,0.5"]
+        and compared["CFG 2"] == plain["CFG 2"]
+    )
 
 
 def save_models(folder, words=TOY_WORDS, **sizes):
@@ -175,7 +207,9 @@ def test_case_punctuation_and_spaces_of_a_prompt_do_not_matter(command, tmp_path
     assert world.prompt_attributes([prompt]).tolist() == [[0, 0, 0]]  # red, circle, left
 
 
-@pytest.mark.parametrize("algo", [algo for algo in train.TASKS if algo != "nft"])  # rounds: test_online.py
+@pytest.mark.parametrize(
+    "algo", [algo for algo in tasks.TASKS if algo != "nft"]
+)  # rounds: test_online.py
 def test_a_stopped_run_resumes_to_the_same_bits(command, monkeypatch, tmp_path, algo):
     own = {"reward": ["--pairs", 40], "nft": ["--rounds", 1, "--clips", 1]}
     flags = short(algo, *own.get(algo, []))
@@ -183,7 +217,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(command, monkeypatch, tmp_path, 
     assert status == 0, error
     assert str(tmp_path / "whole" / "last.pt") in out.splitlines()[-1]
 
-    honest = train.TASKS[algo]
+    honest = tasks.TASKS[algo]
 
     def stops_in_step_2(args, device):
         task = honest(args, device)
@@ -197,18 +231,26 @@ def test_a_stopped_run_resumes_to_the_same_bits(command, monkeypatch, tmp_path, 
         task.batch = stops
         return task
 
-    monkeypatch.setitem(train.TASKS, algo, stops_in_step_2)
+    monkeypatch.setitem(tasks.TASKS, algo, stops_in_step_2)
     status, out, _ = command(train, *flags, "--out", tmp_path / "parts")
     assert status == 130 and "stopped after step 3" in out
     assert checkpoint.load_checkpoint(tmp_path / "parts" / "last.pt")["step"] == 3
-    monkeypatch.setitem(train.TASKS, algo, honest)
+    monkeypatch.setitem(tasks.TASKS, algo, honest)
     status, _, error = command(train, *flags, "--out", tmp_path / "parts", "--resume")
     assert status == 0, error
 
-    whole, parts = (checkpoint.load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "parts"))
+    whole, parts = (
+        checkpoint.load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "parts")
+    )
     assert same(whole, parts)
     logs = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "parts")]
-    assert logs[0] == logs[1] and [json.loads(line)["step"] for line in logs[0].splitlines()] == [0, 1, 2, 3, 4]
+    assert logs[0] == logs[1] and [json.loads(line)["step"] for line in logs[0].splitlines()] == [
+        0,
+        1,
+        2,
+        3,
+        4,
+    ]
     assert not list(tmp_path.rglob("*.tmp"))
 
 
@@ -219,7 +261,11 @@ def test_compiling_without_a_compiler_is_one_line(command, monkeypatch, tmp_path
     status, _, error = command(train, *flags)
     assert status == 2 and "Traceback" not in error, error
     line = error.splitlines()[-1]
-    assert line.startswith("train.py: error: --compile: ") and "/nowhere/g++" in line and "leave the flag out" in line
+    assert (
+        line.startswith("train.py: error: --compile: ")
+        and "/nowhere/g++" in line
+        and "leave the flag out" in line
+    )
 
 
 def test_checkpointed_blocks_train_to_the_same_bits(command, tmp_path):
@@ -238,7 +284,9 @@ def test_bfloat16_is_said_and_near_float32(command, tmp_path):
         status, out, error = command(train, *flags, "--out", tmp_path / precision)
         assert status == 0, error
         assert f", {precision} on cpu, 2 steps" in out
-        losses.append(json.loads((tmp_path / precision / "metrics.jsonl").read_text().splitlines()[0])["loss"])
+        losses.append(
+            json.loads((tmp_path / precision / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+        )
     assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=0.02)
 
 
@@ -261,19 +309,29 @@ def test_dpo_ends_with_a_table_and_pictures_and_its_result_can_be_sampled(comman
     assert status == 0, error
     for words in ("base, true score", "dpo wins, oracle", "dpo wins, VideoReward", "metrics.jsonl"):
         assert words in out
-    assert {"base_above_dpo.gif", "base_above_dpo.png", "last.pt"} <= {path.name for path in tmp_path.iterdir()}
+    assert {"base_above_dpo.gif", "base_above_dpo.png", "last.pt"} <= {
+        path.name for path in tmp_path.iterdir()
+    }
     first = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
     assert first["loss"] == pytest.approx(0.693147, abs=1e-5) and first["accuracy"] == 0.5
-    assert command(sample, "--ckpt", tmp_path / "last.pt", "--n", 1, "--steps", 2, "--out", tmp_path / "s")[0] == 0
+    assert (
+        command(
+            sample, "--ckpt", tmp_path / "last.pt", "--n", 1, "--steps", 2, "--out", tmp_path / "s"
+        )[0]
+        == 0
+    )
 
 
 def test_help_names_every_default(command):
     status, out, _ = command(train, "--help")
     assert status == 0
-    assert all(f"{algo} {values['steps']}" in " ".join(out.split()) for algo, values in train.DEFAULTS.items())
+    assert all(
+        f"{algo} {values['steps']}" in " ".join(out.split())
+        for algo, values in tasks.DEFAULTS.items()
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 
 
 class Hostile:
@@ -339,7 +397,9 @@ def test_bad_checkpoints_are_refused_in_one_line(command, tmp_path, monkeypatch,
     bad_files(tmp_path)
     status, _, error = command(sample, "--ckpt", tmp_path / name, "--out", tmp_path / "out")
     refused(status, error, CHECKPOINTS[name])
-    status, _, error = command(train, *short("dpo"), "--init", tmp_path / name, "--out", tmp_path / "out")
+    status, _, error = command(
+        train, *short("dpo"), "--init", tmp_path / name, "--out", tmp_path / "out"
+    )
     refused(status, error, CHECKPOINTS[name])
     assert not (tmp_path / "executed").exists() and not (tmp_path / "out").exists()
 
@@ -355,12 +415,27 @@ def test_bad_checkpoints_are_refused_in_one_line(command, tmp_path, monkeypatch,
         (["--steps", "0"], "argument --steps: 0: must be a whole number from 1 to 1000000000"),
         (["--ckpt", checkpoint.WEIGHTS / "reward.pt"], "holds a reward model"),
         (["--device", "abacus"], "abacus"),
-        (["--nrg", "1,1"], "argument --nrg: 1,1: must be three numbers with commas between, for example 1,1,0.5"),
+        (
+            ["--nrg", "1,1"],
+            "argument --nrg: 1,1: must be three numbers with commas between, for example 1,1,0.5",
+        ),
         (["--nrg", "up"], "argument --nrg: up: must be three numbers with commas between"),
-        (["--nrg", "1,1,1", "--nrg-eps", "-0.1"], "argument --nrg-eps: -0.1: must be 0 or a positive number"),
-        (["--nrg", "1,1,1", "--nrg-scale", "inf"], "argument --nrg-scale: inf: must be a finite number"),
-        (["--nrg", "1,1,1", "--nrg-interval", "0.5"], "argument --nrg-interval: 0.5: must be two numbers from 0 to 1"),
-        (["--nrg", "1,1,1", "--nrg-ckpt", checkpoint.WEIGHTS / "base.pt"], "holds a velocity model"),
+        (
+            ["--nrg", "1,1,1", "--nrg-eps", "-0.1"],
+            "argument --nrg-eps: -0.1: must be 0 or a positive number",
+        ),
+        (
+            ["--nrg", "1,1,1", "--nrg-scale", "inf"],
+            "argument --nrg-scale: inf: must be a finite number",
+        ),
+        (
+            ["--nrg", "1,1,1", "--nrg-interval", "0.5"],
+            "argument --nrg-interval: 0.5: must be two numbers from 0 to 1",
+        ),
+        (
+            ["--nrg", "1,1,1", "--nrg-ckpt", checkpoint.WEIGHTS / "base.pt"],
+            "holds a velocity model",
+        ),
     ],
 )
 def test_bad_sampling_flags_are_refused_in_one_line(command, tmp_path, flags, words):
@@ -383,11 +458,20 @@ def test_bad_sampling_flags_are_refused_in_one_line(command, tmp_path, flags, wo
         (["--align", "0,0,0"], "at least one weight"),
         (["--attention", "tile:1,3,2"], "does not divide the grid of (2, 4, 4) tokens"),
         (["--align", "1,1"], "argument --align: 1,1: must be three numbers with commas between"),
-        (["--align", "1,nan,1"], "argument --align: 1,nan,1: must be three numbers with commas between"),
-        (["--time-shift", "0"], "--time-shift 0: clean clips are for --algo nrg alone; give a positive number"),
+        (
+            ["--align", "1,nan,1"],
+            "argument --align: 1,nan,1: must be three numbers with commas between",
+        ),
+        (
+            ["--time-shift", "0"],
+            "--time-shift 0: clean clips are for --algo nrg alone; give a positive number",
+        ),
         (["--algo", "nrg", "--read", "7"], "--read 7: this base model has 6 blocks"),
         (["--algo", "nrg", "--target", "truth"], "argument --target: invalid choice: 'truth'"),
-        (["--algo", "reward", "--generated", "2"], "argument --generated: 2: must be a number from 0 to 1"),
+        (
+            ["--algo", "reward", "--generated", "2"],
+            "argument --generated: 2: must be a number from 0 to 1",
+        ),
         (["--data", "pairs.csv"], "pairs.csv: cannot be read"),
         (["--accum", "3"], "--batch 2: must be a multiple of 3"),
         (["--fsdp"], "--fsdp: shards over the processes of torchrun"),
@@ -414,12 +498,21 @@ def test_bad_training_flags_are_refused_in_one_line(command, tmp_path, flags, wo
         ("--algo reward --attention full", "not by reward"),
         ("--algo reward --time-shift 4", "not by reward"),
         ("--algo reward --eval-prompts 4", "not by reward"),
-        ("--reference first", "--reference: has no effect here; --algo dpo reads it only with --rounds"),
+        (
+            "--reference first",
+            "--reference: has no effect here; --algo dpo reads it only with --rounds",
+        ),
         ("--algo nrg --target labels --reward x.pt", "--reward: has no effect here"),
-        ("--algo reward --val x.csv", "--val: has no effect here; --algo reward reads it only with --data"),
+        (
+            "--algo reward --val x.csv",
+            "--val: has no effect here; --algo reward reads it only with --data",
+        ),
         ("--algo reward --data x.csv --generated 0", "reads it only without --data"),
         ("--algo reward --generated 0 --init x.pt", "reads it only with --generated above 0"),
-        ("--algo pretrain --data x.csv --eval-seed 3", "reads it only where there is a closing table"),
+        (
+            "--algo pretrain --data x.csv --eval-seed 3",
+            "reads it only where there is a closing table",
+        ),
         ("--skip-bad", "reads it only with --data"),
         ("--cache x", "reads it only with --data or --generated"),
         ("--rounds 2 --generated 1", "reads it only without --data and --rounds"),
@@ -438,13 +531,27 @@ def test_a_flag_that_the_training_does_not_read_is_refused(command, tmp_path, fl
     [
         (export_toy, ["export"], "needs a new folder"),
         (export_toy, ["table", "x"], "needs a new folder"),
-        (export_toy, ["table", "--pairs", "0"], "argument --pairs: 0: must be a whole number from 1 to 1000000000"),
-        (export_toy, ["table", "--seed", "9" * 20], "--seed: 99999999999999999999: must be a whole number from 0"),
+        (
+            export_toy,
+            ["table", "--pairs", "0"],
+            "argument --pairs: 0: must be a whole number from 1 to 1000000000",
+        ),
+        (
+            export_toy,
+            ["table", "--seed", "9" * 20],
+            "--seed: 99999999999999999999: must be a whole number from 0",
+        ),
         (evaluate, ["everything"], "choose from 'reward', 'align', 'beta'"),
-        (evaluate, ["align", "--eval-prompts", "0"], "argument --eval-prompts: 0: must be a whole number from 1"),
+        (
+            evaluate,
+            ["align", "--eval-prompts", "0"],
+            "argument --eval-prompts: 0: must be a whole number from 1",
+        ),
     ],
 )
-def test_bad_flags_of_other_commands_are_refused_in_one_line(command, tmp_path, monkeypatch, script, flags, words):
+def test_bad_flags_of_other_commands_are_refused_in_one_line(
+    command, tmp_path, monkeypatch, script, flags, words
+):
     monkeypatch.chdir(tmp_path)
     status, _, error = command(script, *flags)
     refused(status, error, words)
@@ -459,8 +566,14 @@ def test_the_table_of_the_preference_data_from_a_shell(tmp_path):
     assert "## train: 50 pairs" in out and "## benchmark: 10 pairs" in out
     row = next(line for line in out.splitlines() if line.startswith("| VQ"))
     shares = [float(cell) for cell in row.split("|")[2:6]]
-    assert sum(shares[:3]) == pytest.approx(1, abs=0.002) and 0 < shares[3] <= 1  # A, tie, B; unanimous
-    counts = [int(line.split("|")[2]) for line in out.splitlines() if line.startswith(("| early", "| modern"))]
+    assert (
+        sum(shares[:3]) == pytest.approx(1, abs=0.002) and 0 < shares[3] <= 1
+    )  # A, tie, B; unanimous
+    counts = [
+        int(line.split("|")[2])
+        for line in out.splitlines()
+        if line.startswith(("| early", "| modern"))
+    ]
     assert sum(counts) == 2 * (50 + 10 + 10)  # every pair is in two generators' rows
 
 
@@ -478,7 +591,10 @@ def test_resuming_with_other_settings_or_from_mere_weights_is_refused(command, t
 
 def test_a_folder_that_cannot_be_written_is_named(command, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    for flags in (["--work", tmp_path / "file" / "x"], ["--work", tmp_path / "work", "--out", tmp_path / "file"]):
+    for flags in (
+        ["--work", tmp_path / "file" / "x"],
+        ["--work", tmp_path / "work", "--out", tmp_path / "file"],
+    ):
         status, _, error = command(evaluate, "unified", *flags)
         refused(status, error, f"{flags[-2]}: cannot write to {flags[-1]}")
     pretrain = short("pretrain", "--out", tmp_path / "out")

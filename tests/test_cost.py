@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import attention
 import model
+import tasks
 import train
 from flow import flow_error
 from model import PRESETS, VideoTransformer
@@ -17,14 +18,17 @@ from studies import cost
 
 
 def arguments(*flags):
-    return train.arguments(["--algo=pretrain", *flags])
+    return tasks.arguments(["--algo=pretrain", *flags])
 
 
 class Saved:
     """Bytes that autograd keeps for backward, every storage once, parameters and buffers not."""
 
     def __init__(self, network):
-        self.own = {value.untyped_storage().data_ptr() for value in (*network.parameters(), *network.buffers())}
+        self.own = {
+            value.untyped_storage().data_ptr()
+            for value in (*network.parameters(), *network.buffers())
+        }
         self.kept = {}
         self.hooks = torch.autograd.graph.saved_tensors_hooks(self.keep, lambda value: value)
 
@@ -40,7 +44,10 @@ class Saved:
 
 def forward(network, clips):
     config = network.config
-    x0, y = torch.zeros(clips, *config.video_shape), torch.ones(clips, config.max_text, dtype=torch.int64)
+    x0, y = (
+        torch.zeros(clips, *config.video_shape),
+        torch.ones(clips, config.max_text, dtype=torch.int64),
+    )
     return flow_error(network, x0, torch.randn_like(x0), torch.full((clips,), 0.5), y).mean()
 
 
@@ -55,13 +62,20 @@ def test_memory_of_a_small_model_is_what_it_allocates():
     loss.backward()
     optimizer = torch.optim.AdamW(network.parameters())
     optimizer.step()
-    moments = [value for state in optimizer.state.values() for value in state.values() if value.dim()]
-    found = {"weights": list(network.parameters()), "gradients": [p.grad for p in network.parameters()]}
+    moments = [
+        value for state in optimizer.state.values() for value in state.values() if value.dim()
+    ]
+    found = {
+        "weights": list(network.parameters()),
+        "gradients": [p.grad for p in network.parameters()],
+    }
     for name, tensors in (found | {"optimiser": moments}).items():
         measured[name] = sum(value.untyped_storage().nbytes() for value in tensors)
     args = arguments("--preset=small", "--batch=1", "--ema=0")
     planned = cost.memory(cost.planned_model(args), args, 1)
-    assert planned["weights"] == measured["weights"] and planned["gradients"] == measured["gradients"]
+    assert (
+        planned["weights"] == measured["weights"] and planned["gradients"] == measured["gradients"]
+    )
     assert planned["optimiser"] == measured["optimiser"] and planned["gathered"] == 0
     assert planned["activations"] == pytest.approx(measured["activations"], rel=0.15)
     total = sum(size for name, size in planned.items() if "checkpointed" not in name)
@@ -106,12 +120,17 @@ def test_flops_are_those_that_torch_counts(monkeypatch, flags):
         if args.algo == "dpo":
             both = model.share_trunk(network, VideoTransformer(PRESETS["nano"]), args.freeze)
             config = network.config
-            x, y = torch.zeros(clips, *config.video_shape), torch.ones(clips, config.max_text, dtype=torch.int64)
+            x, y = (
+                torch.zeros(clips, *config.video_shape),
+                torch.ones(clips, config.max_text, dtype=torch.int64),
+            )
             both(x, torch.full((clips,), 0.5), y)[0].sum().backward()
         else:
             forward(network, clips).backward()
     # the time and prompt layers, on one vector a clip, are left out of the formula
-    assert cost.step_flops(network.config, args) == pytest.approx(counter.get_total_flops(), rel=0.03)
+    assert cost.step_flops(network.config, args) == pytest.approx(
+        counter.get_total_flops(), rel=0.03
+    )
 
 
 def test_parameters_of_the_presets_and_shares_by_hand():
@@ -121,16 +140,23 @@ def test_parameters_of_the_presets_and_shares_by_hand():
     every = sum(p.numel() for p in network.parameters())
     # a block of d = 1536: 18 d^2 weights, biases 3 d + d + 4 d + d + 6 d, and two norms of a head's 64 channels
     block = 18 * 1536**2 + 15 * 1536 + 2 * 64
-    assert sum(p.numel() for p in network.blocks[0].parameters()) == block and 24 * block < every < 25 * block
+    assert (
+        sum(p.numel() for p in network.blocks[0].parameters()) == block
+        and 24 * block < every < 25 * block
+    )
     assert 0.9e9 < every < 1.1e9
     parts = cost.memory(network, args, 8)
-    assert parts["weights"] == every / 2 and parts["optimiser"] == every and parts["gradients"] == every / 2
+    assert (
+        parts["weights"] == every / 2
+        and parts["optimiser"] == every
+        and parts["gradients"] == every / 2
+    )
     assert parts["gathered"] == 8 * (every - 22 * block)
     alone = cost.memory(network, arguments("--preset=large", "--batch=32", "--ema=0"), 1)
     assert alone["activations"] == parts["activations"]  # 32 clips a process
-    assert cost.memory(network, arguments("--preset=large", "--fsdp", "--batch=256", "--accum=4"), 8)[
-        "activations"
-    ] == pytest.approx(parts["activations"] / 4)
+    assert cost.memory(
+        network, arguments("--preset=large", "--fsdp", "--batch=256", "--accum=4"), 8
+    )["activations"] == pytest.approx(parts["activations"] / 4)
 
 
 def test_the_command_prints_it_and_writes_nothing(monkeypatch, capsys, tmp_path):

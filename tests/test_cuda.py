@@ -17,14 +17,20 @@ CONFIG = ModelConfig(frames=4, size=16, patch=(1, 4, 4), dim=64, depth=2, heads=
 
 
 def on(device, attention="full"):
-    network = bench.awake(ModelConfig(**{**CONFIG.__dict__, "attention": attention}), torch.device("cpu"))
+    network = bench.awake(
+        ModelConfig(**{**CONFIG.__dict__, "attention": attention}), torch.device("cpu")
+    )
     return network.to(device)
 
 
 def inputs():
     rng = torch.Generator().manual_seed(1)
     x = torch.randn(3, *CONFIG.video_shape, generator=rng)
-    return x, torch.tensor([0.2, 0.5, 0.9]), torch.randint(CONFIG.vocab, (3, CONFIG.max_text), generator=rng)
+    return (
+        x,
+        torch.tensor([0.2, 0.5, 0.9]),
+        torch.randint(CONFIG.vocab, (3, CONFIG.max_text), generator=rng),
+    )
 
 
 @pytest.mark.parametrize("attention", ["full", "tile:1,4,4/3,1,1"])
@@ -46,13 +52,29 @@ def test_one_seed_is_one_sample():
 
 
 def losses(folder, *flags):
-    argv = ["train.py", "--algo", "pretrain", "--steps", "3", "--batch", "4", "--eval-prompts", "1", "--device", "cuda"]
+    argv = [
+        "train.py",
+        "--algo",
+        "pretrain",
+        "--steps",
+        "3",
+        "--batch",
+        "4",
+        "--eval-prompts",
+        "1",
+        "--device",
+        "cuda",
+    ]
     sys.argv = [*argv, "--out", str(folder), *flags]
     cli.run(train.main)
-    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
-def test_compiled_checkpointed_and_in_bfloat16_the_losses_are_those_of_float32(tmp_path, monkeypatch):
+def test_compiled_checkpointed_and_in_bfloat16_the_losses_are_those_of_float32(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(sys, "argv", [])
     plain = losses(tmp_path / "plain", "--precision", "float32")
     quick = losses(tmp_path / "quick", "--compile", "--grad-checkpoint")

@@ -6,7 +6,7 @@ import pytest
 import torch
 import wired
 
-import train
+import tasks
 import world
 from data import INVALID, TOY_WORDS, Vocabulary, epoch_index
 from model import ModelConfig
@@ -43,7 +43,10 @@ def test_words_become_ids_and_back():
         ("हिन्दी में लाल", ["हिन्दी", "में", "लाल"]),
         ("ភាសា", ["ភា", "សា"]),
         ("한국어 문장", ["한국어", "문장"]),
-        ("The café's well-known cafe\u0301, 3.5 m", ["the", "café's", "well-known", "café", "3", "5", "m"]),
+        (
+            "The café's well-known cafe\u0301, 3.5 m",
+            ["the", "café's", "well-known", "café", "3", "5", "m"],
+        ),
     ],
 )
 def test_words_of_any_script(prompt, words):
@@ -65,7 +68,12 @@ def test_encoding_attributes_is_encoding_their_text():
 
 @pytest.mark.parametrize(
     ("prompt", "message"),
-    [("a red dog", "'dog'.*words known: a, red"), ("", "0 words"), ("a a a", "3 words"), ("<pad>", "unknown")],
+    [
+        ("a red dog", "'dog'.*words known: a, red"),
+        ("", "0 words"),
+        ("a a a", "3 words"),
+        ("<pad>", "unknown"),
+    ],
 )
 def test_bad_prompts_are_named(prompt, message):
     with pytest.raises(ValueError, match=message):
@@ -92,23 +100,27 @@ def test_labels_follow_the_truth_and_depend_on_the_seed_alone():
     again = annotated_pairs(200, ["train"], 3, CONFIG, Vocabulary())
     assert torch.equal(again.label, pairs.label) and torch.equal(again.mos, pairs.mos)
     assert torch.equal(again.sides(torch.arange(9))[1], video_b[:9])
-    assert not torch.equal(annotated_pairs(200, ["train"], 4, CONFIG, Vocabulary()).label, pairs.label)
+    assert not torch.equal(
+        annotated_pairs(200, ["train"], 4, CONFIG, Vocabulary()).label, pairs.label
+    )
 
 
 def test_an_epoch_visits_every_item_once():
-    seen = torch.cat([epoch_index(10, 4, step, seed=1) for step in range(5)])  # 20 items are two epochs
+    seen = torch.cat(
+        [epoch_index(10, 4, step, seed=1) for step in range(5)]
+    )  # 20 items are two epochs
     assert sorted(seen[:10].tolist()) == sorted(seen[10:].tolist()) == list(range(10))
     assert seen[:10].tolist() != seen[10:].tolist()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Parts of a batch: for processes, and for the micro-batches of each
 
 
 @pytest.fixture
 def unlabelled(tiny, monkeypatch):
     """`tiny`, whose annotators left out most of what they were asked of two pairs in three."""
-    honest = train.training_pairs
+    honest = tasks.training_pairs
 
     def training_pairs(*args, **settings):
         pairs = honest(*args, **settings)
@@ -120,7 +132,7 @@ def unlabelled(tiny, monkeypatch):
                 label[row, row % 2 :], mos[row, :, row % 2 :] = INVALID, 0
         return replace(pairs, label=label, mos=mos)
 
-    monkeypatch.setattr(train, "training_pairs", training_pairs)
+    monkeypatch.setattr(tasks, "training_pairs", training_pairs)
     return tiny
 
 
@@ -156,7 +168,10 @@ def test_losses_of_equal_parts_have_the_whole_batchs_for_their_mean(unlabelled, 
             pieces = cut(lambda rows, step=step: task.batch(step, rows), wired.BATCH, parts)
             losses = [task.loss(piece)[0].item() for piece in pieces]
             assert sum(losses) / parts == pytest.approx(whole, rel=1e-5)
-            uneven += len({(piece["weight"] > 0).sum().item() for piece in pieces if "weight" in piece}) > 1
+            uneven += (
+                len({(piece["weight"] > 0).sum().item() for piece in pieces if "weight" in piece})
+                > 1
+            )
     # parts with more and with fewer valid labels were among them: each one's own mean would have been another
     assert (uneven > 3) == (algo.startswith("reward") or algo == "nrg, labels")
 
@@ -165,7 +180,10 @@ def test_losses_of_equal_parts_have_the_whole_batchs_for_their_mean(unlabelled, 
 def test_labels_that_are_not_there_weigh_nothing(unlabelled, algo):
     _, task = unlabelled(*ALGORITHMS[algo])
     batch = task.batch(0, slice(0, wired.BATCH))
-    valid = {"reward, btt": batch["label"] != INVALID, "reward, regression": batch.get("mos", batch["label"]) != 0}
+    valid = {
+        "reward, btt": batch["label"] != INVALID,
+        "reward, regression": batch.get("mos", batch["label"]) != 0,
+    }
     valid = valid.get(algo, (batch["label"] == 1) | (batch["label"] == -1))
     assert (batch["label"] == INVALID).any() and 0 < valid.sum() < valid.numel()
     # so many entries over so many valid ones, for each of the valid

@@ -57,12 +57,16 @@ def test_rounds_ask_for_every_prompt(tiny, data, monkeypatch):
     monkeypatch.setattr(rounds, "load_judge", lambda *args: Brightness())
     _, task = tiny("--algo=nft", "--steps=4", "--rounds=2", f"--data={data('pairs', 0)[0]}")
     vocabulary = Vocabulary(task.words)
-    assert sorted(vocabulary.decode(y) for y in task.evaluate.keywords["pairs"].y) == sorted(PROMPTS)
+    assert sorted(vocabulary.decode(y) for y in task.evaluate.keywords["pairs"].y) == sorted(
+        PROMPTS
+    )
 
 
 def test_pretraining_takes_every_clip_with_its_own_prompt(tiny, data):
     # some of six words, the others of five
-    path, clips, prompts, _ = data("pairs", 0, [*PROMPTS[:6], *(f"{prompt} slowly" for prompt in PROMPTS[6:])])
+    path, clips, prompts, _ = data(
+        "pairs", 0, [*PROMPTS[:6], *(f"{prompt} slowly" for prompt in PROMPTS[6:])]
+    )
     _, task = tiny("--algo=pretrain", f"--data={path}", "--label-dropout=0")
     vocabulary, places = Vocabulary(task.words), []
     for batch in batches(task, 6):  # 48 clips

@@ -43,7 +43,14 @@ def rows(exported, tmp_path):
     for name in ("a.mp4", "b.mp4"):
         source = next((exported / "videos" / "train").glob("*.mp4"))
         (tmp_path / name).write_bytes(source.read_bytes())
-    row = {"path_A": "a.mp4", "path_B": "./b.mp4", "prompt": "A cat, running!", "VQ": "A", "MQ": "B", "TA": "same"}
+    row = {
+        "path_A": "a.mp4",
+        "path_B": "./b.mp4",
+        "prompt": "A cat, running!",
+        "VQ": "A",
+        "MQ": "B",
+        "TA": "same",
+    }
     row |= {"fps_A": "2.0", "num_frames_A": "8.0", "fps_B": "2.0", "num_frames_B": "8.0"}
     return [dict(row), dict(row), dict(row)]
 
@@ -59,10 +66,12 @@ def write(rows, path, header=None, encoding="utf-8"):
 def load(path, rows, skipped=None):
     vocabulary = vocabulary_of([row.prompt for row in rows])
     config = replace(CONFIG, vocab=len(vocabulary.words))
-    return disk_pairs(rows, path, config, vocabulary, path.parent / "cache", skipped, lambda items, total: items)
+    return disk_pairs(
+        rows, path, config, vocabulary, path.parent / "cache", skipped, lambda items, total: items
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not EXAMPLE.exists(), reason="the three public example pairs are not here")
@@ -76,10 +85,33 @@ def test_the_public_example_pairs(tmp_path):
     assert [pair.label for pair in pairs] == wanted and wanted[:2] == [(-1, -1, 1), (0, 0, 1)]
     # 126 frames at 24 fps are 5.25 s, 10.5 frames at 2 fps, so 10; 152/30 -> 10.1; 144/24 -> 12; 128/24 -> 10.7;
     # 60/16 -> 7.5, so 8
-    counts = {path: len(video.sample_frames(EXAMPLE.parent / path)) for pair in pairs[:3] for path in pair.paths}
+    counts = {
+        path: len(video.sample_frames(EXAMPLE.parent / path))
+        for pair in pairs[:3]
+        for path in pair.paths
+    }
     assert list(counts.values()) == [10, 10, 12, 10, 10, 8]
-    flags = ["--algo", "reward", "--data", EXAMPLE, "--cache", tmp_path / "cache", "--out", tmp_path / "run"]
-    shell = [sys.executable, Path(train.__file__), *flags, "--steps", "2", "--batch", "2", "--device", "cpu"]
+    flags = [
+        "--algo",
+        "reward",
+        "--data",
+        EXAMPLE,
+        "--cache",
+        tmp_path / "cache",
+        "--out",
+        tmp_path / "run",
+    ]
+    shell = [
+        sys.executable,
+        Path(train.__file__),
+        *flags,
+        "--steps",
+        "2",
+        "--batch",
+        "2",
+        "--device",
+        "cpu",
+    ]
     done = subprocess.run(list(map(str, shell)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "pairs of prompts held out" in done.stdout
@@ -104,27 +136,47 @@ def test_frame_positions_keep_the_interval_not_the_number():
 
 def test_fit_crops_the_middle_in_space_and_time():
     frames = np.zeros((12, 4, 8, 3), np.uint8)
-    frames[:, :, 2:6] = np.arange(12)[:, None, None, None] * 10  # the middle square, brighter frame by frame
+    frames[:, :, 2:6] = (
+        np.arange(12)[:, None, None, None] * 10
+    )  # the middle square, brighter frame by frame
     clip = video.fit(frames, 8, 2)
     assert clip.shape == (3, 8, 2, 2)
     assert clip[0, :, 0, 0].tolist() == [20, 30, 40, 50, 60, 70, 80, 90]  # frames 2 to 9
     short = video.fit(frames[:3], 5, 2)
-    assert short[0, :, 1, 1].tolist() == [0, 0, 10, 20, 20]  # 0, 0.5, 1, 1.5 and 2, of two the even one
+    assert short[0, :, 1, 1].tolist() == [
+        0,
+        0,
+        10,
+        20,
+        20,
+    ]  # 0, 0.5, 1, 1.5 and 2, of two the even one
     wide = video.fit(frames[:1] + np.arange(8, dtype=np.uint8)[:, None], 1, 2, 4)
-    assert wide[0, 0].tolist() == [[0, 2, 4, 6], [0, 2, 4, 6]]  # means of 0 1, 2 3, 4 5 and 6 7, to even
+    assert wide[0, 0].tolist() == [
+        [0, 2, 4, 6],
+        [0, 2, 4, 6],
+    ]  # means of 0 1, 2 3, 4 5 and 6 7, to even
 
 
 def test_export_and_load_give_the_pairs_back(exported):
     for offset, (name, split) in enumerate(export_toy.SPLITS.items()):
-        made = annotated_pairs(10 if name == "train" else 2, [split], 3 + 10 * offset, CONFIG, Vocabulary())
+        made = annotated_pairs(
+            10 if name == "train" else 2, [split], 3 + 10 * offset, CONFIG, Vocabulary()
+        )
         path = exported / f"{name}.csv"
         rows = read_pairs(path)
         read = load(path, rows)
         assert torch.equal(read.label, made.label)
-        words, generators = Vocabulary().words, [[world.GENERATORS[g] for g in pair] for pair in made.models.tolist()]
+        words, generators = (
+            Vocabulary().words,
+            [[world.GENERATORS[g] for g in pair] for pair in made.models.tolist()],
+        )
         assert [[path[:-4].rpartition("_")[2] for path in row.paths] for row in rows] == generators
-        assert {imageio.get_reader(exported / row.path_a).get_meta_data()["fps"] for row in rows} == {rows[0].fps_a}
-        assert [row.prompt for row in rows] == [" ".join(words[i] for i in y if i) for y in made.y.tolist()]
+        assert {
+            imageio.get_reader(exported / row.path_a).get_meta_data()["fps"] for row in rows
+        } == {rows[0].fps_a}
+        assert [row.prompt for row in rows] == [
+            " ".join(words[i] for i in y if i) for y in made.y.tolist()
+        ]
         with open(path, newline="") as file:
             header = next(csv.reader(file))
         if name == "benchmark":
@@ -133,7 +185,9 @@ def test_export_and_load_give_the_pairs_back(exported):
             assert header == [*data_columns(), "A_model", "B_model", "Overall"]
         else:
             assert torch.allclose(read.mos, made.mos, atol=1e-4)
-            ratings = [f"MOS_{side}_{dimension}" for side in "AB" for dimension in ("VQ", "MQ", "TA")]
+            ratings = [
+                f"MOS_{side}_{dimension}" for side in "AB" for dimension in ("VQ", "MQ", "TA")
+            ]
             assert header == [*data_columns(), *ratings]
         # what mp4 costs: pixels by .007 on average, true scores by .04 at most (a sharp object of a strong colour: mp4
         # keeps a quarter of the colours, and since the objects grew there is twice as much colour)
@@ -150,7 +204,9 @@ def data_columns():
 
 
 def test_prompts_of_the_splits_do_not_meet(exported):
-    splits = ({row.prompt for row in read_pairs(exported / f"{name}.csv")} for name in export_toy.SPLITS)
+    splits = (
+        {row.prompt for row in read_pairs(exported / f"{name}.csv")} for name in export_toy.SPLITS
+    )
     train_prompts, *others = splits
     assert not any(train_prompts & other for other in others)
 
@@ -168,7 +224,9 @@ def test_writing_keeps_quotes_commas_and_lines(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).touch()
     numbers = 24.0, 126.0, 30.0, 1.5
-    pair = Pair("a", "b", 'say "hi", then\nleave', (1, INVALID, 0), *numbers, models=("m", "n"), overall=-1)
+    pair = Pair(
+        "a", "b", 'say "hi", then\nleave', (1, INVALID, 0), *numbers, models=("m", "n"), overall=-1
+    )
     write_pairs([pair, replace(pair, prompt="second")], tmp_path / "x.csv")
     read = read_pairs(tmp_path / "x.csv")
     assert read == [pair, replace(pair, prompt="second")] and [p.line for p in read] == [2, 4]
@@ -178,7 +236,9 @@ def test_a_vocabulary_of_real_prompts():
     vocabulary = vocabulary_of(["The cat's hat, the dog.", "the cat"])
     assert vocabulary.words[:3] == ["<pad>", "<unk>", "the"]
     y = vocabulary.encode(["The bird!", "the cat's hat the dog the hat"], 4)
-    assert y[0].tolist() == [2, 1, 0, 0] and y.shape == (2, 4) and y[1, 0] == 2  # long prompts are cut
+    assert (
+        y[0].tolist() == [2, 1, 0, 0] and y.shape == (2, 4) and y[1, 0] == 2
+    )  # long prompts are cut
     assert len(vocabulary_of(["a b c d e"], most=4).words) == 4
 
 
@@ -188,7 +248,9 @@ def test_decoding_is_kept_and_a_changed_video_is_read_again(rows, tmp_path):
     (cached,) = (tmp_path / "cache").iterdir()
     np.savez(cached, clip=np.zeros((3, 8, 32, 32), np.uint8))
     assert video.cached_clip(path, tmp_path / "cache", 8, 32).max() == 0  # from the cache
-    imageio.mimwrite(path, [np.full((32, 32, 3), 200, np.uint8)] * 8, format="FFMPEG", fps=2, macro_block_size=1)
+    imageio.mimwrite(
+        path, [np.full((32, 32, 3), 200, np.uint8)] * 8, format="FFMPEG", fps=2, macro_block_size=1
+    )
     assert (video.cached_clip(path, tmp_path / "cache", 8, 32).float() - 200).abs().max() < 5
     assert first.shape == (3, 8, 32, 32)
 
@@ -221,8 +283,15 @@ def truncated(rows, folder):
 
 def cut_off(rows, folder):
     """Its index stands at the start, so what is left of it decodes without an error."""
-    frames = [np.full((32, 32, 3), 5 * i, np.uint8) + np.arange(32, dtype=np.uint8)[:, None] for i in range(40)]
-    flags = {"format": "FFMPEG", "macro_block_size": 1, "output_params": ["-movflags", "+faststart"]}
+    frames = [
+        np.full((32, 32, 3), 5 * i, np.uint8) + np.arange(32, dtype=np.uint8)[:, None]
+        for i in range(40)
+    ]
+    flags = {
+        "format": "FFMPEG",
+        "macro_block_size": 1,
+        "output_params": ["-movflags", "+faststart"],
+    }
     imageio.mimwrite(folder / "c.mp4", frames, fps=8, **flags)
     whole = (folder / "c.mp4").read_bytes()
     (folder / "c.mp4").write_bytes(whole[: len(whole) * 3 // 4])
@@ -241,15 +310,27 @@ def extra_field(rows, folder):
 FAULTS = [
     (drop_column, "line 1, column MQ: is missing"),
     (spoil("TA", "C"), "line 3, column TA: unknown label 'C'; known: A, B, same, tie, invalid"),
-    (spoil("path_A", "../a.mp4"), "line 3, column path_A: path '../a.mp4' does not lie in the data folder"),
+    (
+        spoil("path_A", "../a.mp4"),
+        "line 3, column path_A: path '../a.mp4' does not lie in the data folder",
+    ),
     (spoil("path_A", "/etc/hosts"), "line 3, column path_A: path '/etc/hosts' does not lie in"),
-    (spoil("path_A", "a\0.mp4"), "line 3, column path_A: 'a\\x00.mp4' is no path (embedded null byte)"),
-    (spoil("path_A", "a" * 5000), "line 3, column path_A: 'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa' is no path"),
+    (
+        spoil("path_A", "a\0.mp4"),
+        "line 3, column path_A: 'a\\x00.mp4' is no path (embedded null byte)",
+    ),
+    (
+        spoil("path_A", "a" * 5000),
+        "line 3, column path_A: 'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa' is no path",
+    ),
     (spoil("path_B", "none.mp4"), "line 3, column path_B: no video 'none.mp4'"),
     (spoil("prompt", " ... "), "line 3, column prompt: '...' has no words"),
     (spoil("fps_A", "fast"), "line 3, column fps_A: 'fast' is no number"),
     (spoil("num_frames_B", "nan"), "line 3, column num_frames_B: 'nan' is no number"),
-    (spoil("path_A", "videos/../../a.mp4"), "line 3, column path_A: path 'videos/../../a.mp4' does not lie in"),
+    (
+        spoil("path_A", "videos/../../a.mp4"),
+        "line 3, column path_A: path 'videos/../../a.mp4' does not lie in",
+    ),
     (spoil("path_B", "a.mp4"), "line 3, column path_B: 'a.mp4' is the clip of path_A"),
     (spoil("prompt", "NaN"), "line 3, column prompt: 'NaN' stands for an empty cell"),
     (extra_field, "line 3, column num_frames_B: the row has 11 fields, the header 10"),
@@ -266,7 +347,11 @@ def test_faults_name_line_and_column_and_can_be_skipped(change, message, rows, t
     path = write(rows, tmp_path / "x.csv")
     with pytest.raises(BadInput) as fault:
         load(path, read_pairs(path))
-    assert message in str(fault.value) and str(path) in str(fault.value) and "\n" not in str(fault.value)
+    assert (
+        message in str(fault.value)
+        and str(path) in str(fault.value)
+        and "\n" not in str(fault.value)
+    )
     if "line 3" in message:
         skipped = []
         pairs = load(path, read_pairs(path, skipped), skipped)
@@ -284,7 +369,9 @@ def test_faults_of_a_whole_file(rows, tmp_path):
         read_pairs(write(rows, tmp_path / "x.csv", encoding="latin-1"))
     with pytest.raises(BadInput, match="line 1, column 1: byte 0xff is not UTF-8"):
         read_pairs(write(rows, tmp_path / "x.csv", encoding="utf-16"))
-    assert read_pairs(write(rows, tmp_path / "x.csv", encoding="utf-8-sig"))[1].prompt == "naïve café"
+    assert (
+        read_pairs(write(rows, tmp_path / "x.csv", encoding="utf-8-sig"))[1].prompt == "naïve café"
+    )
     with pytest.raises(BadInput, match="holds no pair"):
         read_pairs(write([], tmp_path / "x.csv", header=list(rows[0])))
     with pytest.raises(BadInput, match="cannot be read"):
@@ -301,7 +388,10 @@ def test_separators_and_blank_lines(separator, rows, tmp_path):
     for prompt in ("one", '"two, 2; three"'):
         lines += [separator.join((rows[0] | {"prompt": prompt}).values()), "", separator * 9, "  "]
     path.write_text("\n".join(lines) + "\n\n")
-    assert [(pair.prompt, pair.line) for pair in read_pairs(path)] == [("one", 2), ("two, 2; three", 6)]
+    assert [(pair.prompt, pair.line) for pair in read_pairs(path)] == [
+        ("one", 2),
+        ("two, 2; three", 6),
+    ]
 
 
 def test_links_of_a_hub_client_are_followed_as_they_are_written(rows, tmp_path):
@@ -346,22 +436,41 @@ def test_a_bad_video_leaves_nothing_half_written(rows, tmp_path):
         load(path, read_pairs(path)[1:2], [])
 
 
-def test_training_on_disk_data_ends_with_what_was_skipped(rows, tmp_path, exported, capsys, monkeypatch):
+def test_training_on_disk_data_ends_with_what_was_skipped(
+    rows, tmp_path, exported, capsys, monkeypatch
+):
     spoil("VQ", "?")(rows, tmp_path)
     rows.append(rows[0] | {"TA": "??"})
     path = write(rows, tmp_path / "x.csv")
-    flags = ["--algo", "reward", "--data", path, "--val", path, "--skip-bad", "--steps", "1", "--batch", "2"]
+    flags = [
+        "--algo",
+        "reward",
+        "--data",
+        path,
+        "--val",
+        path,
+        "--skip-bad",
+        "--steps",
+        "1",
+        "--batch",
+        "2",
+    ]
     flags += ["--device", "cpu", "--cache", tmp_path / "cache"]
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags), "--out", str(tmp_path / "run")])
     train.main()
     out = capsys.readouterr().out
     assert "line 3, column VQ" in out and "line 5, column TA" in out
-    assert "validation prompts: 0.0% of the words unknown, 0 cut to 3 words; 1 of 1 are also in training" in out
+    assert (
+        "validation prompts: 0.0% of the words unknown, 0 cut to 3 words; 1 of 1 are also in training"
+        in out
+    )
     # two clips have no spread to speak of: the checkpoint is there, and nothing takes its z-scores
     assert "z-scores stand on 2 distinct clips; at least 8 are needed" in out
     with pytest.raises(BadInput, match="std.*more clips to validate on"):
         load_reward(tmp_path / "run" / "last.pt")
     ratings = ["--algo", "reward", "--data", exported / "benchmark.csv", "--loss", "regression"]
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, ratings), "--out", str(tmp_path / "run2")])
+    monkeypatch.setattr(
+        sys, "argv", ["train.py", *map(str, ratings), "--out", str(tmp_path / "run2")]
+    )
     with pytest.raises(BadInput, match="needs ratings"):
         train.main()

@@ -33,7 +33,9 @@ def test_a_portrait_clip_is_its_middle_square_averaged_down():
 
 @pytest.mark.parametrize(("count", "first"), [(4, 0), (5, 0), (7, 1), (8, 2)])
 def test_the_middle_frames_of_a_longer_clip(count, first):
-    frames = np.arange(count, dtype=np.uint8)[:, None, None, None].repeat(2, 1).repeat(2, 2).repeat(3, 3)
+    frames = (
+        np.arange(count, dtype=np.uint8)[:, None, None, None].repeat(2, 1).repeat(2, 2).repeat(3, 3)
+    )
     assert video.fit(frames, 4, 2)[0, :, 0, 0].tolist() == list(range(first, first + 4))
 
 
@@ -41,7 +43,9 @@ def test_two_frames_a_second_to_the_next_even_number(tmp_path):
     # 22 frames at 4 a second are 5.5 s, 11 frames at 2 a second, so 12: places 0, 21 / 11, 42 / 11, ...
     frames = video.sample_frames(write(tmp_path / "a.mp4", 22, 4))
     places = [round(21 / 11 * i) for i in range(12)]
-    assert [frame.mean() for frame in frames] == pytest.approx([10 * place for place in places], abs=3)
+    assert [frame.mean() for frame in frames] == pytest.approx(
+        [10 * place for place in places], abs=3
+    )
 
 
 def test_a_cache_tells_lengths_and_sizes_of_one_video_apart(tmp_path):
@@ -73,7 +77,9 @@ def test_pictures_have_a_row_for_each_batch_or_clip_and_a_column_for_each_clip_o
 def test_toy_latents_are_the_pairs_that_their_csv_names(tmp_path, monkeypatch):
     for seed in (0, 1):
         out = tmp_path / str(seed)
-        monkeypatch.setattr(sys, "argv", ["toy_latents.py", str(out), "--pairs=6", f"--seed={seed}"])
+        monkeypatch.setattr(
+            sys, "argv", ["toy_latents.py", str(out), "--pairs=6", f"--seed={seed}"]
+        )
         toy_latents.main()
         pairs = annotated_pairs(6, ["train"], seed, ModelConfig(), Vocabulary())
         clips = torch.stack(pairs.sides(torch.arange(6)), 1)
@@ -83,6 +89,11 @@ def test_toy_latents_are_the_pairs_that_their_csv_names(tmp_path, monkeypatch):
             assert list(row.label) == pairs.label[i].tolist() and INVALID not in row.label
             for clip, path in zip(clips[i], row.paths):
                 latent = torch.tensor(video.read_latent(out / path))
-                for c, dy, dx in ((0, 0, 0), (1, 0, 1), (2, 1, 0), (2, 1, 1)):  # a square of pixels, channel by channel
+                for c, dy, dx in (
+                    (0, 0, 0),
+                    (1, 0, 1),
+                    (2, 1, 0),
+                    (2, 1, 1),
+                ):  # a square of pixels, channel by channel
                     wanted = (clip[c, :, dy::2, dx::2] - mean) / std
                     assert torch.allclose(latent[4 * c + 2 * dy + dx].float(), wanted, atol=1e-4)

@@ -11,7 +11,9 @@ X0 = torch.tensor([[2.0, -4.0]])
 X1 = torch.tensor([[6.0, 8.0]])
 
 
-@pytest.mark.parametrize(("t", "expected"), [(0.0, [2.0, -4.0]), (0.5, [4.0, 2.0]), (1.0, [6.0, 8.0])])
+@pytest.mark.parametrize(
+    ("t", "expected"), [(0.0, [2.0, -4.0]), (0.5, [4.0, 2.0]), (1.0, [6.0, 8.0])]
+)
 def test_path_runs_from_data_to_noise(t, expected):
     assert interpolate(X0, X1, torch.tensor([t])).tolist() == [expected]
 
@@ -26,7 +28,9 @@ def test_error_is_the_mean_over_elements_of_the_velocity_error():
 def test_error_of_a_video_is_one_number_a_clip():
     x0, x1 = torch.zeros(3, 2, 4, 5, 6), torch.zeros(3, 2, 4, 5, 6)
     x1[1] = 2.0
-    error = flow_error(lambda x, t, y: torch.zeros_like(x), x0, x1, torch.tensor([0.1, 0.5, 0.9]), None)
+    error = flow_error(
+        lambda x, t, y: torch.zeros_like(x), x0, x1, torch.tensor([0.1, 0.5, 0.9]), None
+    )
     assert error.tolist() == [0.0, 4.0, 0.0]
 
 
@@ -39,7 +43,14 @@ def test_one_euler_step_of_the_true_velocity_lands_on_the_data(shift):
 
 def test_batches_of_samples_take_their_own_prompts():
     y = torch.arange(6.0)[:, None]
-    assert sample_many(lambda x, t, y: y, torch.zeros(6, 1), y, batch=2).flatten().tolist() == [0, -1, -2, -3, -4, -5]
+    assert sample_many(lambda x, t, y: y, torch.zeros(6, 1), y, batch=2).flatten().tolist() == [
+        0,
+        -1,
+        -2,
+        -3,
+        -4,
+        -5,
+    ]
 
 
 @pytest.mark.parametrize(("steps", "shift"), [(400, 1.0), (400, 4.0)])
@@ -69,7 +80,14 @@ def test_guidance_comes_after_cfg_and_cfg_one_needs_no_second_call():
 
     seen = []
     y = torch.ones(1, 2, dtype=torch.int64)
-    out = sample(model, torch.zeros(1, 1), y, steps=1, cfg=2.0, guidance=lambda v, x, t, y: seen.append(v) or v - 1)
+    out = sample(
+        model,
+        torch.zeros(1, 1),
+        y,
+        steps=1,
+        cfg=2.0,
+        guidance=lambda v, x, t, y: seen.append(v) or v - 1,
+    )
     assert seen[0].item() == 5.0  # 1 + 2 (3 - 1)
     assert out.item() == -4.0  # x1 - (5 - 1)
     calls.clear()
@@ -78,17 +96,38 @@ def test_guidance_comes_after_cfg_and_cfg_one_needs_no_second_call():
 
 
 def test_shift_moves_times_to_noise_and_keeps_the_ends():
-    assert shift_time(torch.tensor([0.0, 0.5, 1.0]), 4.0).tolist() == pytest.approx([0.0, 0.8, 1.0])  # 4/2 / (1 + 3/2)
+    assert shift_time(torch.tensor([0.0, 0.5, 1.0]), 4.0).tolist() == pytest.approx(
+        [0.0, 0.8, 1.0]
+    )  # 4/2 / (1 + 3/2)
     assert shift_time(torch.tensor([0.25]), 1.0).item() == 0.25
 
 
 def test_a_step_has_its_own_randomness():
-    assert step_rng(5, 7).initial_seed() == 10_000_045  # what every result stands on: 2 (5 * 1,000,003 + 7) + 1
-    steps = -(10**9), -1_000_003, -750_004, -750_003, -500_000, -1, 0, 249_999, 250_000, 500_003, 1_000_003, 10**9
+    assert (
+        step_rng(5, 7).initial_seed() == 10_000_045
+    )  # what every result stands on: 2 (5 * 1,000,003 + 7) + 1
+    steps = (
+        -(10**9),
+        -1_000_003,
+        -750_004,
+        -750_003,
+        -500_000,
+        -1,
+        0,
+        249_999,
+        250_000,
+        500_003,
+        1_000_003,
+        10**9,
+    )
     seeds = {step_rng(seed, step).initial_seed() for seed in (0, 1, 2, 2**31 - 1) for step in steps}
     assert len(seeds) == 4 * len(steps)
-    assert torch.equal(torch.rand(3, generator=step_rng(5, 7)), torch.rand(3, generator=step_rng(5, 7)))
-    assert not torch.equal(torch.rand(3, generator=step_rng(5, 7)), torch.rand(3, generator=step_rng(5, 8)))
+    assert torch.equal(
+        torch.rand(3, generator=step_rng(5, 7)), torch.rand(3, generator=step_rng(5, 7))
+    )
+    assert not torch.equal(
+        torch.rand(3, generator=step_rng(5, 7)), torch.rand(3, generator=step_rng(5, 8))
+    )
 
 
 def test_prompts_are_dropped_whole():

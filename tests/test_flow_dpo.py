@@ -27,7 +27,9 @@ def test_loss_of_a_hand_computed_pair():
 def test_gradient_of_a_hand_computed_pair():
     # dL/d err_w = beta / 2 sigma(-logit), dL/d err_l = -beta / 2 sigma(-logit), here 5 sigma(-2)
     err_w, err_l = torch.tensor([0.2], requires_grad=True), torch.tensor([0.7], requires_grad=True)
-    loss, _ = flow_dpo_loss(err_w, err_l, torch.tensor([0.5]), torch.tensor([0.6]), torch.tensor([0.5]), beta=10.0)
+    loss, _ = flow_dpo_loss(
+        err_w, err_l, torch.tensor([0.5]), torch.tensor([0.6]), torch.tensor([0.5]), beta=10.0
+    )
     loss.backward()
     expected = 5 / (1 + math.exp(2.0))
     assert err_w.grad.item() == pytest.approx(expected, rel=1e-5)
@@ -44,7 +46,10 @@ def test_policy_equal_to_reference_gives_ln_2(schedule):
 def test_swapping_the_pair_turns_the_logit():
     win, lose, ref_w, ref_l = (torch.tensor([v]) for v in (0.4, 0.9, 0.5, 0.8))
     t = torch.tensor([0.2])
-    one, other = flow_dpo_loss(win, lose, ref_w, ref_l, t, 4.0), flow_dpo_loss(lose, win, ref_l, ref_w, t, 4.0)
+    one, other = (
+        flow_dpo_loss(win, lose, ref_w, ref_l, t, 4.0),
+        flow_dpo_loss(lose, win, ref_l, ref_w, t, 4.0),
+    )
     assert one[1]["margin"] == pytest.approx(-other[1]["margin"]) and one[1]["margin"] > 0
     # -log sigma(z) and -log sigma(-z) differ by z; z = 4 / 2 * .2
     assert other[0].item() - one[0].item() == pytest.approx(0.4, rel=1e-4)
@@ -71,13 +76,17 @@ def test_noise_error_is_the_velocity_error_times_one_minus_t_squared():
     for t in (0.0, 0.3, 1.0):
         x_t = (1 - t) * x0 + t * x1
         noise_error = (x1 - (x_t + (1 - t) * guess)).square().sum()
-        assert noise_error.item() == pytest.approx((1 - t) ** 2 * (x1 - x0 - guess).square().sum().item(), abs=1e-12)
+        assert noise_error.item() == pytest.approx(
+            (1 - t) ** 2 * (x1 - x0 - guess).square().sum().item(), abs=1e-12
+        )
 
 
 @pytest.fixture
 def models():
     torch.manual_seed(0)
-    config = ModelConfig(frames=4, size=16, patch=(2, 8, 8), dim=32, depth=2, heads=2, vocab=8, max_text=3)
+    config = ModelConfig(
+        frames=4, size=16, patch=(2, 8, 8), dim=32, depth=2, heads=2, vocab=8, max_text=3
+    )
     policy = VideoTransformer(config)
     for parameter in policy.parameters():  # zero-initialised layers would hide most gradients
         torch.nn.init.normal_(parameter, std=0.05)
@@ -88,7 +97,13 @@ def pair(config, count=4):
     """Winners, losers, prompts, times and noise."""
     rng = torch.Generator().manual_seed(1)
     win, lose, noise = torch.randn(3, count, *config.video_shape, generator=rng)
-    return win, lose, torch.randint(0, 8, (count, 3), generator=rng), torch.rand(count, generator=rng), noise
+    return (
+        win,
+        lose,
+        torch.randint(0, 8, (count, 3), generator=rng),
+        torch.rand(count, generator=rng),
+        noise,
+    )
 
 
 def test_first_step_is_ln_2_in_train_mode_and_only_the_policy_gets_a_gradient(models):
@@ -98,7 +113,9 @@ def test_first_step_is_ln_2_in_train_mode_and_only_the_policy_gets_a_gradient(mo
     assert loss.item() == pytest.approx(math.log(2), abs=1e-6) and logs["accuracy"] == 0.5
     loss.backward()
     assert all(
-        p.grad is not None and p.grad.abs().sum() > 0 for name, p in policy.named_parameters() if "words" not in name
+        p.grad is not None and p.grad.abs().sum() > 0
+        for name, p in policy.named_parameters()
+        if "words" not in name
     )
     assert all(p.grad is None for p in reference.parameters())
 
@@ -159,11 +176,18 @@ def test_one_shared_trunk_gives_the_same_loss_and_gradients(models):
     results = []
     for shared in (None, share_trunk(policy, reference, 1)):
         policy.zero_grad()
-        loss, logs = flow_dpo_step(policy, reference, *pair(policy.config), 50.0, shared_forward=shared)
+        loss, logs = flow_dpo_step(
+            policy, reference, *pair(policy.config), 50.0, shared_forward=shared
+        )
         loss.backward()
-        results.append((loss.item(), logs, [p.grad.clone() for p in policy.parameters() if p.requires_grad]))
+        results.append(
+            (loss.item(), logs, [p.grad.clone() for p in policy.parameters() if p.requires_grad])
+        )
     assert results[0][0] == pytest.approx(results[1][0], abs=1e-6)
-    assert results[0][1]["drift"] == pytest.approx(results[1][1]["drift"], rel=1e-5) and results[0][1]["drift"] > 0
+    assert (
+        results[0][1]["drift"] == pytest.approx(results[1][1]["drift"], rel=1e-5)
+        and results[0][1]["drift"] > 0
+    )
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(results[0][2], results[1][2]))
 
 
@@ -173,7 +197,9 @@ class Small(torch.nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.net = torch.nn.Sequential(torch.nn.Linear(5, 32), torch.nn.GELU(), torch.nn.Linear(32, 4))
+        self.net = torch.nn.Sequential(
+            torch.nn.Linear(5, 32), torch.nn.GELU(), torch.nn.Linear(32, 4)
+        )
 
     def forward(self, x_t, t, y):
         return self.net(torch.cat((x_t, t[:, None]), 1))
@@ -184,7 +210,10 @@ def drift_after_training(beta, schedule):
     reference = Small().requires_grad_(False)
     policy = copy.deepcopy(reference).requires_grad_(True)
     one, other = torch.randn(2, 4, 4, generator=torch.Generator().manual_seed(1))
-    batch = torch.cat((one, one, one, other)).repeat(4, 1), torch.cat((other, other, other, one)).repeat(4, 1)
+    batch = (
+        torch.cat((one, one, one, other)).repeat(4, 1),
+        torch.cat((other, other, other, one)).repeat(4, 1),
+    )
     y = torch.zeros(64, 1, dtype=torch.int64)
     optimizer = torch.optim.Adam(policy.parameters(), 3e-3)
     for step in range(200):
@@ -195,7 +224,10 @@ def drift_after_training(beta, schedule):
         optimizer.step()
     with torch.no_grad():  # judged at the same times and noises for all
         noises = [draw_noise(64, (4,), 1.0, step_rng(1, i)) for i in range(10)]
-        seen = [flow_dpo_step(policy, reference, *batch, y, **n, beta=beta, schedule=schedule)[1] for n in noises]
+        seen = [
+            flow_dpo_step(policy, reference, *batch, y, **n, beta=beta, schedule=schedule)[1]
+            for n in noises
+        ]
     return [sum(logs[f"drift/t{i}"] for logs in seen) / 10 for i in range(4)]
 
 
@@ -209,5 +241,8 @@ def test_a_larger_beta_stays_closer_to_the_reference(schedule):
 
 def test_one_minus_t_squared_lets_the_policy_go_where_the_noise_is():
     # the same best logit needs the margin 2 log 3 / (beta (1 - t)^2): much at high noise, little at low
-    constant, scheduled = drift_after_training(30.0, "constant"), drift_after_training(30.0, "(1-t)^2")
+    constant, scheduled = (
+        drift_after_training(30.0, "constant"),
+        drift_after_training(30.0, "(1-t)^2"),
+    )
     assert constant[3] < 2 * constant[0] and scheduled[3] > 5 * scheduled[0]

@@ -54,7 +54,9 @@ def test_a_step_by_hand():
 
 def test_advantages_by_hand():
     advantage = group_advantage(torch.tensor([[1.0, 2.0, 3.0], [5.0, 5.0, 5.0]]))
-    expected = torch.tensor([[-(1.5**0.5), 0, 1.5**0.5], [0, 0, 0]])  # standard deviation sqrt(2 / 3)
+    expected = torch.tensor(
+        [[-(1.5**0.5), 0, 1.5**0.5], [0, 0, 0]]
+    )  # standard deviation sqrt(2 / 3)
     assert torch.allclose(advantage, expected)
     random = group_advantage(torch.randn(7, 5, generator=rng()))
     assert torch.allclose(random.sum(1), torch.zeros(7), atol=1e-5)

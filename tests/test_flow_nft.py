@@ -13,11 +13,15 @@ def test_optimality_by_hand():
     reward = torch.tensor([[1.0, 3.0], [5.0, 5.0]])
     assert optimality(reward).tolist() == [[0.0, 1.0], [0.5, 0.5]]  # sqrt 2 of them, cut at 1
     third = 1 / (3 * math.sqrt(0.5)) / 2
-    assert torch.allclose(optimality(reward, spread=3.0), torch.tensor([[0.5 - third, 0.5 + third], [0.5, 0.5]]))
+    assert torch.allclose(
+        optimality(reward, spread=3.0), torch.tensor([[0.5 - third, 0.5 + third], [0.5, 0.5]])
+    )
     assert torch.equal(optimality(torch.full((3, 4), 7.0)), torch.full((3, 4), 0.5))
     rounding = torch.tensor([[0.0, 1e-6], [0.3, 0.3]])  # Z is then .01: r moves by 5e-7 / .01 / 2
     assert (optimality(rounding) - 0.5).abs().max().item() == pytest.approx(2.5e-5, rel=0.05)
-    assert torch.allclose(optimality(reward + torch.tensor([[10.0], [-3.0]])), optimality(reward))  # within a prompt
+    assert torch.allclose(
+        optimality(reward + torch.tensor([[10.0], [-3.0]])), optimality(reward)
+    )  # within a prompt
 
 
 def test_error_is_of_x0_over_its_own_size_which_has_no_gradient():
@@ -29,11 +33,17 @@ def test_error_is_of_x0_over_its_own_size_which_has_no_gradient():
     error.sum().backward()
     # d/dv of the mean of (x_t - t v)^2, the size held: -2 t x0_hat / 2
     assert torch.allclose(v.grad, torch.tensor([[0.5, -0.5]]))
-    assert nft_error(v, x_t, torch.tensor([[-1.0, -1.0]]), t).item() == pytest.approx(2.0)  # 0, 2: 2 over 1
+    assert nft_error(v, x_t, torch.tensor([[-1.0, -1.0]]), t).item() == pytest.approx(
+        2.0
+    )  # 0, 2: 2 over 1
 
 
 def test_loss_by_hand():
-    positive, negative, drift = torch.tensor([1.0, 2.0]), torch.tensor([4.0, 8.0]), torch.tensor([0.5, 1.5])
+    positive, negative, drift = (
+        torch.tensor([1.0, 2.0]),
+        torch.tensor([4.0, 8.0]),
+        torch.tensor([0.5, 1.5]),
+    )
     loss, logs = flow_nft_loss(positive, negative, torch.tensor([1.0, 0.25]), drift, kl=2.0)
     assert loss.item() == pytest.approx((1 + (0.5 + 6)) / 2 + 2 * 1.0)
     assert logs == pytest.approx({"loss": 5.75, "positive": 1.5, "negative": 6.0, "drift": 1.0})
@@ -74,7 +84,10 @@ def test_with_one_half_everywhere_the_old_model_is_kept():
     noise = torch.randn(4, 3, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     assert gradient(0.5, 0.0, noise=noise)[0] == pytest.approx(0.0, abs=1e-6)
     assert gradient(0.5, 0.2, noise=noise)[0] > 0.01 and gradient(0.5, -0.2, noise=noise)[0] < -0.01
-    assert gradient(0.5, 0.5, old=0.3, noise=noise)[0] > 0.01 and gradient(0.5, 0.1, old=0.3, noise=noise)[0] < -0.01
+    assert (
+        gradient(0.5, 0.5, old=0.3, noise=noise)[0] > 0.01
+        and gradient(0.5, 0.1, old=0.3, noise=noise)[0] < -0.01
+    )
 
 
 def test_beta_is_the_distance_of_the_implicit_policies():

@@ -14,13 +14,17 @@ def test_weights_by_hand():
     assert rwr_weights(torch.tensor([0.0, math.log(3.0)])).tolist() == pytest.approx([0.5, 1.5])
     # at temperature 2: 1, sqrt 3
     mean = (1 + 3**0.5) / 2
-    assert rwr_weights(torch.tensor([0.0, math.log(3.0)]), 2.0).tolist() == pytest.approx([1 / mean, 3**0.5 / mean])
+    assert rwr_weights(torch.tensor([0.0, math.log(3.0)]), 2.0).tolist() == pytest.approx(
+        [1 / mean, 3**0.5 / mean]
+    )
 
 
 @pytest.mark.parametrize("reward", [[1e30, -1e30, 0.0], [-1e30, -1e30, -1e30], [3e38, 3e38, -3e38]])
 def test_weights_are_finite_with_mean_one_for_any_finite_reward(reward):
     weight = rwr_weights(torch.tensor(reward))
-    assert weight.isfinite().all() and (weight >= 0).all() and weight.mean().item() == pytest.approx(1)
+    assert (
+        weight.isfinite().all() and (weight >= 0).all() and weight.mean().item() == pytest.approx(1)
+    )
 
 
 def test_temperature_must_be_positive():
@@ -42,14 +46,22 @@ def test_equal_rewards_make_it_the_plain_flow_loss_to_the_last_bit(count):
     def policy(x, t, y):
         return 0.3 * x
 
-    loss, _ = flow_rwr_step(policy, x0, torch.zeros(count, 1), rwr_weights(torch.full((count,), 0.7)), t, x1)
+    loss, _ = flow_rwr_step(
+        policy, x0, torch.zeros(count, 1), rwr_weights(torch.full((count,), 0.7)), t, x1
+    )
     assert torch.equal(loss, flow_error(policy, x0, x1, t, None).mean())
 
 
 def test_each_clip_counts_by_its_own_weight():
     # v = 0, x1 = 0: a clip's error is the mean square of x0, 1 and 4; weights 1.5 and 0.5: (1.5 * 1 + .5 * 4) / 2
     x0 = torch.tensor([1.0, 2.0]).reshape(2, 1, 1, 1, 1).expand(2, 3, 2, 4, 4)
-    batch = x0, torch.zeros(2, 1), torch.tensor([1.5, 0.5]), torch.tensor([0.2, 0.9]), torch.zeros_like(x0)
+    batch = (
+        x0,
+        torch.zeros(2, 1),
+        torch.tensor([1.5, 0.5]),
+        torch.tensor([0.2, 0.9]),
+        torch.zeros_like(x0),
+    )
     loss, logs = flow_rwr_step(lambda x, t, y: torch.zeros_like(x), *batch)
     assert loss.item() == pytest.approx(1.75) and logs["error"] == pytest.approx(2.5)
     assert logs["effective_samples"] == pytest.approx(2**2 / (2 * 2.5))
@@ -61,6 +73,8 @@ def test_the_optimum_on_two_modes_is_the_tilted_mixture():
     x0 = torch.where(torch.arange(4000) % 2 == 0, 1.0, -1.0)[:, None]
     weight = rwr_weights(torch.where(x0[:, 0] > 0, math.log(3.0), 0.0))
     c = torch.zeros(1, requires_grad=True)
-    flow_rwr_step(lambda x, t, y: x - c, x0, None, weight, torch.ones(4000), torch.randn(4000, 1))[0].backward()
+    flow_rwr_step(lambda x, t, y: x - c, x0, None, weight, torch.ones(4000), torch.randn(4000, 1))[
+        0
+    ].backward()
     # d/dc mean w (c - x0)^2 at c = 0 is -2 E[w x0] = -2 * 1/2, and the optimum c = E[w x0] = 1/2
     assert c.grad.item() == pytest.approx(-1.0, abs=1e-5)

@@ -28,7 +28,9 @@ FUZZ = settings(
     deadline=5000,  # ms for one input: what takes longer hangs
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-WORDS = st.lists(st.sampled_from([*TOY_WORDS, "purple", "", "-", "'"]) | st.text(max_size=5), max_size=12)
+WORDS = st.lists(
+    st.sampled_from([*TOY_WORDS, "purple", "", "-", "'"]) | st.text(max_size=5), max_size=12
+)
 
 
 @FUZZ
@@ -63,14 +65,18 @@ def test_nrg_strings(text):
 
 
 def test_nrg_strings_are_read_so_by_the_command(monkeypatch, tmp_path):
-    monkeypatch.setattr("sys.argv", ["sample.py", "--nrg", "1,nan,1", "--out", str(tmp_path / "out")])
+    monkeypatch.setattr(
+        "sys.argv", ["sample.py", "--nrg", "1,nan,1", "--out", str(tmp_path / "out")]
+    )
     with pytest.raises(BadInput, match="--nrg: 1,nan,1: must be three numbers"):
         sample.main()
 
 
 HEADER = ",".join(pairs_csv.COLUMNS)
 ROW = "a.mp4,./a.mp4,a cat,A,same,B,2,8,2,8"
-CELL = st.sampled_from(["a.mp4", "../a.mp4", "a.npy:3", "A", "B", "same", "x", "nan", "1e9", "-1", "", '"', "\x00"])
+CELL = st.sampled_from(
+    ["a.mp4", "../a.mp4", "a.npy:3", "A", "B", "same", "x", "nan", "1e9", "-1", "", '"', "\x00"]
+)
 CELLS = st.lists(CELL | st.text(max_size=4), max_size=12).map(",".join)
 LINES = st.lists(st.sampled_from([HEADER, ROW]) | CELLS, max_size=5)
 
@@ -90,7 +96,11 @@ GOOD = f"{HEADER}\n{ROW}\n".encode()
 
 
 @FUZZ
-@given(st.binary() | LINES.map(lambda lines: "\n".join(lines).encode("utf-8", "replace")) | spoiled(GOOD))
+@given(
+    st.binary()
+    | LINES.map(lambda lines: "\n".join(lines).encode("utf-8", "replace"))
+    | spoiled(GOOD)
+)
 @example(GOOD)
 def test_csv_bytes(tmp_path_factory, content):
     folder = tmp_path_factory.getbasetemp()
@@ -116,14 +126,25 @@ def file_of(state):
     return file.getvalue()
 
 
-PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just(torch.zeros(3))
-VALUE = st.recursive(PLAIN, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=5), v, max_size=3))
+PLAIN = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=5)
+    | st.just(torch.zeros(3))
+)
+VALUE = st.recursive(
+    PLAIN, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=5), v, max_size=3)
+)
 
 
 @st.composite
 def other_states(draw):
     """The state of a good file with values of any kind in some places."""
-    state = {name: dict(value) if isinstance(value, dict) else value for name, value in STATE.items()}
+    state = {
+        name: dict(value) if isinstance(value, dict) else value for name, value in STATE.items()
+    }
     for _ in range(draw(st.integers(1, 3))):
         where = draw(st.sampled_from([state, state["config"], state["model"]]))
         if not isinstance(where, dict) or not where:

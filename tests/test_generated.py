@@ -20,7 +20,9 @@ TWO = {"one": {"steps": 1}, "two": {"steps": 2, "cfg": 3.0}}
 def clip_of(y, number, steps, cfg):
     """A clip that says where it comes from: its prompt in red, its settings in green, its number in blue."""
     red = (y * torch.arange(1, y.shape[1] + 1)).sum(1) / 500
-    values = torch.stack((red, torch.full_like(red, steps / 10 + cfg / 100), torch.full_like(red, number)), 1)
+    values = torch.stack(
+        (red, torch.full_like(red, steps / 10 + cfg / 100), torch.full_like(red, number)), 1
+    )
     return values[:, :, None, None, None].expand(-1, -1, CONFIG.frames, CONFIG.size, CONFIG.size)
 
 
@@ -39,13 +41,20 @@ def sampled(tiny, monkeypatch):
 
 
 def pairs_of(path, folder, count=30, splits=("validation",), seed=0, models=TWO):
-    return annotate_pairs(*generated.generated_pairs(count, splits, seed, path, CONFIG, folder, CPU, models), seed)
+    return annotate_pairs(
+        *generated.generated_pairs(count, splits, seed, path, CONFIG, folder, CPU, models), seed
+    )
 
 
-def test_each_prompt_is_sampled_at_every_setting_and_pairs_are_two_clips_of_one_prompt(sampled, tmp_path):
+def test_each_prompt_is_sampled_at_every_setting_and_pairs_are_two_clips_of_one_prompt(
+    sampled, tmp_path
+):
     path, calls = sampled
     pairs = pairs_of(path, tmp_path)
-    assert [settings for _, _, settings in calls] == [{"steps": 1, "cfg": 1.0}, {"steps": 2, "cfg": 3.0}]
+    assert [settings for _, _, settings in calls] == [
+        {"steps": 1, "cfg": 1.0},
+        {"steps": 2, "cfg": 3.0},
+    ]
     prompts = Vocabulary().encode_attributes(world.split_prompts("validation"), CONFIG.max_text)
     for x1, y, _ in calls:
         # 30 pairs of 12 prompts: 5 clips of each, of which the first setting makes three, the second two
@@ -64,14 +73,18 @@ def test_each_prompt_is_sampled_at_every_setting_and_pairs_are_two_clips_of_one_
     assert splits_of(pairs.y) == {"validation"}
 
 
-def test_a_clip_is_not_compared_with_itself_and_labels_are_the_annotators(tiny, tmp_path, monkeypatch):
+def test_a_clip_is_not_compared_with_itself_and_labels_are_the_annotators(
+    tiny, tmp_path, monkeypatch
+):
     args, _ = tiny("--algo=reward")
 
     def rendered(model, x1, y, progress, **settings):
         prompt = world.prompt_attributes([Vocabulary().decode(row) for row in y])
         rng = torch.Generator().manual_seed(len(calls))
         calls.append(1)
-        return world.render(world.draw_clips(prompt, torch.arange(len(y)) % 12, rng, CONFIG.frames), CONFIG.size)
+        return world.render(
+            world.draw_clips(prompt, torch.arange(len(y)) % 12, rng, CONFIG.frames), CONFIG.size
+        )
 
     calls = []
     monkeypatch.setattr(generated, "sample_many", rendered)
@@ -88,17 +101,26 @@ def test_a_clip_is_not_compared_with_itself_and_labels_are_the_annotators(tiny, 
 def test_clips_are_kept_and_sampled_again_when_they_differ_or_are_damaged(sampled, tmp_path):
     path, calls = sampled
     first = pairs_of(path, tmp_path)
-    assert torch.equal(pairs_of(path, tmp_path).sides(torch.arange(30))[0], first.sides(torch.arange(30))[0])
+    assert torch.equal(
+        pairs_of(path, tmp_path).sides(torch.arange(30))[0], first.sides(torch.arange(30))[0]
+    )
     assert len(calls) == 2
     (file,) = tmp_path.glob("generated-*.pt")
     file.write_bytes(file.read_bytes()[:1000])
     pairs_of(path, tmp_path)
     assert len(calls) == 4 and len(list(tmp_path.glob("*.tmp"))) == 0
-    for other in ({"seed": 1}, {"models": {"one": {"steps": 1}}}, {"splits": ("hard",)}, {"count": 60}):
+    for other in (
+        {"seed": 1},
+        {"models": {"one": {"steps": 1}}},
+        {"splits": ("hard",)},
+        {"count": 60},
+    ):
         before = len(calls)
         pairs_of(path, tmp_path, **other)
         assert len(calls) > before, other
-    assert torch.equal(calls[0][0], calls[2][0]) and not torch.equal(calls[0][0], calls[4][0])  # a seed's noise
+    assert torch.equal(calls[0][0], calls[2][0]) and not torch.equal(
+        calls[0][0], calls[4][0]
+    )  # a seed's noise
     network, _ = generated.load_velocity(path)
     wired.save(wired.noticeable(network), "velocity", path)
     before = len(calls)
@@ -122,23 +144,40 @@ def test_a_share_of_videorewards_pairs_is_generated(tiny, tmp_path):
         flags = share_of(share, tmp_path / "clips")
         _, task = tiny("--algo=reward", "--pairs=40", "--eval-pairs=40", *flags)
         held = {name.split()[0]: len(part) for name, part in task.evaluate.keywords["held"].items()}
-        assert held == {name: n for name, n in (("rendered", 40 - count), ("generated", count)) if n}
+        assert held == {
+            name: n for name, n in (("rendered", 40 - count), ("generated", count)) if n
+        }
         seen = [task.batch(step, slice(0, 8)) for step in range(5)]
         assert set().union(*(splits_of(batch["y"]) for batch in seen)) == {"train"}
         for part in task.evaluate.keywords["held"].values():
             assert splits_of(part.y) == {"validation"}
 
 
-def test_the_toy_data_on_disk_and_its_table_show_generated_clips(tiny, tmp_path, capsys, monkeypatch):
+def test_the_toy_data_on_disk_and_its_table_show_generated_clips(
+    tiny, tmp_path, capsys, monkeypatch
+):
     args, _ = tiny("--algo=reward")
-    flags = ["--pairs=10", "--generated=0.6", f"--init={args.init}", f"--cache={tmp_path / 'clips'}"]
+    flags = [
+        "--pairs=10",
+        "--generated=0.6",
+        f"--init={args.init}",
+        f"--cache={tmp_path / 'clips'}",
+    ]
     monkeypatch.setattr(export_toy, "ModelConfig", lambda: CONFIG)
     monkeypatch.setattr("sys.argv", ["data.py", "export", str(tmp_path / "toy"), *flags])
     export_toy.main()
-    for name, (rendered, made) in {"train": (4, 6), "validation": (1, 1), "benchmark": (1, 1)}.items():
+    for name, (rendered, made) in {
+        "train": (4, 6),
+        "validation": (1, 1),
+        "benchmark": (1, 1),
+    }.items():
         rows = read_pairs(tmp_path / "toy" / f"{name}.csv")
-        names = [{path.rpartition("_")[2].removesuffix(".mp4") for path in row.paths} for row in rows]
-        assert [pair <= set(world.GENERATORS) for pair in names] == [True] * rendered + [False] * made
+        names = [
+            {path.rpartition("_")[2].removesuffix(".mp4") for path in row.paths} for row in rows
+        ]
+        assert [pair <= set(world.GENERATORS) for pair in names] == [True] * rendered + [
+            False
+        ] * made
         assert set().union(*names[rendered:]) <= set(generated.MODELS)
         assert name != "benchmark" or [set(row.models) for row in rows] == names
         assert all((tmp_path / "toy" / path).exists() for row in rows for path in row.paths)
@@ -146,22 +185,34 @@ def test_the_toy_data_on_disk_and_its_table_show_generated_clips(tiny, tmp_path,
     export_toy.main()
     printed = capsys.readouterr().out
     shown = dict(
-        re.findall(r"^\| (base[\w.-]*) \| (\d+) \|", printed.partition("## train")[2].partition("##")[0], re.M)
+        re.findall(
+            r"^\| (base[\w.-]*) \| (\d+) \|",
+            printed.partition("## train")[2].partition("##")[0],
+            re.M,
+        )
     )
-    assert set(shown) == set(generated.MODELS) and sum(map(int, shown.values())) == 12  # two clips of six pairs
+    assert (
+        set(shown) == set(generated.MODELS) and sum(map(int, shown.values())) == 12
+    )  # two clips of six pairs
 
 
 @pytest.mark.parametrize("target", ["reward", "labels"])
-def test_what_the_noise_aware_reward_trains_on_is_generated_where_the_flag_says_so(sampled, tiny, tmp_path, target):
+def test_what_the_noise_aware_reward_trains_on_is_generated_where_the_flag_says_so(
+    sampled, tiny, tmp_path, target
+):
     for share, count in ((0, 0), (1, 8)):
         flags = share_of(share, tmp_path / "clips")
         _, task = tiny("--algo=nrg", f"--target={target}", "--pairs=8", *flags)
         clips = task.batch(0, slice(0, 8))["x0" if target == "reward" else "x0_a"]
-        assert (clips.std((2, 3, 4)).amax(1) == 0).sum() == count  # clips of clip_of have one colour
+        assert (
+            clips.std((2, 3, 4)).amax(1) == 0
+        ).sum() == count  # clips of clip_of have one colour
 
 
 @pytest.mark.parametrize("algo", ["dpo", "sft"])
-def test_an_alignment_takes_clips_of_its_own_start_where_the_flag_says_so(tiny, tmp_path, monkeypatch, algo):
+def test_an_alignment_takes_clips_of_its_own_start_where_the_flag_says_so(
+    tiny, tmp_path, monkeypatch, algo
+):
     calls = []
 
     def sample_many(model, x1, y, progress, **settings):  # clips of one colour each
@@ -180,7 +231,10 @@ def test_an_alignment_takes_clips_of_its_own_start_where_the_flag_says_so(tiny, 
 
 def test_joined_pairs_keep_their_clips_and_labels(tmp_path, sampled):
     path, _ = sampled
-    rendered, made = annotated_pairs(10, ["train"], 0, CONFIG, Vocabulary()), pairs_of(path, tmp_path, 6)
+    rendered, made = (
+        annotated_pairs(10, ["train"], 0, CONFIG, Vocabulary()),
+        pairs_of(path, tmp_path, 6),
+    )
     both = generated.join_pairs(rendered, made)
     index, side = torch.tensor([15, 3, 10, 9, 0]), torch.tensor([1, 0, 0, 1, 1])
     videos = both.clips(index, side)

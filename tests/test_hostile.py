@@ -54,7 +54,12 @@ def refused(main, argv, monkeypatch, capsys):
 )
 def test_training_refuses_a_flag(flags, tmp_path, monkeypatch, capsys):
     *_, name, _ = flags.split()
-    said = refused(train.main, ["train.py", *flags.split(), "--out", str(tmp_path / "run")], monkeypatch, capsys)
+    said = refused(
+        train.main,
+        ["train.py", *flags.split(), "--out", str(tmp_path / "run")],
+        monkeypatch,
+        capsys,
+    )
     assert name in said and not (tmp_path / "run").exists()
 
 
@@ -74,7 +79,12 @@ def test_training_refuses_a_flag(flags, tmp_path, monkeypatch, capsys):
 )
 def test_sampling_refuses_a_flag(flags, tmp_path, monkeypatch, capsys):
     name, _ = flags.split()
-    said = refused(sample.main, ["sample.py", *flags.split(), "--out", str(tmp_path / "run")], monkeypatch, capsys)
+    said = refused(
+        sample.main,
+        ["sample.py", *flags.split(), "--out", str(tmp_path / "run")],
+        monkeypatch,
+        capsys,
+    )
     assert name in said and not (tmp_path / "run").exists()
 
 
@@ -132,10 +142,25 @@ def test_links_in_a_circle(tmp_path):
 def test_a_wrong_number_of_frames_is_seen_in_every_row_and_in_the_cache(tmp_path):
     config, words = ModelConfig(vocab=17), data.Vocabulary()
     for name in "ab":
-        imageio.mimwrite(tmp_path / f"{name}.mp4", list(np.zeros((8, 32, 32, 3), np.uint8)), format="FFMPEG", fps=2)
+        imageio.mimwrite(
+            tmp_path / f"{name}.mp4",
+            list(np.zeros((8, 32, 32, 3), np.uint8)),
+            format="FFMPEG",
+            fps=2,
+        )
 
     def row(line, frames):
-        return Pair("a.mp4", "b.mp4", "a red circle moving left", (1, 1, 1), 2.0, frames, 2.0, 8.0, line=line)
+        return Pair(
+            "a.mp4",
+            "b.mp4",
+            "a red circle moving left",
+            (1, 1, 1),
+            2.0,
+            frames,
+            2.0,
+            8.0,
+            line=line,
+        )
 
     def load(rows):
         return disk_pairs(rows, tmp_path / "pairs.csv", config, words, tmp_path / "cache")

@@ -14,11 +14,12 @@ import wired
 from wired import CONFIG, CPU, Brightness, noticeable
 
 import evaluate
-import train
+import judge
+import tasks
 import trainer
 import world
 from data import DIMENSIONS, INVALID, Pairs, Vocabulary
-from evaluate import alignment_table, learned_scores, over_seeds, pair_scores, score_table, win_rate
+from judge import alignment_table, learned_scores, over_seeds, pair_scores, score_table, win_rate
 from model import VideoTransformer, load_velocity
 from reward import RewardConfig, VideoReward
 from runtime.cli import BadInput
@@ -49,11 +50,13 @@ def sampled(model, x1, y, cfg):
     return x
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # The reference
 
 
-@pytest.mark.parametrize("flags", [["--freeze=0"], ["--freeze=2"], ["--lora-rank=2", "--freeze=0"], ["--lora-rank=2"]])
+@pytest.mark.parametrize(
+    "flags", [["--freeze=0"], ["--freeze=2"], ["--lora-rank=2", "--freeze=0"], ["--lora-rank=2"]]
+)
 @pytest.mark.parametrize("algo", ["dpo", "sft"])
 def test_the_reference_is_the_start_before_and_after_and_has_no_gradient(tiny, algo, flags):
     args, task = tiny(f"--algo={algo}", *flags)
@@ -62,7 +65,9 @@ def test_the_reference_is_the_start_before_and_after_and_has_no_gradient(tiny, a
     def same():
         return all(torch.equal(v, start.state_dict()[n]) for n, v in base.state_dict().items())
 
-    assert same() and not {id(p) for p in base.parameters()} & {id(p) for p in task.model.parameters()}
+    assert same() and not {id(p) for p in base.parameters()} & {
+        id(p) for p in task.model.parameters()
+    }
     batch = task.batch(50, slice(0, 8))
     with torch.no_grad():  # the policy starts as the reference
         x_t, t, y = batch["x1"], torch.ones(len(batch["y"])), batch["y"]
@@ -81,7 +86,7 @@ def test_the_reference_is_the_start_before_and_after_and_has_no_gradient(tiny, a
         assert last["ref_error_w"] == pytest.approx(first["ref_error_w"], rel=1e-5)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # The closing table
 
 
@@ -99,17 +104,26 @@ def test_closing_rows_are_the_base_and_the_policy_by_hand(tiny, algo):
     for cfg in (1.0, 2.0):
         with torch.no_grad():
             clips = [sampled(model, x1, y, cfg) for model in (base, policy)]
-        true, learned = [world.oracle(c, prompts) for c in clips], [judge.normalised(c, y) for c in clips]
+        true, learned = (
+            [world.oracle(c, prompts) for c in clips],
+            [judge.normalised(c, y) for c in clips],
+        )
         table = tables[cfg]
         assert table["base, true score"] == pytest.approx(true[0].mean(0).tolist(), abs=0.011)
         assert table[f"{algo}, true score"] == pytest.approx(true[1].mean(0).tolist(), abs=0.011)
         for by, score in (("oracle", true), ("VideoReward", learned)):
             wins = [
-                sum((p > b) + (p == b) / 2 for p, b in zip(*(s[:, k].tolist() for s in reversed(score)))) / 3
+                sum(
+                    (p > b) + (p == b) / 2
+                    for p, b in zip(*(s[:, k].tolist() for s in reversed(score)))
+                )
+                / 3
                 for k in range(3)
             ]
             assert table[f"{algo} wins, {by}"] == pytest.approx(wins, abs=0.01)
-    assert any(table["base, true score"] != table[f"{algo}, true score"] for table in tables.values())
+    assert any(
+        table["base, true score"] != table[f"{algo}, true score"] for table in tables.values()
+    )
 
 
 class Painter(torch.nn.Module):
@@ -127,7 +141,9 @@ class Painter(torch.nn.Module):
         if not self.right:
             prompts = (prompts + 1) % torch.tensor(world.CHOICES)
         rng = torch.Generator().manual_seed(0)
-        clips = world.draw_clips(prompts, torch.zeros(len(y), dtype=torch.int64), rng, CONFIG.frames, clean=self.right)
+        clips = world.draw_clips(
+            prompts, torch.zeros(len(y), dtype=torch.int64), rng, CONFIG.frames, clean=self.right
+        )
         if not self.right:  # shaky and hazy, of other attributes
             clips.shown, clips.severity[:] = prompts, 1.0
         return (x_t - world.render(clips, CONFIG.size)) / t.reshape(-1, 1, 1, 1, 1)
@@ -140,21 +156,31 @@ class Contrary(Brightness):
         return -video.std((1, 2, 3, 4))[:, None].expand(-1, 3)
 
 
-@pytest.mark.parametrize(("policy", "base", "oracle", "learned"), [(1, 0, 1, 0), (0, 1, 0, 1), (1, 1, 0.5, 0.5)])
+@pytest.mark.parametrize(
+    ("policy", "base", "oracle", "learned"), [(1, 0, 1, 0), (0, 1, 0, 1), (1, 1, 0.5, 0.5)]
+)
 def test_who_paints_the_right_answer_wins_by_the_oracle(
     tiny, tmp_path, monkeypatch, policy, base, oracle, learned
 ):
     args, _ = tiny("--algo=dpo", "--eval-prompts=8")
     shown = []
-    monkeypatch.setattr(evaluate, "write_gif", lambda path, rows: shown.extend(rows))
-    monkeypatch.setattr(evaluate, "write_sheet", lambda path, rows: shown.extend((rows[::2], rows[1::2])))
-    lines = alignment_table(Painter(policy), tmp_path, Painter(base), Contrary(), Vocabulary().words, None, args, CPU)
+    monkeypatch.setattr(judge, "write_gif", lambda path, rows: shown.extend(rows))
+    monkeypatch.setattr(
+        evaluate, "write_sheet", lambda path, rows: shown.extend((rows[::2], rows[1::2]))
+    )
+    lines = alignment_table(
+        Painter(policy), tmp_path, Painter(base), Contrary(), Vocabulary().words, None, args, CPU
+    )
     tables = rows_of_table(lines)
     assert tables[1.0]["dpo wins, oracle"] == [oracle] * 3
     assert tables[1.0]["dpo wins, VideoReward"] == [learned] * 3
     for name, right in (("dpo", policy), ("base", base)):
         scores = tables[1.0][f"{name}, true score"]
-        assert (scores[2] > 0.95 and scores[1] > 0.8) if right else (scores[2] < 0.3 and scores[1] < 0.4)
+        assert (
+            (scores[2] > 0.95 and scores[1] > 0.8)
+            if right
+            else (scores[2] < 0.3 and scores[1] < 0.4)
+        )
     prompts = world.split_prompts("train")[torch.arange(8) * 2 % 8]
     above, below, *sheet = (world.oracle(clips, prompts)[:, 2].mean() > 0.95 for clips in shown)
     assert [above, below] == sheet == [base, policy]  # the base above the policy
@@ -163,14 +189,18 @@ def test_who_paints_the_right_answer_wins_by_the_oracle(
 def test_pretraining_ends_with_the_oracles_word_on_its_samples(tiny, tmp_path):
     args, _ = tiny("--algo=pretrain", "--eval-prompts=6")
     for right in (True, False):
-        painted = evaluate.pretrain_table(Painter(right), tmp_path, Vocabulary().words, args, CPU)
+        painted = judge.pretrain_table(Painter(right), tmp_path, Vocabulary().words, args, CPU)
         name, rest = painted[0].split("; right ")
         numbers = [float(word) for word in rest.split()[1::2]]
         assert name.startswith("CFG 1:") and rest.split()[::2] == ["colour", "shape", "direction"]
         assert numbers == [1.0] * 3 if right else max(numbers) < 0.5
         *_, probed, _ = painted
         name, _, rest = probed.partition("right ")
-        assert name == "x0_hat of clean clips at t 0.8: " and rest.split()[::2] == ["colour", "shape", "direction"]
+        assert name == "x0_hat of clean clips at t 0.8: " and rest.split()[::2] == [
+            "colour",
+            "shape",
+            "direction",
+        ]
         assert [float(word) for word in rest.split()[1::2]] == [float(right)] * 3
 
 
@@ -181,14 +211,18 @@ def test_the_probe_noises_clean_clips_to_its_t_and_asks_with_their_own_prompt():
         def forward(self, x_t, t, y):
             seen.append((x_t, t, y))
             v = super().forward(x_t, t, y)
-            return torch.where((torch.arange(len(y)) < 3)[:, None, None, None, None], v, torch.zeros_like(v))
+            return torch.where(
+                (torch.arange(len(y)) < 3)[:, None, None, None, None], v, torch.zeros_like(v)
+            )
 
     prompts = world.split_prompts("validation")
-    right = evaluate.denoised_right(Spy(), Vocabulary().words, prompts, 0.6, 3, CPU)
+    right = judge.denoised_right(Spy(), Vocabulary().words, prompts, 0.6, 3, CPU)
     ((x_t, t, y),) = seen
     assert torch.equal(t, torch.full((12,), 0.6))
     assert torch.equal(y, Vocabulary().encode_attributes(prompts, CONFIG.max_text))
-    assert (right >= 3 / 12).all() and (right < 1).all()  # three know the answer, from the others noise is left
+    assert (right >= 3 / 12).all() and (
+        right < 1
+    ).all()  # three know the answer, from the others noise is left
     # noise of variance .36 and what is left of a clip, .4 x0, of which at most the object and no defect is bright
     ground = x_t.flatten(2).median(2).values.mean().item()
     assert ground == pytest.approx(0.4 * (2 * world.GROUND - 1), abs=0.05)
@@ -214,51 +248,81 @@ def test_real_data_is_judged_by_videoreward_on_base_and_policy(tiny, tmp_path):
         def forward(self, x_t, t, y):
             return torch.zeros_like(x_t)
 
-    lines = alignment_table(Still(), tmp_path, Bright(), Brightness(), None, Pairs(y, None), args, CPU)
-    x1 = torch.randn(4, *CONFIG.video_shape, generator=torch.Generator().manual_seed(args.eval_seed))
+    lines = alignment_table(
+        Still(), tmp_path, Bright(), Brightness(), None, Pairs(y, None), args, CPU
+    )
+    x1 = torch.randn(
+        4, *CONFIG.video_shape, generator=torch.Generator().manual_seed(args.eval_seed)
+    )
     noise = Brightness().normalised(x1, y).mean(0).tolist()
     assert rows_of_table(lines)[1.0]["dpo, z-score"] == pytest.approx(noise, abs=0.006)
-    for policy, base, wins in ((Bright(), Dark(), 1.0), (Dark(), Bright(), 0.0), (Dark(), Dark(), 0.5)):
-        lines = alignment_table(policy, tmp_path, base, Brightness(), None, Pairs(y, None), args, CPU)
+    for policy, base, wins in (
+        (Bright(), Dark(), 1.0),
+        (Dark(), Bright(), 0.0),
+        (Dark(), Dark(), 0.5),
+    ):
+        lines = alignment_table(
+            policy, tmp_path, base, Brightness(), None, Pairs(y, None), args, CPU
+        )
         table = rows_of_table(lines)[1.0]
         assert table["dpo wins, VideoReward"] == [wins] * 3 and "dpo wins, oracle" not in table
-        assert table["dpo, z-score"][0] == pytest.approx(10 * (0.5 if isinstance(policy, Dark) is False else -0.5))
+        assert table["dpo, z-score"][0] == pytest.approx(
+            10 * (0.5 if isinstance(policy, Dark) is False else -0.5)
+        )
 
 
 def test_win_rates_by_hand():
-    one, other = torch.tensor([[1.0, 0.0, 2.0], [3.0, 0.0, 2.0]]), torch.tensor([[0.0, 1.0, 2.0], [2.0, 1.0, 1.0]])
-    assert win_rate(one, other).tolist() == [1.0, 0.0, 0.75] and win_rate(other, one).tolist() == [0.0, 1.0, 0.25]
+    one, other = (
+        torch.tensor([[1.0, 0.0, 2.0], [3.0, 0.0, 2.0]]),
+        torch.tensor([[0.0, 1.0, 2.0], [2.0, 1.0, 1.0]]),
+    )
+    assert win_rate(one, other).tolist() == [1.0, 0.0, 0.75] and win_rate(other, one).tolist() == [
+        0.0,
+        1.0,
+        0.25,
+    ]
     lines = score_table(("base", "new"), [other, one], [one, other])
     assert [float(n) for n in lines[-2].split()[-3:]] == [1.0, 0.0, 0.75] and "oracle" in lines[-2]
-    assert [float(n) for n in lines[-1].split()[-3:]] == [0.0, 1.0, 0.25] and "VideoReward" in lines[-1]
+    assert [float(n) for n in lines[-1].split()[-3:]] == [
+        0.0,
+        1.0,
+        0.25,
+    ] and "VideoReward" in lines[-1]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Scores
 
 
 def test_ranking_by_hand():
     total = torch.tensor([[0.0, 1.0], [5.0, 1.0], [2.0, 2.0], [3.0, 0.0]])
-    better, worse = train.ranked(total)
+    better, worse = tasks.ranked(total)
     assert better.tolist() == [[0, 1], [1, 0], [3, 0]]  # the draw is no pair
     assert worse.tolist() == [[0, 0], [1, 1], [3, 1]]
     with pytest.raises(BadInput, match="no pair has a better clip"):
-        train.ranked(torch.ones(4, 2))
+        tasks.ranked(torch.ones(4, 2))
 
 
 def test_pairs_and_samples_are_scored_by_the_checkpoints_own_z_scores(tiny, tmp_path, monkeypatch):
     monkeypatch.undo()  # the real load_judge
     torch.manual_seed(2)
-    reward = noticeable(VideoReward(RewardConfig(frames=4, size=16, dim=24, depth=2, heads=2, vocab=CONFIG.vocab)))
+    reward = noticeable(
+        VideoReward(RewardConfig(frames=4, size=16, dim=24, depth=2, heads=2, vocab=CONFIG.vocab))
+    )
     reward.mean.copy_(torch.tensor([0.5, -1.0, 2.0]))
     reward.std.copy_(torch.tensor([0.1, 0.5, 2.0]))
     wired.save(reward, "reward", tmp_path / "reward.pt")
     wired.save(VideoTransformer(CONFIG), "velocity", tmp_path / "base.pt")
-    flags = [f"--init={tmp_path / 'base.pt'}", f"--reward={tmp_path / 'reward.pt'}", "--pairs=70", "--align=1,-1,2"]
-    args = train.arguments(flags)
-    train.scored_toy_pairs.cache_clear()
+    flags = [
+        f"--init={tmp_path / 'base.pt'}",
+        f"--reward={tmp_path / 'reward.pt'}",
+        "--pairs=70",
+        "--align=1,-1,2",
+    ]
+    args = tasks.arguments(flags)
+    tasks.scored_toy_pairs.cache_clear()
     words = Vocabulary().words
-    pairs, r, judge = train.scored_pairs(args, CONFIG, words, CPU)
+    pairs, r, judge = tasks.scored_pairs(args, CONFIG, words, CPU)
     y, clips, _ = wired.same_pairs(args)
     with torch.no_grad():
         z = torch.stack([(reward(clips[:, s], y) - reward.mean) / reward.std for s in (0, 1)], 1)
@@ -268,7 +332,9 @@ def test_pairs_and_samples_are_scored_by_the_checkpoints_own_z_scores(tiny, tmp_
     videos = clips[:12, 0]
     with torch.no_grad():
         own = reward(videos, Vocabulary().encode_attributes(prompts, CONFIG.max_text))
-    assert torch.allclose(learned_scores(judge, words, videos, prompts), (own - reward.mean) / reward.std, atol=1e-4)
+    assert torch.allclose(
+        learned_scores(judge, words, videos, prompts), (own - reward.mean) / reward.std, atol=1e-4
+    )
 
 
 def test_scores_of_a_pair_stand_in_the_order_of_its_sides():
@@ -278,34 +344,55 @@ def test_scores_of_a_pair_stand_in_the_order_of_its_sides():
     def clips(index, side):
         return (index + 100 * side).float().reshape(-1, 1, 1, 1, 1)
 
-    scores = pair_scores(lambda v, y: torch.stack((v.flatten(), y[:, 0], -v.flatten()), 1), Pairs(y, clips), CPU)
-    assert scores[:, 0, 0].tolist() == list(range(70)) and scores[:, 1, 0].tolist() == list(range(100, 170))
-    assert torch.equal(scores[:, 0, 1], scores[:, 1, 1]) and scores[:, 1, 1].tolist() == list(range(70))
-    videos, prompts = torch.randn(140, *CONFIG.video_shape), evaluate.prompt_set(140, "train")
+    scores = pair_scores(
+        lambda v, y: torch.stack((v.flatten(), y[:, 0], -v.flatten()), 1), Pairs(y, clips), CPU
+    )
+    assert scores[:, 0, 0].tolist() == list(range(70)) and scores[:, 1, 0].tolist() == list(
+        range(100, 170)
+    )
+    assert torch.equal(scores[:, 0, 1], scores[:, 1, 1]) and scores[:, 1, 1].tolist() == list(
+        range(70)
+    )
+    videos, prompts = torch.randn(140, *CONFIG.video_shape), judge.prompt_set(140, "train")
     own = Brightness().normalised(videos, Vocabulary().encode_attributes(prompts, CONFIG.max_text))
     assert torch.allclose(learned_scores(Brightness(), Vocabulary().words, videos, prompts), own)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Studies
 
 
 def judged(oracle, learned, right=(1.0, 0.0, 1.0), quality=0.25):
     scores = {"oracle": torch.tensor(oracle), "videoreward": torch.tensor(learned)}
-    return {**scores, "right": torch.tensor([right] * len(oracle)), "quality": torch.full((len(oracle),), quality)}
+    return {
+        **scores,
+        "right": torch.tensor([right] * len(oracle)),
+        "quality": torch.full((len(oracle),), quality),
+    }
 
 
 def test_rows_count_wins_of_the_policy_over_the_base():
     policy = {"hard 1": judged([[1.0, 0.2, 0.0]] * 2, [[0.0, 3.0, 1.0], [0.0, 3.0, 0.0]])}
-    base = {"hard 1": judged([[0.0, 0.2, 1.0]] * 2, [[1.0, 1.0, 0.0], [-1.0, 1.0, 0.0]], (0, 1, 0), 0.75)}
+    base = {
+        "hard 1": judged(
+            [[0.0, 0.2, 1.0]] * 2, [[1.0, 1.0, 0.0], [-1.0, 1.0, 0.0]], (0, 1, 0), 0.75
+        )
+    }
     by_oracle, learned = jobs.rows_of(policy, base, method="x", seed=4)
     assert [by_oracle[n] for n in DIMENSIONS] == [1.0, 0.5, 0.0] and by_oracle["judge"] == "oracle"
-    assert [learned[n] for n in DIMENSIONS] == [0.5, 1.0, 0.75] and learned["judge"] == "videoreward"
+    assert [learned[n] for n in DIMENSIONS] == [0.5, 1.0, 0.75] and learned[
+        "judge"
+    ] == "videoreward"
     assert [by_oracle[f"{n}_score"] for n in DIMENSIONS] == pytest.approx([1.0, 0.2, 0.0])
     assert by_oracle["set"] == "hard" and by_oracle["cfg"] == 1.0 and by_oracle["seed"] == 4
     # both base clips have all of their prompt right: at best equalled
     assert by_oracle["TA_ceiling"] == learned["TA_ceiling"] == 0.5
-    assert [by_oracle[n] for n in ("colour", "shape", "direction", "quality")] == [1.0, 0.0, 1.0, 0.25]
+    assert [by_oracle[n] for n in ("colour", "shape", "direction", "quality")] == [
+        1.0,
+        0.0,
+        1.0,
+        0.25,
+    ]
 
 
 def test_possible_wins_in_ta_leave_out_what_the_base_has_right():
@@ -313,7 +400,11 @@ def test_possible_wins_in_ta_leave_out_what_the_base_has_right():
     policy = {"hard 1": judged([[0.0, 0.0, ta] for ta in (1.0, 1.0, 1.0, 0.0)], [[0.0] * 3] * 4)}
     row, _ = jobs.rows_of(policy, base)
     # a draw, two wins, a defeat: 2.5 of 4; with every prompt right a draw and three wins, 3.5 of 4
-    assert row["TA"] == 0.625 and row["TA_ceiling"] == 0.875 and row["TA_share"] == pytest.approx(0.125 / 0.375)
+    assert (
+        row["TA"] == 0.625
+        and row["TA_ceiling"] == 0.875
+        and row["TA_share"] == pytest.approx(0.125 / 0.375)
+    )
 
 
 def test_best_of_n_is_what_videoreward_likes_best_of_the_first_n(monkeypatch):
@@ -349,11 +440,15 @@ def test_drift_is_the_mean_square_between_two_models(monkeypatch, tmp_path):
     monkeypatch.setattr(jobs, "DRIFT_CLIPS", 100)
     assert jobs.drift(jobs.WEIGHTS / "base.pt", CPU) == 0
     shown = {"base.pt": 0.0, "other.pt": 0.5}
-    monkeypatch.setattr(jobs, "load_velocity", lambda path: (Constant(base.config, shown[path.name]), words))
+    monkeypatch.setattr(
+        jobs, "load_velocity", lambda path: (Constant(base.config, shown[path.name]), words)
+    )
     assert jobs.drift(tmp_path / "other.pt", CPU) == 0.25
     # times as in training, of which half lie above .8, and clips that are noised by them
     assert 0.35 < (Constant.t > 0.8).float().mean() < 0.65
-    assert (Constant.x_t[Constant.t > 0.9].std() > 0.85) and (Constant.x_t[Constant.t < 0.4].std() < 0.75)
+    assert (Constant.x_t[Constant.t > 0.9].std() > 0.85) and (
+        Constant.x_t[Constant.t < 0.4].std() < 0.75
+    )
 
 
 class Constant(torch.nn.Module):
@@ -387,11 +482,18 @@ def test_a_checkpoint_is_judged_by_both_on_its_own_samples(monkeypatch):
 
 
 def test_cfg_is_held_against_the_base_without_it(monkeypatch):
-    base = {"large 1": judged([[0.0] * 3], [[0.0] * 3]), "large 2": judged([[1.0] * 3], [[1.0] * 3])}
+    base = {
+        "large 1": judged([[0.0] * 3], [[0.0] * 3]),
+        "large 2": judged([[1.0] * 3], [[1.0] * 3]),
+    }
     monkeypatch.setattr(guidance, "base_scores", lambda *args: base)
     rows = guidance.classifier_free(None, CPU)
-    assert [(row["method"], row["cfg"]) for row in rows] == [("base", 1.0)] * 2 + [("CFG 2, no NRG", 2.0)] * 2
-    assert all([row[n] for n in DIMENSIONS] == [0.5] * 3 and row["VQ_score"] == 0 for row in rows[:2])
+    assert [(row["method"], row["cfg"]) for row in rows] == [("base", 1.0)] * 2 + [
+        ("CFG 2, no NRG", 2.0)
+    ] * 2
+    assert all(
+        [row[n] for n in DIMENSIONS] == [0.5] * 3 and row["VQ_score"] == 0 for row in rows[:2]
+    )
     assert all([row[n] for n in DIMENSIONS] == [1.0] * 3 for row in rows[2:])
 
 
@@ -400,9 +502,16 @@ STANDARD = {"set": "standard", "cfg": 1.0, "seed": 0}
 
 def alignment_rows(wins, quality):
     """Rows of both judges for each method, wins: {method: (VQ, MQ, TA)}; TA alone and 1:1:1 alike."""
-    rows = [{"method": "base", "align": "", "judge": "oracle", "quality": quality["base"], **STANDARD}]
+    rows = [
+        {"method": "base", "align": "", "judge": "oracle", "quality": quality["base"], **STANDARD}
+    ]
     for method, values in wins.items():
-        facts = {"method": method, "quality": quality[method], **dict(zip(DIMENSIONS, values)), **STANDARD}
+        facts = {
+            "method": method,
+            "quality": quality[method],
+            **dict(zip(DIMENSIONS, values)),
+            **STANDARD,
+        }
         rows += [{**facts, "align": a, "judge": by} for a in align.ALIGNED for by in align.JUDGES]
     return rows
 
@@ -440,7 +549,16 @@ def test_what_is_found_of_alignment_is_what_the_rows_say():
 
 def reward_rows(high, low):
     """Rows of reward_model: `high` where the paper's finding wants the larger number, `low` where the smaller."""
-    rows, better = [], {"btt-shared": high, "bt-shared": low, "btt-separate": high, "oracle": 0.9, "regression": low}
+    rows, better = (
+        [],
+        {
+            "btt-shared": high,
+            "bt-shared": low,
+            "btt-separate": high,
+            "oracle": 0.9,
+            "regression": low,
+        },
+    )
     for model, value in better.items():
         for split in reward_model.SPLITS:
             row = {"model": model, "split": split, "fraction": 1.0}
@@ -455,8 +573,13 @@ def rewards_found(high, low, bt, regression, without):
     rows = reward_rows(high, low)
     for row in rows:
         changed = without.get(row["model"])
-        row |= {"seed": 0, **({f"{n}_without": v for n, v in zip(DIMENSIONS, changed)} if changed else {})}
-    curves = {(kind, m): [(v, 0.0)] * 3 for kind in ("with", "without") for m, v in (bt, regression)}
+        row |= {
+            "seed": 0,
+            **({f"{n}_without": v for n, v in zip(DIMENSIONS, changed)} if changed else {}),
+        }
+    curves = {
+        (kind, m): [(v, 0.0)] * 3 for kind in ("with", "without") for m, v in (bt, regression)
+    }
     return answers(reward_model.findings(partial(over_seeds, rows), curves, (0.01, 0.1, 1.0), 3))
 
 
@@ -470,7 +593,10 @@ def test_what_is_found_of_rewards_is_what_the_rows_say():
 
 def rounds_found(**scores):
     """The answers of studies/online.py; scores: {arm: true VQ, MQ and TA of a round}."""
-    scores = {"base": lambda n: (0.5,) * 3, **{arm.replace("_", "-"): score for arm, score in scores.items()}}
+    scores = {
+        "base": lambda n: (0.5,) * 3,
+        **{arm.replace("_", "-"): score for arm, score in scores.items()},
+    }
     rows = []
     for arm, score in scores.items():
         for n in (0,) if arm == "base" else online.JUDGED:
@@ -494,25 +620,44 @@ def test_what_is_found_of_rounds_is_what_the_rows_say():
     def falling(worse):
         return lambda n: (0.6,) * 3 if n < 20 else (0.55 - worse, 0.47 - worse, 0.55 - worse)
 
-    good = {"dpo_rounds": flat(0.55), "dpo_refreshed": flat(0.6), "nft": flat(0.61), "nft_refreshed": flat(0.62)}
+    good = {
+        "dpo_rounds": flat(0.55),
+        "dpo_refreshed": flat(0.6),
+        "nft": flat(0.61),
+        "nft_refreshed": flat(0.62),
+    }
     assert rounds_found(dpo=flat(0.5), **good) == [{"yes"}] * 12
-    bad = {"dpo_rounds": flat(0.7), "dpo_refreshed": falling(0.0), "nft": flat(0.6), "nft_refreshed": falling(0.01)}
+    bad = {
+        "dpo_rounds": flat(0.7),
+        "dpo_refreshed": falling(0.0),
+        "nft": flat(0.6),
+        "nft_refreshed": falling(0.01),
+    }
     assert rounds_found(dpo=flat(0.5), **bad) == [{"no"}] * 12
-    late = rounds_found(dpo=lambda n: (0.5 if n <= 4 else 0.59,) * 3, **good)  # four rounds are the default's steps
+    late = rounds_found(
+        dpo=lambda n: (0.5 if n <= 4 else 0.59,) * 3, **good
+    )  # four rounds are the default's steps
     assert [late[0], late[1], late[4], late[5]] == [{"yes"}, {"no"}, {"yes"}, {"no"}]
 
 
 def test_oracle_and_random_judges_of_pairs_are_what_they_are_called(monkeypatch):
     truth = torch.tensor([[[1.0, 0.0, 0.5], [0.0, 1.0, 0.5]]]).expand(40, 2, 3)
     label = torch.tensor([[1, -1, 0]]).expand(40, 3)
-    pairs = Pairs(torch.zeros(40, 8), None, label=label, truth=truth, overall=torch.full((40,), INVALID))
-    monkeypatch.setattr(reward_model, "every_split", lambda args, device: {"validation": pairs, "policy": pairs})
+    pairs = Pairs(
+        torch.zeros(40, 8), None, label=label, truth=truth, overall=torch.full((40,), INVALID)
+    )
+    monkeypatch.setattr(
+        reward_model, "every_split", lambda args, device: {"validation": pairs, "policy": pairs}
+    )
     rows = reward_model.untrained("oracle", 0, None, CPU)
     assert all(row["VQ_without"] == row["MQ_without"] == row["TA_with"] == 1.0 for row in rows)
     assert [row["split"] for row in rows] == ["validation", "policy"]
     assert all(row["VQ_ties"] == 0 and row["TA_ties"] == 1 for row in rows)
     random = [reward_model.untrained("random", seed, None, CPU)[0] for seed in range(4)]
-    assert all(0.1 < row["VQ_without"] < 0.9 for row in random) and len({row["VQ_without"] for row in random}) > 1
+    assert (
+        all(0.1 < row["VQ_without"] < 0.9 for row in random)
+        and len({row["VQ_without"] for row in random}) > 1
+    )
 
 
 class Colours(torch.nn.Module):
@@ -525,7 +670,9 @@ class Colours(torch.nn.Module):
         hue = world.measure(x_t)["colour"]  # how well each of the colours matches
         names = [text.split()[1] for text in map(Vocabulary().decode, y)]
         asked = torch.tensor([list(world.COLOURS).index(name) for name in names])
-        return torch.stack((torch.zeros(len(y)), -hue.sum(1), self.sign * hue[torch.arange(len(y)), asked]), 1)
+        return torch.stack(
+            (torch.zeros(len(y)), -hue.sum(1), self.sign * hue[torch.arange(len(y)), asked]), 1
+        )
 
 
 @pytest.mark.parametrize(("sign", "colour"), [(1, 1.0), (-1, 0.0)])
@@ -536,7 +683,9 @@ def test_told_apart_is_the_share_whose_own_prompt_is_preferred(monkeypatch, tmp_
     rows = guidance.told_rows("noised", 3, Namespace(work=tmp_path, eval_pairs=36), CPU)
     assert [row["t"] for row in rows] == list(observer.TIMES) and rows[0]["variant"] == "noised"
     assert sorted(reward.times) == pytest.approx(observer.TIMES)
-    assert rows[0]["colour"] == colour and rows[0]["shape"] == rows[0]["direction"] == 0.0  # equal is not preferred
+    assert (
+        rows[0]["colour"] == colour and rows[0]["shape"] == rows[0]["direction"] == 0.0
+    )  # equal is not preferred
 
 
 def test_the_ideal_observer_weighs_what_it_knows_by_bayes(monkeypatch):
@@ -582,5 +731,9 @@ def test_a_probe_reads_the_tokens_of_the_blocks_it_is_named_after(monkeypatch):
         reader = partial(observer.probe, Blocks(), blocks)
         told[blocks] = observer.told_apart(reader, 0, 60)[0]
     assert told[3]["colour"] > 0.8 and told[3]["direction"] > 0.8
-    assert told[2]["colour"] == told[2]["shape"] == told[2]["direction"] == 0  # equal is not preferred
-    assert all(max(stds) < 1.2 * min(stds) for stds in Blocks.spread.values())  # it learns at the t that it reads
+    assert (
+        told[2]["colour"] == told[2]["shape"] == told[2]["direction"] == 0
+    )  # equal is not preferred
+    assert all(
+        max(stds) < 1.2 * min(stds) for stds in Blocks.spread.values()
+    )  # it learns at the t that it reads

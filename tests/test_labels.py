@@ -6,7 +6,7 @@ import pytest
 import torch
 import wired
 
-import train
+import tasks
 from data import INVALID
 from real_data import export_toy
 from real_data.labels import label_rewards
@@ -37,9 +37,9 @@ def test_the_winner_of_a_pair_by_hand(label, align, reward_of_a):
         assert torch.allclose(r, torch.tensor([[1.0, -1.0]]) * reward_of_a)
     if not reward_of_a:  # a tie or nothing: no pair
         with pytest.raises(BadInput, match="no pair has a better clip"):
-            train.ranked(r)
+            tasks.ranked(r)
     else:
-        winners, _ = train.ranked(r)
+        winners, _ = tasks.ranked(r)
         assert winners.tolist() == [[0, 0 if reward_of_a > 0 else 1]]
 
 
@@ -56,9 +56,9 @@ def test_ratings_stand_in_for_labels_where_there_are_any():
 
 def test_labels_rank_the_clips_that_the_reward_would(tiny, monkeypatch):
     _, by_reward = tiny("--algo=sft", "--align=0,1,0")
-    monkeypatch.setattr(train, "load_judge", None)  # no reward model is loaded
+    monkeypatch.setattr(tasks, "load_judge", None)  # no reward model is loaded
     args, _ = tiny("--algo=sft", "--rank=labels", "--align=0,1,0")
-    pairs, r, _ = train.scored_pairs(args, wired.CONFIG, train.Vocabulary().words, wired.CPU)
+    pairs, r, _ = tasks.scored_pairs(args, wired.CONFIG, tasks.Vocabulary().words, wired.CPU)
     y, clips, _ = wired.same_pairs(args)
     assert torch.equal(pairs.y, y)
     assert torch.equal(torch.stack(pairs.sides(torch.arange(len(y))), 1), clips)
@@ -67,10 +67,10 @@ def test_labels_rank_the_clips_that_the_reward_would(tiny, monkeypatch):
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """A folder with train.csv, eight toy pairs, and turned.csv, the same with its labels turned."""
+    """A folder with tasks.csv, eight toy pairs, and turned.csv, the same with its labels turned."""
     folder = tmp_path_factory.mktemp("labels") / "toy"
     export_toy.export(export_toy.arguments(["export", str(folder), "--generated=0", "--pairs=8"]))
-    with open(folder / "train.csv", newline="") as file:
+    with open(folder / "tasks.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     for row in rows:
         row |= {name: {"A": "B", "B": "A"}.get(row[name], row[name]) for name in ("VQ", "MQ", "TA")}
@@ -83,8 +83,8 @@ def exported(tmp_path_factory):
 
 def task_on(path, tmp_path, *flags):
     flags = [*flags, f"--data={path}", f"--cache={tmp_path}", "--batch=8", "--device=cpu"]
-    args = train.arguments(flags)
-    return train.TASKS[args.algo](args, wired.CPU)
+    args = tasks.arguments(flags)
+    return tasks.TASKS[args.algo](args, wired.CPU)
 
 
 def test_labels_turned_round_turn_the_run_round(exported, tmp_path, capsys):
@@ -92,17 +92,19 @@ def test_labels_turned_round_turn_the_run_round(exported, tmp_path, capsys):
         task = task_on(exported / name, tmp_path, "--algo=dpo", f"--rank={rank}")
         return task.batch(0, slice(0, 8))
 
-    honest, turned = first_batch("train.csv", "labels"), first_batch("turned.csv", "labels")
-    assert torch.equal(honest["x0_w"], turned["x0_l"]) and torch.equal(honest["x0_l"], turned["x0_w"])
+    honest, turned = first_batch("tasks.csv", "labels"), first_batch("turned.csv", "labels")
+    assert torch.equal(honest["x0_w"], turned["x0_l"]) and torch.equal(
+        honest["x0_l"], turned["x0_w"]
+    )
     assert not torch.equal(honest["x0_w"], turned["x0_w"])
     assert "not used" not in capsys.readouterr().out
-    honest, turned = first_batch("train.csv", "reward"), first_batch("turned.csv", "reward")
+    honest, turned = first_batch("tasks.csv", "reward"), first_batch("turned.csv", "reward")
     assert torch.equal(honest["x0_w"], turned["x0_w"])
     assert "the labels of --data are not used" in capsys.readouterr().out
 
 
 def test_regression_weights_every_clip_that_people_rated(exported, tmp_path):
-    task = task_on(exported / "train.csv", tmp_path, "--algo=rwr", "--rank=labels")
+    task = task_on(exported / "tasks.csv", tmp_path, "--algo=rwr", "--rank=labels")
     batch = task.batch(0, slice(0, 8))  # 16 clips are all there are
     assert len(batch["x0"].flatten(1).unique(dim=0)) == 16
     assert batch["weight"].mean().item() == pytest.approx(1)
@@ -110,7 +112,9 @@ def test_regression_weights_every_clip_that_people_rated(exported, tmp_path):
     assert len(lines) == 1 and "no closing table" in lines[0] and "--reward" in lines[0]
 
 
-@pytest.mark.parametrize("flags", ["--algo=reward", "--algo=nft", "--algo=dpo --rounds=2 --steps=4"])
+@pytest.mark.parametrize(
+    "flags", ["--algo=reward", "--algo=nft", "--algo=dpo --rounds=2 --steps=4"]
+)
 def test_labels_rank_nothing_where_there_are_none(flags):
     with pytest.raises(BadInput, match="--rank: "):
-        train.arguments([*flags.split(), "--rank=labels"])
+        tasks.arguments([*flags.split(), "--rank=labels"])

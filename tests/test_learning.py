@@ -4,7 +4,6 @@ and that a model learns what the annotators said, or the opposite where their la
 Models are tiny (wired.py), pairs are the toy world's; losses are held against formulas written out here.
 """
 
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -42,7 +41,9 @@ def test_labels_are_those_of_the_very_clips_and_say_which_is_better(tiny, algo, 
             (pair, side), other = find(batch[a][i], clips), find(batch[b][i], clips)
             assert side == 0 and other == [pair, 1] and torch.equal(y[pair], batch["y"][i])
             gap = (truth[pair, 0] - truth[pair, 1]) / world.TRUE_STD
-            for k in torch.nonzero(gap.abs() > 1.5).flatten().tolist():  # five times what an annotator errs by
+            for k in (
+                torch.nonzero(gap.abs() > 1.5).flatten().tolist()
+            ):  # five times what an annotator errs by
                 clear += 1
                 assert batch["label"][i, k] == gap[k].sign()
                 if algo == "reward":
@@ -53,10 +54,14 @@ def test_labels_are_those_of_the_very_clips_and_say_which_is_better(tiny, algo, 
 def test_truth_and_overall_of_annotated_pairs_are_those_of_their_sides():
     pairs = annotated_pairs(120, ["train"], 3, CONFIG, Vocabulary())
     prompts = world.prompt_attributes([Vocabulary().decode(row) for row in pairs.y])
-    truth = torch.stack([world.oracle(video, prompts) for video in pairs.sides(torch.arange(120))], 1)
+    truth = torch.stack(
+        [world.oracle(video, prompts) for video in pairs.sides(torch.arange(120))], 1
+    )
     assert torch.allclose(pairs.truth, truth, atol=1e-5)
     index, side = torch.arange(4), torch.zeros(4, dtype=torch.int64)  # side 0 is A
-    assert all(torch.equal(pairs.clips(index, side + i), clip) for i, clip in enumerate(pairs.sides(index)))
+    assert all(
+        torch.equal(pairs.clips(index, side + i), clip) for i, clip in enumerate(pairs.sides(index))
+    )
     gap = ((truth[:, 0] - truth[:, 1]) / world.TRUE_STD).mean(1)
     clear = gap.abs() > 1
     assert clear.sum() > 5 and torch.equal(pairs.overall[clear], gap[clear].sign().long())
@@ -79,10 +84,12 @@ def test_ratings_follow_the_clip_that_is_rated():
     # one standard deviation is one step from 3, which a clip of mean quality gets
     level = world.TRUE_MEAN.expand(20_000, 3)
     mos = world.rate(level, level - world.TRUE_STD, torch.Generator().manual_seed(2)).mean(0)
-    assert torch.allclose(mos[0], torch.full((3,), 3.0), atol=0.03) and torch.allclose(mos[1], mos[0] - 1, atol=0.03)
+    assert torch.allclose(mos[0], torch.full((3,), 3.0), atol=0.03) and torch.allclose(
+        mos[1], mos[0] - 1, atol=0.03
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # VideoReward
 
 
@@ -98,22 +105,30 @@ def preference_by_hand(kind, r, label, mos):
             elif said:
                 losses.append(F.softplus(-said * delta + (tie if kind == "btt" else 0)))
             elif kind == "btt":  # (theta^2 - 1) sigma(delta - log theta) sigma(-delta - log theta)
-                losses.append(F.softplus(tie - delta) + F.softplus(tie + delta) - torch.tensor(24.0).log())
+                losses.append(
+                    F.softplus(tie - delta) + F.softplus(tie + delta) - torch.tensor(24.0).log()
+                )
     return sum(losses).item() / len(losses)
 
 
 @pytest.mark.parametrize("tokens", ["separate", "shared"])
 @pytest.mark.parametrize("kind", ["btt", "bt", "regression"])
 def test_the_loss_is_the_one_that_is_asked_for(tiny, kind, tokens):
-    _, task = tiny("--algo=reward", "--pairs=30", f"--loss={kind}", f"--tokens={tokens}", "--caption=0.5")
+    _, task = tiny(
+        "--algo=reward", "--pairs=30", f"--loss={kind}", f"--tokens={tokens}", "--caption=0.5"
+    )
     noticeable(task.model)
     assert len(task.model.tokens) == (3 if tokens == "separate" else 1)
     batch = task.batch(0, EVERY)
     assert (batch["label"] == 0).any() and (batch["label"] != 0).any()
     with torch.no_grad():
-        scored = [task.model.scores_and_words(batch[name], batch["y"]) for name in ("video_a", "video_b")]
+        scored = [
+            task.model.scores_and_words(batch[name], batch["y"]) for name in ("video_a", "video_b")
+        ]
         loss, logs = task.loss(batch)
-    wanted = preference_by_hand(kind, torch.stack([r for r, _ in scored], 1), batch["label"], batch["mos"])
+    wanted = preference_by_hand(
+        kind, torch.stack([r for r, _ in scored], 1), batch["label"], batch["mos"]
+    )
     assert logs["loss"] == pytest.approx(wanted, rel=1e-4)
     bag = torch.zeros(BATCH, CONFIG.vocab)
     for i, words in enumerate(batch["y"].tolist()):
@@ -124,7 +139,10 @@ def test_the_loss_is_the_one_that_is_asked_for(tiny, kind, tokens):
 
 
 def test_what_is_left_out_is_btt_separate_tokens_and_caption_one(tiny):
-    said = tiny("--algo=reward", "--loss=btt", "--caption=1", "--tokens=separate"), tiny("--algo=reward")
+    said = (
+        tiny("--algo=reward", "--loss=btt", "--caption=1", "--tokens=separate"),
+        tiny("--algo=reward"),
+    )
     losses = [task.loss(task.batch(0, EVERY))[0].item() for _, task in said]
     assert losses[0] == losses[1]
 
@@ -136,21 +154,29 @@ def test_a_saved_videoreward_gives_z_scores_of_the_pairs_held_out(tiny, tmp_path
     model, _ = load_reward(args.out / "last.pt")
     with torch.no_grad():
         raw, of_other = (
-            torch.cat([model(video, pairs.y) for video in pairs.sides(torch.arange(20))]) for pairs in (held, other)
+            torch.cat([model(video, pairs.y) for video in pairs.sides(torch.arange(20))])
+            for pairs in (held, other)
         )
         z = torch.cat([model.normalised(video, held.y) for video in held.sides(torch.arange(20))])
     every = torch.cat((raw, of_other))  # rendered and generated
-    assert torch.allclose(model.mean, every.mean(0), atol=1e-5) and torch.allclose(model.std, every.std(0), rtol=1e-3)
+    assert torch.allclose(model.mean, every.mean(0), atol=1e-5) and torch.allclose(
+        model.std, every.std(0), rtol=1e-3
+    )
     assert torch.allclose(z, (raw - every.mean(0)) / every.std(0), atol=1e-3)
-    assert splits_of(held.y) == {"validation"} and "20 rendered validation pairs" in "\n".join(lines)
-    right = [((raw[:20] - raw[20:])[:, k].sign() == held.label[:, k])[held.label[:, k] != 0] for k in range(3)]
+    assert splits_of(held.y) == {"validation"} and "20 rendered validation pairs" in "\n".join(
+        lines
+    )
+    right = [
+        ((raw[:20] - raw[20:])[:, k].sign() == held.label[:, k])[held.label[:, k] != 0]
+        for k in range(3)
+    ]
     for k, name in enumerate(("VQ", "MQ", "TA")):
         _, without, _, ties = next(line for line in lines if line.strip().startswith(name)).split()
         assert float(without) == pytest.approx(right[k].float().mean().item(), abs=6e-4)
         assert float(ties) == pytest.approx((held.label[:, k] == 0).float().mean().item(), abs=6e-4)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # The noise-aware reward
 
 
@@ -165,9 +191,14 @@ def test_nrg_loss_on_labels_is_bradley_terry(tiny):
     batch = task.batch(0, EVERY)
     with torch.no_grad():
         loss, _ = task.loss(batch)
-        a, b = (task.model(noised(batch[x], batch["x1"], batch["t"]), batch["t"], batch["y"]) for x in ("x0_a", "x0_b"))
+        a, b = (
+            task.model(noised(batch[x], batch["x1"], batch["t"]), batch["t"], batch["y"])
+            for x in ("x0_a", "x0_b")
+        )
     said = batch["label"] != 0  # ties are left out
-    assert loss.item() == pytest.approx(F.softplus(-batch["label"] * (a - b))[said].mean().item(), rel=1e-4)
+    assert loss.item() == pytest.approx(
+        F.softplus(-batch["label"] * (a - b))[said].mean().item(), rel=1e-4
+    )
 
 
 def test_nrg_learns_what_videoreward_says_of_the_clean_clip(tiny):
@@ -197,7 +228,8 @@ def test_the_other_prompt_differs_in_one_word_of_the_same_kind(tiny):
     _, task = tiny("--algo=nrg", "--pairs=30", "--batch=64")
     batch = task.batch(0, slice(0, 64))
     own, other = (
-        world.prompt_attributes([Vocabulary().decode(row) for row in batch[name]]) for name in ("y", "other_y")
+        world.prompt_attributes([Vocabulary().decode(row) for row in batch[name]])
+        for name in ("y", "other_y")
     )
     changed = own != other
     assert (changed.sum(1) == 1).all() and (changed.sum(0) > 8).all()
@@ -227,12 +259,16 @@ def test_a_noise_aware_rewards_unit_is_the_spread_over_clips_and_times(tiny, tmp
     lines = trainer.fit(task, args, CPU)
     assert not torch.equal(task.model.std, torch.ones(3)) and splits_of(held.y) == {"validation"}
     times = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9)
-    x1 = torch.randn(10, *CONFIG.video_shape, generator=torch.Generator().manual_seed(args.eval_seed))
+    x1 = torch.randn(
+        10, *CONFIG.video_shape, generator=torch.Generator().manual_seed(args.eval_seed)
+    )
 
     @torch.no_grad()
     def score(pairs, now):
         t = torch.full((10,), now)
-        return torch.stack([task.model(noised(x0, x1, t), t, pairs.y) for x0 in pairs.sides(torch.arange(10))], 1)
+        return torch.stack(
+            [task.model(noised(x0, x1, t), t, pairs.y) for x0 in pairs.sides(torch.arange(10))], 1
+        )
 
     raw = [score(held, now) for now in times]
     every = torch.cat([*raw, *(score(other, now) for now in times)])
@@ -245,7 +281,7 @@ def test_a_noise_aware_rewards_unit_is_the_spread_over_clips_and_times(tiny, tmp
             assert f"{name} {share:.3f}" in line
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Pretraining
 
 
@@ -255,7 +291,9 @@ def test_pretraining_takes_clips_of_its_prompts_and_the_flow_error(tiny, drawn):
     batch = task.batch(0, EVERY)
     (clips,) = drawn
     assert torch.equal(batch["x0"], world.render(clips, CONFIG.size))
-    assert [Vocabulary().decode(row) for row in batch["y"]] == [world.prompt_text(row) for row in clips.prompt]
+    assert [Vocabulary().decode(row) for row in batch["y"]] == [
+        world.prompt_text(row) for row in clips.prompt
+    ]
     with torch.no_grad():
         x_t = noised(batch["x0"], batch["x1"], batch["t"])
         v = task.model(x_t, batch["t"], batch["y"])
@@ -266,7 +304,11 @@ def test_pretraining_takes_clips_of_its_prompts_and_the_flow_error(tiny, drawn):
 def test_pretraining_times_are_logit_normal_with_a_tenth_near_noise_and_alignments_uniform(tiny):
     # the share of times in the middle half: 2 Phi(log 3) - 1 = .728 of a logit-normal(0, 1), of which nine in ten are;
     # above .9: a tenth, and Phi(-log 9) = .014 of the others
-    for algo, middle, top in (("pretrain", 0.9 * 0.728, 0.1 + 0.9 * 0.014), ("dpo", 0.5, 0.1), ("nrg", 0.5, 0.1)):
+    for algo, middle, top in (
+        ("pretrain", 0.9 * 0.728, 0.1 + 0.9 * 0.014),
+        ("dpo", 0.5, 0.1),
+        ("nrg", 0.5, 0.1),
+    ):
         _, task = tiny(f"--algo={algo}", "--time-shift=1", "--batch=600")
         t = torch.cat([task.batch(step, slice(0, 600))["t"] for step in range(2)])
         assert ((t > 0.25) & (t < 0.75)).float().mean().item() == pytest.approx(middle, abs=0.06)

@@ -20,7 +20,9 @@ from model import (
 from runtime.cli import BadInput
 from sample import sample
 
-SMALL = ModelConfig(frames=4, size=16, patch=(2, 8, 8), dim=32, depth=3, heads=2, vocab=8, max_text=3)
+SMALL = ModelConfig(
+    frames=4, size=16, patch=(2, 8, 8), dim=32, depth=3, heads=2, vocab=8, max_text=3
+)
 
 
 def test_patches_round_trip():
@@ -43,7 +45,9 @@ def test_the_low_pass_is_orthonormal_and_keeps_smooth_clips():
     assert torch.allclose(basis @ basis.T, torch.eye(126), atol=1e-5)
     flat = patchify(torch.full((1, *config.video_shape), 0.7), config.patch)
     assert torch.allclose(flat @ basis.T @ basis, flat, atol=1e-5)
-    ramp = torch.linspace(0, 1, 8).expand(3, 8, 32, 8).repeat(1, 1, 1, 4)[None]  # one slope across each patch
+    ramp = (
+        torch.linspace(0, 1, 8).expand(3, 8, 32, 8).repeat(1, 1, 1, 4)[None]
+    )  # one slope across each patch
     ramp = patchify(ramp, config.patch)
     assert (ramp @ basis.T @ basis - ramp).square().mean() < 0.01 * ramp.var()
 
@@ -90,7 +94,9 @@ def test_features_are_the_first_blocks_and_continue_to_the_same_velocity():
     x, t, y = inputs(SMALL)
     hidden = model.features(x, t, y, depth=1)
     _, condition = model.embed(x, t, y)
-    assert torch.equal(model.head(model.run(hidden, condition, 1, 3), condition, x, t), model(x, t, y))
+    assert torch.equal(
+        model.head(model.run(hidden, condition, 1, 3), condition, x, t), model(x, t, y)
+    )
 
 
 def test_lora_starts_as_the_reference_trains_alone_and_merges():
@@ -99,9 +105,16 @@ def test_lora_starts_as_the_reference_trains_alone_and_merges():
     v = reference(x, t, y)
     model = add_lora(scrambled(SMALL), rank=4)
     assert torch.equal(model(x, t, y), v)
-    down = torch.cat([value.flatten() for name, value in model.named_parameters() if "down" in name])
-    assert down.std().item() == pytest.approx(32**-0.5, rel=0.15)  # down(x) is about as large as x, at any rank
-    assert {name.split(".")[-1] for name, p in model.named_parameters() if p.requires_grad} == {"down", "up"}
+    down = torch.cat(
+        [value.flatten() for name, value in model.named_parameters() if "down" in name]
+    )
+    assert down.std().item() == pytest.approx(
+        32**-0.5, rel=0.15
+    )  # down(x) is about as large as x, at any rank
+    assert {name.split(".")[-1] for name, p in model.named_parameters() if p.requires_grad} == {
+        "down",
+        "up",
+    }
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.05)
     for _ in range(2):  # `down` gets its first gradient once `up` is no longer zero
         model(x, t, y).square().mean().backward()
@@ -119,7 +132,9 @@ def test_lora_starts_as_the_reference_trains_alone_and_merges():
 
 def test_a_video_of_another_shape_is_refused():
     with pytest.raises(ValueError, match="takes"):
-        scrambled(SMALL)(torch.randn(1, 3, 8, 16, 16), torch.ones(1), torch.zeros(1, 3, dtype=torch.int64))
+        scrambled(SMALL)(
+            torch.randn(1, 3, 8, 16, 16), torch.ones(1), torch.zeros(1, 3, dtype=torch.int64)
+        )
 
 
 def test_config_survives_json_and_bad_sizes_are_refused():
@@ -136,10 +151,16 @@ def test_config_survives_json_and_bad_sizes_are_refused():
 
 def test_tiles_that_see_everything_are_full_attention():
     torch.manual_seed(0)
-    full = scrambled(replace(SMALL, size=24, patch=(2, 6, 4)))  # 4 x 6 tokens a frame: an order is not its inverse
+    full = scrambled(
+        replace(SMALL, size=24, patch=(2, 6, 4))
+    )  # 4 x 6 tokens a frame: an order is not its inverse
     tiled = VideoTransformer(replace(full.config, attention="tile:1,2,2/9,9,9"))
     tiled.load_state_dict(full.state_dict())
-    x, t, y = torch.randn(2, *full.config.video_shape), torch.tensor([0.2, 0.9]), torch.tensor([[1, 2, 0], [3, 0, 0]])
+    x, t, y = (
+        torch.randn(2, *full.config.video_shape),
+        torch.tensor([0.2, 0.9]),
+        torch.tensor([[1, 2, 0], [3, 0, 0]]),
+    )
     assert torch.allclose(tiled(x, t, y), full(x, t, y), atol=1e-5)
 
 
@@ -150,7 +171,9 @@ def test_a_token_outside_the_window_has_no_influence():
     x, y = torch.randn(1, 3, 1, 32, 32), torch.tensor([[1, 2, 0]])
     moved = x.clone()
     moved[..., :8, :8] += 1.0  # the first box: 2 x 2 tokens of 4 x 4 pixels
-    change = (network(moved, torch.tensor([0.5]), y) - network(x, torch.tensor([0.5]), y)).abs().amax((0, 1, 2)) > 1e-6
+    change = (
+        network(moved, torch.tensor([0.5]), y) - network(x, torch.tensor([0.5]), y)
+    ).abs().amax((0, 1, 2)) > 1e-6
     assert change[:8, :8].all() and change.sum() == 64
 
 

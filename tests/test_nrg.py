@@ -8,7 +8,15 @@ import torch
 
 from data import draw_noise, step_rng
 from model import ModelConfig, VideoTransformer
-from nrg import SharedTrunk, guide, load_noisy_reward, noisy_pair_step, noisy_reward_on, noisy_value_step, steer
+from nrg import (
+    SharedTrunk,
+    guide,
+    load_noisy_reward,
+    noisy_pair_step,
+    noisy_reward_on,
+    noisy_value_step,
+    steer,
+)
 from runtime.checkpoint import save_checkpoint
 from runtime.cli import BadInput
 from sample import sample
@@ -37,7 +45,9 @@ def test_the_exact_value_function_reaches_the_tilted_mean(k):
     x1 = (x1 - x1.mean(0)) / x1.std(0)  # without sampling error, which would be 1.6 %
     y = torch.zeros(4000, 1, dtype=torch.int64)
     for scale in (0.5, 1.0):
-        x0 = sample(velocity, x1, y, steps=400, shift=1.0, guidance=guide(value_of(k), [1.0], scale))
+        x0 = sample(
+            velocity, x1, y, steps=400, shift=1.0, guidance=guide(value_of(k), [1.0], scale)
+        )
         # N(0, I) tilted by exp(scale k x) is N(scale k, I)
         assert (x0.mean(0) - scale * k).abs().max() <= 0.02 * (scale * k).abs().max()
         assert (x0.std(0) - 1).abs().max() < 0.02
@@ -68,7 +78,9 @@ def test_nothing_is_guided_with_zeros_or_outside_the_interval():
     ):
         assert torch.equal(sample(velocity, x1, y, steps=7, guidance=guidance), plain)
     inside = guide(value_of(k), [1.0], interval=(0.25, 0.5))
-    guided = inside(torch.zeros(4, 1), torch.ones(4, 1), torch.tensor([0.6, 0.5, 0.25, 0.2]), y) != 0
+    guided = (
+        inside(torch.zeros(4, 1), torch.ones(4, 1), torch.tensor([0.6, 0.5, 0.25, 0.2]), y) != 0
+    )
     assert guided.flatten().tolist() == [False, True, True, False]
 
 
@@ -78,14 +90,20 @@ def test_no_step_count_makes_a_nan(eps):
     x1 = torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
     y = torch.zeros(4, 1, dtype=torch.int64)
     for steps in range(1, 101):
-        assert sample(velocity, x1, y, steps=steps, guidance=guide(value_of(k), [1.0], eps=eps)).isfinite().all()
+        assert (
+            sample(velocity, x1, y, steps=steps, guidance=guide(value_of(k), [1.0], eps=eps))
+            .isfinite()
+            .all()
+        )
 
 
 def test_the_gradient_reaches_the_clip_alone():
     layer = torch.nn.Linear(2, 3)
     x = torch.randn(4, 2, requires_grad=True)
     with torch.no_grad():
-        v = guide(lambda x_t, t, y: layer(x_t), [1.0, 1.0, 1.0])(torch.zeros(4, 2), x, torch.full((4,), 0.3), None)
+        v = guide(lambda x_t, t, y: layer(x_t), [1.0, 1.0, 1.0])(
+            torch.zeros(4, 2), x, torch.full((4,), 0.3), None
+        )
     assert not v.requires_grad and layer.weight.grad is None and x.grad is None
     with pytest.raises(ValueError, match="eps"):
         guide(layer, [1.0], eps=-1.0)
@@ -105,18 +123,24 @@ def test_the_unified_view_knows_its_truth(monkeypatch):
     assert unified.quantiles(10_000)[1000].item() == pytest.approx(tenth, abs=2e-3)
     monkeypatch.setattr(unified, "SAMPLES", 4000)
     reference, exact = (unified.judged(name, 0)[0] for name in ("reference", "nrg-exact"))
-    assert reference["mean"] == pytest.approx(0.0, abs=0.08) and exact["mean"] == pytest.approx(mean, abs=0.05)
+    assert reference["mean"] == pytest.approx(0.0, abs=0.08) and exact["mean"] == pytest.approx(
+        mean, abs=0.05
+    )
     # the mean moves by .92, all of it mass moved to the right: so far is p_ref from p*
     assert reference["distance"] == pytest.approx(mean, abs=0.08) and exact["distance"] < 0.05
     # samples that all lie at 8, far from any bin, are 8 - mean away
-    monkeypatch.setattr(unified, "model_of", lambda *_: (lambda x, t, y: (x - 8) / t[:, None], None))
+    monkeypatch.setattr(
+        unified, "model_of", lambda *_: (lambda x, t, y: (x - 8) / t[:, None], None)
+    )
     assert unified.judged("", 0)[0]["distance"] == pytest.approx(8 - mean, abs=0.01)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # The noise-aware reward
 
-CONFIG = ModelConfig(frames=2, size=8, patch=(1, 4, 4), dim=24, depth=3, heads=2, vocab=6, max_text=3)
+CONFIG = ModelConfig(
+    frames=2, size=8, patch=(1, 4, 4), dim=24, depth=3, heads=2, vocab=6, max_text=3
+)
 
 
 def small_model(config=CONFIG):
@@ -193,7 +217,9 @@ def test_shared_noise_cancels_from_a_linear_score_and_own_noise_does_not():
     noise = draw_noise(4, (1,), 1.0, step_rng(0, 0))
     shared, _ = noisy_pair_step(score, a, b, y, label, **noise)
     assert shared.item() == pytest.approx(clean, rel=1e-4)
-    own, _ = noisy_pair_step(score, a, b, y, label, **noise, x1_b=draw_noise(4, (1,), 1.0, step_rng(0, 1))["x1"])
+    own, _ = noisy_pair_step(
+        score, a, b, y, label, **noise, x1_b=draw_noise(4, (1,), 1.0, step_rng(0, 1))["x1"]
+    )
     assert abs(own.item() - clean) > 0.1
 
 
@@ -224,7 +250,9 @@ def test_values_are_drawn_to_what_is_said_of_the_clean_clip_for_its_prompt_and_f
     loss, logs = noisy_value_step(reward, x0, y, target, t, x1, other, other_target)
     # VQ (0 + 4) / 2, MQ (4 + 1) / 2, TA (0 + 4) / 2; for the other prompts (0 + 9) / 2
     assert loss.item() == pytest.approx(2 + 2.5 + 2 + 4.5)
-    assert [logs[name] for name in ("VQ", "MQ", "TA", "other", "loss")] == pytest.approx([2, 2.5, 2, 4.5, 11])
+    assert [logs[name] for name in ("VQ", "MQ", "TA", "other", "loss")] == pytest.approx(
+        [2, 2.5, 2, 4.5, 11]
+    )
     (x_t, times), now = seen[0], t[:, None, None, None, None]
     assert torch.equal(times, torch.cat((t, t))) and torch.allclose(x_t[:2], (1 - now) * x0 + now)
     assert torch.equal(x_t[:2], x_t[2:])  # the same noised clip for both prompts
@@ -238,7 +266,9 @@ def test_the_least_error_of_values_is_their_mean_given_the_noised_clip():
     y, errors = torch.zeros(len(x0), 1, dtype=torch.int64), []
     for factor in (0.8, 1.0, 1.25):
         value = lambda x_t, t, y, factor=factor: torch.tanh(factor * 0.3 * x_t / 0.49).expand(-1, 3)  # noqa: E731
-        errors.append(noisy_value_step(value, x0, y, x0.expand(-1, 3), t, x1, y, x0.expand(-1, 3))[0].item())
+        errors.append(
+            noisy_value_step(value, x0, y, x0.expand(-1, 3), t, x1, y, x0.expand(-1, 3))[0].item()
+        )
     assert errors[1] < errors[0] and errors[1] < errors[2]
 
 
@@ -249,7 +279,11 @@ def test_a_head_tells_places_apart():
     video, words = torch.randn(1, 8, 24, generator=rng), torch.randn(1, 3, 24, generator=rng)
     condition = torch.randn(1, 24, generator=rng)
     score = reward.head(video, grid, words, condition)
-    for order in ([4, 5, 6, 7, 0, 1, 2, 3], [2, 3, 0, 1, 6, 7, 4, 5], [1, 0, 3, 2, 5, 4, 7, 6]):  # time, rows, columns
+    for order in (
+        [4, 5, 6, 7, 0, 1, 2, 3],
+        [2, 3, 0, 1, 6, 7, 4, 5],
+        [1, 0, 3, 2, 5, 4, 7, 6],
+    ):  # time, rows, columns
         assert (reward.head(video[:, order], grid, words, condition) - score).abs().min() > 1e-4
     # words count for TA alone, wherever they stand
     assert torch.allclose(reward.head(video, grid, words.flip(1), condition), score, atol=1e-6)
@@ -276,15 +310,22 @@ def test_it_learns_a_preference_and_leaves_a_frozen_trunk_alone(frozen):
     for step in range(60):
         rng = step_rng(0, step)
         a, _, y = inputs(16, step)
-        a = a + torch.where(torch.rand(16, generator=rng) < 0.5, 1.0, -1.0)[:, None, None, None, None]
-        label = torch.where(a.flatten(1).mean(1, keepdim=True) > 0, 1, -1).expand(-1, 3)  # the brighter clip is better
+        a = (
+            a
+            + torch.where(torch.rand(16, generator=rng) < 0.5, 1.0, -1.0)[:, None, None, None, None]
+        )
+        label = torch.where(a.flatten(1).mean(1, keepdim=True) > 0, 1, -1).expand(
+            -1, 3
+        )  # the brighter clip is better
         noise = draw_noise(16, CONFIG.video_shape, 1.0, rng)
         loss, logs = noisy_pair_step(reward, a, -a, y, label, **noise)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     assert loss.item() < 0.45 and logs["VQ"] > 0.8  # ln 2 = .69 and .5 know nothing
-    changed = {name for name, value in reward.state_dict().items() if not torch.equal(value, before[name])}
+    changed = {
+        name for name, value in reward.state_dict().items() if not torch.equal(value, before[name])
+    }
     assert any(name.startswith("trunk.") for name in changed) != frozen
 
 
@@ -301,7 +342,9 @@ def test_a_shared_trunk_changes_the_cost_alone():
     steered = guidance(v, x, t, y)
     assert len(calls) == 1  # of the policy's own; the reward's copy is not run
     assert torch.allclose(v, policy(x, t, y), atol=1e-5)
-    assert torch.allclose(steered, guide(reward, **settings)(v, x, t, y), atol=1e-5) and not torch.equal(steered, v)
+    assert torch.allclose(
+        steered, guide(reward, **settings)(v, x, t, y), atol=1e-5
+    ) and not torch.equal(steered, v)
     # after a call with other inputs the gradient is still the right one
     shared(x, t, torch.zeros_like(y))
     assert torch.allclose(guidance(v, x, t, y), steered, atol=1e-5)
@@ -313,7 +356,10 @@ def test_a_shared_trunk_changes_the_cost_alone():
     assert torch.allclose(clips, own, atol=1e-4)
     # and both can still be trained
     assert all(value.requires_grad and value.grad is None for value in policy.parameters())
-    assert all(value.requires_grad != name.startswith("trunk.") for name, value in reward.named_parameters())
+    assert all(
+        value.requires_grad != name.startswith("trunk.")
+        for name, value in reward.named_parameters()
+    )
 
 
 def test_a_policy_with_another_trunk_does_not_share_it():
@@ -324,15 +370,21 @@ def test_a_policy_with_another_trunk_does_not_share_it():
         policy = copy.deepcopy(base)
         policy.state_dict()[name] += 1e-3
         model, guidance = steer(policy, reward, **settings)
-        assert isinstance(model, SharedTrunk) == name.startswith(("blocks.2.", "modulation.", "patch_out.")), name
+        assert isinstance(model, SharedTrunk) == name.startswith(
+            ("blocks.2.", "modulation.", "patch_out.")
+        ), name
         v = model(x, t, y)
-        assert torch.allclose(guidance(v, x, t, y), guide(reward, **settings)(v, x, t, y), atol=1e-6)
+        assert torch.allclose(
+            guidance(v, x, t, y), guide(reward, **settings)(v, x, t, y), atol=1e-6
+        )
 
 
 def test_a_policy_with_other_attention_does_not_share_its_trunk():
     base, (x, t, y) = small_model(), inputs()
     reward, policy = noisy_reward_on(base, 2), copy.deepcopy(base)
-    policy.config = replace(CONFIG, attention="tile:1,1,1/1,1,1")  # a video token sees itself and the words
+    policy.config = replace(
+        CONFIG, attention="tile:1,1,1/1,1,1"
+    )  # a video token sees itself and the words
     settings = dict(weights=[1.0, 1.0, 1.0], scale=1.0, eps=0.1)
     model, guidance = steer(policy, reward, **settings)
     v = model(x, t, y)
@@ -349,11 +401,18 @@ def test_guidance_by_nothing_is_the_policy_itself():
 @pytest.mark.parametrize("frozen", [True, False])
 def test_a_checkpoint_holds_its_trunk(frozen, tmp_path):
     reward = noisy_reward_on(small_model(), 2, frozen).eval()
-    state = {"kind": "noisy reward", "config": asdict(reward.config), "vocabulary": ["", "a"], "step": 0}
+    state = {
+        "kind": "noisy reward",
+        "config": asdict(reward.config),
+        "vocabulary": ["", "a"],
+        "step": 0,
+    }
     save_checkpoint(tmp_path / "nrg.pt", state | {"model": reward.state_dict()})
     loaded, words = load_noisy_reward(tmp_path / "nrg.pt")
     assert torch.equal(loaded(*inputs()), reward(*inputs())) and words == ["", "a"]
-    head = {name: value for name, value in reward.state_dict().items() if not name.startswith("trunk.")}
+    head = {
+        name: value for name, value in reward.state_dict().items() if not name.startswith("trunk.")
+    }
     save_checkpoint(tmp_path / "nrg.pt", state | {"model": head})
     with pytest.raises(BadInput, match="lacks tensor 'trunk."):
         load_noisy_reward(tmp_path / "nrg.pt")

@@ -19,7 +19,7 @@ from forked import command, ended, fork, same, tiny_checkpoints, together, weigh
 from test_wires import dpo_by_hand
 from wired import CONFIG, CPU, Brightness, splits_of
 
-import train
+import tasks
 import world
 from data import Vocabulary
 from model import VideoTransformer, load_velocity
@@ -57,7 +57,9 @@ def items_of(reward, algo="dpo", spread=1.0):
 
 
 def test_the_best_quarter_meets_the_worst():
-    reward = torch.tensor([[0.0, 5.0, 1.0, 2.0, 9.0, -3.0, 4.0, 3.0], [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0]])
+    reward = torch.tensor(
+        [[0.0, 5.0, 1.0, 2.0, 9.0, -3.0, 4.0, 3.0], [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0]]
+    )
     # the best two, 9 and 5, against the worst, -3 and 0; of the second prompt only one pair differs
     assert items_of(reward)["items"].tolist() == [[0, 4, 5], [0, 1, 0], [1, 7, 6]]
     assert items_of(torch.tensor([[2.0, 1.0]]))["items"].tolist() == [[0, 0, 1]]
@@ -71,16 +73,25 @@ def test_nft_learns_from_every_clip_by_how_good_it_is():
     assert found["r"].tolist() == [[0.0, 1.0], [0.5, 0.5]]
     # over two standard deviations of the differences 1, 1, 0, 0: 1 / (2 sqrt .5) = .7071
     found = items_of(torch.tensor([[1.0, 3.0], [5.0, 5.0]]), "nft", spread=2.0)
-    assert found["r"].flatten().tolist() == pytest.approx([0.5 - 0.35355, 0.5 + 0.35355, 0.5, 0.5], abs=1e-4)
+    assert found["r"].flatten().tolist() == pytest.approx(
+        [0.5 - 0.35355, 0.5 + 0.35355, 0.5, 0.5], abs=1e-4
+    )
 
 
 def test_logged_are_all_three_scores_and_each_clips_true_scores_for_its_own_prompt():
     prompts = world.split_prompts("train")[:2]
     drawn = world.draw_clips(
-        prompts.repeat_interleave(2, 0), torch.zeros(4, dtype=int), torch.Generator().manual_seed(0), clean=True
+        prompts.repeat_interleave(2, 0),
+        torch.zeros(4, dtype=int),
+        torch.Generator().manual_seed(0),
+        clean=True,
     )
     clips = rounds.to_bytes(world.render(drawn)).unflatten(0, (2, 2))
-    state = {"number": 3, "prompts": [world.prompt_text(prompt) for prompt in prompts], "clips": clips}
+    state = {
+        "number": 3,
+        "prompts": [world.prompt_text(prompt) for prompt in prompts],
+        "clips": clips,
+    }
     state["scores"] = torch.arange(12.0).reshape(2, 2, 3)
     found = rounds.Rounds.logs(Namespace(args=Namespace(data=None, clips=2)), state)
     assert found["round"] == 3 and found["learned"] == pytest.approx(5.5)
@@ -90,9 +101,13 @@ def test_logged_are_all_three_scores_and_each_clips_true_scores_for_its_own_prom
 @pytest.mark.parametrize("freeze", [0, 2])
 @pytest.mark.parametrize("reference", ["first", "round"])
 def test_a_round_begins_at_ln_2_if_its_policy_is_the_reference(online, freeze, reference):
-    args, task = online[0]("--algo=dpo", f"--reference={reference}", f"--freeze={freeze}", "--beta=500")
+    args, task = online[0](
+        "--algo=dpo", f"--reference={reference}", f"--freeze={freeze}", "--beta=500"
+    )
     wired.trained(args, task)
-    losses = [json.loads(line)["loss"] for line in (args.out / "metrics.jsonl").read_text().splitlines()]
+    losses = [
+        json.loads(line)["loss"] for line in (args.out / "metrics.jsonl").read_text().splitlines()
+    ]
     assert abs(losses[0] - math.log(2)) < 1e-5 < abs(losses[1] - math.log(2))
     assert (abs(losses[2] - math.log(2)) < 1e-5) == (reference == "round")
 
@@ -113,13 +128,20 @@ def test_times_and_dropped_prompts_follow_their_flags_and_noise_and_order_the_se
     make, calls = online
     orders, times = [], []
     for seed, shift, dropout in ((0, 1, 0), (0, 7, 1), (1, 1, 0)):
-        _, task = make(f"--algo={algo}", f"--seed={seed}", f"--time-shift={shift}", f"--label-dropout={dropout}")
+        _, task = make(
+            f"--algo={algo}",
+            f"--seed={seed}",
+            f"--time-shift={shift}",
+            f"--label-dropout={dropout}",
+        )
         batch = task.batch(0, slice(0, 8))
         assert batch["y"].any() != dropout
         times.append(batch["t"])
         if not dropout:  # at which place in the round each prompt stands
             orders.append([torch.nonzero((calls[-1][2] == y).all(1))[0].item() for y in batch["y"]])
-    assert torch.allclose(times[1], 7 * times[0] / (1 + 6 * times[0])) and not torch.equal(times[0], times[2])
+    assert torch.allclose(times[1], 7 * times[0] / (1 + 6 * times[0])) and not torch.equal(
+        times[0], times[2]
+    )
     assert torch.equal(calls[0][1], calls[1][1]) and not torch.equal(calls[0][1], calls[2][1])
     assert orders[0] != orders[1]
 
@@ -162,14 +184,22 @@ def test_a_reward_or_clip_that_is_not_finite_ends_the_run_with_its_name(online, 
 
     class Broken(Brightness):
         def normalised(self, video, y):
-            return torch.where(torch.arange(len(video))[:, None] == 6, torch.nan, super().normalised(video, y))
+            return torch.where(
+                torch.arange(len(video))[:, None] == 6, torch.nan, super().normalised(video, y)
+            )
 
     monkeypatch.setattr(rounds, "load_judge", lambda path, config, words: Broken())
     args, task = make(f"--algo={algo}")
-    with pytest.raises(BadInput, match="scores of clip 3 of 4 of prompt 'a [a-z]+ [a-z]+ moving [a-z]+' are not"):
+    with pytest.raises(
+        BadInput, match="scores of clip 3 of 4 of prompt 'a [a-z]+ [a-z]+ moving [a-z]+' are not"
+    ):
         task.batch(0, slice(0, args.batch))
     sample_many = rounds.sample_many
-    monkeypatch.setattr(rounds, "sample_many", lambda *a: sample_many(*a).index_fill(0, torch.tensor([4]), torch.inf))
+    monkeypatch.setattr(
+        rounds,
+        "sample_many",
+        lambda *a: sample_many(*a).index_fill(0, torch.tensor([4]), torch.inf),
+    )
     with pytest.raises(BadInput, match="pixels of clip 1 of 4 of prompt"):
         task.batch(0, slice(0, args.batch))
 
@@ -183,7 +213,9 @@ def test_a_batch_has_clips_of_its_prompts_ranked_by_their_reward(online, algo):
         (_, x1, y) = calls[0]
         assert splits_of(y) == {"train"} and len(y) == 72 * 4 and len(y.unique(dim=0)) == 72
         made = (x1.mean((2, 3, 4)) * 30).tanh()  # (N, 3: colours)
-        sides = [batch[name][:, :, 0, 0, 0] for name in (("x0_w", "x0_l") if algo == "dpo" else ("x0",))]
+        sides = [
+            batch[name][:, :, 0, 0, 0] for name in (("x0_w", "x0_l") if algo == "dpo" else ("x0",))
+        ]
         for i, prompt in enumerate(batch["y"]):
             own = made[(y == prompt).all(1)]  # the four clips of this prompt
             distance = [(own - side[i]).abs().amax(1) for side in sides]
@@ -215,7 +247,9 @@ def test_a_process_takes_its_rows_of_a_round(online):
         (["--algo=nft", "--old-decay=0.25", "--nft-beta=0.3", "--kl=2"], (0.3, 2.0)),
     ],
 )
-def test_every_round_is_sampled_by_the_policy_as_it_is_or_by_its_old_model(online, flags, settings, monkeypatch):
+def test_every_round_is_sampled_by_the_policy_as_it_is_or_by_its_old_model(
+    online, flags, settings, monkeypatch
+):
     make, calls = online
     args, task = make(*flags, "--freeze=0")
     start = {name: value.clone() for name, value in task.model.state_dict().items()}
@@ -238,7 +272,9 @@ def test_every_round_is_sampled_by_the_policy_as_it_is_or_by_its_old_model(onlin
     monkeypatch.setattr(rounds, "flow_dpo_step", flow_dpo_step)
     monkeypatch.setattr(rounds, "flow_nft_step", flow_nft_step)
     wired.trained(args, task)
-    after_one_round = checkpoint.load_checkpoint(args.out / "last.pt")  # of the second; the first's is not kept
+    after_one_round = checkpoint.load_checkpoint(
+        args.out / "last.pt"
+    )  # of the second; the first's is not kept
     assert len(calls) == 2 and same(calls[0][0], start)
     assert not torch.equal(calls[0][1], calls[1][1])  # other noise
     moved = {name: not torch.equal(value, start[name]) for name, value in calls[1][0].items()}
@@ -286,15 +322,21 @@ def test_the_log_and_the_bar_show_round_and_scores(online):
             ["--algo=dpo", "--rounds=3", "--steps=200"],
             "--rounds 3: --steps 200 must be a multiple of it",
         ),
-        (["--algo=sft", "--rounds=2", "--steps=4"], "--rounds: read by --algo dpo, nft, not by sft"),
+        (
+            ["--algo=sft", "--rounds=2", "--steps=4"],
+            "--rounds: read by --algo dpo, nft, not by sft",
+        ),
         (["--algo=dpo", "--refresh=2"], "reads it only with --rounds"),
         (["--algo=nft", "--old-decay=1"], "--old-decay 1"),
-        (["--algo=nft", "--clips=1", "--refresh=1"], "--clips 1: clips of one prompt are compared; give at least 2"),
+        (
+            ["--algo=nft", "--clips=1", "--refresh=1"],
+            "--clips 1: clips of one prompt are compared; give at least 2",
+        ),
     ],
 )
 def test_flags_that_do_not_go_together_are_refused(flags, words):
     with pytest.raises(BadInput, match=words):
-        train.arguments(flags)
+        tasks.arguments(flags)
 
 
 def test_the_room_that_a_round_takes_is_asked_for(online):
@@ -311,7 +353,7 @@ def test_rounds_of_a_sharded_policy_are_refused(online):
         online[0]("--algo=dpo", "--fsdp")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # The command: stopped, over two processes, with new labels
 
 
@@ -345,26 +387,40 @@ def kept(out):
     return weights(out), judge, torch.load(out / "round.pt", weights_only=True)
 
 
-@pytest.mark.parametrize("flags", [["--algo=dpo", "--refresh=1"], ["--algo=nft"], ["--algo=dpo", "--reference=round"]])
+@pytest.mark.parametrize(
+    "flags", [["--algo=dpo", "--refresh=1"], ["--algo=nft"], ["--algo=dpo", "--reference=round"]]
+)
 def test_killed_in_a_round_and_between_two_a_run_ends_at_the_same_bits(tmp_path, flags):
     flags = [*flags, *tiny_checkpoints(tmp_path)]
     log = tmp_path / "log"
-    assert ended(fork(small_rounds, *flags, f"--out={tmp_path / 'whole'}", output=log)) == 0, log.read_text()
+    assert ended(fork(small_rounds, *flags, f"--out={tmp_path / 'whole'}", output=log)) == 0, (
+        log.read_text()
+    )
     whole, judge, last = kept(tmp_path / "whole")
     assert last["number"] == 2
     if "--refresh=1" in flags:  # the table is by the refreshed reward, which can be used on its own
-        assert same(judge, last["judge"]) and same(judge, load_reward(tmp_path / "whole" / "reward.pt")[0].state_dict())
+        assert same(judge, last["judge"]) and same(
+            judge, load_reward(tmp_path / "whole" / "reward.pt")[0].state_dict()
+        )
         assert not same(judge, load_reward(tmp_path / "reward.pt")[0].state_dict())
     # in the second step of the second round; as the third is sampled; in the closing table; asked to stop as the third
     # is sampled; in the first round, of which nothing is kept
-    deaths = [("draw_noise", 4), ("sample_many", 3), ("alignment_table", 1), ("sample_many", 3), ("draw_noise", 2)]
+    deaths = [
+        ("draw_noise", 4),
+        ("sample_many", 3),
+        ("alignment_table", 1),
+        ("sample_many", 3),
+        ("draw_noise", 2),
+    ]
     if "--refresh=1" not in flags:
         deaths = deaths[:2]
     for i, dies in enumerate(deaths):
         out = tmp_path / str(i)
         by = signal.SIGTERM if i == 3 else signal.SIGKILL
         run = partial(small_rounds, *flags, f"--out={out}")
-        assert ended(fork(partial(run, dies=dies, by=by), output=log)) == (130 if i == 3 else -signal.SIGKILL)
+        assert ended(fork(partial(run, dies=dies, by=by), output=log)) == (
+            130 if i == 3 else -signal.SIGKILL
+        )
         more = ["--resume"] if (out / "last.pt").exists() else []
         assert bool(more) == (i < 4)
         assert ended(fork(run, *more, output=log)) == 0, log.read_text()
@@ -372,7 +428,10 @@ def test_killed_in_a_round_and_between_two_a_run_ends_at_the_same_bits(tmp_path,
         assert same(again, whole) and same(again_judge, judge)
         assert same({**again_last, "settings": 0}, {**last, "settings": 0})
     if len(deaths) == 5:
-        assert f"stopped; {tmp_path / '3' / 'last.pt'}, after step 3, is the last good state" in log.read_text()
+        assert (
+            f"stopped; {tmp_path / '3' / 'last.pt'}, after step 3, is the last good state"
+            in log.read_text()
+        )
 
 
 def test_two_processes_take_the_same_rounds(tmp_path):
@@ -400,7 +459,12 @@ def test_a_checkpoint_is_saved_as_often_as_asked_and_after_each_round(tmp_path):
         resume.save_run = save_run
         small_rounds(*flags)
 
-    flags = ["--algo=dpo", "--save-every=3", *tiny_checkpoints(tmp_path), f"--out={tmp_path / 'run'}"]
+    flags = [
+        "--algo=dpo",
+        "--save-every=3",
+        *tiny_checkpoints(tmp_path),
+        f"--out={tmp_path / 'run'}",
+    ]
     assert ended(fork(counted, *flags, output=log)) == 0, log.read_text()
     assert saved.read_text() == "2 3 4 6 "
 
@@ -418,9 +482,13 @@ def test_a_round_of_another_run_is_not_gone_on_from(online, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [["--algo=dpo", "--refresh=1"]])
-def test_begun_anew_in_the_folder_of_a_killed_run_the_rounds_are_those_of_an_empty_folder(tmp_path, flags):
+def test_begun_anew_in_the_folder_of_a_killed_run_the_rounds_are_those_of_an_empty_folder(
+    tmp_path, flags
+):
     flags, log, out = [*flags, *tiny_checkpoints(tmp_path)], tmp_path / "log", tmp_path / "again"
-    assert ended(fork(small_rounds, *flags, f"--out={tmp_path / 'whole'}", output=log)) == 0, log.read_text()
+    assert ended(fork(small_rounds, *flags, f"--out={tmp_path / 'whole'}", output=log)) == 0, (
+        log.read_text()
+    )
     dying = partial(small_rounds, *flags, f"--out={out}", dies=("sample_many", 3))
     assert ended(fork(dying, output=log)) == -signal.SIGKILL
     (out / "last.pt").unlink()
@@ -443,7 +511,9 @@ def refreshed(monkeypatch, tmp_path):
     for name, value in {"OLD": 40, "MOST": 40, "STEPS": 3, "BATCH": 8}.items():
         monkeypatch.setattr(refresh, name, value)
     torch.manual_seed(0)
-    judge = wired.noticeable(VideoReward(RewardConfig(frames=4, size=16, dim=24, depth=2, heads=2, vocab=CONFIG.vocab)))
+    judge = wired.noticeable(
+        VideoReward(RewardConfig(frames=4, size=16, dim=24, depth=2, heads=2, vocab=CONFIG.vocab))
+    )
 
     def make(seed=0):
         args = Namespace(refresh=2, refresh_pairs=24, data=None, seed=seed, caption=1.0)
@@ -481,13 +551,19 @@ def test_new_labels_are_the_annotators_of_pairs_of_the_rounds_own_clips(refreshe
     assert len(found["y"]) == 24 and found["clips"].shape == (24, 2, 3, 4, 16, 16)
     for asked, pair, label in zip(found["y"], found["clips"], found["label"]):
         (prompt,) = torch.nonzero((y == asked).all(1))[0]
-        places = [torch.nonzero((clips[prompt] == clip).flatten(1).all(1))[0].item() for clip in pair]
+        places = [
+            torch.nonzero((clips[prompt] == clip).flatten(1).all(1))[0].item() for clip in pair
+        ]
         assert places[0] != places[1]
         a, b = world.oracle(refresh.to_video(pair), prompts[prompt].expand(2, 3))
         gap = (a - b) / world.TRUE_STD
         clear = gap.abs() > 1.5  # five times what an annotator errs by
         assert torch.equal(label[clear], gap[clear].sign().long())
-    old = {"y": ask.old.y, "label": ask.old.label, "clips": torch.stack(ask.old.sides(torch.arange(40)), 1)}
+    old = {
+        "y": ask.old.y,
+        "label": ask.old.label,
+        "clips": torch.stack(ask.old.sides(torch.arange(40)), 1),
+    }
     assert splits_of(ask.old.y) == {"train"}
     for batch in batches:  # half new, half old, each pair with its own label
         assert batch["caption"] == 1.0 and batch["weight"].mean() == pytest.approx(1.0)
@@ -497,13 +573,19 @@ def test_new_labels_are_the_annotators_of_pairs_of_the_rounds_own_clips(refreshe
             (place,) = torch.nonzero((pool["clips"] == pair).flatten(1).all(1))[0]
             assert torch.equal(pool["y"][place], y_i) and torch.equal(pool["label"][place], label)
     assert len(batches) == 3
-    assert not same(judge.state_dict(), before) and not any(p.requires_grad for p in judge.parameters())
-    scores = torch.cat([judge.normalised(side, ask.old.y) for side in ask.old.sides(torch.arange(40))])
+    assert not same(judge.state_dict(), before) and not any(
+        p.requires_grad for p in judge.parameters()
+    )
+    scores = torch.cat(
+        [judge.normalised(side, ask.old.y) for side in ask.old.sides(torch.arange(40))]
+    )
     assert torch.allclose(scores.mean(0), torch.zeros(3), atol=1e-3)
     assert torch.allclose(scores.std(0), torch.ones(3), atol=1e-2)
     ask(4, texts, y, clips)  # of 24 and 24 labelled pairs the newest 40 stay
     newest = {name: value[16:] for name, value in ask.labelled.items()}
-    assert len(ask.labelled["y"]) == 40 and all(same(ask.labelled[name][:16], found[name][8:]) for name in found)
+    assert len(ask.labelled["y"]) == 40 and all(
+        same(ask.labelled[name][:16], found[name][8:]) for name in found
+    )
     assert not same(newest["clips"], found["clips"])  # another round asks about other pairs
     other, _ = refreshed(seed=1)
     other(2, texts, y, clips)
@@ -514,13 +596,22 @@ def test_new_labels_are_the_annotators_of_pairs_of_the_rounds_own_clips(refreshe
 def test_what_people_say_of_exported_clips_is_taken_back(tmp_path):
     toy, out, log = tmp_path / "toy", tmp_path / "out", tmp_path / "log"
     export_toy.export(export_toy.arguments(["export", str(toy), "--pairs=6", "--generated=0"]))
-    data = toy / "train.csv"
+    data = toy / "tasks.csv"
     data.write_text(data.read_text().replace(",a ", ",A ").replace(" moving", "! MOVING"))
-    flags = ["--algo=dpo", "--refresh=2", "--refresh-pairs=3", f"--data={data}", f"--cache={tmp_path / 'cache'}"]
+    flags = [
+        "--algo=dpo",
+        "--refresh=2",
+        "--refresh-pairs=3",
+        f"--data={data}",
+        f"--cache={tmp_path / 'cache'}",
+    ]
     flags += [*tiny_checkpoints(tmp_path), f"--out={out}"]
     assert ended(fork(small_rounds, *flags, output=log)) == 130, log.read_text()
     file = out / "labels-2" / "pairs.csv"
-    assert f"wrote {file} and its videos" in log.read_text() and len(list(file.parent.glob("*.mp4"))) == 6
+    assert (
+        f"wrote {file} and its videos" in log.read_text()
+        and len(list(file.parent.glob("*.mp4"))) == 6
+    )
     with open(file, newline="") as text:
         rows = list(csv.DictReader(text))
     prompts = {row.prompt for row in read_pairs(data)}  # as they were written
@@ -534,7 +625,9 @@ def test_what_people_say_of_exported_clips_is_taken_back(tmp_path):
             writer.writeheader()
             writer.writerows(changed)
 
-    resume = partial(small_rounds, *flags, "--resume", dies=("sample_many", 1))  # nothing is sampled again
+    resume = partial(
+        small_rounds, *flags, "--resume", dies=("sample_many", 1)
+    )  # nothing is sampled again
     labels = [dict(row, VQ="a", MQ="B", TA="Tie") for row in rows]
     write([dict(labels[0], path_B="gone.mp4"), dict(labels[1], MQ="C"), rows[2]])
     log.unlink()
@@ -550,8 +643,14 @@ def test_what_people_say_of_exported_clips_is_taken_back(tmp_path):
     assert ended(fork(resume, output=log)) == 0, log.read_text()
     found = torch.load(out / "round.pt", weights_only=True)
     assert found["labelled"]["label"].tolist() == [[1, -1, 0]] * 2
-    shown = [iio.imread(file.parent / row[path])[:, ::4, ::4] for row in rows[1:] for path in ("path_A", "path_B")]
-    shown = torch.tensor(np.stack(shown)).permute(0, 4, 1, 2, 3).unflatten(0, (2, 2))  # as the clips are
+    shown = [
+        iio.imread(file.parent / row[path])[:, ::4, ::4]
+        for row in rows[1:]
+        for path in ("path_A", "path_B")
+    ]
+    shown = (
+        torch.tensor(np.stack(shown)).permute(0, 4, 1, 2, 3).unflatten(0, (2, 2))
+    )  # as the clips are
     error = found["labelled"]["clips"].float() - shown  # of the rows that are there, in their order
     assert error.abs().mean() < 6
     # begun anew with another beta, the labels would be about other clips

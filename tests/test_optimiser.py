@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-import train
+import tasks
 import trainer
 from model import ModelConfig
 from runtime.checkpoint import load_checkpoint
@@ -48,7 +48,7 @@ def run(out, gradients, *flags, start=(1.0,)):
         return ["judged"]
 
     task = trainer.Task("velocity", model, ["<pad>"], batch, loss, ("loss",), evaluate)
-    args = train.arguments(
+    args = tasks.arguments(
         [
             f"--steps={len(wide)}",
             f"--lr={RATE}",
@@ -105,21 +105,27 @@ def test_the_rate_falls_over_the_last_share_of_the_run(tmp_path):
 
 
 def test_warm_up_takes_100_steps_of_a_long_run():
-    assert [lr_factor(step, 6000, 0.4) for step in (0, 49, 99, 100, 3600, 4800, 5999)] == pytest.approx(
-        [0.01, 0.5, 1.0, 1.0, 1.0, 0.5, 1 / 2400]
-    )
+    assert [
+        lr_factor(step, 6000, 0.4) for step in (0, 49, 99, 100, 3600, 4800, 5999)
+    ] == pytest.approx([0.01, 0.5, 1.0, 1.0, 1.0, 0.5, 1 / 2400])
 
 
 def test_a_gradient_longer_than_one_is_cut_to_one(tmp_path):
     # (3, 4) has norm 5 and becomes (.6, .8); what comes next, (.6, -.8) of norm 1, is left alone
     path, log, _ = run(tmp_path, [[3.0, 4.0], [0.6, -0.8], [0.0, 0.5]], start=(1.0, 1.0))
     wanted = zip(adam([0.6, 0.6, 0.0], [1] * 3), adam([0.8, -0.8, 0.5], [1] * 3))
-    assert [number for pair in path for number in pair] == pytest.approx([n for pair in wanted for n in pair], abs=2e-6)
-    assert [line["grad_norm"] for line in log] == pytest.approx([5.0, 1.0, 0.5], rel=1e-5)  # as it was, in the log
+    assert [number for pair in path for number in pair] == pytest.approx(
+        [n for pair in wanted for n in pair], abs=2e-6
+    )
+    assert [line["grad_norm"] for line in log] == pytest.approx(
+        [5.0, 1.0, 0.5], rel=1e-5
+    )  # as it was, in the log
 
 
 def test_without_a_gradient_a_weight_stays(tmp_path):
-    path, _, _ = run(tmp_path, [0.0, 0.0, 0.0], start=(1000.0,))  # torch's own weight decay would take 10 a step
+    path, _, _ = run(
+        tmp_path, [0.0, 0.0, 0.0], start=(1000.0,)
+    )  # torch's own weight decay would take 10 a step
     assert path == [[1000.0]] * 4
 
 
@@ -170,9 +176,18 @@ def test_micro_batches_are_averaged(tmp_path, parts):
         seen.append(len(batch["g"]))
         return (batch["g"] * model.w).mean(), {"share": batch["g"].mean().item()}
 
-    task = trainer.Task("velocity", model, ["<pad>"], batch, loss, ("share",), lambda final, out: [])
-    flags = ["--steps=1", "--batch=4", f"--accum={parts}", f"--out={tmp_path}", "--device=cpu", "--precision=float32"]
-    trainer.fit(task, train.arguments(flags), CPU)
+    task = trainer.Task(
+        "velocity", model, ["<pad>"], batch, loss, ("share",), lambda final, out: []
+    )
+    flags = [
+        "--steps=1",
+        "--batch=4",
+        f"--accum={parts}",
+        f"--out={tmp_path}",
+        "--device=cpu",
+        "--precision=float32",
+    ]
+    trainer.fit(task, tasks.arguments(flags), CPU)
     line = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert seen == [4 // parts] * parts
     assert line["grad_norm"] == pytest.approx(0.25) and line["share"] == pytest.approx(0.25)
@@ -182,6 +197,6 @@ def test_a_training_sees_its_pairs_once_and_a_reward_twice():
     # Table 11 and --help: one epoch of pairs, two for the rewards; as many pairs as a DPO step takes
     for algo, epochs in (("dpo", 1), ("sft", 1), ("rwr", 1), ("reward", 2), ("nrg", 2)):
         for more in ([], ["--steps=70", "--batch=6"]):
-            args = train.arguments(["--algo", algo, *more])
+            args = tasks.arguments(["--algo", algo, *more])
             assert args.steps * args.batch == args.pairs * epochs
-    assert train.arguments(["--algo=dpo"]).align == (1.0, 1.0, 1.0)
+    assert tasks.arguments(["--algo=dpo"]).align == (1.0, 1.0, 1.0)

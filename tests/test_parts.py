@@ -9,18 +9,20 @@ import torch
 
 import sample as sampler
 import world
-from evaluate import static_quality
 from flow import draw_time
+from judge import static_quality
 from model import Attention, ModelConfig, VideoTransformer, apply_rope, identity_rope, rope
 
 SMALL = ModelConfig(frames=4, size=16, dim=32, depth=1, heads=2, vocab=8, max_text=3)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Flow
 
 
-@pytest.mark.parametrize(("shift", "normal", "mean"), [(1.0, False, 0.5), (1.0, True, 0.545), (4.0, False, None)])
+@pytest.mark.parametrize(
+    ("shift", "normal", "mean"), [(1.0, False, 0.5), (1.0, True, 0.545), (4.0, False, None)]
+)
 def test_drawn_times_are_shifted(shift, normal, mean):
     rng = torch.Generator().manual_seed(0)
     t = draw_time(40_000, rng, shift, normal)
@@ -37,7 +39,7 @@ def test_times_left_to_themselves_are_shifted_by_four():
     assert torch.equal(one, other)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Sampler
 
 
@@ -49,7 +51,9 @@ def test_the_samplers_steps_are_shifted_by_four_unless_told():
             seen.append(t[0].item())
             return torch.zeros_like(x)
 
-        sampler.sample(velocity, torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.int64), **settings)
+        sampler.sample(
+            velocity, torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.int64), **settings
+        )
         return seen
 
     # u = 1, 3/4, 1/2, 1/4 -> 4 u / (1 + 3 u) = 1, 12/13, 4/5, 4/7
@@ -58,7 +62,7 @@ def test_the_samplers_steps_are_shifted_by_four_unless_told():
     assert len(times()) == sampler.STEPS
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Model
 
 
@@ -92,13 +96,17 @@ def test_attention_by_hand_has_a_norm_for_q_and_another_for_k():
                 for side, norm in ((q, layer.q_norm), (k, layer.k_norm))
             )
             for i in range(5):
-                share = torch.softmax(torch.stack([qs[i] @ other for other in ks]) / 2, 0)  # over sqrt(4)
+                share = torch.softmax(
+                    torch.stack([qs[i] @ other for other in ks]) / 2, 0
+                )  # over sqrt(4)
                 out[i, part] = share @ v[:, part]
         wanted = out @ layer.out.weight.T + layer.out.bias
         assert torch.allclose(layer(x, still)[0], wanted, atol=1e-4)
         # the first two see only each other, the rest see all
         alone = layer(x[:, :2], still[:, :2])
-        assert torch.allclose(layer(x, still, context=2)[0], torch.cat((alone[0], wanted[2:])), atol=1e-4)
+        assert torch.allclose(
+            layer(x, still, context=2)[0], torch.cat((alone[0], wanted[2:])), atol=1e-4
+        )
 
 
 def test_a_quarter_of_the_pairs_turns_with_time_the_rest_with_row_and_column():
@@ -111,7 +119,9 @@ def test_a_quarter_of_the_pairs_turns_with_time_the_rest_with_row_and_column():
         angles += [place * theta ** -(i / 3) for place in (row, column) for i in range(3)]
         cos, sin = table[:, frame * 20 + row * 5 + column]
         assert cos.tolist() == pytest.approx([math.cos(a) for a in angles] * 2, abs=1e-5)
-        assert sin.tolist() == pytest.approx([-math.sin(a) for a in angles] + [math.sin(a) for a in angles], abs=1e-5)
+        assert sin.tolist() == pytest.approx(
+            [-math.sin(a) for a in angles] + [math.sin(a) for a in angles], abs=1e-5
+        )
 
 
 def test_a_turned_channel_pairs_with_the_one_half_a_head_away():
@@ -120,7 +130,7 @@ def test_a_turned_channel_pairs_with_the_one_half_a_head_away():
     assert apply_rope(torch.tensor([[[[1.0, 2.0]]]]), quarter).flatten().tolist() == [-2.0, 1.0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # The oracle
 
 
@@ -175,7 +185,10 @@ def test_static_quality_falls_with_blur_fading_and_spots_and_not_with_jitter(sce
 def test_generators_of_high_quality_are_better_in_their_own_dimension():
     prompts = world.split_prompts("train").repeat(6, 1)
     for dimension, defects in ((0, slice(0, 3)), (1, slice(3, 5))):
-        best, worst = world.PROFILES[:, dimension].argmax().item(), world.PROFILES[:, dimension].argmin().item()
+        best, worst = (
+            world.PROFILES[:, dimension].argmax().item(),
+            world.PROFILES[:, dimension].argmin().item(),
+        )
         made = []
         for generator in (best, worst):
             rng = torch.Generator().manual_seed(3)
@@ -184,6 +197,8 @@ def test_generators_of_high_quality_are_better_in_their_own_dimension():
         assert made[0][0] > made[1][0] + 0.3 and made[0][1] < made[1][1] - 0.3
     wrong = []
     for generator in (world.PROFILES[:, 2].argmax().item(), world.PROFILES[:, 2].argmin().item()):
-        clips = world.draw_clips(prompts, torch.full((len(prompts),), generator), torch.Generator().manual_seed(3))
+        clips = world.draw_clips(
+            prompts, torch.full((len(prompts),), generator), torch.Generator().manual_seed(3)
+        )
         wrong.append((clips.shown != clips.prompt).float().mean().item())
     assert wrong[1] > wrong[0] + 0.1

@@ -11,10 +11,21 @@ from unittest import mock
 
 import pytest
 from forked import with_read
-from readme import DOCS, ROOT, WINGS, all_commands, commands, fenced, modules, prose, sections, spans
+from readme import (
+    DOCS,
+    ROOT,
+    WINGS,
+    all_commands,
+    commands,
+    fenced,
+    modules,
+    prose,
+    sections,
+    spans,
+)
 from torch.distributed import run as torchrun
 
-import train
+import tasks
 from model import PRESETS
 from runtime.cli import Parser
 
@@ -37,16 +48,20 @@ ELSEWHERE = {  # or by these tests
     ],
     "python -m pages.label ": ["tests/test_label.py::test_thirty_pairs_and_a_kill_in_the_middle"],
     "python -m real_data.prepare": ["tests/test_videos.py::test_videos_as_they_come"],
-    "python evaluate.py report": ["tests/test_report.py::test_the_page_is_whole_and_needs_nothing_else"],
+    "python evaluate.py report": [
+        "tests/test_report.py::test_the_page_is_whole_and_needs_nothing_else"
+    ],
 }
 
 MADE = r"(?!out/|last\.pt|round\.pt|results/report\.html)"  # by commands
 FOLDERS = "|".join(("tests", "results", "weights", "docs", *WINGS))
 FILE = re.compile(MADE + rf"(?:[\w./-]+\.(?:py|pt)|(?:{FOLDERS})/[\w./-]*)(?:::\w+)?")
-NAME = re.compile(r"(\w+(?:\.\w+)*)\.(?!(?:csv|gif|html|jsonl?|md|mp4|npy|npz|png|svg)$)(\w+)(?:\(.*\))?")
+NAME = re.compile(
+    r"(\w+(?:\.\w+)*)\.(?!(?:csv|gif|html|jsonl?|md|mp4|npy|npz|png|svg)$)(\w+)(?:\(.*\))?"
+)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Commands
 
 
@@ -58,7 +73,11 @@ said
 for s in 3 4; do
     python b.py --seed $s && torchrun c.py ${s}.pt; done
 """
-    a, b, c = ["python", "a.py", "--x", "b c", "--y=1"], ["python", "b.py", "--seed", "3"], ["torchrun", "c.py", "3.pt"]
+    a, b, c = (
+        ["python", "a.py", "--x", "b c", "--y=1"],
+        ["python", "b.py", "--seed", "3"],
+        ["torchrun", "c.py", "3.pt"],
+    )
     assert commands(text) == [(a, ["said"]), (b, []), (c, [])]
 
 
@@ -74,13 +93,18 @@ def parser_of(script, *flags):
         parse(parser, argv, namespace)
         raise Accepted(parser)
 
-    with mock.patch.object(Parser, "parse_args", stop), mock.patch.object(sys, "argv", [script, *flags]):
+    with (
+        mock.patch.object(Parser, "parse_args", stop),
+        mock.patch.object(sys, "argv", [script, *flags]),
+    ):
         with pytest.raises(Accepted) as accepted:
             runpy.run_path(str(ROOT / script), run_name="__main__")
     return accepted.value.args[0]
 
 
-@pytest.mark.parametrize(("doc", "command"), [(doc, command) for doc in DOCS for command in all_commands(doc)])
+@pytest.mark.parametrize(
+    ("doc", "command"), [(doc, command) for doc in DOCS for command in all_commands(doc)]
+)
 def test_a_command_is_accepted(doc, command, capsys):
     _, script, *flags = shlex.split(command)
     if command.startswith("torchrun"):
@@ -94,17 +118,24 @@ def test_a_command_is_accepted(doc, command, capsys):
     assert is_there(script)
     if script == "examples/wan.py":
         pytest.importorskip("diffusers")
-    flags = ["1" if re.fullmatch(r"[A-Z]+|<.*>", flag) else flag for flag in flags if flag != "..."]  # N, DIR
+    flags = [
+        "1" if re.fullmatch(r"[A-Z]+|<.*>", flag) else flag for flag in flags if flag != "..."
+    ]  # N, DIR
     if not flags:  # the name of a script
         return
     if script == "train.py":
-        train.arguments(flags)  # which looks further than its parser
+        tasks.arguments(flags)  # which looks further than its parser
     elif "--help" not in flags:
         parser_of(script, *flags)
 
 
 def elsewhere(words):
-    return [test for start, tests in ELSEWHERE.items() for test in tests if re.match(start, " ".join(words))]
+    return [
+        test
+        for start, tests in ELSEWHERE.items()
+        for test in tests
+        if re.match(start, " ".join(words))
+    ]
 
 
 def here(words):
@@ -127,7 +158,9 @@ def run_by_two_processes(words):
     launcher += ["--standalone", "--nproc_per_node", "2", str(ROOT / "tests" / "narrow.py")]
     shrunk = shrunk_flags("train.py", words[script + 1 :])
     shrunk += ["--batch", "16"]  # at least one clip for each of 2 x --accum
-    done = subprocess.run([*launcher, *words[script + 1 :], *shrunk], capture_output=True, text=True)
+    done = subprocess.run(
+        [*launcher, *words[script + 1 :], *shrunk], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("2 processes on cpu") == done.stdout.count("last.pt") == 1
 
@@ -140,11 +173,18 @@ def test_each_command_in_a_fence_is_run_by_a_test(doc):
         assert all(map(is_there, elsewhere(words)))
 
 
-SECTIONS = [(doc, h) for doc in RUN for h, part in fenced(doc).items() if any(here(words) for words, _ in part)]
+SECTIONS = [
+    (doc, h)
+    for doc in RUN
+    for h, part in fenced(doc).items()
+    if any(here(words) for words, _ in part)
+]
 
 
 @pytest.mark.parametrize(("doc", "heading"), SECTIONS)
-def test_the_commands_of_a_section_run_one_after_the_other(doc, heading, tmp_path, monkeypatch, capsys):
+def test_the_commands_of_a_section_run_one_after_the_other(
+    doc, heading, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     for words, output in fenced(doc)[heading]:
         if not here(words):
@@ -164,7 +204,7 @@ def test_the_commands_of_a_section_run_one_after_the_other(doc, heading, tmp_pat
         assert said == output if planned else said
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Names
 
 
@@ -184,7 +224,9 @@ def resolved(span, folder=ROOT):
         return None
     *path, last = match[1].split(".")
     known = modules()
-    found = [name for name in known if name == match[1]] or [name for name in known if name.split(".")[-1] == match[1]]
+    found = [name for name in known if name == match[1]] or [
+        name for name in known if name.split(".")[-1] == match[1]
+    ]
     if len(found) == 1:
         return hasattr(importlib.import_module(found[0]), match[2])
     if f"{match[1]}.{match[2]}" in known:
@@ -193,9 +235,18 @@ def resolved(span, folder=ROOT):
 
 
 def test_names_in_folders_are_resolved():
-    assert resolved("flow.interpolate") and resolved("runtime.cli.Parser") and resolved("cli.Parser")
+    assert (
+        resolved("flow.interpolate") and resolved("runtime.cli.Parser") and resolved("cli.Parser")
+    )
     assert resolved("studies.align") and resolved("studies/align.py") and resolved("real_data/")
-    gone = ("flow.away", "runtime.cli.away", "cli.away", "runtime.away.Parser", "studies/away.py", "docs/away.md")
+    gone = (
+        "flow.away",
+        "runtime.cli.away",
+        "cli.away",
+        "runtime.away.Parser",
+        "studies/away.py",
+        "docs/away.md",
+    )
     assert [resolved(name) for name in gone] == [False] * len(gone)
     assert resolved("torch.randn") is None and resolved("pairs.csv") is None
 
@@ -212,10 +263,15 @@ def test_links_lead_somewhere(doc):
     for path, anchor in re.findall(r"\]\((?!https?:)([^)\s#]*)#?([^)\s]*)\)", prose(doc)):
         file = (ROOT / doc).parent / path if path else ROOT / doc
         assert file.exists(), path
-        if re.fullmatch(r"L\d+(-L\d+)?", anchor):  # a line of code: `evaluate.py tables --check` looks at it
+        if re.fullmatch(
+            r"L\d+(-L\d+)?", anchor
+        ):  # a line of code: `evaluate.py tables --check` looks at it
             continue
         headings = sections(prose(file)) if anchor else []
-        anchors = ["", *(re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings)]
+        anchors = [
+            "",
+            *(re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings),
+        ]
         assert anchor in anchors
 
 
@@ -230,4 +286,7 @@ def test_flags_are_those_of_a_parser():
     docs = [doc for doc in DOCS if not doc.startswith("examples/")]  # wan.py has flags of its own
     text = [span for doc in docs for span in spans(prose(doc)) if not span.startswith("pip")]
     flags = set(re.findall(r"(?<![\w-])--\w[\w-]*", " ".join(text)))
-    assert flags and flags - {flag for parser in parsers for flag in parser._option_string_actions} == set()
+    assert (
+        flags
+        and flags - {flag for parser in parsers for flag in parser._option_string_actions} == set()
+    )

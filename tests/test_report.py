@@ -28,18 +28,38 @@ from studies.report import page as report
 from studies.report.charts import Chart, figure
 
 CPU = torch.device("cpu")
-STUDIES = {"reward": reward_model, "align": align, "beta": beta, "nrg": guidance, "online": online, "unified": unified}
+STUDIES = {
+    "reward": reward_model,
+    "align": align,
+    "beta": beta,
+    "nrg": guidance,
+    "online": online,
+    "unified": unified,
+}
 # Win rates of seeds 0 and 1 by the oracle, all others being 0.5: 0.85 ± 0.07 (.1 / sqrt 2), and the extremes
 TRUE_VQ = {"dpo-constant": (0.9, 0.8), "dpo-schedule": (0.0, 0.0), "sft": (1.0, 1.0)}
 
 
 MEASURED = (*DIMENSIONS, *ATTRIBUTES, "quality", "TA_ceiling", "TA_share")  # of a row of align
-LACKING = {"method": "sft", "align": "1:1:1", "set": "hard", "cfg": 1.0, "judge": "oracle", "seed": 0}  # win rates
+LACKING = {
+    "method": "sft",
+    "align": "1:1:1",
+    "set": "hard",
+    "cfg": 1.0,
+    "judge": "oracle",
+    "seed": 0,
+}  # win rates
 
 
 def arguments(folder):
     return SimpleNamespace(
-        out=folder / "out", work=folder / "work", seeds=2, steps=2, eval_prompts=4, eval_pairs=10, device="cpu"
+        out=folder / "out",
+        work=folder / "work",
+        seeds=2,
+        steps=2,
+        eval_prompts=4,
+        eval_pairs=10,
+        device="cpu",
     )
 
 
@@ -51,7 +71,13 @@ def align_rows():
                 for name in SETS:
                     for cfg in CFGS:
                         for by in JUDGES:
-                            row = {"method": method, "align": aligned, "seed": seed, "set": name, "cfg": cfg}
+                            row = {
+                                "method": method,
+                                "align": aligned,
+                                "seed": seed,
+                                "set": name,
+                                "cfg": cfg,
+                            }
                             row |= {"judge": by, **dict.fromkeys(MEASURED, 0.5)}
                             row |= {f"{n}_score": 0.25 for n in DIMENSIONS}
                             if method in TRUE_VQ and by == "oracle":
@@ -61,9 +87,20 @@ def align_rows():
 
 
 def beta_rows():
-    facts = {"study": "sweep", "method": "dpo-constant", "beta": 100, "seed": 0, "drift": 0.01, "cfg": 1.0}
+    facts = {
+        "study": "sweep",
+        "method": "dpo-constant",
+        "beta": 100,
+        "seed": 0,
+        "drift": 0.01,
+        "cfg": 1.0,
+    }
     scores = dict.fromkeys((*DIMENSIONS, *(f"{n}_score" for n in DIMENSIONS)), 0.625)
-    return [{**facts, "set": name, "judge": by, **scores} for name in ("standard", "hard") for by in JUDGES]
+    return [
+        {**facts, "set": name, "judge": by, **scores}
+        for name in ("standard", "hard")
+        for by in JUDGES
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -75,13 +112,21 @@ def page(tmp_path_factory):
     (args.work / "beta-2-4").mkdir(parents=True)
     (args.work / "beta-2-4" / "dpo-constant-100-0.json").write_text(json.dumps(beta_rows()))
     args.out.mkdir()
-    facts = {"command": "python evaluate.py align", "commit": "abc<b>", "torch": "2", "device": "cpu"}
+    facts = {
+        "command": "python evaluate.py align",
+        "commit": "abc<b>",
+        "torch": "2",
+        "device": "cpu",
+    }
     (args.out / "align.json").write_text(json.dumps({**facts, "rows": align_rows()}))
     for seed in (0, 1):
         run = args.work / "align" / f"dpo-constant-111-{seed}"
         run.mkdir(parents=True)
         shutil.copy(report_clips.WEIGHTS / "base.pt", run / "last.pt")
-        lines = [{"step": i, "loss/t0": i + 2 * seed, "accuracy": 0.5, "margin": 0, "drift": i} for i in range(40)]
+        lines = [
+            {"step": i, "loss/t0": i + 2 * seed, "accuracy": 0.5, "margin": 0, "drift": i}
+            for i in range(40)
+        ]
         (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     kept = args.work / "online" / "nft-refreshed-0" / "round-5.pt"
     kept.parent.mkdir(parents=True)
@@ -90,7 +135,9 @@ def page(tmp_path_factory):
 
     def sampler(model, words, prompts, seed, device, guidance=None):
         calls.append(guidance)
-        clips = world.draw_clips(prompts, torch.zeros(len(prompts), dtype=torch.int64), torch.Generator(), clean=True)
+        clips = world.draw_clips(
+            prompts, torch.zeros(len(prompts), dtype=torch.int64), torch.Generator(), clean=True
+        )
         return world.render(clips) * (0.5 + 0.01 * len(calls))
 
     with pytest.MonkeyPatch.context() as patch:
@@ -98,8 +145,12 @@ def page(tmp_path_factory):
         patch.setattr(report_clips, "progress_bar", lambda *_: lambda items: items)
         with redirect_stdout(io.StringIO()) as said:
             report.run(args, CPU)
-    assert len(calls) == 27 + 3 + 2  # three values of three weights; base, dpo, nrg, not sft and rwr; base, a round
-    return SimpleNamespace(path=args.out / "report.html", args=args, lines=said.getvalue().splitlines())
+    assert (
+        len(calls) == 27 + 3 + 2
+    )  # three values of three weights; base, dpo, nrg, not sft and rwr; base, a round
+    return SimpleNamespace(
+        path=args.out / "report.html", args=args, lines=said.getvalue().splitlines()
+    )
 
 
 class Outline(HTMLParser):
@@ -141,17 +192,18 @@ def test_the_page_is_whole_and_needs_nothing_else(page):
     wanted += [name for tag, a in outline.tags for name in a.get("for", "").split()]
     wanted += re.findall(r'getElementById\("(\w+)"\)', text)
     assert len(wanted) > 10 and not set(wanted) - set(outline.ids)
-    pictures = [(tag, a) for tag, a in outline.tags if tag in ("img", "svg") or a.get("role") == "img"]
+    pictures = [
+        (tag, a) for tag, a in outline.tags if tag in ("img", "svg") or a.get("role") == "img"
+    ]
     assert len(pictures) > 30
     for tag, a in pictures:
-        assert a.get("aria-hidden") == "true" or (a.get("role") == "img" and len(a.get("aria-label", "")) > 10), (
-            tag,
-            a,
-        )
+        assert a.get("aria-hidden") == "true" or (
+            a.get("role") == "img" and len(a.get("aria-label", "")) > 10
+        ), (tag, a)
     assert not re.search(r"{{|}}|@import|\bnan\b", text)
-    addresses = [a[key] for _, a in outline.tags for key in ("src", "href") if key in a] + re.findall(
-        r"url\((.*?)\)", text
-    )
+    addresses = [
+        a[key] for _, a in outline.tags for key in ("src", "href") if key in a
+    ] + re.findall(r"url\((.*?)\)", text)
     assert addresses and all(re.match("#|data:", address) for address in addresses)
 
 
@@ -159,7 +211,9 @@ def test_studies_that_are_missing_or_unfinished_are_named(page):
     text = Outline(page.path.read_text()).text
     for name in ("nrg", "online", "reward", "unified"):
         assert "not run yet" in text[name] and f"python evaluate.py {name}" in text[name]
-    assert "unfinished: 1 of 34 jobs" in text["beta"]  # two seeds: six betas of two methods, four long runs, best of n
+    assert (
+        "unfinished: 1 of 34 jobs" in text["beta"]
+    )  # two seeds: six betas of two methods, four long runs, best of n
     assert "2 seeds" in text["align"] and "unfinished" not in text["align"]
     assert text["clips"].count("Not trained yet") == 2  # SFT and RWR
     assert text["online"].count("Not trained yet") == 5  # of six, the fifth round of nft is there
@@ -174,17 +228,27 @@ def test_studies_that_are_missing_or_unfinished_are_named(page):
 def test_figures_are_the_means_of_the_rows(page):
     text = page.path.read_text()
     card = re.search(r"<h3>Flow-DPO, in truth</h3>.*?</dl>", text)[0]
-    assert re.findall(r"<dd>(.*?)</dd>", card) == ["0.85", "0.50", "0.50"] and "VQ<br>± 0.07" in card
-    table = re.search(r"<h3>Table 3: 1:1:1, CFG 1, judged by oracle</h3>.*?</table>", text, re.DOTALL)[0]
+    assert (
+        re.findall(r"<dd>(.*?)</dd>", card) == ["0.85", "0.50", "0.50"] and "VQ<br>± 0.07" in card
+    )
+    table = re.search(
+        r"<h3>Table 3: 1:1:1, CFG 1, judged by oracle</h3>.*?</table>", text, re.DOTALL
+    )[0]
     row = re.search(r"dpo-constant</th>(.*?)</tr>", table)[1]
     cells = [re.sub("<.*?>", "", cell) for cell in re.findall("<td.*?</td>", row)]
     assert cells == ["0.85 ± 0.07", "0.50 ± 0.00", "0.50 ± 0.00"] * 3
     # VideoReward finds no difference: the line of VQ goes from .85 to .50
     assert "dpo-constant: oracle 0.85, VideoReward 0.50" in text
     # means of three dimensions, (.85 + .5 + .5) / 3 and (1 + .5 + .5) / 3
-    assert "above rwr" in text and "yes</span>: 0.62 against 0.50" in text and "no</span>: 0.62 against 0.67" in text
+    assert (
+        "above rwr" in text
+        and "yes</span>: 0.62 against 0.50" in text
+        and "no</span>: 0.62 against 0.67" in text
+    )
     part = text[text.index('id="beta"') : text.index('id="nrg"')]
-    assert part.count("0.62 <small>± 0.00</small>") == 12  # one beta, two judges, win rate and score of three each
+    assert (
+        part.count("0.62 <small>± 0.00</small>") == 12
+    )  # one beta, two judges, win rate and score of three each
 
 
 def test_curves_are_medians_of_windows_then_means_of_seeds(page):
@@ -192,17 +256,28 @@ def test_curves_are_medians_of_windows_then_means_of_seeds(page):
     drawn = re.search(curve, page.path.read_text())[0]
     (points,) = json.loads(re.search('data-points="(.*?)"', drawn)[1].replace("&quot;", '"'))
     # 20 windows of two steps; the first: 0, 1 and 2, 3 have medians 0.5 and 2.5, their mean is 1.5, their sd sqrt 2
-    assert len(points) == 20 and points[0][2:] == ["1", "1.5 ± 1.4"] and points[-1][2:] == ["39", "39.5 ± 1.4"]
+    assert (
+        len(points) == 20
+        and points[0][2:] == ["1", "1.5 ± 1.4"]
+        and points[-1][2:] == ["39", "39.5 ± 1.4"]
+    )
 
 
 def test_a_chart_puts_points_where_their_values_are():
     chart = Chart(
-        "a<b", [("one", [0, 1, 2], [0.0, 0.5, 1.0], [0.1, 0.0, 0.1]), ("two", [1], [float("nan")], None)], "x", "y"
+        "a<b",
+        [("one", [0, 1, 2], [0.0, 0.5, 1.0], [0.1, 0.0, 0.1]), ("two", [1], [float("nan")], None)],
+        "x",
+        "y",
     )
     text = figure(chart)
-    (points,) = json.loads(re.search('data-points="(.*?)"', text)[1].replace("&quot;", '"'))  # none of "two"
+    (points,) = json.loads(
+        re.search('data-points="(.*?)"', text)[1].replace("&quot;", '"')
+    )  # none of "two"
     (left, low, *_), (middle, half, *said), (right, high, *_) = points
-    assert middle == pytest.approx((left + right) / 2, abs=0.1) and half == pytest.approx((low + high) / 2, abs=0.1)
+    assert middle == pytest.approx((left + right) / 2, abs=0.1) and half == pytest.approx(
+        (low + high) / 2, abs=0.1
+    )
     assert left < right and low > high and said == ["1", "0.5"] and points[0][3] == "0 ± 0.1"
     assert "a&lt;b: y by x. one goes from 0 ± 0.1 to 1 ± 0.1." in text
     assert figure(Chart("none", [("two", [1], [float("nan")], None)], "x", "y")) == ""
@@ -221,13 +296,35 @@ def test_a_sheet_holds_a_clip_a_row_and_a_frame_a_column():
 
 def test_any_part_of_a_study_can_be_shown(tmp_path):
     histogram = [0.0] * (len(unified.EDGES) - 1)
-    columns = [f"{n}_{kind}" for n in (*DIMENSIONS, "Overall") for kind in ("with", "without", "ties")]
+    columns = [
+        f"{n}_{kind}" for n in (*DIMENSIONS, "Overall") for kind in ("with", "without", "ties")
+    ]
     first = {
-        "reward": {"model": "random", "split": "validation", "fraction": 1.0, **dict.fromkeys(columns, 0.375)},
-        "nrg": {"study": "accuracy", "variant": "clean", "t": 0.2, **dict.fromkeys(DIMENSIONS, 0.375)},
-        "unified": {"method": "rwr", "distance": 0.375, "mean": 0.0, "right": 0.0, "histogram": histogram},
+        "reward": {
+            "model": "random",
+            "split": "validation",
+            "fraction": 1.0,
+            **dict.fromkeys(columns, 0.375),
+        },
+        "nrg": {
+            "study": "accuracy",
+            "variant": "clean",
+            "t": 0.2,
+            **dict.fromkeys(DIMENSIONS, 0.375),
+        },
+        "unified": {
+            "method": "rwr",
+            "distance": 0.375,
+            "mean": 0.0,
+            "right": 0.0,
+            "histogram": histogram,
+        },
     }
-    shown = {"reward": "validation, 77 pairs (ties: VQ –", "nrg": "0.38 <small>", "unified": "0.375 <small>"}
+    shown = {
+        "reward": "validation, 77 pairs (ties: VQ –",
+        "nrg": "0.38 <small>",
+        "unified": "0.375 <small>",
+    }
     facts = {"place": tmp_path, "facts": {"command": "evaluate.py reward --eval-pairs 77"}}
     for name, row in first.items():
         found = {"rows": [{**row, "seed": 0}], "done": 1, "jobs": 9, **facts}
@@ -253,12 +350,21 @@ def test_damaged_results_are_named_in_one_line(tmp_path, content):
         report.section("align", STUDIES["align"], found, args)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # In a browser
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 DRIVER = shutil.which("chromedriver")
-FLAGS = ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking")
+FLAGS = (
+    "headless",
+    "no-sandbox",
+    "disable-gpu",
+    "disable-quic",
+    "no-first-run",
+    "disable-background-networking",
+)
 RIGHT, LEFT, HOME = "\ue014", "\ue012", "\ue011"  # keys, as WebDriver writes them
 LOW_CONTRAST = """
 const value = (text) => (text.match(/[\\d.]+/g) || []).map(Number);
@@ -286,16 +392,28 @@ class Browser:
 
     def __init__(self, profile):
         self.driver = subprocess.Popen([DRIVER, "--port=0"], stdout=subprocess.PIPE, text=True)
-        port = next(match[1] for line in self.driver.stdout if (match := re.search(r"success.* port (\d+)", line)))
+        port = next(
+            match[1]
+            for line in self.driver.stdout
+            if (match := re.search(r"success.* port (\d+)", line))
+        )
         self.address = f"http://127.0.0.1:{port}/session"
-        options = {"binary": BROWSER, "args": [*(f"--{flag}" for flag in FLAGS), f"--user-data-dir={profile}"]}
-        wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"}}
+        options = {
+            "binary": BROWSER,
+            "args": [*(f"--{flag}" for flag in FLAGS), f"--user-data-dir={profile}"],
+        }
+        wanted = {
+            "goog:chromeOptions": options,
+            "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"},
+        }
         self.address += "/" + self("", capabilities={"alwaysMatch": wanted})["sessionId"]
 
     def __call__(self, command, **body):
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(self.address + command, json.dumps(body).encode(), headers)
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60) as answer:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
+            request, timeout=60
+        ) as answer:
             return json.load(answer)["value"]
 
     def run(self, script):
@@ -310,7 +428,9 @@ class Browser:
 
     def quit(self):
         request = urllib.request.Request(self.address, method="DELETE")
-        urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60).close()
+        urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
+            request, timeout=60
+        ).close()
         self.driver.terminate()
         self.driver.wait()
 
@@ -326,11 +446,20 @@ def browser(page, tmp_path_factory):
         browser("/url", url=page.path.as_uri())
         yield browser
         said = [entry["message"] for entry in browser("/se/log", type="browser")]
-        log = [json.loads(entry["message"])["message"] for entry in browser("/se/log", type="performance")]
+        log = [
+            json.loads(entry["message"])["message"]
+            for entry in browser("/se/log", type="performance")
+        ]
     finally:
         browser.quit()
-    urls = [m["params"]["request"]["url"] for m in log if m["method"] == "Network.requestWillBeSent"]
-    assert not said and urls and {url for url in urls if not url.startswith("data:")} == {page.path.as_uri()}
+    urls = [
+        m["params"]["request"]["url"] for m in log if m["method"] == "Network.requestWillBeSent"
+    ]
+    assert (
+        not said
+        and urls
+        and {url for url in urls if not url.startswith("data:")} == {page.path.as_uri()}
+    )
 
 
 GUIDED = """const row = document.querySelector("#guided");
@@ -348,7 +477,9 @@ def test_the_sliders_change_clips_and_figures_by_keyboard(browser):
     for name in ("wVQ", "wMQ", "wTA"):
         browser.press(f"#{name}", HOME)
     *rows, weak, now = browser.run(GUIDED)
-    assert rows == ["0"] * 6 and weak != strong and now != said and weak[3:7] in now  # "VQ 0.61MQ ..."
+    assert (
+        rows == ["0"] * 6 and weak != strong and now != said and weak[3:7] in now
+    )  # "VQ 0.61MQ ..."
 
 
 def test_a_chart_is_read_by_arrow_keys_and_pointer(browser):
@@ -370,10 +501,22 @@ def test_a_chart_is_read_by_arrow_keys_and_pointer(browser):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [400, 1400])
 def test_the_layout_holds(browser, width, scheme):
-    browser.tools("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
-    browser.tools("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+    browser.tools(
+        "Emulation.setDeviceMetricsOverride",
+        width=width,
+        height=900,
+        deviceScaleFactor=1,
+        mobile=False,
+    )
+    browser.tools(
+        "Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}]
+    )
     browser.run("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
-    assert browser.run("return innerWidth") == width >= browser.run("return document.documentElement.scrollWidth")
+    assert (
+        browser.run("return innerWidth")
+        == width
+        >= browser.run("return document.documentElement.scrollWidth")
+    )
     ground = browser.run("return getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", ground))) > 384) == (scheme == "light")
     assert browser.run(LOW_CONTRAST) == []
@@ -384,7 +527,10 @@ def test_clips_stand_still_for_those_who_ask_for_it(browser):
     assert browser.run(state) == "running"
     browser.press("#play", "\ue007")
     assert browser.run(state) == "paused"
-    browser.tools("Emulation.setEmulatedMedia", features=[{"name": "prefers-reduced-motion", "value": "reduce"}])
+    browser.tools(
+        "Emulation.setEmulatedMedia",
+        features=[{"name": "prefers-reduced-motion", "value": "reduce"}],
+    )
     browser("/refresh")
     assert browser.run(state) == "paused"
     browser.press("#play", "\ue007")

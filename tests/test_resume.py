@@ -18,7 +18,7 @@ import torch
 from forked import command, ended, fork, same, tiny_checkpoints, weights
 
 import sample
-import train
+import tasks
 from model import load_velocity
 from real_data import export_toy
 from runtime import checkpoint, cli, distributed, resume
@@ -84,7 +84,9 @@ def test_killed_25_times_and_resumed_each_time_the_run_ends_at_the_same_bits(tmp
             os.kill(child, signal.SIGKILL)
         status = ended(child)
         if status == 0:  # the run had come to its end: once more from the start
-            assert same(*(checkpoint.load_checkpoint(folder / "last.pt") for folder in (whole, parts)))
+            assert same(
+                *(checkpoint.load_checkpoint(folder / "last.pt") for folder in (whole, parts))
+            )
             shutil.rmtree(parts)
             reached = 0
             continue
@@ -98,19 +100,25 @@ def test_killed_25_times_and_resumed_each_time_the_run_ends_at_the_same_bits(tmp
     assert ended(fork(run, None)) == 0
     assert same(*(checkpoint.load_checkpoint(folder / "last.pt") for folder in (whole, parts)))
     logs = [(folder / "metrics.jsonl").read_text() for folder in (whole, parts)]
-    assert logs[0] == logs[1] and [json.loads(line)["step"] for line in logs[0].splitlines()] == list(range(24))
+    assert logs[0] == logs[1] and [
+        json.loads(line)["step"] for line in logs[0].splitlines()
+    ] == list(range(24))
     assert not list(parts.glob("*.tmp"))
 
 
 def test_the_log_is_cut_in_place_to_the_checkpoint(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1}\n{"step": 2}\n{"st')  # killed in a write
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 0}\n{"step": 1}\n{"step": 2}\n{"st'
+    )  # killed in a write
     args = SimpleNamespace(out=tmp_path, ema=0.0)
     with resume.Log(args, 2, torch.nn.Linear(1, 1), {}) as log:
         log.write({"step": 2, "again": 1})
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 0}\n{"step": 1}\n{"step": 2, "again": 1}\n'
+    assert (
+        tmp_path / "metrics.jsonl"
+    ).read_text() == '{"step": 0}\n{"step": 1}\n{"step": 2, "again": 1}\n'
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -126,7 +134,9 @@ def refused(tmp_path):
         log.unlink(missing_ok=True)
         status = ended(fork(main, output=log))
         error = [line for line in log.read_text().splitlines() if "error:" in line]
-        assert status == 2 and len(error) == 1 and "Traceback" not in log.read_text(), log.read_text()
+        assert status == 2 and len(error) == 1 and "Traceback" not in log.read_text(), (
+            log.read_text()
+        )
         return error[0]
 
     return run
@@ -183,7 +193,9 @@ def test_a_log_that_cannot_grow_stops_the_run_as_well(refused, tmp_path):
 
         def write(log, record, sync=False):
             if record["step"] == 4:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))  # what is told must still find room
+                resource.setrlimit(
+                    resource.RLIMIT_FSIZE, (4000, 4000)
+                )  # what is told must still find room
                 record = record | {"blank": " " * 10_000}
             honest(log, record, sync)
 
@@ -196,11 +208,20 @@ def test_a_log_that_cannot_grow_stops_the_run_as_well(refused, tmp_path):
 
 def test_adapters_with_averaged_weights_can_be_sampled_and_resumed(tmp_path):
     out = tmp_path / "run"
-    flags = ["--algo=dpo", *tiny_checkpoints(tmp_path), "--lora-rank=2", "--ema=0.9", "--batch=2", "--pairs=8"]
+    flags = [
+        "--algo=dpo",
+        *tiny_checkpoints(tmp_path),
+        "--lora-rank=2",
+        "--ema=0.9",
+        "--batch=2",
+        "--pairs=8",
+    ]
     flags += ["--freeze=1", "--steps=3", f"--out={out}"]
     assert ended(fork(command, *flags)) == 0
     model, _ = load_velocity(out / "last.pt")
-    state, base = (checkpoint.load_checkpoint(path) for path in (out / "last.pt", tmp_path / "velocity.pt"))
+    state, base = (
+        checkpoint.load_checkpoint(path) for path in (out / "last.pt", tmp_path / "velocity.pt")
+    )
     name = "blocks.2.attn.qkv"
     up, down = state["averaged"][f"{name}.up"], state["averaged"][f"{name}.down"]
     assert up.any() and not torch.equal(up, state["trained"][f"{name}.up"])
@@ -221,7 +242,9 @@ def test_numbers_that_are_not_finite_stop_the_run_before_they_are_used(refused, 
             def loss(batch):
                 value, logs = whole(batch)
                 calls.append(1)
-                if len(calls) == 8:  # step 7; the gradient of sqrt(0 x) is not a number, its value is 0
+                if (
+                    len(calls) == 8
+                ):  # step 7; the gradient of sqrt(0 x) is not a number, its value is 0
                     value = value * float("nan") if what == "loss" else value + (value * 0).sqrt()
                 return value, logs
 
@@ -235,8 +258,12 @@ def test_numbers_that_are_not_finite_stop_the_run_before_they_are_used(refused, 
     assert "at step 7 (--seed 5" in line and f"the batch's {seed}" in line
     assert "last.pt, after step 5, is the last good state" in line
     state = checkpoint.load_checkpoint(tmp_path / "run" / "last.pt")
-    assert state["step"] == 6 and all(torch.isfinite(value).all() for value in state["model"].values())
-    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 7  # 0 to 6, nothing of step 7
+    assert state["step"] == 6 and all(
+        torch.isfinite(value).all() for value in state["model"].values()
+    )
+    assert (
+        len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 7
+    )  # 0 to 6, nothing of step 7
 
 
 def test_a_checkpoint_of_other_sizes_is_not_resumed(tmp_path):
@@ -247,7 +274,11 @@ def test_a_checkpoint_of_other_sizes_is_not_resumed(tmp_path):
     other = copy.deepcopy(optimizer.state_dict())
     other["state"][0]["exp_avg"] = torch.zeros(2, 1)
     names = dict(model.named_parameters())
-    good = {"step": 4, "optimizer": optimizer.state_dict(), "model": {k: v.detach() + 1 for k, v in names.items()}}
+    good = {
+        "step": 4,
+        "optimizer": optimizer.state_dict(),
+        "model": {k: v.detach() + 1 for k, v in names.items()},
+    }
     assert resume.restore(good, names, {}, optimizer) == 4
     for spoiled in (
         {"model": {"weight": torch.zeros(2, 3)}},
@@ -261,7 +292,7 @@ def test_a_checkpoint_of_other_sizes_is_not_resumed(tmp_path):
             resume.restore({**good, **spoiled, "path": tmp_path / "last.pt"}, names, {}, optimizer)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # What may change, and what may not
 
 
@@ -270,7 +301,9 @@ DPO = ["--algo=dpo", "--batch=4", "--pairs=24", "--freeze=1", "--precision=float
 
 def test_what_changes_no_result_may_change_on_resume(tmp_path):
     flags, log = [*DPO, *tiny_checkpoints(tmp_path), "--steps=6"], tmp_path / "log"
-    assert ended(fork(command, *flags, f"--out={tmp_path / 'whole'}", output=log)) == 0, log.read_text()
+    assert ended(fork(command, *flags, f"--out={tmp_path / 'whole'}", output=log)) == 0, (
+        log.read_text()
+    )
     parts = [*flags, f"--out={tmp_path / 'parts'}"]
     assert ended(fork(partial(run_until, 3), *parts, output=log)) == 130, log.read_text()
     more = ["--accum=2", "--grad-checkpoint", "--save-every=1", "--resume"]
@@ -281,7 +314,7 @@ def test_what_changes_no_result_may_change_on_resume(tmp_path):
 
 def run_until(steps, *flags):
     """train.py, which SIGINT stops after so many steps."""
-    honest, calls = train.take, []
+    honest, calls = tasks.take, []
 
     def take(*args):
         calls.append(1)
@@ -289,7 +322,7 @@ def run_until(steps, *flags):
             os.kill(os.getpid(), signal.SIGINT)
         return honest(*args)
 
-    train.take = take
+    tasks.take = take
     command(*flags)
 
 
@@ -297,12 +330,16 @@ def test_a_longer_run_goes_on_at_the_constant_rate_on_the_same_pairs(tmp_path):
     """20 steps have 2 of warm-up and 40 have 4; both rates are constant after these."""
     models, log = tiny_checkpoints(tmp_path), tmp_path / "log"
     flags = [flag for flag in DPO if "pairs" not in flag] + models
-    assert ended(fork(command, *flags, "--steps=20", f"--out={tmp_path / 'run'}", output=log)) == 0, log.read_text()
+    assert (
+        ended(fork(command, *flags, "--steps=20", f"--out={tmp_path / 'run'}", output=log)) == 0
+    ), log.read_text()
     shorter = (tmp_path / "run" / "metrics.jsonl").read_text()
     longer = [*flags, f"--out={tmp_path / 'run'}", "--resume"]
     assert ended(fork(command, *longer, "--steps=40", output=log)) == 0, log.read_text()
     state = checkpoint.load_checkpoint(tmp_path / "run" / "last.pt")
-    assert state["step"] == 40 and state["settings"]["pairs"] == "80"  # 20 x 4, one epoch of the shorter run
+    assert (
+        state["step"] == 40 and state["settings"]["pairs"] == "80"
+    )  # 20 x 4, one epoch of the shorter run
     assert state["optimizer"]["param_groups"][0]["lr"] == 1e-3
     lines = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert lines.startswith(shorter) and len(lines.splitlines()) == 40
@@ -314,7 +351,11 @@ def test_a_longer_run_goes_on_at_the_constant_rate_on_the_same_pairs(tmp_path):
         (["--steps=4"], ["--steps=3"], "--steps was 4, now 3, but a run can only get longer"),
         (["--steps=4", "--decay=0.5"], ["--steps=8", "--decay=0.5"], "with --decay 0.5"),
         (["--steps=4"], ["--steps=100"], "the warm-up is not over after 4 steps"),  # it takes 10
-        (["--steps=4", "--rounds=2", "--clips=2"], ["--steps=8", "--rounds=2", "--clips=2"], "--steps / --rounds"),
+        (
+            ["--steps=4", "--rounds=2", "--clips=2"],
+            ["--steps=8", "--rounds=2", "--clips=2"],
+            "--steps / --rounds",
+        ),
         (["--steps=4"], ["--steps=4", "--precision=bfloat16"], "--precision was float32"),
     ],
 )
@@ -333,9 +374,20 @@ def test_a_file_that_changed_since_the_run_began_is_named(tmp_path, flag):
     shutil.copy(tmp_path / "velocity.pt", tmp_path / "reference.pt")
     export_toy.export(export_toy.arguments(["export", str(toy), "--pairs=6", "--generated=0"]))
     files = {"init": tmp_path / "velocity.pt", "reward": tmp_path / "reward.pt"}
-    files |= {"reference": tmp_path / "reference.pt", "data": toy / "train.csv"}
-    flags = ["--algo=dpo", "--batch=2", "--steps=1", "--freeze=1", *models, f"--out={tmp_path / 'run'}"]
-    flags += [f"--reference={files['reference']}", f"--data={files['data']}", f"--cache={tmp_path / 'cache'}"]
+    files |= {"reference": tmp_path / "reference.pt", "data": toy / "tasks.csv"}
+    flags = [
+        "--algo=dpo",
+        "--batch=2",
+        "--steps=1",
+        "--freeze=1",
+        *models,
+        f"--out={tmp_path / 'run'}",
+    ]
+    flags += [
+        f"--reference={files['reference']}",
+        f"--data={files['data']}",
+        f"--cache={tmp_path / 'cache'}",
+    ]
     assert ended(fork(command, *flags, output=log)) == 0, log.read_text()
     if flag == "data":  # its rows in another order
         head, *rows = files[flag].read_text().splitlines()
@@ -353,20 +405,42 @@ def test_a_file_that_changed_since_the_run_began_is_named(tmp_path, flag):
 def test_a_reward_without_its_unit_is_refused_until_its_training_is_over(tmp_path, algo):
     init, reward = tiny_checkpoints(tmp_path)
     log, out = tmp_path / "log", tmp_path / "run"
-    flags = [f"--algo={algo}", "--batch=2", "--steps=4", "--generated=0", "--pairs=8", f"--out={out}"]
+    flags = [
+        f"--algo={algo}",
+        "--batch=2",
+        "--steps=4",
+        "--generated=0",
+        "--pairs=8",
+        f"--out={out}",
+    ]
     flags += [init, "--read=1"] if algo == "nrg" else []
     assert ended(fork(partial(run_until, 2), *flags, output=log)) == 130, log.read_text()
 
     def use():
-        sys.argv = ["sample.py", f"--ckpt={tmp_path / 'velocity.pt'}", "--nrg=1,1,1", f"--nrg-ckpt={out / 'last.pt'}"]
+        sys.argv = [
+            "sample.py",
+            f"--ckpt={tmp_path / 'velocity.pt'}",
+            "--nrg=1,1,1",
+            f"--nrg-ckpt={out / 'last.pt'}",
+        ]
         sys.argv += ["--n=1", "--steps=1", f"--out={tmp_path / 'clips'}", "--device=cpu"]
         cli.run(sample.main)
 
     if algo == "reward":
-        use = partial(command, *DPO, init, f"--reward={out / 'last.pt'}", "--steps=1", f"--out={tmp_path / 'dpo'}")
+        use = partial(
+            command,
+            *DPO,
+            init,
+            f"--reward={out / 'last.pt'}",
+            "--steps=1",
+            f"--out={tmp_path / 'dpo'}",
+        )
     log.unlink()
     assert ended(fork(use, output=log)) == 2
-    assert f"{out / 'last.pt'}: its scores get their unit at the end of the training" in log.read_text()
+    assert (
+        f"{out / 'last.pt'}: its scores get their unit at the end of the training"
+        in log.read_text()
+    )
     assert ended(fork(command, *flags, "--resume", output=log)) == 0, log.read_text()
     assert ended(fork(use, output=log)) == 0, log.read_text()
 

@@ -42,7 +42,9 @@ def test_btt_normalises_and_the_printed_equation_does_not():
     delta = torch.linspace(-8, 8, 101, dtype=torch.float64)
     assert torch.allclose(sum(btt_probabilities(delta)), torch.ones_like(delta), atol=1e-12)
 
-    def printed(delta):  # Eq. 1 as printed: in the case "A preferred" theta stands at the winner's own term
+    def printed(
+        delta,
+    ):  # Eq. 1 as printed: in the case "A preferred" theta stands at the winner's own term
         a, b = math.exp(delta), 1.0
         tie = 24 * a * b / ((a + 5 * b) * (5 * a + b))
         return a / (b + 5 * a) + b / (b + 5 * a) + tie
@@ -54,18 +56,26 @@ def test_btt_normalises_and_the_printed_equation_does_not():
 def test_btt_without_ties_is_bt():
     delta = torch.tensor([-2.0, 0.3, 4.0])
     a, b, tie = btt_probabilities(delta, theta=1.0)
-    assert torch.allclose(a, torch.sigmoid(delta)) and torch.allclose(a + b, torch.ones(3)) and tie.abs().max() == 0
+    assert (
+        torch.allclose(a, torch.sigmoid(delta))
+        and torch.allclose(a + b, torch.ones(3))
+        and tie.abs().max() == 0
+    )
 
 
 def test_losses_by_hand():
     a, b = torch.tensor([2.0, 1.0, 0.5, 9.0]), torch.tensor([1.0, 3.0, 0.5, -9.0])
     label = torch.tensor([1, 1, 0, INVALID])
     # BT: the two decided pairs, -log sigma(1) and -log sigma(-2)
-    assert bt_loss(a, b, label).item() == pytest.approx((math.log(1 + math.exp(-1)) + math.log(1 + math.exp(2))) / 2)
+    assert bt_loss(a, b, label).item() == pytest.approx(
+        (math.log(1 + math.exp(-1)) + math.log(1 + math.exp(2))) / 2
+    )
     # BTT: -log .3522 (delta 1), -log .0264 (delta -2, A said to be better), -log 2/3 (a tie at delta 0)
     first = math.log(1 + 5 * math.exp(-1))
     second = math.log(1 + 5 * math.exp(2))
-    assert btt_loss(a, b, label).item() == pytest.approx((first + second - math.log(2 / 3)) / 3, rel=1e-6)
+    assert btt_loss(a, b, label).item() == pytest.approx(
+        (first + second - math.log(2 / 3)) / 3, rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("loss", [bt_loss, btt_loss])
@@ -99,7 +109,9 @@ def test_regression_by_hand():
     loss = regression_loss(r, mos)
     loss.backward()
     assert loss.item() == pytest.approx((4 + 0 + 1) / 3)
-    assert torch.allclose(r.grad, torch.tensor([[4.0, 0.0], [0.0, 2.0]]) / 3)  # 2 (r - target) / 3, missing: none
+    assert torch.allclose(
+        r.grad, torch.tensor([[4.0, 0.0], [0.0, 2.0]]) / 3
+    )  # 2 (r - target) / 3, missing: none
 
 
 def test_caption_loss_by_hand():
@@ -107,7 +119,9 @@ def test_caption_loss_by_hand():
     logits = torch.tensor([[9.0, 0.0, math.log(3.0), math.log(3.0)]])
     value = caption_loss(logits, torch.tensor([[1, 3, 3, 0]])).item()
     # padding should be off: log(1 + e^9); word 1 on at 1/2, word 2 off at 1/4, word 3 on at 3/4
-    assert value == pytest.approx(math.log(1 + math.exp(9)) + math.log(2) + math.log(4) + math.log(4 / 3), rel=1e-6)
+    assert value == pytest.approx(
+        math.log(1 + math.exp(9)) + math.log(2) + math.log(4) + math.log(4 / 3), rel=1e-6
+    )
 
 
 def test_the_caption_cannot_see_the_prompt(network):
@@ -118,12 +132,17 @@ def test_the_caption_cannot_see_the_prompt(network):
 
 def test_accuracy_without_ties_by_hand():
     delta, label = torch.tensor([1.0, -2.0, 0.0, 3.0, 5.0]), torch.tensor([1, 1, 1, 0, INVALID])
-    assert accuracy_without_ties(delta, label) == pytest.approx(1 / 3)  # right, wrong, a zero is wrong
+    assert accuracy_without_ties(delta, label) == pytest.approx(
+        1 / 3
+    )  # right, wrong, a zero is wrong
 
 
 def brute_force(delta, label):
     best = -1.0
-    for threshold in {-1.0, *(abs(d) for d in delta)}:  # no tie at all, or up to one of the differences
+    for threshold in {
+        -1.0,
+        *(abs(d) for d in delta),
+    }:  # no tie at all, or up to one of the differences
         said = [0 if abs(d) <= threshold else (d > 0) - (d < 0) for d in delta]
         best = max(best, sum(s == wanted for s, wanted in zip(said, label)) / len(label))
     return best
@@ -133,7 +152,9 @@ def test_accuracy_with_ties_is_the_best_over_all_thresholds():
     rng = torch.Generator().manual_seed(0)
     for case in range(200):
         count = int(torch.randint(1, 12, (1,), generator=rng))
-        delta = torch.randint(-4, 5, (count,), generator=rng) / 2  # many equal differences, zeros among them
+        delta = (
+            torch.randint(-4, 5, (count,), generator=rng) / 2
+        )  # many equal differences, zeros among them
         label = torch.randint(-1, 2, (count,), generator=rng)
         value, threshold = accuracy_with_ties(delta, label)
         assert value == pytest.approx(brute_force(delta.tolist(), label.tolist())), case
@@ -182,24 +203,37 @@ def test_a_token_of_a_frame_reads_that_frame_by_place(network):
     moved = video.clone()
     moved[:, :, 3] = video[:, :, 3].roll(16, -1)  # half a frame on: its mean stays
     with torch.no_grad():
-        change = (network.stem(moved) - network.stem(video)).abs().amax(2)[0]  # of 8 frames, then of 16 places
+        change = (
+            (network.stem(moved) - network.stem(video)).abs().amax(2)[0]
+        )  # of 8 frames, then of 16 places
     assert len(change) == 8 + 16
-    assert change[3] > 0.01 and change[[0, 1, 2, 4, 5, 6, 7]].max() < 1e-5 and change[8:].max() > 0.01
+    assert (
+        change[3] > 0.01 and change[[0, 1, 2, 4, 5, 6, 7]].max() < 1e-5 and change[8:].max() > 0.01
+    )
 
 
 def test_the_mean_colour_enters_every_token_alike(network):
     video = 0.3 * torch.randn(1, 3, 8, 32, 32)
     with torch.no_grad():
-        change = network.stem(video + torch.tensor([0.2, 0.0, -0.1]).reshape(3, 1, 1, 1)) - network.stem(video)
-    assert change.abs().max() > 0.01 and torch.allclose(change, change[:, :1].expand_as(change), atol=1e-4)
+        change = network.stem(
+            video + torch.tensor([0.2, 0.0, -0.1]).reshape(3, 1, 1, 1)
+        ) - network.stem(video)
+    assert change.abs().max() > 0.01 and torch.allclose(
+        change, change[:, :1].expand_as(change), atol=1e-4
+    )
 
 
 def test_places_are_told_by_rotary_positions_and_frames_are_not(network, monkeypatch):
     tokens, y, scores = torch.randn(1, 8 + 16, 64), torch.ones(1, 8, dtype=torch.int64), []
     for order in (range(24), [*range(7, -1, -1), *range(8, 24)], [*range(8), *range(23, 7, -1)]):
-        monkeypatch.setattr(network.stem, "forward", lambda video, order=list(order): tokens[:, order])
+        monkeypatch.setattr(
+            network.stem, "forward", lambda video, order=list(order): tokens[:, order]
+        )
         scores.append(network(None, y))
-    assert torch.allclose(scores[1], scores[0], atol=1e-5) and (scores[2] - scores[0]).abs().min() > 1e-5
+    assert (
+        torch.allclose(scores[1], scores[0], atol=1e-5)
+        and (scores[2] - scores[0]).abs().min() > 1e-5
+    )
 
 
 def test_every_score_sees_the_video(network):

@@ -13,6 +13,7 @@ import wired
 from wired import BATCH, CPU, split_of, splits_of
 
 import evaluate
+import judge
 import trainer
 import world
 from data import Vocabulary
@@ -28,7 +29,9 @@ EVERY = slice(0, BATCH)
 
 def watched_splits(drawn):
     """Splits of all prompts asked for so far, and of all combinations shown, which the watch then forgets."""
-    asked, shown = (set().union(*(splits_of(getattr(c, name)) for c in drawn)) for name in ("prompt", "shown"))
+    asked, shown = (
+        set().union(*(splits_of(getattr(c, name)) for c in drawn)) for name in ("prompt", "shown")
+    )
     drawn.clear()
     return asked, shown
 
@@ -37,16 +40,24 @@ def test_the_splits_are_those_of_the_documents():
     every = torch.cartesian_prod(*(torch.arange(n) for n in world.CHOICES)).tolist()
     for name, count in (("train", 72), ("validation", 12), ("hard", 12)):
         rows = world.split_prompts(name).tolist()
-        assert len(rows) == count and sorted(rows) == sorted(row for row in every if split_of(row) == name)
+        assert len(rows) == count and sorted(rows) == sorted(
+            row for row in every if split_of(row) == name
+        )
 
 
 @pytest.mark.parametrize("algo", ["dpo", "sft", "rwr", "reward", "nrg"])
 def test_preferences_are_learned_on_training_prompts_alone(tiny, drawn, algo):
     few = ["--eval-pairs=60"] if algo in ("reward", "nrg") else []
     _, task = tiny(f"--algo={algo}", "--pairs=300", *few)
-    first, rest = drawn[:2], drawn[2:]  # A and B of the pairs to train on, then of those to judge by
+    first, rest = (
+        drawn[:2],
+        drawn[2:],
+    )  # A and B of the pairs to train on, then of those to judge by
     assert all(len(clips) == 300 and splits_of(clips.prompt) == {"train"} for clips in first)
-    assert torch.equal(first[0].prompt, first[1].prompt) and (first[0].generator != first[1].generator).all()
+    assert (
+        torch.equal(first[0].prompt, first[1].prompt)
+        and (first[0].generator != first[1].generator).all()
+    )
     for step in range(30):
         assert splits_of(task.batch(step, EVERY)["y"]) == {"train"}
     held = task.evaluate.keywords.get("held")
@@ -80,7 +91,7 @@ def test_nothing_shows_a_hard_combination_under_another_prompt(drawn):
     assert asked == {"train", "validation"} and "hard" not in shown
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Closing tables and prompt sets
 
 
@@ -92,20 +103,33 @@ def test_closing_tables_ask_for_every_prompt_once(tiny, monkeypatch, tmp_path, a
         asked.append(prompts)
         return torch.zeros(len(prompts), *wired.CONFIG.video_shape)
 
-    monkeypatch.setattr(evaluate, "sample_prompts", painted)
+    monkeypatch.setattr(judge, "sample_prompts", painted)
     _, task = tiny(f"--algo={algo}", "--eval-prompts=96")
     tmp_path.joinpath("out").mkdir()
     task.evaluate(task.model, tmp_path / "out")
-    every = [row for name in ("train", "validation", "hard") for row in world.split_prompts(name).tolist()]
+    every = [
+        row
+        for name in ("train", "validation", "hard")
+        for row in world.split_prompts(name).tolist()
+    ]
     assert asked and all(sorted(prompts.tolist()) == sorted(every) for prompts in asked)
 
 
 def test_prompt_sets_are_what_they_are_called():
-    standard, hard, large = prompts_of("standard", 168), prompts_of("hard", 24), prompts_of("large", 512)
+    standard, hard, large = (
+        prompts_of("standard", 168),
+        prompts_of("hard", 24),
+        prompts_of("large", 512),
+    )
     assert splits_of(standard[:72]) == {"train"} and splits_of(standard[72:84]) == {"validation"}
-    assert torch.equal(standard[84:], standard[:84]) and len({tuple(row) for row in standard.tolist()}) == 84
+    assert (
+        torch.equal(standard[84:], standard[:84])
+        and len({tuple(row) for row in standard.tolist()}) == 84
+    )
     assert splits_of(hard) == {"hard"} and len({tuple(row) for row in hard.tolist()}) == 12
-    assert len({tuple(row) for row in large.tolist()}) == 96 and torch.equal(large, prompts_of("large", 512))
+    assert len({tuple(row) for row in large.tolist()}) == 96 and torch.equal(
+        large, prompts_of("large", 512)
+    )
     assert set(jobs.SETS) == {"standard", "hard", "large"} and set(beta.SETS) <= set(jobs.SETS)
 
 
@@ -119,15 +143,21 @@ def test_studies_judge_the_sets_that_their_rows_name(module, monkeypatch):
 
     monkeypatch.setattr(jobs, "sample_prompts", painted)
     cfgs = getattr(module, "CFGS", (1.0, 2.0))
-    scores = jobs.judge(jobs.WEIGHTS / "base.pt", Namespace(eval_prompts=24), CPU, module.SETS, cfgs)
+    scores = jobs.judge(
+        jobs.WEIGHTS / "base.pt", Namespace(eval_prompts=24), CPU, module.SETS, cfgs
+    )
     assert list(scores) == [f"{name} {cfg:g}" for name in module.SETS for cfg in cfgs]
     splits = {"standard": {"train"}, "hard": {"hard"}, "large": {"train", "validation", "hard"}}
-    for name, calls in zip(module.SETS, asked.values()):  # one noise for a set, the same for every model
+    for name, calls in zip(
+        module.SETS, asked.values()
+    ):  # one noise for a set, the same for every model
         assert [cfg for _, cfg in calls] == list(cfgs)
-        assert all(splits_of(prompts) <= splits[name] and len(prompts) == 24 for prompts, _ in calls)
+        assert all(
+            splits_of(prompts) <= splits[name] and len(prompts) == 24 for prompts, _ in calls
+        )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Trainings of the studies
 
 
@@ -135,7 +165,9 @@ def test_studies_judge_the_sets_that_their_rows_name(module, monkeypatch):
 def studied(monkeypatch, tmp_path, drawn):
     """Runs jobs of a study by name, their trainings drawing two batches in place of learning: {name: (args, splits of
     the batches, splits asked for and shown)}, and the study's flags."""
-    args = evaluate.arguments(["align", "--steps=1", "--eval-pairs=20", f"--work={tmp_path}", "--seeds=3"])
+    args = evaluate.arguments(
+        ["align", "--steps=1", "--eval-pairs=20", f"--work={tmp_path}", "--seeds=3"]
+    )
     seen = []
 
     def draws(task, settings, device, state=None):
@@ -158,7 +190,9 @@ def test_alignment_studies_train_on_training_prompts_with_what_their_rows_say(st
     args, seen = studied
     picked = []
     for module in (align, beta):
-        monkeypatch.setattr(module, "best_of", lambda seed, *rest: picked.append((seed, *rest[3])) or {})
+        monkeypatch.setattr(
+            module, "best_of", lambda seed, *rest: picked.append((seed, *rest[3])) or {}
+        )
     made = {**align.jobs(args, CPU), **beta.jobs(args, CPU)}
     for name, job in made.items():
         if not name.endswith("-2") or name.split("-")[2] in map(str, beta.BETAS[1:]):
@@ -166,13 +200,19 @@ def test_alignment_studies_train_on_training_prompts_with_what_their_rows_say(st
         seen.clear()
         job()
         if name.startswith("best-of"):
-            assert not seen and picked.pop() == ((2, 0, 0, 1) if "TA only" in name else (2, 1, 1, 1))
+            assert not seen and picked.pop() == (
+                (2, 0, 0, 1) if "TA only" in name else (2, 1, 1, 1)
+            )
         for settings, splits, held, asked, shown in seen:
-            assert splits == {"train"} and held is None and asked <= {"train"} and "hard" not in shown
+            assert (
+                splits == {"train"} and held is None and asked <= {"train"} and "hard" not in shown
+            )
             method = name.removesuffix("-2")
             assert settings.algo == name.split("-")[0] and settings.seed == 2
             assert settings.generated == ("own-clips" in name)
-            assert settings.schedule == ("(1-t)^2" if method.startswith("dpo-schedule") else "constant")
+            assert settings.schedule == (
+                "(1-t)^2" if method.startswith("dpo-schedule") else "constant"
+            )
             assert settings.align == ((0, 0, 1) if "TA only" in name else (1, 1, 1))
             number = method.rsplit("-", 1)[1]
             assert settings.beta == (float(number) if number.isdigit() else 100)
@@ -191,7 +231,9 @@ def test_guidance_learns_train_and_is_judged_on_validation(studied, drawn, monke
         assert splits == {"train"} and held == {"validation"}
         assert asked == {"train", "validation"} and "hard" not in shown
     watched_splits(drawn)
-    monkeypatch.setattr(guidance, "noisy_scores", lambda reward, pairs, device, seed: {0.0: torch.rand(20, 2, 3)})
+    monkeypatch.setattr(
+        guidance, "noisy_scores", lambda reward, pairs, device, seed: {0.0: torch.rand(20, 2, 3)}
+    )
     guidance.accuracy_rows(None, "noised", 0, args, CPU)
     assert watched_splits(drawn)[0] == {"validation"}
 
@@ -203,7 +245,13 @@ def test_prompts_told_apart_were_never_in_a_pair(drawn, monkeypatch, tmp_path):
     assert asked == shown == {"validation"}
     base, _ = load_velocity(jobs.WEIGHTS / "base.pt")
     monkeypatch.setattr(observer, "LEARNED", 96)
-    observer.probe(base, 1, torch.zeros(2, 3, 8, 32, 32), torch.full((2,), 0.5), torch.Generator().manual_seed(0))
+    observer.probe(
+        base,
+        1,
+        torch.zeros(2, 3, 8, 32, 32),
+        torch.full((2,), 0.5),
+        torch.Generator().manual_seed(0),
+    )
     asked, shown = watched_splits(drawn)
     assert asked == shown == {"train"}
 
@@ -217,11 +265,15 @@ class Silent(torch.nn.Module):
         return torch.zeros(len(y), 3)
 
 
-def test_the_reward_study_learns_train_and_is_judged_on_validation_and_hard(studied, drawn, monkeypatch):
+def test_the_reward_study_learns_train_and_is_judged_on_validation_and_hard(
+    studied, drawn, monkeypatch
+):
     args, seen = studied
     scores = []
     monkeypatch.setattr(
-        reward_model, "pair_scores", lambda f, pairs, _: scores.append(f) or torch.rand(len(pairs), 2, 3)
+        reward_model,
+        "pair_scores",
+        lambda f, pairs, _: scores.append(f) or torch.rand(len(pairs), 2, 3),
     )
     reward_model.judged_pairs.cache_clear()
     monkeypatch.setattr(reward_model, "policy", lambda *args: "policy.pt")
@@ -240,22 +292,38 @@ def test_the_reward_study_learns_train_and_is_judged_on_validation_and_hard(stud
         reward_model.trained(model, 1.0, 2, args, CPU)
         ((settings, splits, held, asked, shown),) = seen
         assert settings.seed == 2 and settings.steps == 1 and settings.pairs == 16  # of two epochs
-        assert splits == {"train"} and held == {"validation"} and "hard" not in shown and "hard" not in asked
-        assert settings.tokens == ("separate" if model in ("btt-separate", "btt-rendered") else "shared")
-        assert settings.loss == model.split("-")[0] and settings.generated == (0 if model == "btt-rendered" else 0.5)
+        assert (
+            splits == {"train"}
+            and held == {"validation"}
+            and "hard" not in shown
+            and "hard" not in asked
+        )
+        assert settings.tokens == (
+            "separate" if model in ("btt-separate", "btt-rendered") else "shared"
+        )
+        assert settings.loss == model.split("-")[0] and settings.generated == (
+            0 if model == "btt-rendered" else 0.5
+        )
         watched_splits(drawn)
     assert {score.__name__ for score in scores} == {"normalised"}  # Overall adds the three
     seen.clear()
     args.steps = 20
-    reward_model.trained("bt-shared", 0.25, 0, args, CPU)  # a quarter of 320 pairs in half as many steps
+    reward_model.trained(
+        "bt-shared", 0.25, 0, args, CPU
+    )  # a quarter of 320 pairs in half as many steps
     assert (seen[0][0].pairs, seen[0][0].steps) == (80, 10)
     watched_splits(drawn)
     pairs = reward_model.every_split(args, CPU)
     splits = {name: splits_of(here.y) for name, here in pairs.items()}
-    assert splits == dict.fromkeys(("validation", "base", "policy", "cfg3"), {"validation"}) | {"benchmark": {"hard"}}
+    assert splits == dict.fromkeys(("validation", "base", "policy", "cfg3"), {"validation"}) | {
+        "benchmark": {"hard"}
+    }
     base = str(jobs.WEIGHTS / "base.pt")
     assert made == {
-        (base, *generated.MODELS): generated.MODELS,  # the settings that it learned from, on other noise
+        (
+            base,
+            *generated.MODELS,
+        ): generated.MODELS,  # the settings that it learned from, on other noise
         ("policy.pt", "policy"): {"policy": {}},
         (base, "base-cfg3"): {"base-cfg3": {"cfg": 3.0}},
     }
@@ -282,8 +350,12 @@ def test_rows_of_the_studies_are_wins_of_what_was_trained(studied, monkeypatch):
     monkeypatch.setattr(guidance, "guided", lambda *args, **settings: won)
     monkeypatch.setattr(guidance, "reward_of", lambda *args: None)
     monkeypatch.setattr(guidance, "accuracy_rows", lambda *args: [])
-    rows = align.trained("sft", "1:1:1", 0, args, CPU) + beta.swept("dpo-constant", 10, 0, args, CPU)
-    rows += beta.long_run("dpo-constant", 0, args, CPU) + guidance.steered_rows("labels", 0, args, CPU)
+    rows = align.trained("sft", "1:1:1", 0, args, CPU) + beta.swept(
+        "dpo-constant", 10, 0, args, CPU
+    )
+    rows += beta.long_run("dpo-constant", 0, args, CPU) + guidance.steered_rows(
+        "labels", 0, args, CPU
+    )
     assert (
         len(rows) == 2 + 2 + 2 * 2 + 6
     )  # the long run is judged after its first step, the last drawn here, and its end

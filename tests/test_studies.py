@@ -12,7 +12,7 @@ import torch
 import wired
 from wired import CPU
 
-import train
+import tasks
 import trainer
 import world
 from data import DIMENSIONS, step_rng
@@ -61,7 +61,7 @@ def test_guided_rows_are_of_what_their_columns_say(monkeypatch, tmp_path):
     monkeypatch.setattr(guidance, "rows_of", lambda scores, base, **facts: [scores | facts])
     seeds = []
     monkeypatch.setattr(trainer, "fit", lambda task, settings, device: seeds.append(settings.seed))
-    monkeypatch.setitem(train.TASKS, "dpo", lambda *args: None)
+    monkeypatch.setitem(tasks.TASKS, "dpo", lambda *args: None)
     rows = guidance.steered_rows("noised", 3, args, CPU)
     assert seeds == [3]
     for row in rows:
@@ -125,7 +125,7 @@ def test_arms_of_rounds_are_trained_with_their_flags_and_seed(monkeypatch, tmp_p
     monkeypatch.setattr(online, "base_scores", lambda *args: {})
     args = Namespace(work=tmp_path, steps=None, eval_pairs=4, seeds=2, eval_prompts=None)
     for algo in ("dpo", "nft"):
-        monkeypatch.setitem(train.TASKS, algo, lambda *args: None)
+        monkeypatch.setitem(tasks.TASKS, algo, lambda *args: None)
     made = online.jobs(args, CPU)
     for arm in online.ARMS:
         rows = made[f"{arm}-1"]()
@@ -198,7 +198,7 @@ def test_three_ways_to_p_star_take_their_own_beta_noise_and_seed(monkeypatch):
     assert not torch.equal(losses[3]["x1_b"], losses[3]["x1"])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Tables
 
 
@@ -221,7 +221,9 @@ METHODS = ("rwr", "best-of-4", "best-of-8")
 SPLITS = (*reward_model.SPLITS, *reward_model.GENERATED)
 ROWS = {
     align: rows_of(method=METHODS, align=jobs.ALIGNED, set=jobs.SETS, cfg=jobs.CFGS, **BOTH),
-    beta: rows_of(study=("sweep", "best"), method=beta.SCHEDULES, beta=beta.BETAS, set=beta.SETS, **BOTH),
+    beta: rows_of(
+        study=("sweep", "best"), method=beta.SCHEDULES, beta=beta.BETAS, set=beta.SETS, **BOTH
+    ),
     guidance: rows_of(study=("weights", "one"), method=("nrg-1:1:1", "nrg-0:0:1"), **BOTH),
     reward_model: rows_of(
         model=("bt-shared", "btt-rendered"), split=SPLITS, fraction=(0.01, 0.1, 1.0), seed=(0,)

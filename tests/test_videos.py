@@ -28,7 +28,9 @@ X264 = ["-c:v", "libx264", "-preset", "ultrafast", "-crf", "8"]
 
 
 def ffmpeg(*arguments, content=None):
-    subprocess.run([*FFMPEG, *map(str, arguments)], input=content, check=True, stderr=subprocess.DEVNULL)
+    subprocess.run(
+        [*FFMPEG, *map(str, arguments)], input=content, check=True, stderr=subprocess.DEVNULL
+    )
 
 
 def write(path, *flags, width=32, height=32, rate=10, seconds=4.0, start=0.0):
@@ -87,12 +89,26 @@ def write_good(folder):
     write(folder / "wide.mp4", width=100, height=32)
     write(folder / "pixels of 2:1.mp4", *X264, "-vf", "scale=16:32,setsar=2")
     write(folder / "small.mp4", *X264, width=8, height=8)
-    ffmpeg("-itsoffset", 3, "-i", good, "-f", "lavfi", "-i", "sine=d=7", "-c:v", "copy", folder / "late.mkv")
+    ffmpeg(
+        "-itsoffset",
+        3,
+        "-i",
+        good,
+        "-f",
+        "lavfi",
+        "-i",
+        "sine=d=7",
+        "-c:v",
+        "copy",
+        folder / "late.mkv",
+    )
     for name in ("portrait.mp4", "wide.mp4", "pixels of 2:1.mp4", "small.mp4", "late.mkv"):
         right[name] = EVEN
     for angle in (90, 180, 270):
         name = f"rotated {angle}.mp4"
-        ffmpeg("-display_rotation", angle, "-i", folder / "portrait.mp4", "-c", "copy", folder / name)
+        ffmpeg(
+            "-display_rotation", angle, "-i", folder / "portrait.mp4", "-c", "copy", folder / name
+        )
         right[name] = EVEN
     # frames of 0, 0.1, ... 2 s and of 2.5, 3 and 3.5 s
     keep = "select='lt(n,20)+not(mod(n,5))'"
@@ -102,7 +118,16 @@ def write_good(folder):
         # 0 to 3.5 s, each 0.5 s later
         right[name] = [40, 60, 80, 100, 120, 140, 160, 180]
     write(folder / "long end.gif", "-vf", keep, "-fps_mode", "vfr", "-final_delay", "50")
-    right["long end.gif"] = [40, 64, 84, 108, 120, 140, 160, 180]  # half a second longer: 0 to 3.9 s
+    right["long end.gif"] = [
+        40,
+        64,
+        84,
+        108,
+        120,
+        140,
+        160,
+        180,
+    ]  # half a second longer: 0 to 3.9 s
     write(folder / "ten minutes.mp4", width=16, height=16, seconds=600, start=298)
     # 1,200 times from 0 to 599.9 s; the middle 8 begin with 596 * 599.9 / 1199 = 298.2 s
     right["ten minutes.mp4"] = [48 + 20 * i for i in range(8)]
@@ -123,8 +148,17 @@ def write_bad(folder):
     write(folder / "one frame.mp4", seconds=0.1)
     write(folder / "picture.png", "-c:v", "png", seconds=0.1)
     said = {name: "cannot be decoded as a video" for name in ("empty.mp4", "page.mp4", "cut.mp4")}
-    said |= {"sound.m4a": "it has no video stream", "picture.png": "has 1 frame", "one frame.mp4": "has 1 frame"}
-    for codec, name in (("libx264", "x.mp4"), ("mpeg4", "x.avi"), ("mjpeg", "x.mov"), ("mpeg2video", "x.ts")):
+    said |= {
+        "sound.m4a": "it has no video stream",
+        "picture.png": "has 1 frame",
+        "one frame.mp4": "has 1 frame",
+    }
+    for codec, name in (
+        ("libx264", "x.mp4"),
+        ("mpeg4", "x.avi"),
+        ("mjpeg", "x.mov"),
+        ("mpeg2video", "x.ts"),
+    ):
         path = folder / f"zeros {name}"
         ffmpeg("-f", "lavfi", "-i", "testsrc2=s=64x64:r=10:d=4", "-c:v", codec, path)
         content = bytearray(path.read_bytes())
@@ -139,7 +173,9 @@ def test_videos_as_they_come(tmp_path):
     right, said = write_good(tmp_path), write_bad(tmp_path)
     assert len(right) + len(said) >= 40
     with open(tmp_path / "pairs.csv", "w", newline="") as file:
-        rows = [(name, "h264.mp4", "a cat", "A", "B", "same", 10, 1, 10, 40) for name in [*right, *said]]
+        rows = [
+            (name, "h264.mp4", "a cat", "A", "B", "same", 10, 1, 10, 40) for name in [*right, *said]
+        ]
         rows = [row for row in rows if row[0] != "h264.mp4"]
         csv.writer(file).writerows([COLUMNS, *rows])
     # ru_maxrss of a process counts what its parent had when it forked; VmHWM begins with the program
@@ -153,14 +189,20 @@ print(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
     shell = [sys.executable, "-c", script, tmp_path / "pairs.csv", "--cache", tmp_path / "cache"]
     done = subprocess.run(list(map(str, shell)), capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    assert max(map(int, done.stdout.splitlines()[-1].split())) < 600e3  # kB: this process, the largest ffmpeg
+    assert (
+        max(map(int, done.stdout.splitlines()[-1].split())) < 600e3
+    )  # kB: this process, the largest ffmpeg
     with open(tmp_path / "pairs.bad.csv", newline="") as file:
         faults = {rows[int(row["line"]) - 2][0]: row["fault"] for row in csv.DictReader(file)}
     assert faults.keys() == said.keys()
     assert all(said[name] in fault and "\n" not in fault for name, fault in faults.items())
     seen = {name: brightness(tmp_path / name, tmp_path / "cache") for name in right}
     # to half a frame (2) and what codecs cost
-    wrong = {name: values for name, values in seen.items() if not np.allclose(values, right[name], atol=6)}
+    wrong = {
+        name: values
+        for name, values in seen.items()
+        if not np.allclose(values, right[name], atol=6)
+    }
     assert wrong == {}
 
 
@@ -171,13 +213,27 @@ def test_short_clips_are_counted_or_refused(tmp_path, capsys):
 
     def use(**options):
         return usable_rows(
-            [row], tmp_path / "x.csv", ModelConfig(), tmp_path / "cache", None, lambda done, total: done, **options
+            [row],
+            tmp_path / "x.csv",
+            ModelConfig(),
+            tmp_path / "cache",
+            None,
+            lambda done, total: done,
+            **options,
         )
 
-    assert use() == [row] and "1 of 2 videos are too short for the model's 8 frames" in capsys.readouterr().out
-    with pytest.raises(BadInput, match="line 2, column path_B: video short.mp4 lasts 2.00 s, too short for 8 frames"):
+    assert (
+        use() == [row]
+        and "1 of 2 videos are too short for the model's 8 frames" in capsys.readouterr().out
+    )
+    with pytest.raises(
+        BadInput,
+        match="line 2, column path_B: video short.mp4 lasts 2.00 s, too short for 8 frames",
+    ):
         use(short="refuse")
-    assert use(short="refuse", fps=4.0) == [row] and capsys.readouterr().out == ""  # 8 frames in 2 s
+    assert (
+        use(short="refuse", fps=4.0) == [row] and capsys.readouterr().out == ""
+    )  # 8 frames in 2 s
 
 
 def files(folder):
@@ -185,22 +241,34 @@ def files(folder):
 
 
 def test_preparing_continues_after_kill_9(tmp_path):
-    export_toy.export(export_toy.arguments(["export", str(tmp_path / "toy"), "--pairs=30", "--generated=0"]))
+    export_toy.export(
+        export_toy.arguments(["export", str(tmp_path / "toy"), "--pairs=30", "--generated=0"])
+    )
 
     def start(cache):
         argv = [str(tmp_path / "toy" / "train.csv"), f"--cache={tmp_path / cache}"]
-        return fork(lambda: print(*prepare.prepare(prepare.arguments(argv)), sep="\n"), output=tmp_path / "log")
+        return fork(
+            lambda: print(*prepare.prepare(prepare.arguments(argv)), sep="\n"),
+            output=tmp_path / "log",
+        )
 
     assert ended(start("undisturbed")) == 0
     for clips in (1, 9, 20, 31, 44):
         child = start("killed")
-        while not (tmp_path / "killed").exists() or len(list((tmp_path / "killed").glob("*.npz"))) < clips:
+        while (
+            not (tmp_path / "killed").exists()
+            or len(list((tmp_path / "killed").glob("*.npz"))) < clips
+        ):
             time.sleep(0.01)
         os.kill(child, signal.SIGKILL)
         assert ended(child) == -signal.SIGKILL
-    (tmp_path / "killed" / f"{next((tmp_path / 'killed').glob('*.npz')).name}.x.tmp").touch()  # killed while writing
+    (
+        tmp_path / "killed" / f"{next((tmp_path / 'killed').glob('*.npz')).name}.x.tmp"
+    ).touch()  # killed while writing
     assert ended(start("killed")) == 0
-    assert len(files(tmp_path / "killed")) == 60 and files(tmp_path / "killed") == files(tmp_path / "undisturbed")
+    assert len(files(tmp_path / "killed")) == 60 and files(tmp_path / "killed") == files(
+        tmp_path / "undisturbed"
+    )
     report = (tmp_path / "log").read_text()
     assert "30 pairs can be used; 0 cannot" in report and "sizes    128x128 (60)" in report
     with open(tmp_path / "toy" / "train.csv", newline="") as file:

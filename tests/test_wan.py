@@ -27,7 +27,9 @@ from runtime import cli
 from runtime.cli import BadInput
 
 diffusers = pytest.importorskip("diffusers")
-latents, wan, wan_model = (importlib.import_module(f"examples.{name}") for name in ("latents", "wan", "wan_model"))
+latents, wan, wan_model = (
+    importlib.import_module(f"examples.{name}") for name in ("latents", "wan", "wan_model")
+)
 
 
 @pytest.fixture
@@ -43,7 +45,16 @@ def command(tiny, monkeypatch, capsys):
     """Runs the command on that folder -> what it printed."""
 
     def run(*flags):
-        places = ["--model", tiny / "model", "--data", tiny / "pairs", "--out", tiny / "out", "--device", "cpu"]
+        places = [
+            "--model",
+            tiny / "model",
+            "--data",
+            tiny / "pairs",
+            "--out",
+            tiny / "out",
+            "--device",
+            "cpu",
+        ]
         monkeypatch.setattr(sys, "argv", ["wan.py", *map(str, [*places, *flags])])
         wan.main()
         return capsys.readouterr().out
@@ -88,7 +99,7 @@ def test_the_example_runs_what_the_toy_runs():
     assert wan.WanReward.head is nrg.NoisyReward.head
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # The library's conventions
 
 
@@ -116,7 +127,15 @@ def test_the_librarys_pipeline_ends_where_our_sampler_does(tiny):
     pipe = diffusers.WanPipeline(None, None, None, scheduler, model)
     pipe.set_progress_bar_config(disable=True)
     embeddings = dict(prompt_embeds=y, negative_prompt_embeds=null, guidance_scale=5.0)
-    x = pipe(**embeddings, latents=x1, num_inference_steps=4, height=64, width=64, num_frames=5, output_type="latent")
+    x = pipe(
+        **embeddings,
+        latents=x1,
+        num_inference_steps=4,
+        height=64,
+        width=64,
+        num_frames=5,
+        output_type="latent",
+    )
     x0 = wan.sample(wan.velocity(model), x1, y, 4, cfg=5.0, null=null, shift=3.0)
     assert (x0 - x.frames).abs().max() <= 1e-5
 
@@ -139,14 +158,18 @@ def test_noise_is_added_as_the_library_adds_it():
     (x0, _), (x1, _) = inputs(), inputs(seed=1)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     times = scheduler.timesteps[[100, 900]]
-    assert torch.allclose(scheduler.scale_noise(x0, times, x1), interpolate(x0, x1, times / 1000), atol=1e-6)
+    assert torch.allclose(
+        scheduler.scale_noise(x0, times, x1), interpolate(x0, x1, times / 1000), atol=1e-6
+    )
 
 
 def test_the_reward_reads_the_first_blocks_without_adapters(tiny):
     plain, model = wan_model.load_transformer(tiny / "model"), adapted(tiny / "model")
     seen = {}
     plain.blocks[0].register_forward_hook(lambda module, args, out: seen.update(hidden=out))
-    plain.patch_embedding.register_forward_hook(lambda module, args, out: seen.update(grid=out.shape[2:]))
+    plain.patch_embedding.register_forward_hook(
+        lambda module, args, out: seen.update(grid=out.shape[2:])
+    )
     told = lambda module, args, out: seen.update(condition=out[0], text=out[2])  # noqa: E731
     plain.condition_embedder.register_forward_hook(told)
     reward = wan.WanReward(model)
@@ -175,7 +198,7 @@ def test_checkpointing_changes_no_gradient(tiny):
     assert sum(value.abs().sum() for value in gradients[0]) > 0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Training
 
 
@@ -204,12 +227,18 @@ def test_the_reward_learns_brightness_and_guidance_raises_it(command, tiny):
     with torch.no_grad():
         clips = (interpolate(x0, x.flip(0), torch.full((64,), 0.3)) for x0 in (brighter, 0.5 * x))
         scores = [reward(x_t, torch.full((64,), 0.3), y) for x_t in clips]
-    assert ((scores[0] > scores[1]).float().mean(0) > 0.9).all()  # in VQ, MQ and TA, on clips never seen
+    assert (
+        (scores[0] > scores[1]).float().mean(0) > 0.9
+    ).all()  # in VQ, MQ and TA, on clips never seen
     text = command("sample", *"--steps 8 --n 8 --nrg 1,1,1 --nrg-scale 30".split())
-    plain, guided = ([float(v) for v in re.findall(r"[VMT][QA] (\S+)", line)] for line in text.splitlines())
+    plain, guided = (
+        [float(v) for v in re.findall(r"[VMT][QA] (\S+)", line)] for line in text.splitlines()
+    )
     assert len(plain) == 3 and all(b > a + 0.5 for a, b in zip(plain, guided))
     made = [torch.from_numpy(np.load(tiny / "out" / f"{name}.npy")) for name in ("plain", "guided")]
-    assert made[0].shape == (8, 4, 2, 8, 8) and made[1][:, 0].mean() > made[0][:, 0].mean()  # and it is brighter
+    assert (
+        made[0].shape == (8, 4, 2, 8, 8) and made[1][:, 0].mean() > made[0][:, 0].mean()
+    )  # and it is brighter
 
 
 def said(text):
@@ -226,7 +255,9 @@ def test_dpo_after_sft_starts_at_its_reference(command, tiny):
     start = prediction(with_adapters(tiny / "model", sft), x, y)
     assert (start - bare).abs().max() > 0.1
     for beta in (10, 500):  # a step too small to move
-        text = command("dpo", "--steps", 1, "--batch", 16, "--lr", 1e-12, "--beta", beta, "--lora", sft)
+        text = command(
+            "dpo", "--steps", 1, "--batch", 16, "--lr", 1e-12, "--beta", beta, "--lora", sft
+        )
         assert said(text) == ("0.6931", "0.50") and "ln 2" not in text
     # what is written holds both adapters: it belongs on the bare model, rank 4 + 64
     assert torch.allclose(prediction(with_adapters(tiny / "model", dpo), x, y), start, atol=1e-5)
@@ -263,7 +294,10 @@ def test_a_resumed_run_ends_at_the_same_bits(command, tiny, algo):
         (tiny / "lora.safetensors").write_bytes(undisturbed)  # the run knows what it started from
     assert "first batch" not in command(*flags, "--steps", 5, "--resume", "--accum", 1)
     assert result.read_bytes() == undisturbed
-    for change, message in ((["--seed", 1], "--seed was 0 in .*, now 1"), (["--lr", 1], "--lr was 0.001")):
+    for change, message in (
+        (["--seed", 1], "--seed was 0 in .*, now 1"),
+        (["--lr", 1], "--lr was 0.001"),
+    ):
         with pytest.raises(BadInput, match=message):
             command(*flags, "--steps", 6, "--resume", *change)
     table = tiny / "pairs" / "pairs.csv"
@@ -300,7 +334,9 @@ def test_micro_batches_and_processes_take_the_same_steps(command, tiny, algo):
     assert losses[0] == losses[1] and log.count(losses[0]) == 1 and "after 3 steps" in losses[0]
     results.append(wan_model.read_safetensors(tiny / "two" / f"{algo}.safetensors")[0])
     for name, value in results[0].items():
-        if not name.endswith("bias"):  # Adam makes whole steps of the rounding of a gradient that is 0
+        if not name.endswith(
+            "bias"
+        ):  # Adam makes whole steps of the rounding of a gradient that is 0
             assert all(torch.allclose(other[name], value, atol=1e-4) for other in results[1:])
     with pytest.raises(BadInput, match="--batch 8: must be a multiple of 3"):
         command(*flags, "--accum", 3)
@@ -321,7 +357,7 @@ def test_frames_are_those_on_screen_at_16_a_second(tmp_path):
         latents.frames_at(tmp_path / "30.mp4")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Adapters in the library's format
 
 
@@ -334,7 +370,9 @@ def test_saved_adapters_are_what_their_names_say(tiny):
     for name, b in tensors.items():
         if name.endswith(".lora_B.weight"):
             a = tensors[name.replace("lora_B", "lora_A")]
-            by_hand.get_submodule(name.removeprefix("transformer.").removesuffix(".lora_B.weight")).weight.data += b @ a
+            by_hand.get_submodule(
+                name.removeprefix("transformer.").removesuffix(".lora_B.weight")
+            ).weight.data += b @ a
     again = with_adapters(tiny / "model", tiny / "lora.safetensors")
     assert torch.allclose(prediction(by_hand, x, y), prediction(model, x, y), atol=1e-5)
     assert torch.equal(prediction(again, x, y), prediction(model, x, y))
@@ -351,7 +389,9 @@ def test_the_library_loads_and_saves_the_same_adapters(tiny):
     # and back, from adapters of the library's own, of another rank, alpha and choice of layers
     library = wan_model.load_transformer(tiny / "model")
     library.add_adapter(
-        peft.LoraConfig(r=2, lora_alpha=6, target_modules=["to_q", "ffn.net.2"], init_lora_weights=False)
+        peft.LoraConfig(
+            r=2, lora_alpha=6, target_modules=["to_q", "ffn.net.2"], init_lora_weights=False
+        )
     )
     library.save_lora_adapter(tiny / "theirs")
     plain = prediction(wan_model.load_transformer(tiny / "model"), x, y)
@@ -360,7 +400,7 @@ def test_the_library_loads_and_saves_the_same_adapters(tiny):
     assert (prediction(ours, x, y) - plain).abs().max() > 0.01
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Bad input
 
 
@@ -388,17 +428,32 @@ def pickled(path):
 
 
 def in_shards(path):
-    path.with_suffix(".safetensors.index.json").write_text('{"weight_map": {"a": "part-2.safetensors"}}')
+    path.with_suffix(".safetensors.index.json").write_text(
+        '{"weight_map": {"a": "part-2.safetensors"}}'
+    )
 
 
-LATENT, PROMPT, TABLE, CONFIG = "pairs/3-latent_A.npy", "pairs/2-text.npy", "pairs/pairs.csv", "model/config.json"
+LATENT, PROMPT, TABLE, CONFIG = (
+    "pairs/3-latent_A.npy",
+    "pairs/2-text.npy",
+    "pairs/pairs.csv",
+    "model/config.json",
+)
 WEIGHTS = "model/diffusion_pytorch_model.safetensors"
 FAULTS = {
-    "channels": (LATENT, put(3, 2, 8, 8), r"line 5, column latent_A: shape \(3, 2, 8, 8\).*takes \(4, T, H, W\)"),
+    "channels": (
+        LATENT,
+        put(3, 2, 8, 8),
+        r"line 5, column latent_A: shape \(3, 2, 8, 8\).*takes \(4, T, H, W\)",
+    ),
     "odd side": (LATENT, put(4, 2, 7, 8), r"line 5, column latent_A: .*multiples of \(1, 2, 2\)"),
     "too long": (LATENT, put(4, 33, 8, 8), r"line 5, column latent_A: .* at most 32 times them"),
     "empty": (LATENT, put(4, 0, 8, 8), r"line 5, column latent_A: shape \(4, 0, 8, 8\)"),
-    "integers": (LATENT, lambda path: np.save(path, np.zeros((4, 2, 8, 8), int)), "line 5, .* holds int64"),
+    "integers": (
+        LATENT,
+        lambda path: np.save(path, np.zeros((4, 2, 8, 8), int)),
+        "line 5, .* holds int64",
+    ),
     "no time": (LATENT, put(4, 8, 8), r"line 5, column latent_A: shape \(4, 8, 8\)"),
     "unlike": (
         "pairs/0-latent_B.npy",
@@ -407,16 +462,32 @@ FAULTS = {
     ),
     "no text": (PROMPT, Path.unlink, "line 4, column text: .*2-text.npy is missing"),
     "no array": (PROMPT, text("hello"), "line 4, column text: .*no .npy file"),
-    "width": (PROMPT, put(6, 9), r"line 4, column text: shape \(6, 9\); this model takes \(words, 8\)"),
+    "width": (
+        PROMPT,
+        put(6, 9),
+        r"line 4, column text: shape \(6, 9\); this model takes \(words, 8\)",
+    ),
     "words": (PROMPT, put(5, 8), r"line 4: shapes .*\(5, 8\), but .*\(6, 8\) in line 2"),
     "null": ("pairs/null.npy", Path.unlink, "text of no prompt: .*null.npy is missing"),
     "table": (TABLE, Path.unlink, "pairs.csv: cannot be read"),
-    "column": (TABLE, text("latent_A,latent_B\na,b\n"), "line 2: needs files in latent_A, latent_B, text"),
+    "column": (
+        TABLE,
+        text("latent_A,latent_B\na,b\n"),
+        "line 2: needs files in latent_A, latent_B, text",
+    ),
     "weights": (CONFIG, other_width, "ffn.* has another shape: .*in the file.*in the model"),
     "no weights": (WEIGHTS, Path.unlink, "has no weights, diffusion_pytorch_model"),
-    "pickle": (WEIGHTS, pickled, "its weights are .bin files, pickles that may run code; save it as safetensors"),
+    "pickle": (
+        WEIGHTS,
+        pickled,
+        "its weights are .bin files, pickles that may run code; save it as safetensors",
+    ),
     "shard": (WEIGHTS, in_shards, "lacks part-2.safetensors, which its index names"),
-    "cut off": (WEIGHTS, lambda path: os.truncate(path, 9999), "not a safetensors file that can be read"),
+    "cut off": (
+        WEIGHTS,
+        lambda path: os.truncate(path, 9999),
+        "not a safetensors file that can be read",
+    ),
     "sizes": (
         CONFIG,
         text('{"_class_name": "WanTransformer3DModel", "num_layers": "x"}'),
@@ -428,8 +499,16 @@ FAULTS = {
         lambda path: (path.parent / "model_index.json").write_text('{"boundary_ratio": 0.875}'),
         "has two experts",
     ),
-    "class": (CONFIG, text('{"_class_name": "FluxTransformer2DModel"}'), "holds a FluxTransformer2DModel"),
-    "images": (CONFIG, text('{"_class_name": "WanTransformer3DModel", "in_channels": 36}'), "text to video"),
+    "class": (
+        CONFIG,
+        text('{"_class_name": "FluxTransformer2DModel"}'),
+        "holds a FluxTransformer2DModel",
+    ),
+    "images": (
+        CONFIG,
+        text('{"_class_name": "WanTransformer3DModel", "in_channels": 36}'),
+        "text to video",
+    ),
     "no model": (CONFIG, Path.unlink, "no config.json of a diffusers model"),
 }
 
@@ -445,7 +524,10 @@ def test_a_fault_is_one_line(command, tiny, name):
 
 def test_a_number_that_is_not_finite_is_named(command, tiny):
     not_finite(tiny / LATENT)
-    with pytest.raises(BadInput, match=r"line 5, column latent_A: .*3-latent_A.npy holds nan at index \(1, 0, 2, 3\)"):
+    with pytest.raises(
+        BadInput,
+        match=r"line 5, column latent_A: .*3-latent_A.npy holds nan at index \(1, 0, 2, 3\)",
+    ):
         command("dpo", "--batch", 16, "--rank", 4)
 
 
@@ -453,7 +535,10 @@ def test_pairs_without_a_winner(command, tiny):
     table = tiny / "pairs" / "pairs.csv"
     header, *rows = table.read_text().splitlines()
     files = [",".join(row.split(",")[:3]) for row in rows]
-    for scores, message in (("1,2,3,3,2,1", "no pair has a winner"), ("1,2,nan,3,2,1", "line 2: needs .* numbers")):
+    for scores, message in (
+        ("1,2,3,3,2,1", "no pair has a winner"),
+        ("1,2,nan,3,2,1", "line 2: needs .* numbers"),
+    ):
         table.write_text("\n".join([header, *(f"{names},{scores}" for names in files)]))
         with pytest.raises(BadInput, match=message):
             command("rwr")
@@ -466,9 +551,14 @@ def test_files_of_another_model_are_refused(command, tiny):
     layer = "transformer.blocks.1.attn2.to_k"
     for name, shape in ((layer, (3, 23)), (layer, (2, 24)), (layer.replace(".1.", ".9."), (3, 24))):
         wan_model.write_safetensors(tensors | {f"{name}.lora_A.weight": torch.zeros(shape)}, path)
-        with pytest.raises(BadInput, match=r"tensor 'blocks.[19].attn2.to_k.lora_[AB].weight' does not fit"):
+        with pytest.raises(
+            BadInput, match=r"tensor 'blocks.[19].attn2.to_k.lora_[AB].weight' does not fit"
+        ):
             command("sample", "--lora", path)
-    for flags in (("--lora", tiny / "pairs" / "pairs.csv"), ("--nrg", "1,1,1")):  # no such format, no such file
+    for flags in (
+        ("--lora", tiny / "pairs" / "pairs.csv"),
+        ("--nrg", "1,1,1"),
+    ):  # no such format, no such file
         with pytest.raises(BadInput, match="not a safetensors file that can be read"):
             command("sample", *flags)
     with pytest.raises(BadInput, match="lora.safetensors: .*belongs to another kind"):
@@ -479,7 +569,11 @@ def shell(folder, *flags, **environment):
     """(exit status, standard error) of the command, started in another folder."""
     script = Path(__file__).parent.parent / "examples" / "wan.py"
     done = subprocess.run(
-        [sys.executable, script, *flags], cwd=folder, capture_output=True, text=True, env=os.environ | environment
+        [sys.executable, script, *flags],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
     )
     return done.returncode, done.stderr
 
@@ -489,4 +583,7 @@ def test_from_a_shell_in_another_folder(tmp_path):
     assert shell(tmp_path, "--tiny", "sample", "--nrg", "1,1") == (2, expected)
     (tmp_path / "diffusers.py").write_text("raise ImportError('not here')")
     status, error = shell(tmp_path, "--tiny", "dpo", PYTHONPATH=str(tmp_path))
-    assert (status, error) == (2, "wan.py: error: diffusers is needed: pip install diffusers (not here)\n")
+    assert (status, error) == (
+        2,
+        "wan.py: error: diffusers is needed: pip install diffusers (not here)\n",
+    )

@@ -43,7 +43,9 @@ def wired(tmp_path, monkeypatch):
     np.save(folder / "null.npy", rng.standard_normal((6, 8)).astype(np.float16))
 
     def load(name):
-        return torch.stack([torch.from_numpy(np.load(folder / f"{i}-{name}.npy")).float() for i in range(16)])
+        return torch.stack(
+            [torch.from_numpy(np.load(folder / f"{i}-{name}.npy")).float() for i in range(16)]
+        )
 
     calls = {}
 
@@ -61,12 +63,24 @@ def wired(tmp_path, monkeypatch):
 
     def run(*flags):
         calls.clear()
-        where = ["--model", tmp_path / "model", "--data", folder, "--out", tmp_path / "out" / flags[0]]
+        where = [
+            "--model",
+            tmp_path / "model",
+            "--data",
+            folder,
+            "--out",
+            tmp_path / "out" / flags[0],
+        ]
         monkeypatch.setattr(sys, "argv", ["wan.py", *map(str, [*where, "--device=cpu", *flags])])
         wan.main()
         return {name: list(each) for name, each in calls.items()}
 
-    return run, torch.stack((load("latent_A"), load("latent_B")), 1), load("text"), torch.tensor(scores).float()
+    return (
+        run,
+        torch.stack((load("latent_A"), load("latent_B")), 1),
+        load("text"),
+        torch.tensor(scores).float(),
+    )
 
 
 def find(clip, clips):
@@ -95,11 +109,16 @@ def test_losses_get_each_clip_with_its_text_and_what_its_scores_say(wired, algo)
             if algo == "dpo":
                 assert batch["beta"] == 7
             if algo in ("sft", "rwr"):
-                weight = 1.0 if algo == "sft" else (total[pair, side].exp() / total.exp().mean()).item()
+                weight = (
+                    1.0 if algo == "sft" else (total[pair, side].exp() / total.exp().mean()).item()
+                )
                 assert batch["weight"][i].item() == pytest.approx(weight, rel=1e-4)
             if algo == "nrg":
                 assert side == 0
-                assert batch["label"][i].tolist() == (scores[pair, 0] - scores[pair, 1]).sign().tolist()
+                assert (
+                    batch["label"][i].tolist()
+                    == (scores[pair, 0] - scores[pair, 1]).sign().tolist()
+                )
     assert len(places) == (32 if algo == "rwr" else 16)
 
 
@@ -119,9 +138,13 @@ def test_flags_and_seeds_reach_noise_order_and_start(wired, tmp_path):
     heads = []
     for flags in ways:
         times = run("nrg", *TRAIN, *flags)["noisy_pair_step"][0]["t"]
-        assert torch.equal(times, other[0] if "--seed=1" in flags else t)  # a reward's are not shifted
+        assert torch.equal(
+            times, other[0] if "--seed=1" in flags else t
+        )  # a reward's are not shifted
         heads.append(start_of(tmp_path / "out" / "nrg" / "nrg.safetensors", "cells.weight"))
-    assert torch.allclose(heads[0], heads[1], atol=1e-2) and not torch.allclose(heads[0], heads[2], atol=1e-2)
+    assert torch.allclose(heads[0], heads[1], atol=1e-2) and not torch.allclose(
+        heads[0], heads[2], atol=1e-2
+    )
 
 
 def start_of(path, name):
@@ -150,7 +173,9 @@ def test_samples_are_drawn_as_the_flags_say_and_guided_in_the_units_of_the_pairs
     assert null.any() and [call["guidance"] is None for call in calls["sample"]] == [True, False]
     for call in calls["sample"]:
         assert (call["steps"], call["cfg"], call["shift"]) == (2, 3.0, 2.0)
-        assert torch.equal(call["y"], texts[:5]) and torch.equal(call["null"], null.expand_as(texts[:5]))
+        assert torch.equal(call["y"], texts[:5]) and torch.equal(
+            call["null"], null.expand_as(texts[:5])
+        )
         assert torch.equal(call["x1"], calls["sample"][0]["x1"])
     other = run("sample", *flags, "--seed=1")["sample"][0]
     assert not torch.equal(other["x1"], calls["sample"][0]["x1"])

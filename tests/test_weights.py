@@ -8,7 +8,7 @@ import torch
 import train
 import world
 from data import Vocabulary
-from evaluate import PROBE_TIME, denoised_right, prompt_set, sample_prompts, win_rate
+from judge import PROBE_TIME, denoised_right, prompt_set, sample_prompts, win_rate
 from model import load_velocity
 from nrg import SharedTrunk, load_noisy_reward, steer
 from real_data.toy_pairs import annotated_pairs
@@ -19,7 +19,9 @@ from sample import CFG, NRG_EPS, NRG_INTERVAL, NRG_SCALE
 
 def test_together_they_are_small():
     assert sum(path.stat().st_size for path in checkpoint.WEIGHTS.glob("*.pt")) < 12.5e6
-    assert (checkpoint.WEIGHTS / "nrg.pt").stat().st_size < 3.5e6  # the head, and the two blocks that it reads
+    assert (
+        checkpoint.WEIGHTS / "nrg.pt"
+    ).stat().st_size < 3.5e6  # the head, and the two blocks that it reads
     for name in ("base.pt", "reward.pt", "nrg.pt"):
         state = checkpoint.load_checkpoint(checkpoint.WEIGHTS / name)
         assert all(value.dtype == torch.float16 for value in state["model"].values())
@@ -28,7 +30,10 @@ def test_together_they_are_small():
 def test_base_follows_its_prompts_and_leaves_something_to_align():
     model, words = load_velocity(checkpoint.WEIGHTS / "base.pt")
     prompts = prompt_set(96, "train", "validation", "hard")[::2]
-    for cfg, least in ((CFG, (0.95, 0.9, 0.95)), (1.0, (0.75, 0.6, 0.75))):  # of 48; chance: 1/6, 1/4, 1/4
+    for cfg, least in (
+        (CFG, (0.95, 0.9, 0.95)),
+        (1.0, (0.75, 0.6, 0.75)),
+    ):  # of 48; chance: 1/6, 1/4, 1/4
         videos = sample_prompts(model, words, prompts, seed=7, cfg=cfg)
         right = (world.attributes_right(videos, prompts) > 0.5).float().mean(0)
         assert (right > torch.tensor(least)).all()
@@ -53,12 +58,16 @@ def test_reward_ranks_pairs_of_prompts_it_never_saw(split):
 def test_noise_aware_reward_steers_the_base_model():
     model, words = load_velocity(checkpoint.WEIGHTS / "base.pt")
     reward, reward_words = load_noisy_reward(checkpoint.WEIGHTS / "nrg.pt")
-    assert words == reward_words and not any(name.startswith("blocks.2") for name in reward.trunk.state_dict())
+    assert words == reward_words and not any(
+        name.startswith("blocks.2") for name in reward.trunk.state_dict()
+    )
     prompts = prompt_set(96, "train", "validation", "hard")[::2]
     plain = world.oracle(sample_prompts(model, words, prompts, seed=7), prompts)
     steered, guidance = steer(model, reward, (1.0, 1.0, 1.0), NRG_SCALE, NRG_EPS, NRG_INTERVAL)
     assert isinstance(steered, SharedTrunk)
-    guided = world.oracle(sample_prompts(steered, words, prompts, seed=7, guidance=guidance), prompts)
+    guided = world.oracle(
+        sample_prompts(steered, words, prompts, seed=7, guidance=guidance), prompts
+    )
     wins = win_rate(guided, plain)
     assert wins[0] > 0.75 and wins[1] > 0.6  # .9 and .75 on more prompts
     assert (guided.mean(0) > plain.mean(0)).all()
@@ -66,12 +75,30 @@ def test_noise_aware_reward_steers_the_base_model():
 
 def test_an_exported_file_says_where_it_comes_from(tmp_path, monkeypatch):
     export = tmp_path / "base.pt"
-    flags = ["--algo=pretrain", "--steps=1", "--batch=1", "--seed=5", "--eval-prompts=1", "--device=cpu"]
-    monkeypatch.setattr("sys.argv", ["train.py", *flags, f"--out={tmp_path / 'run'}", f"--export={export}"])
+    flags = [
+        "--algo=pretrain",
+        "--steps=1",
+        "--batch=1",
+        "--seed=5",
+        "--eval-prompts=1",
+        "--device=cpu",
+    ]
+    monkeypatch.setattr(
+        "sys.argv", ["train.py", *flags, f"--out={tmp_path / 'run'}", f"--export={export}"]
+    )
     train.main()
     state = checkpoint.load_checkpoint(export)
-    wanted = {"algo": "pretrain", "steps": "1", "batch": "1", "seed": "5", "lr": "0.0025", "init": "weights/base.pt"}
+    wanted = {
+        "algo": "pretrain",
+        "steps": "1",
+        "batch": "1",
+        "seed": "5",
+        "lr": "0.0025",
+        "init": "weights/base.pt",
+    }
     assert wanted.items() <= state["settings"].items() and "optimizer" not in state
     git = ["git", "-C", str(checkpoint.WEIGHTS.parent), "rev-parse", "--short", "HEAD"]
-    said = subprocess.run(git, capture_output=True, text=True).stdout.strip()  # "" outside a repository
+    said = subprocess.run(
+        git, capture_output=True, text=True
+    ).stdout.strip()  # "" outside a repository
     assert state["commit"].rstrip("+") == said

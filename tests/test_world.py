@@ -25,7 +25,10 @@ def scored():
     prompts = world.split_prompts("train", "validation", "hard")
     prompt = prompts[torch.randint(len(prompts), (1200,), generator=rng)]
     clips = world.draw_clips(prompt, torch.arange(1200) % 12, rng)
-    scores = [world.oracle(world.render(clips[part]), clips.prompt[part]) for part in torch.arange(1200).split(100)]
+    scores = [
+        world.oracle(world.render(clips[part]), clips.prompt[part])
+        for part in torch.arange(1200).split(100)
+    ]
     return clips, torch.cat(scores)
 
 
@@ -56,7 +59,9 @@ def test_true_mean_and_std_are_those_of_the_generators(scored):
 def test_clean_clips_score_one_at_any_size_and_length(frames, size):
     rng = torch.Generator().manual_seed(1)
     prompt = world.split_prompts("train")
-    clips = world.draw_clips(prompt, torch.zeros(len(prompt), dtype=torch.int64), rng, frames, clean=True)
+    clips = world.draw_clips(
+        prompt, torch.zeros(len(prompt), dtype=torch.int64), rng, frames, clean=True
+    )
     video = world.render(clips, size)
     assert video.shape == (len(prompt), 3, frames, size, size)
     assert -1 <= video.min() and video.max() <= 1
@@ -75,7 +80,9 @@ def test_oracle_is_not_fooled():
         return world.oracle(video, [text])[0].tolist()
 
     vq, mq, ta = score(clean)
-    assert score(clean.flip(2))[2] == pytest.approx(ta - 1 / 3, abs=0.01)  # backwards: the direction is wrong
+    assert score(clean.flip(2))[2] == pytest.approx(
+        ta - 1 / 3, abs=0.01
+    )  # backwards: the direction is wrong
     assert score(clean, "a blue circle moving left")[2] == pytest.approx(2 / 3, abs=0.01)
     assert score(clean, "a blue bar moving up")[2] == pytest.approx(0, abs=0.01)
     still = clean[:, :, 3:4].expand(-1, -1, 8, -1, -1)
@@ -84,8 +91,12 @@ def test_oracle_is_not_fooled():
     assert score(clean[:, :, [0, 5, 2, 7, 4, 1, 6, 3]])[1] < mq - 0.4  # shuffled frames
     ground = clean[..., :1, :1].expand(-1, -1, -1, 32, 32)
     rows = [torch.cat(row, 4) for row in ((clean, ground), (ground, ground), (ground, clean))]
-    alone, twice = (torch.cat((rows[0], below), 3) for below in rows[1:])  # a frame with room for two
-    assert score(twice)[0] < score(alone)[0] - 0.1 and score(twice)[2] < score(alone)[2] - 0.1  # a second object
+    alone, twice = (
+        torch.cat((rows[0], below), 3) for below in rows[1:]
+    )  # a frame with room for two
+    assert (
+        score(twice)[0] < score(alone)[0] - 0.1 and score(twice)[2] < score(alone)[2] - 0.1
+    )  # a second object
     for empty in (torch.full_like(clean, -1.0), torch.rand(clean.shape, generator=rng) * 2 - 1):
         vq, mq, ta = score(empty)
         assert vq < 0 and mq < 0 and ta == 0
@@ -119,11 +130,16 @@ def test_generators_are_two_eras_whose_dimensions_do_not_covary():
 
 def test_drawing_is_reproducible_and_joined_clips_stay_what_they_were():
     prompt = world.split_prompts("train")[:6]
-    draws = [world.draw_clips(prompt, torch.arange(6), torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    draws = [
+        world.draw_clips(prompt, torch.arange(6), torch.Generator().manual_seed(seed))
+        for seed in (1, 1, 2)
+    ]
     videos = [world.render(draw) for draw in draws]
     assert torch.equal(videos[0], videos[1]) and not torch.equal(videos[0], videos[2])
     mixed = world.render(world.join(draws[0], draws[2])[torch.tensor([2, 6, 11, 0])])
-    assert torch.equal(mixed[[0, 3]], videos[0][[2, 0]]) and torch.equal(mixed[[1, 2]], videos[2][[0, 5]])
+    assert torch.equal(mixed[[0, 3]], videos[0][[2, 0]]) and torch.equal(
+        mixed[[1, 2]], videos[2][[0, 5]]
+    )
 
 
 def test_annotators_agree_on_clear_pairs_and_call_small_differences_ties():

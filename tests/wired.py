@@ -11,7 +11,7 @@ import torch
 from forked import with_read
 
 import model
-import train
+import tasks
 import trainer
 import world
 from data import TOY_WORDS, Vocabulary
@@ -21,7 +21,14 @@ from runtime.checkpoint import save_checkpoint
 CPU = torch.device("cpu")
 CONFIG = model.ModelConfig(frames=4, size=16, dim=32, depth=3, heads=2, vocab=len(TOY_WORDS))
 BATCH, PAIRS = 8, 12
-SHORT = [f"--batch={BATCH}", f"--pairs={PAIRS}", "--steps=4", "--eval-prompts=2", "--eval-pairs=8", "--lr=0.003"]
+SHORT = [
+    f"--batch={BATCH}",
+    f"--pairs={PAIRS}",
+    "--steps=4",
+    "--eval-prompts=2",
+    "--eval-pairs=8",
+    "--lr=0.003",
+]
 SHORT += ["--generated=0"]  # pairs of the world's clips alone
 
 
@@ -49,7 +56,12 @@ def noticeable(network, size=0.05):
 
 
 def save(network, kind, path):
-    facts = {"kind": kind, "config": asdict(network.config), "vocabulary": list(TOY_WORDS), "step": 0}
+    facts = {
+        "kind": kind,
+        "config": asdict(network.config),
+        "vocabulary": list(TOY_WORDS),
+        "step": 0,
+    }
     save_checkpoint(path, {**facts, "model": network.state_dict()})
     return path
 
@@ -60,17 +72,22 @@ def tiny(tmp_path, monkeypatch):
     torch.manual_seed(1)
     save(noticeable(model.VideoTransformer(CONFIG)), "velocity", tmp_path / "base.pt")
     monkeypatch.setitem(model.PRESETS, "nano", CONFIG)
-    monkeypatch.setattr(train, "load_judge", lambda path, config, words: Brightness())
-    train.scored_toy_pairs.cache_clear()
+    monkeypatch.setattr(tasks, "load_judge", lambda path, config, words: Brightness())
+    tasks.scored_toy_pairs.cache_clear()
 
     def task(*flags):
-        where = [f"--init={tmp_path / 'base.pt'}", f"--out={tmp_path / 'out'}", "--device=cpu", "--precision=float32"]
-        args = train.arguments(with_read(flags, *SHORT, *where))
+        where = [
+            f"--init={tmp_path / 'base.pt'}",
+            f"--out={tmp_path / 'out'}",
+            "--device=cpu",
+            "--precision=float32",
+        ]
+        args = tasks.arguments(with_read(flags, *SHORT, *where))
         args.init = tmp_path / "base.pt"
-        return args, train.TASKS[args.algo](args, CPU)
+        return args, tasks.TASKS[args.algo](args, CPU)
 
     yield task
-    train.scored_toy_pairs.cache_clear()
+    tasks.scored_toy_pairs.cache_clear()
 
 
 @pytest.fixture
@@ -83,9 +100,9 @@ def drawn(monkeypatch):
         return kept[-1]
 
     monkeypatch.setattr(world, "draw_clips", watched)
-    train.scored_toy_pairs.cache_clear()
+    tasks.scored_toy_pairs.cache_clear()
     yield kept
-    train.scored_toy_pairs.cache_clear()
+    tasks.scored_toy_pairs.cache_clear()
 
 
 def split_of(attributes):
@@ -109,7 +126,11 @@ def same_pairs(args):
     pairs, _ = toy_pairs(args.pairs, ["train"], args.seed, CONFIG, Vocabulary())
     clips = torch.stack(pairs.sides(torch.arange(args.pairs)), 1)
     judge = Brightness()
-    return pairs.y, clips, torch.stack([judge.normalised(clips[:, side], pairs.y) for side in (0, 1)], 1)
+    return (
+        pairs.y,
+        clips,
+        torch.stack([judge.normalised(clips[:, side], pairs.y) for side in (0, 1)], 1),
+    )
 
 
 def find(clip, clips):

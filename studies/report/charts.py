@@ -39,14 +39,19 @@ def drawn(chart):
     points (x, y, spread), their places in the picture)."""
     series = []
     for i, (name, xs, ys, spreads) in enumerate(chart.series):
-        points = [point for point in zip(xs, ys, spreads or [0.0] * len(xs)) if not math.isnan(point[1])]
+        points = [
+            point for point in zip(xs, ys, spreads or [0.0] * len(xs)) if not math.isnan(point[1])
+        ]
         if points:
             series.append((i, name, points))
     if not series:
         return "", []
     every = [point for _, _, points in series for point in points]
     level = [] if chart.level is None else [chart.level]
-    low, high = min([y - sd for _, y, sd in every] + level), max([y + sd for _, y, sd in every] + level)
+    low, high = (
+        min([y - sd for _, y, sd in every] + level),
+        max([y + sd for _, y, sd in every] + level),
+    )
     pad = 0.06 * (high - low) or 0.5
     low, high = low - pad, high + pad
     scale = math.log10 if chart.log else float
@@ -60,15 +65,28 @@ def drawn(chart):
         return HEIGHT - BOTTOM - (y - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
     marked = sorted({x for x, _, _ in every}) if chart.log else ticks(left, right)
-    marks = axes(chart, [(column(x), number(x)) for x in marked], [(line(y), number(y)) for y in ticks(low, high)])
-    marks += "".join(f'<path class="level" d="M{LEFT} {line(y):.1f}H{WIDTH - RIGHT}"/>' for y in level)
+    marks = axes(
+        chart,
+        [(column(x), number(x)) for x in marked],
+        [(line(y), number(y)) for y in ticks(low, high)],
+    )
+    marks += "".join(
+        f'<path class="level" d="M{LEFT} {line(y):.1f}H{WIDTH - RIGHT}"/>' for y in level
+    )
     placed = []
     for i, name, points in series:
         places = [(round(column(x), 1), round(line(y), 1)) for x, y, _ in points]
-        edges = [(round(column(x), 1), round(line(y - sd), 1), round(line(y + sd), 1)) for x, y, sd in points]
+        edges = [
+            (round(column(x), 1), round(line(y - sd), 1), round(line(y + sd), 1))
+            for x, y, sd in points
+        ]
         if len(points) <= FEW:
-            marks += "".join(f'<path class="whisker c{i}" d="M{x} {a}V{b}"/>' for x, a, b in edges if a != b)
-            marks += "".join(f'<circle class="dot c{i}" cx="{x}" cy="{y}" r="2.6"/>' for x, y in places)
+            marks += "".join(
+                f'<path class="whisker c{i}" d="M{x} {a}V{b}"/>' for x, a, b in edges if a != b
+            )
+            marks += "".join(
+                f'<circle class="dot c{i}" cx="{x}" cy="{y}" r="2.6"/>' for x, y in places
+            )
         else:
             around = [f"{x},{a}" for x, a, _ in edges] + [f"{x},{b}" for x, _, b in reversed(edges)]
             marks += f'<polygon class="band c{i}" points="{" ".join(around)}"/>'
@@ -86,7 +104,9 @@ def figure(chart):
     legend, data, said = "", [], []
     for i, name, points, places in series:
         values = [number(y, 3) + (f" ± {number(sd, 2)}" if sd else "") for _, y, sd in points]
-        data.append([[*place, number(x), value] for place, (x, _, _), value in zip(places, points, values)])
+        data.append(
+            [[*place, number(x), value] for place, (x, _, _), value in zip(places, points, values)]
+        )
         swatch = f'<svg viewBox="0 0 22 8" aria-hidden="true"><path class="line c{i}" d="M0 4H22"/></svg>'
         legend += f"<li>{swatch}{escape(name)} <b>{values[-1]}</b></li>"
         said.append(f"{name} goes from {values[0]} to {values[-1]}")
@@ -109,7 +129,8 @@ STYLE = (
     ".whisker{stroke-width:1}.grid{stroke:#e1e1e1}.axis{stroke:#333}.level{stroke:#333;stroke-dasharray:4 3}"
     ".band{opacity:.2}"
 ) + "".join(
-    f".line.c{i},.whisker.c{i}{{stroke:{c}}}.dot.c{i},.band.c{i},.name.c{i}{{fill:{c}}}" for i, c in enumerate(COLOURS)
+    f".line.c{i},.whisker.c{i}{{stroke:{c}}}.dot.c{i},.band.c{i},.name.c{i}{{fill:{c}}}"
+    for i, c in enumerate(COLOURS)
 )
 HEAD, ACROSS = 36, 3  # room for a chart's title and names; charts side by side
 

@@ -14,7 +14,7 @@ import torch
 
 import world
 from data import DIMENSIONS
-from evaluate import NOISE_SEED, sample_prompts
+from judge import NOISE_SEED, sample_prompts
 from model import load_velocity
 from nrg import load_noisy_reward, steer
 from real_data.video import to_pixels
@@ -61,7 +61,12 @@ def sheet(name, videos):
     pixels = to_pixels(videos) >> 2  # (N, T, H, W, 3)
     pixels = (pixels << 2 | pixels >> 4).transpose(0, 2, 1, 3, 4)  # (N, H, T, W, 3)
     count, height, frames, width, _ = pixels.shape
-    png = imageio.imwrite("<bytes>", pixels.reshape(count * height, frames * width, 3), extension=".png", optimize=True)
+    png = imageio.imwrite(
+        "<bytes>",
+        pixels.reshape(count * height, frames * width, 3),
+        extension=".png",
+        optimize=True,
+    )
     return f".{name} {{ --rows: {count}; background-image: url(data:image/png;base64,{b64encode(png).decode()}) }}\n"
 
 
@@ -88,7 +93,9 @@ def clip(name, row, label, scores):
 def clip_table(label, prompts, rows):
     """A table of clips, a column a prompt; rows: [(attributes of the row, its head, cells)]."""
     heads = "".join(f'<th scope="col">{world.prompt_text(prompt)}</th>' for prompt in prompts)
-    body = "".join(f'<tr{kind}><th scope="row">{head}</th>{cells}</tr>' for kind, head, cells in rows)
+    body = "".join(
+        f'<tr{kind}><th scope="row">{head}</th>{cells}</tr>' for kind, head, cells in rows
+    )
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{label}">'
         f'<table class="clips" style="--n: {len(prompts)}">'
@@ -119,10 +126,14 @@ def gallery(study, args, device):
         scores, cells = world.oracle(video, PROMPTS), ""
         for i, prompt in enumerate(prompts):
             label = f"{title}: {world.prompt_text(prompt)}"
-            cells += clip(f"shown-{study}", len(videos) * len(prompts) + i, label, scores[i].tolist())
+            cells += clip(
+                f"shown-{study}", len(videos) * len(prompts) + i, label, scores[i].tolist()
+            )
         videos.append(video[: len(prompts)])
         rows.append(("", head + average(scores), cells))
-    return clip_table(f"Clips of {study}, a column a prompt", prompts, rows), sheet(f"shown-{study}", torch.cat(videos))
+    return clip_table(f"Clips of {study}, a column a prompt", prompts, rows), sheet(
+        f"shown-{study}", torch.cat(videos)
+    )
 
 
 def sliders(device):
@@ -137,9 +148,19 @@ def sliders(device):
         video = sample_prompts(model, words, PROMPTS, NOISE_SEED, device, guidance=guidance)
         videos.append(video[: len(prompts)])
         scores.append(world.oracle(video, PROMPTS))
-    rows, names, plain = [], [world.prompt_text(prompt) for prompt in prompts], every.index((0, 0, 0))
-    for kind, head, at in (("", "Without guidance", plain), (' id="guided"', "With these weights", len(every) - 1)):
-        clips = (clip(f"p{i}", at, f"{head}: {name}", scores[at][i].tolist()) for i, name in enumerate(names))
+    rows, names, plain = (
+        [],
+        [world.prompt_text(prompt) for prompt in prompts],
+        every.index((0, 0, 0)),
+    )
+    for kind, head, at in (
+        ("", "Without guidance", plain),
+        (' id="guided"', "With these weights", len(every) - 1),
+    ):
+        clips = (
+            clip(f"p{i}", at, f"{head}: {name}", scores[at][i].tolist())
+            for i, name in enumerate(names)
+        )
         rows.append((kind, head + average(scores[at]), "".join(clips)))
     marks = "".join(f"<span>{value}</span>".replace("-", "−") for value in VALUES)
     controls = "".join(
@@ -149,11 +170,17 @@ def sliders(device):
         f'<div class="marks" aria-hidden="true">{marks}</div></div>'
         for n in DIMENSIONS
     )
-    shown = [[[round(v, 3) for v in clip] for clip in table[: len(prompts)].tolist()] for table in scores]
+    shown = [
+        [[round(v, 3) for v in clip] for clip in table[: len(prompts)].tolist()] for table in scores
+    ]
     means = [[round(v, 3) for v in table.mean(0).tolist()] for table in scores]
     return {
         "sliders": controls,
-        "grid": clip_table("Clips without guidance and with the weights chosen above", prompts, rows),
+        "grid": clip_table(
+            "Clips without guidance and with the weights chosen above", prompts, rows
+        ),
         "data": json.dumps({"values": VALUES, "plain": plain, "shown": shown, "means": means}),
-        "sheets": "".join(sheet(f"p{i}", torch.stack([v[i] for v in videos])) for i in range(len(prompts))),
+        "sheets": "".join(
+            sheet(f"p{i}", torch.stack([v[i] for v in videos])) for i in range(len(prompts))
+        ),
     }

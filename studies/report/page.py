@@ -18,21 +18,30 @@ from html import escape
 from pathlib import Path
 
 from data import DIMENSIONS
-from evaluate import STUDIES, mean_and_spread, over_seeds, study
 from flow import TIME_BINS
+from judge import mean_and_spread, over_seeds
 from runtime.cli import BadInput
+from studies import align, beta, guidance, online, rank, reward_model, unified
 from studies.jobs import METHODS
 from studies.report.charts import Chart, figure
 from studies.report.clips import MAKERS, MEANING, gallery, sliders, two_digits
 
+STUDIES = {
+    "reward": reward_model,
+    "align": align,
+    "beta": beta,
+    "nrg": guidance,
+    "rank": rank,
+    "online": online,
+    "unified": unified,
+}
 TEMPLATE = Path(__file__).parent / "template.html"
 OPEN = {"align": 2}  # tables shown at once, 1 of the other studies; the others unfold
 
 
 def run(args, device):
     """Writes args.out/report.html; prints what is in it."""
-    studies = {name: study(module) for name, module in STUDIES.items() if hasattr(study(module), "jobs")}
-    print("\n".join(write(args, device, studies)))
+    print("\n".join(write(args, device, STUDIES)))
 
 
 def write(args, device, studies):
@@ -42,15 +51,28 @@ def write(args, device, studies):
     for name, module in studies.items():  # first: it finds rows that lack something
         parts[f"status_{name}"], parts[f"body_{name}"] = section(name, module, found[name], args)
     parts["body_align"] = judges(found["align"]["rows"]) + parts["body_align"]
-    parts |= {"cards": cards(found), "curves": training_curves(args), "provenance": provenance(found)}
-    parts["key"] = "".join(f'<span><i class="{n.lower()}"></i>{n}, {MEANING[n]}</span>' for n in DIMENSIONS)
+    parts |= {
+        "cards": cards(found),
+        "curves": training_curves(args),
+        "provenance": provenance(found),
+    }
+    parts["key"] = "".join(
+        f'<span><i class="{n.lower()}"></i>{n}, {MEANING[n]}</span>' for n in DIMENSIONS
+    )
     parts |= sliders(device)
     for name in MAKERS:
         parts[f"clips_{name}"], shown = gallery(name, args, device)
         parts["sheets"] += shown
     titles = {"clips": "Clips", "steer": "Sliders", "align": "Alignment", "beta": "Beta and drift"}
-    titles |= {"nrg": "Guidance", "online": "Rounds", "reward": "VideoReward", "unified": "On a line"}
-    parts["nav"] = "".join(f'<li><a href="#{name}">{title}</a></li>' for name, title in titles.items())
+    titles |= {
+        "nrg": "Guidance",
+        "online": "Rounds",
+        "reward": "VideoReward",
+        "unified": "On a line",
+    }
+    parts["nav"] = "".join(
+        f'<li><a href="#{name}">{title}</a></li>' for name, title in titles.items()
+    )
     page = re.sub(r"{{(\w+)}}", lambda match: parts[match[1]], TEMPLATE.read_text(encoding="utf-8"))
     try:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -61,16 +83,26 @@ def write(args, device, studies):
     return [*lines, f"wrote {args.out / 'report.html'}, {len(page.encode()) / 1e6:.1f} MB"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # What is there
 
 
 def gather(name, module, args, device):
     """Rows of a study and how far it is: {"rows", "done", "jobs", "place": their path, "facts": if finished}."""
-    path, folder, jobs = args.out / f"{name}.json", args.work / module.folder(args), module.jobs(args, device)
+    path, folder, jobs = (
+        args.out / f"{name}.json",
+        args.work / module.folder(args),
+        module.jobs(args, device),
+    )
     if path.exists():
         facts = read(path, dict)
-        return {"rows": facts.pop("rows", []), "done": len(jobs), "jobs": len(jobs), "place": path, "facts": facts}
+        return {
+            "rows": facts.pop("rows", []),
+            "done": len(jobs),
+            "jobs": len(jobs),
+            "place": path,
+            "facts": facts,
+        }
     paths = [folder / f"{job}.json" for job in jobs]
     groups = [read(path, list) for path in paths if path.exists()]
     rows = [row for group in groups for row in group]
@@ -82,7 +114,9 @@ def read(path, kind):
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise BadInput(f"{path}: cannot be read as JSON ({error}); delete it, or run its study again") from None
+        raise BadInput(
+            f"{path}: cannot be read as JSON ({error}); delete it, or run its study again"
+        ) from None
     if not isinstance(content, kind):
         raise BadInput(f"{path}: not written by evaluate.py; delete it, or run its study again")
     return content
@@ -94,27 +128,37 @@ def section(name, study, found, args):
     if not rows:
         text = f"Not run yet. <code>python evaluate.py {name}</code> makes the tables and curves that belong here."
         return '<span class="status none">not run yet</span>', f'<p class="note">{text}</p>'
-    told = re.search(r"--eval-pairs[= ](\d+)", found["facts"].get("command", ""))  # a table's title says it
+    told = re.search(
+        r"--eval-pairs[= ](\d+)", found["facts"].get("command", "")
+    )  # a table's title says it
     try:
         seeds = len({row["seed"] for row in rows})
         said = {"seeds": seeds, "eval_pairs": int(told[1]) if told else args.eval_pairs}
         result = study.report(argparse.Namespace(**{**vars(args), **said}), rows)
     except (KeyError, TypeError) as error:
-        raise BadInput(f"{found['place']}: rows of another version ({error}); run the study again") from None
-    charts = "".join(f'<div class="charts">{"".join(map(figure, here))}</div>' for here in result["pictures"].values())
+        raise BadInput(
+            f"{found['place']}: rows of another version ({error}); run the study again"
+        ) from None
+    charts = "".join(
+        f'<div class="charts">{"".join(map(figure, here))}</div>'
+        for here in result["pictures"].values()
+    )
     findings = [each for each in result["tables"] if each.kind == "findings"]
     tables = [each for each in result["tables"] if each.kind != "findings"]
     shown, folded = tables[: OPEN.get(name, 1)], tables[OPEN.get(name, 1) :]
     introduction = escape(" ".join(result["introduction"]))
     body = f'{charts}<p class="soft">{introduction}</p>'
     body += "".join(f"<h3>{heading(each.title)}</h3>{table(*each)}" for each in findings + shown)
-    body += "".join(f"<details><summary>{heading(each.title)}</summary>{table(*each)}</details>" for each in folded)
+    body += "".join(
+        f"<details><summary>{heading(each.title)}</summary>{table(*each)}</details>"
+        for each in folded
+    )
     if done == jobs:
         return f'<span class="status done">{seeds} seeds</span>', body
     return f'<span class="status part">unfinished: {done} of {jobs} jobs</span>', body
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Figures and tables
 
 
@@ -124,7 +168,8 @@ def cards(found):
     def card(title, name, note, columns):
         """columns: {label: (column, what its rows hold)}."""
         cells = {
-            label: over_seeds(found[name]["rows"], column, **wanted) for label, (column, wanted) in columns.items()
+            label: over_seeds(found[name]["rows"], column, **wanted)
+            for label, (column, wanted) in columns.items()
         }
         missing = all(math.isnan(mean) for mean, _ in cells.values())
         items = "".join(
@@ -143,10 +188,20 @@ def cards(found):
     return "".join(
         (
             card("Flow-DPO, in truth", "align", "win rate, oracle", of_all(judge="oracle", **dpo)),
-            card("Flow-DPO, as learned", "align", "win rate, VideoReward", of_all(judge="videoreward", **dpo)),
+            card(
+                "Flow-DPO, as learned",
+                "align",
+                "win rate, VideoReward",
+                of_all(judge="videoreward", **dpo),
+            ),
             card("Flow-NRG, in truth", "nrg", "win rate, oracle, 1:1:1", of_all(**nrg)),
             card("VideoReward", "reward", "right on decided pairs", of_all("{}_without", **right)),
-            card("On a line", "unified", "distance to p*", {n: ("distance", {"method": m}) for n, m in ways.items()}),
+            card(
+                "On a line",
+                "unified",
+                "distance to p*",
+                {n: ("distance", {"method": m}) for n, m in ways.items()},
+            ),
         )
     )
 
@@ -159,7 +214,9 @@ def heading(title):
 def table(title, head, rows, kind=""):
     """A table in a box that scrolls; columns named "oracle VQ", "oracle MQ" get a common head, and win rates a tint."""
     names = [tuple(name.replace("_", " ").split(" ", 1)) for name in head]
-    groups = [(first, list(group)) for first, group in itertools.groupby(names, lambda name: name[0])]
+    groups = [
+        (first, list(group)) for first, group in itertools.groupby(names, lambda name: name[0])
+    ]
     upper, lower, wins = "", "", []
     for first, group in groups:
         if len(group) > 1 and all(len(name) == 2 for name in group):
@@ -167,14 +224,19 @@ def table(title, head, rows, kind=""):
             lower += "".join(f'<th scope="col">{escape(name[1])}</th>' for name in group)
             wins += [name[1] in DIMENSIONS and first != "true" for name in group]
         else:
-            upper += "".join(f'<th scope="col" rowspan="2">{escape(" ".join(name))}</th>' for name in group)
+            upper += "".join(
+                f'<th scope="col" rowspan="2">{escape(" ".join(name))}</th>' for name in group
+            )
             wins += [False] * len(group)
     upper = upper if lower else upper.replace(' rowspan="2"', "")
     body = ""
     for row in rows:
         if kind == "findings" and any("nan" in text for text in row):  # it cannot be said yet
             row = [row[0], *["nan"] * (len(row) - 1)]
-        cells = [f'<th scope="row">{escape(row[0])}</th>', *(cell(text, win) for text, win in zip(row[1:], wins[1:]))]
+        cells = [
+            f'<th scope="row">{escape(row[0])}</th>',
+            *(cell(text, win) for text, win in zip(row[1:], wins[1:])),
+        ]
         body += f"<tr>{''.join(cells)}</tr>"
     head = f"<tr>{upper}</tr>" + (f"<tr>{lower}</tr>" if lower else "")
     label = heading(title)
@@ -209,7 +271,9 @@ def judges(rows):
         marks, said = "", []
         for i, method in enumerate(METHODS):
             wanted = {"method": method, "align": "1:1:1", "set": "standard", "cfg": 1.0}
-            true, learned = (over_seeds(rows, name, judge=by, **wanted)[0] for by in ("oracle", "videoreward"))
+            true, learned = (
+                over_seeds(rows, name, judge=by, **wanted)[0] for by in ("oracle", "videoreward")
+            )
             y = 30 + 27 * i
             marks += f'<text class="name" x="0" y="{y + 4}">{method}</text>'
             if math.isnan(true):
@@ -234,9 +298,7 @@ def judges(rows):
             f'<figure class="judges"><figcaption>{name}: win rate, in truth and as learned</figcaption>'
             f'<svg viewBox="0 0 346 {bottom + 22}" role="img" aria-label="{label}">{scale}{heads}{marks}</svg></figure>'
         )
-    text = (
-        "Standard prompts, CFG 1, aligned 1:1:1. ● the oracle, ○ VideoReward: a long line is where the two judges part."
-    )
+    text = "Standard prompts, CFG 1, aligned 1:1:1. ● the oracle, ○ VideoReward: a long line is where the two judges part."
     return f'<p class="soft">{text}</p><div class="charts">{figures}</div>'
 
 
@@ -245,15 +307,22 @@ def provenance(found):
     for name, here in found.items():
         facts = here["facts"]
         if facts:
-            rows.append([name, *(str(facts.get(key, "")) for key in ("command", "commit", "torch", "device"))])
+            rows.append(
+                [
+                    name,
+                    *(str(facts.get(key, "")) for key in ("command", "commit", "torch", "device")),
+                ]
+            )
         elif here["rows"]:
             rows.append([name, f"unfinished: {here['done']} of {here['jobs']} jobs", "", "", ""])
     if not rows:
         return "<p>No study has been run yet.</p>"
-    return table("where the figures come from", ["study", "command", "commit", "torch", "device"], rows)
+    return table(
+        "where the figures come from", ["study", "command", "commit", "torch", "device"], rows
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Curves of the trainings
 
 
@@ -263,7 +332,10 @@ def training_curves(args):
     dpo = {method: here for method, here in runs.items() if method.startswith("dpo")}
     charts = []
     for method, here in dpo.items():
-        quarters = {f"t {i / TIME_BINS:g} to {(i + 1) / TIME_BINS:g}": f"loss/t{i}" for i in range(TIME_BINS)}
+        quarters = {
+            f"t {i / TIME_BINS:g} to {(i + 1) / TIME_BINS:g}": f"loss/t{i}"
+            for i in range(TIME_BINS)
+        }
         series = [curve(name, here, column) for name, column in quarters.items()]
         charts.append(Chart(f"{method}: loss by time", series, "step", "loss", level=math.log(2)))
     for title, column, level in (
@@ -271,10 +343,23 @@ def training_curves(args):
         ("margin", "margin", 0.0),
         ("drift from the reference", "drift", None),
     ):
-        charts.append(Chart(title, [curve(m, here, column) for m, here in dpo.items()], "step", column, level=level))
+        charts.append(
+            Chart(
+                title,
+                [curve(m, here, column) for m, here in dpo.items()],
+                "step",
+                column,
+                level=level,
+            )
+        )
     for method, here in dpo.items():
-        series = [curve(side, here, f"error_{side[0]}", f"ref_error_{side[0]}") for side in ("winner", "loser")]
-        charts.append(Chart(f"{method}: error over the reference's", series, "step", "mean square", level=0.0))
+        series = [
+            curve(side, here, f"error_{side[0]}", f"ref_error_{side[0]}")
+            for side in ("winner", "loser")
+        ]
+        charts.append(
+            Chart(f"{method}: error over the reference's", series, "step", "mean square", level=0.0)
+        )
     series = [curve(method, runs[method], "error") for method in ("sft", "rwr")]
     charts.append(Chart("SFT and RWR", series, "step", "flow-matching error"))
     drawn = "".join(map(figure, charts))
@@ -290,7 +375,9 @@ def logged(folder, name, seeds):
             try:
                 logs.append([json.loads(line) for line in path.read_text().splitlines()])
             except ValueError as error:
-                raise BadInput(f"{path}: not a training's log ({error}); run the study again") from None
+                raise BadInput(
+                    f"{path}: not a training's log ({error}); run the study again"
+                ) from None
     return logs
 
 
@@ -301,7 +388,10 @@ def curve(name, runs, column, less=None, windows=20):
     size = max(1, length // windows)
     xs, points = [], []
     for start in range(0, length, size):
-        values = [[r[column] - r.get(less, 0.0) for r in run[start : start + size] if column in r] for run in runs]
+        values = [
+            [r[column] - r.get(less, 0.0) for r in run[start : start + size] if column in r]
+            for run in runs
+        ]
         if any(values):
             xs.append(start + size // 2)
             points.append(mean_and_spread([statistics.median(here) for here in values if here]))
