@@ -17,7 +17,7 @@ from tqdm import tqdm
 FIRST = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started, if it did
 
 
-class BadInput(Exception):
+class BadInput(ValueError):
     """Something the user gave is wrong. The message is one line that names it and says what would be right."""
 
 
