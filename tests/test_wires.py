@@ -24,7 +24,6 @@ from wired import (
     trained,
 )
 
-import tasks
 import train
 from flow import shift_time
 from lora import LoRALinear
