@@ -27,7 +27,7 @@ NRG_SCALE, NRG_EPS, NRG_INTERVAL = (
     16.0,
     0.1,
     (0.0, 0.95),
-)  # on rewards of unit spread, measured in docs/guidance.md
+)  # on rewards of unit spread, measured in docs/nrg.md
 
 
 @torch.no_grad()
