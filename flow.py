@@ -11,9 +11,14 @@ TIME_SHIFT = 4.0  # of training times and of the sampler's steps, towards noise:
 TIME_BINS = 4  # for the logs
 
 
+def expand_like(t, x):
+    """t (B,) as (B, 1, ..., 1), to multiply x (B, ...) with."""
+    return t.reshape(-1, *[1] * (x.dim() - 1))
+
+
 def interpolate(x0, x1, t):
     """x_t = (1 - t) x0 + t x1 for t (B,) and x0, x1 (B, ...)."""
-    t = t.reshape(-1, *[1] * (x0.dim() - 1))
+    t = expand_like(t, x0)
     return (1 - t) * x0 + t * x1
 
 

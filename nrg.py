@@ -8,7 +8,7 @@ appendix B that replaces p_ref in part (Eq. 21) is left out; the paper's experim
 
 The reward reads what the sampler sees, a clip with noise on it, so it is trained on such clips. It is the base model's
 embedding and first blocks, frozen, under a small head; a policy that kept these blocks runs them once for both
-(`SharedTrunk`). The paper trains "a few early layers" (Table 11) on people's pairs; head, number of blocks and, by
+(`SteeredPolicy`). The paper trains "a few early layers" (Table 11) on people's pairs; head, number of blocks and, by
 default, the target are our choice. Guidance and losses take any r = reward(x_t, t, y).
 
 For exactly the tilted density, r(x_t, t) must be the value of what is still to come, log E[exp(w r(x0)) | x_t] / w; its
@@ -24,7 +24,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import DIMENSIONS
-from flow import TIME_BINS, interpolate, time_bin
+from flow import TIME_BINS, expand_like, interpolate, time_bin
 from model import ModelConfig, VideoTransformer
 from reward import accuracies_without_ties, bt_loss
 from runtime.checkpoint import load_network
@@ -34,32 +34,42 @@ from runtime.cli import BadInput
 # Guidance
 
 
-def reward_gradient(reward, x_t, t, y, weights):
-    """grad_x sum_k weights_k r_k(x_t, t, y), like x_t; reaches x_t alone."""
-    with torch.enable_grad():
-        x = x_t.detach().requires_grad_(True)
-        total = (reward(x, t, y) * torch.tensor(weights, device=x.device)).sum()
-        return torch.autograd.grad(total, x)[0]
+def guidance_factor(t, scale, eps, interval):
+    """Eq. 11's w t / (1 - t + eps) for times t (B,); 0 outside `interval`, and where it is infinite."""
+    active = (t >= interval[0]) & (t <= interval[1]) & (1 - t + eps > 0)
+    return torch.where(active, scale * t / (1 - t + eps), 0.0)
 
 
-def guide(reward, weights, scale=1.0, eps=0.0, interval=(0.0, 1.0), gradient=reward_gradient):
-    """Guidance for the sampler: a function (v, x_t, t, y) -> v - scale t / (1 - t + eps) grad_x sum_k weights_k r_k.
+def reward_gradient(scores, weights, x):
+    """grad_x sum_k weights_k scores_k for scores (B, K) that were computed from x; has x's shape."""
+    total = (scores * torch.tensor(weights, device=x.device)).sum()
+    return torch.autograd.grad(total, x)[0]
 
-    reward: (x_t, t, y) -> (B, K) scores; weights: K numbers of any sign, VQ, MQ, TA. eps 0 is the paper's form, which
-    leaves out t = 1 alone. Outside `interval` = (lowest, highest) t, with weights or a scale of 0, the very same v is
-    returned. `gradient` computes the gradient; SharedTrunk has a cheaper one. ValueError for an eps below 0."""
+
+def guide(reward, weights, scale=1.0, eps=0.0, interval=(0.0, 1.0)):
+    """Guidance for the sampler: a function (v, x_t, t, y) -> guided v.
+
+        v - scale t / (1 - t + eps) grad_x sum_k weights_k r_k(x_t, t, y)                    Eq. 11
+
+    reward: (x_t, t, y) -> scores (B, K). weights: K numbers of any sign, for VQ, MQ and TA.
+    eps = 0 is the paper's form, which leaves out t = 1 alone. Where nothing is guided (t outside
+    `interval` = (lowest, highest), or all weights or the scale 0), v itself is returned.
+    ValueError for an eps below 0."""
     if eps < 0:
         raise ValueError(f"eps must not be negative, not {eps}")
+    if not any(weights):
+        scale = 0.0
 
-    def guided(v, x_t, t, y):
-        now = t.reshape(-1, *[1] * (x_t.dim() - 1))
-        active = (now >= interval[0]) & (now <= interval[1]) & (1 - now + eps > 0)
-        if scale == 0 or not any(weights) or not active.any():
+    def guidance(v, x_t, t, y):
+        factor = guidance_factor(t, scale, eps, interval)  # (B,)
+        if not factor.any():
             return v
-        factor = torch.where(active, scale * now / (1 - now + eps), 0.0)
-        return v - factor * gradient(reward, x_t, t, y, weights)  # Eq. 11
+        with torch.enable_grad():
+            x = x_t.detach().requires_grad_(True)
+            gradient = reward_gradient(reward(x, t, y), weights, x)
+        return v - expand_like(factor, v) * gradient
 
-    return guided
+    return guidance
 
 
 # ---------------------------------------------------------------------------------------------
@@ -226,47 +236,59 @@ def noisy_pair_step(reward, x0_a, x0_b, y, label, t, x1, x1_b=None, weight=None)
 # One trunk for policy and reward
 
 
-class SharedTrunk:
-    """A policy as a velocity model whose first blocks serve the reward as well: sample(shared, ..., guidance=guide(
-    reward, ..., gradient=shared.gradient)). A step costs at best 1 + k/L forwards, with k of L blocks read: the rest of
-    the policy runs without a graph."""
+class SteeredPolicy:
+    """A VideoTransformer with CFG, then guidance, as one velocity model (x_t, t, y) -> v.
 
-    def __init__(self, policy, reward):
-        self.policy, self.config = policy, policy.config
-        self.read, self.last = reward.config.read, None
+    The arguments are those of `guide` and `sample`. If policy and reward have the same first
+    blocks, these run once for both. With k of L blocks shared, a step costs at best 1 + k/L
+    forwards of the policy, because the blocks after them run without a graph."""
 
+    def __init__(self, policy, reward, weights, scale, eps, interval=(0.0, 1.0), cfg=1.0):
+        self.config = policy.config
+        self.policy = policy
+        self.reward = reward
+        self.weights = weights
+        self.scale = scale if any(weights) else 0.0
+        self.eps = eps
+        self.interval = interval
+        self.cfg = cfg
+        self.shared = shared_blocks(policy, reward)
+
+    @torch.no_grad()
     def __call__(self, x_t, t, y):
         policy = self.policy
-        with torch.enable_grad():
-            x = x_t.detach().requires_grad_(True)
+        factor = guidance_factor(t, self.scale, self.eps, self.interval)  # (B,)
+        guided = bool(factor.any())
+
+        with torch.set_grad_enabled(guided):
+            x = x_t.detach().requires_grad_(guided)
             hidden, condition = policy.embed(x, t, y)
-            hidden = policy.run(hidden, condition, 0, self.read)
-        self.last = x_t, y, x, hidden, condition
-        with torch.inference_mode():
-            hidden = policy.run(hidden.detach(), condition, self.read, len(policy.blocks))
-            return policy.head(hidden, condition, x_t, t)
+            hidden = policy.run(hidden, condition, 0, self.shared)
+        last = policy.run(hidden, condition, self.shared, len(policy.blocks))
+        v = policy.head(last, condition, x_t, t)
 
-    def gradient(self, reward, x_t, t, y, weights):
-        """reward_gradient, from what the last call kept: the sampler's, with the same x_t and y."""
-        if self.last is None or self.last[0] is not x_t or self.last[1] is not y:
-            return reward_gradient(reward, x_t, t, y, weights)
-        _, _, x, hidden, condition = self.last
+        if self.cfg != 1.0:
+            v_null = policy(x_t, t, torch.zeros_like(y))
+            v = v_null + self.cfg * (v - v_null)
+        if not guided:
+            return v
         with torch.enable_grad():
-            total = (reward.read(hidden, condition) * torch.tensor(weights, device=x.device)).sum()
-            return torch.autograd.grad(total, x)[0]
+            if self.shared:
+                scores = self.reward.read(hidden, condition)
+            else:
+                scores = self.reward(x, t, y)
+            gradient = reward_gradient(scores, self.weights, x)
+        return v - expand_like(factor, v) * gradient  # Eq. 11
 
 
-def steer(policy, reward, weights, scale, eps, interval=(0.0, 1.0)):
-    """(velocity model, guidance) to sample with; they share their first blocks where these are equal to the last bit
-    and attend alike, otherwise the reward runs its own. Weights or a scale of 0 leave the policy alone."""
-    if scale == 0 or not any(weights):
-        return policy, None
-    own, others = (
-        trunk_tensors(reward.trunk, reward.config.read),
-        trunk_tensors(policy, reward.config.read),
-    )
-    same = own.keys() == others.keys() and all(torch.equal(own[name], others[name]) for name in own)
-    same = same and reward.config.attention == policy.config.attention
-    shared = SharedTrunk(policy, reward) if same else policy
-    gradient = shared.gradient if same else reward_gradient
-    return shared, guide(reward, weights, scale, eps, interval, gradient)
+def shared_blocks(policy, reward):
+    """How many blocks a policy and a reward share: all that a NoisyReward reads, or 0 unless these
+    and what comes before them are equal bit for bit."""
+    if not isinstance(reward, NoisyReward) or reward.config.attention != policy.config.attention:
+        return 0
+    own = trunk_tensors(reward.trunk, reward.config.read)
+    others = trunk_tensors(policy, reward.config.read)
+    if own.keys() != others.keys():
+        return 0
+    equal = all(torch.equal(own[name], others[name]) for name in own)
+    return reward.config.read if equal else 0

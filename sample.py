@@ -15,7 +15,7 @@ import world
 from data import Vocabulary
 from flow import TIME_SHIFT, shift_time
 from model import load_velocity
-from nrg import load_noisy_reward, steer
+from nrg import SteeredPolicy, load_noisy_reward
 from real_data.video import write_gif, write_sheet
 from runtime.checkpoint import check_same_data
 from runtime.cli import BadInput, pick_device, run
@@ -39,20 +39,13 @@ def sample(model, x1, y, steps=STEPS, cfg=1.0, null=None, guidance=None, shift=T
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
     null = torch.zeros_like(y) if null is None else null
-    timesteps = shift_time(torch.linspace(1, 0, steps + 1), shift).tolist()  # 1 ... 0
-    mode = (
-        torch.inference_mode if guidance is None else torch.no_grad
-    )  # guidance may differentiate what is kept
+    times = shift_time(torch.linspace(1, 0, steps + 1), shift).tolist()  # 1 ... 0
     x = x1
-    for t_now, t_next in zip(timesteps[:-1], timesteps[1:]):
+    for t_now, t_next in zip(times[:-1], times[1:]):
         t = torch.full((len(x),), t_now, device=x.device)
-        with mode():
-            if cfg != 1.0:
-                v_null = model(x, t, null)
-            v = model(
-                x, t, y
-            )  # last, as guidance may use what this call leaves behind (nrg.SharedTrunk)
+        v = model(x, t, y)
         if cfg != 1.0:
+            v_null = model(x, t, null)
             v = v_null + cfg * (v - v_null)
         if guidance is not None:
             v = guidance(v, x, t, y)
@@ -95,29 +88,27 @@ def main():
     )
     x1, y, model = x1.to(device), y.to(device), model.to(device)
 
-    runs = {
-        f"CFG {cfg:g}": (model, cfg, None)
-        for cfg in ((1.0, args.cfg) if args.compare else (args.cfg,))
-    }
+    runs = {}  # label of a row: (velocity model, cfg)
+    if args.compare:
+        runs["CFG 1"] = model, 1.0
+    runs[f"CFG {args.cfg:g}"] = model, args.cfg
     if args.nrg is not None:
         reward, reward_words = load_noisy_reward(args.nrg_ckpt)
         check_same_data("--nrg-ckpt", reward.config, reward_words, "--ckpt", model.config, words)
-        steered, guidance = steer(
-            model, reward.to(device), args.nrg, args.nrg_scale, args.nrg_eps, args.nrg_interval
-        )
-        runs["CFG {:g} NRG {:g},{:g},{:g}".format(args.cfg, *args.nrg)] = (
-            steered,
-            args.cfg,
-            guidance,
-        )
+        settings = args.nrg, args.nrg_scale, args.nrg_eps, args.nrg_interval
+        steered = SteeredPolicy(model, reward.to(device), *settings, args.cfg)
+        weights = ",".join(f"{weight:g}" for weight in args.nrg)
+        runs[f"CFG {args.cfg:g} NRG {weights}"] = steered, 1.0  # it has CFG of its own
     videos, scores = [], []
-    for model, cfg, guidance in runs.values():
-        videos.append(sample_many(model, x1, y, steps=args.steps, cfg=cfg, guidance=guidance).cpu())
-        if not videos[-1].isfinite().all():
+    for velocity, cfg in runs.values():
+        video = sample_many(velocity, x1, y, steps=args.steps, cfg=cfg).cpu()
+        if not video.isfinite().all():
             raise BadInput(
                 "the samples are not finite numbers; give a smaller --nrg, --nrg-scale or --cfg"
             )
-        scores += [] if attributes is None else [world.oracle(videos[-1], attributes)]
+        videos.append(video)
+        if attributes is not None:
+            scores.append(world.oracle(video, attributes))
 
     name = re.sub(r"[^\w]+", "-", args.prompt.lower())[:80]
     name += "-nrg" * (args.nrg is not None) + "-compared" * args.compare

@@ -23,7 +23,7 @@ from flow_dpo import flow_dpo_step
 from flow_rwr import flow_rwr_step
 from kernels.tiles import boolean_mask, tile_mask
 from model import PRESETS, ModelConfig, VideoTransformer, freeze_trunk, load_velocity, share_trunk
-from nrg import guide, noisy_reward_on, steer
+from nrg import SteeredPolicy, guide, noisy_reward_on
 from runtime.checkpoint import WEIGHTS
 from runtime.cli import BadInput, has_bf16
 from sample import CFG, NRG_EPS, sample
@@ -354,12 +354,12 @@ def sampling_seconds(device, rounds=9):
     model, _ = load_velocity(WEIGHTS / "base.pt")
     model = model.to(device).requires_grad_(False)
     reward = noisy_reward_on(model, arguments(["--algo=nrg"]).read).to(device)
-    shared, guidance = steer(model, reward, (1, 1, 1), 1.0, NRG_EPS)
+    shared = SteeredPolicy(model, reward, (1, 1, 1), 1.0, NRG_EPS)
     own = guide(reward, (1, 1, 1), 1.0, NRG_EPS)
     x1 = torch.randn(16, *model.config.video_shape).to(device)
     y = torch.ones(16, model.config.max_text, dtype=torch.int64, device=device)
     ways = {"plain": (model, 1.0, None), "CFG": (model, CFG, None)}
-    ways |= {"NRG, shared trunk": (shared, 1.0, guidance), "NRG, own trunk": (model, 1.0, own)}
+    ways |= {"NRG, shared trunk": (shared, 1.0, None), "NRG, own trunk": (model, 1.0, own)}
     runs = {
         way: partial(sample, velocity, x1, y, steps=4, cfg=cfg, guidance=steering)
         for way, (velocity, cfg, steering) in ways.items()

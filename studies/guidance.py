@@ -21,7 +21,7 @@ import trainer
 from data import DIMENSIONS, Vocabulary
 from judge import noisy_scores, over_seeds
 from model import load_velocity
-from nrg import guide, load_noisy_reward, steer
+from nrg import SteeredPolicy, load_noisy_reward
 from real_data.toy_pairs import annotated_pairs
 from reward import accuracies_without_ties
 from runtime.checkpoint import WEIGHTS
@@ -72,10 +72,9 @@ def guided(
     def at_0(x_t, t, y):
         return reward(x_t, torch.zeros_like(t), y)
 
-    def steered(model):
-        if clean:
-            return model, guide(at_0, weights, scale, NRG_EPS, interval)
-        return steer(model, reward, weights, scale, NRG_EPS, interval)
+    def steered(model, cfg):
+        by = at_0 if clean else reward
+        return SteeredPolicy(model, by, weights, scale, NRG_EPS, interval, cfg)
 
     return judge(checkpoint, args, device, SETS, (cfg,), steered)
 

@@ -237,20 +237,21 @@ def prompts_of(name, count):
 
 
 def judge(
-    checkpoint, args, device, sets, cfgs, steered=lambda model: (model, None), seed=NOISE_SEED
+    checkpoint, args, device, sets, cfgs, steered=None, seed=NOISE_SEED
 ):
     """Samples of a checkpoint on each set and CFG, judged: {"set cfg": {"oracle" (N, 3), "videoreward" (N, 3),
-    "right" (N, 3), "quality" (N,)}}. steered: model -> what to sample with, a velocity model and a guidance; seed: of
-    the noise."""
+    "right" (N, 3), "quality" (N,)}}. steered: (model, cfg) -> a velocity model with CFG to sample with instead; seed:
+    of the noise."""
     model, words = load_velocity(checkpoint)
     reward, reward_words = load_reward(WEIGHTS / "reward.pt")
-    (model, guidance), reward, scores = steered(model.to(device)), reward.to(device), {}
+    model, reward, scores = model.to(device), reward.to(device), {}
     for i, (name, count) in enumerate(sets.items()):
         prompts = prompts_of(name, min(count, args.eval_prompts or count))
         for cfg in cfgs:
-            videos = sample_prompts(
-                model, words, prompts, seed + i, device, cfg=cfg, guidance=guidance
-            )
+            if steered is None:
+                videos = sample_prompts(model, words, prompts, seed + i, device, cfg=cfg)
+            else:
+                videos = sample_prompts(steered(model, cfg), words, prompts, seed + i, device)
             scores[f"{name} {cfg:g}"] = {
                 "oracle": world.oracle(videos, prompts),
                 "videoreward": learned_scores(reward, reward_words, videos, prompts, device),

@@ -467,15 +467,15 @@ def test_a_checkpoint_is_judged_by_both_on_its_own_samples(monkeypatch):
     shown, prompts = torch.rand(4, 3, 8, 32, 32) * 2 - 1, jobs.prompts_of("hard", 4)
     marks, asked = torch.rand(4, 3), []
 
-    def sample_prompts(model, words, prompts, seed, device, cfg, guidance):
-        asked.append((model, guidance))
+    def sample_prompts(model, words, prompts, seed, device):
+        asked.append(model)
         return shown
 
     monkeypatch.setattr(jobs, "sample_prompts", sample_prompts)
     monkeypatch.setattr(jobs, "learned_scores", lambda reward, words, videos, p, device: marks)
     facts = jobs.WEIGHTS / "base.pt", Namespace(eval_prompts=4), CPU, {"hard": 4}, (1.0,)
-    (scores,) = jobs.judge(*facts, lambda model: ("steered", "guidance")).values()
-    assert asked == [("steered", "guidance")]
+    (scores,) = jobs.judge(*facts, lambda model, cfg: ("steered", cfg)).values()
+    assert asked == [("steered", 1.0)]
     assert torch.equal(scores["videoreward"], marks)
     assert torch.equal(scores["oracle"], world.oracle(shown, prompts))
     assert torch.equal(scores["right"], (world.attributes_right(shown, prompts) > 0.5).float())

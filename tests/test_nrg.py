@@ -9,13 +9,12 @@ import torch
 from data import draw_noise, step_rng
 from model import ModelConfig, VideoTransformer
 from nrg import (
-    SharedTrunk,
+    SteeredPolicy,
     guide,
     load_noisy_reward,
     noisy_pair_step,
     noisy_reward_on,
     noisy_value_step,
-    steer,
 )
 from runtime.checkpoint import save_checkpoint
 from runtime.cli import BadInput
@@ -329,73 +328,55 @@ def test_it_learns_a_preference_and_leaves_a_frozen_trunk_alone(frozen):
     assert any(name.startswith("trunk.") for name in changed) != frozen
 
 
-def test_a_shared_trunk_changes_the_cost_alone():
-    policy, (x, _, y) = small_model(), inputs()
+WEIGHTS = [1.0, -0.5, 2.0]
+
+
+def steered_apart(policy, reward, x, t, y, cfg):
+    """What SteeredPolicy must return, from the policy, CFG and guide one after the other."""
+    v = policy(x, t, y)
+    v_null = policy(x, t, 0 * y)
+    return guide(reward, WEIGHTS, 3.0, 0.1)(v_null + cfg * (v - v_null), x, t, y)
+
+
+def test_a_shared_trunk_runs_once_and_gives_the_same_velocity():
+    policy, (x, t, y) = small_model(), inputs()
     reward = noisy_reward_on(policy, 2)
+    steered = SteeredPolicy(policy, reward, WEIGHTS, 3.0, 0.1, cfg=2.0)
+    expected = steered_apart(policy, reward, x, t, y, 2.0)
     calls = []
     policy.blocks[0].register_forward_hook(lambda *_: calls.append(1))
-    t = torch.full((4,), 0.6)
-    settings = dict(weights=[1.0, -0.5, 2.0], scale=3.0, eps=0.1)
-    shared, guidance = steer(policy, reward, **settings)
-    assert isinstance(shared, SharedTrunk)
-    v = shared(x, t, y)
-    steered = guidance(v, x, t, y)
-    assert len(calls) == 1  # of the policy's own; the reward's copy is not run
-    assert torch.allclose(v, policy(x, t, y), atol=1e-5)
-    assert torch.allclose(
-        steered, guide(reward, **settings)(v, x, t, y), atol=1e-5
-    ) and not torch.equal(steered, v)
-    # after a call with other inputs the gradient is still the right one
-    shared(x, t, torch.zeros_like(y))
-    assert torch.allclose(guidance(v, x, t, y), steered, atol=1e-5)
-    calls.clear()
     reward.trunk.blocks[0].register_forward_hook(lambda *_: calls.append(1))
-    clips = sample(shared, x, y, steps=4, cfg=2.0, guidance=guidance)
-    assert len(calls) == 2 * 4  # with and without a prompt
-    own = sample(policy, x, y, steps=4, cfg=2.0, guidance=guide(reward, **settings))
-    assert torch.allclose(clips, own, atol=1e-4)
-    # and both can still be trained
+    v = steered(x, t, y)
+    assert len(calls) == 2  # with and without a prompt; the reward's copy does not run
+    assert torch.allclose(v, expected, atol=1e-5)
+    assert not v.requires_grad
     assert all(value.requires_grad and value.grad is None for value in policy.parameters())
-    assert all(
-        value.requires_grad != name.startswith("trunk.")
-        for name, value in reward.named_parameters()
-    )
+    clips = sample(steered, x, y, steps=4)
+    own = sample(policy, x, y, steps=4, cfg=2.0, guidance=guide(reward, WEIGHTS, 3.0, 0.1))
+    assert torch.allclose(clips, own, atol=1e-4)
+    # outside the interval, and with weights or a scale of 0, CFG is all that is left
+    for settings in ((WEIGHTS, 3.0, 0.1, (1.5, 2.0)), ([0.0] * 3, 3.0, 0.1), (WEIGHTS, 0.0, 0.1)):
+        steered = SteeredPolicy(policy, reward, *settings)
+        assert torch.equal(steered(x, t, y), policy(x, t, y))
 
 
 def test_a_policy_with_another_trunk_does_not_share_it():
     base, (x, t, y) = small_model(), inputs()
     reward = noisy_reward_on(base, 2)
-    settings = dict(weights=[1.0, 1.0, 1.0], scale=1.0, eps=0.1)
+    policies = {}
     for name in base.state_dict():
-        policy = copy.deepcopy(base)
-        policy.state_dict()[name] += 1e-3
-        model, guidance = steer(policy, reward, **settings)
-        assert isinstance(model, SharedTrunk) == name.startswith(
-            ("blocks.2.", "modulation.", "patch_out.")
-        ), name
-        v = model(x, t, y)
-        assert torch.allclose(
-            guidance(v, x, t, y), guide(reward, **settings)(v, x, t, y), atol=1e-6
-        )
-
-
-def test_a_policy_with_other_attention_does_not_share_its_trunk():
-    base, (x, t, y) = small_model(), inputs()
-    reward, policy = noisy_reward_on(base, 2), copy.deepcopy(base)
-    policy.config = replace(
-        CONFIG, attention="tile:1,1,1/1,1,1"
-    )  # a video token sees itself and the words
-    settings = dict(weights=[1.0, 1.0, 1.0], scale=1.0, eps=0.1)
-    model, guidance = steer(policy, reward, **settings)
-    v = model(x, t, y)
-    assert torch.equal(guidance(v, x, t, y), guide(reward, **settings)(v, x, t, y))
-
-
-def test_guidance_by_nothing_is_the_policy_itself():
-    policy = small_model()
-    reward = noisy_reward_on(policy, 1)
-    assert steer(policy, reward, [0.0, 0.0, 0.0], 1.0, 0.1) == (policy, None)
-    assert steer(policy, reward, [1.0, 1.0, 1.0], 0.0, 0.1) == (policy, None)
+        policies[name] = copy.deepcopy(base)
+        policies[name].state_dict()[name] += 1e-3
+    # with one-token windows a video token sees itself and the words
+    tiled = replace(CONFIG, attention="tile:1,1,1/1,1,1")
+    policies["attention"] = VideoTransformer(tiled)
+    policies["attention"].load_state_dict(base.state_dict())
+    for name, policy in policies.items():
+        steered = SteeredPolicy(policy, reward, WEIGHTS, 3.0, 0.1)
+        after_trunk = name.startswith(("blocks.2.", "modulation.", "patch_out."))
+        assert steered.shared == (2 if after_trunk else 0), name
+        expected = steered_apart(policy, reward, x, t, y, 1.0)
+        assert torch.allclose(steered(x, t, y), expected, atol=1e-5), name
 
 
 @pytest.mark.parametrize("frozen", [True, False])

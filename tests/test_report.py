@@ -133,8 +133,8 @@ def page(tmp_path_factory):
     shutil.copy(report_clips.WEIGHTS / "base.pt", kept)
     calls = []
 
-    def sampler(model, words, prompts, seed, device, guidance=None):
-        calls.append(guidance)
+    def sampler(model, words, prompts, seed, device):
+        calls.append(model)
         clips = world.draw_clips(
             prompts, torch.zeros(len(prompts), dtype=torch.int64), torch.Generator(), clean=True
         )

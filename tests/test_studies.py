@@ -44,17 +44,16 @@ def test_guided_rows_are_of_what_their_columns_say(monkeypatch, tmp_path):
     args, asked = Namespace(work=tmp_path, steps=1, eval_pairs=4, eval_prompts=4), []
 
     def judge(checkpoint, args, device, sets, cfgs, steered):
-        assert steered("policy") == ("policy", "guidance")
+        assert steered("policy", *cfgs) == ("policy", *cfgs)
         return {"checkpoint": checkpoint, "sampled_at": cfgs, **asked.pop()}
 
-    def guide(reward, weights, scale, eps, interval):
+    def steered_policy(policy, reward, weights, scale, eps, interval, cfg):
         times = reward(None, torch.tensor([0.7]), None)
         asked.append({"weights": weights, "eps": eps, "by": (scale, *interval), "times": times})
-        return "guidance"
+        return policy, cfg
 
     monkeypatch.setattr(guidance, "judge", judge)
-    monkeypatch.setattr(guidance, "guide", guide)
-    monkeypatch.setattr(guidance, "steer", lambda model, *asked: (model, guide(*asked)))
+    monkeypatch.setattr(guidance, "SteeredPolicy", steered_policy)
     monkeypatch.setattr(guidance, "reward_of", lambda *args: lambda x_t, t, y: t.item())
     monkeypatch.setattr(guidance, "base_scores", lambda *args: {})
     monkeypatch.setattr(guidance, "accuracy_rows", lambda *args: [])

@@ -10,7 +10,7 @@ import world
 from data import Vocabulary
 from judge import PROBE_TIME, denoised_right, prompt_set, sample_prompts, win_rate
 from model import load_velocity
-from nrg import SharedTrunk, load_noisy_reward, steer
+from nrg import SteeredPolicy, load_noisy_reward
 from real_data.toy_pairs import annotated_pairs
 from reward import accuracy_without_ties, load_reward
 from runtime import checkpoint
@@ -63,11 +63,9 @@ def test_noise_aware_reward_steers_the_base_model():
     )
     prompts = prompt_set(96, "train", "validation", "hard")[::2]
     plain = world.oracle(sample_prompts(model, words, prompts, seed=7), prompts)
-    steered, guidance = steer(model, reward, (1.0, 1.0, 1.0), NRG_SCALE, NRG_EPS, NRG_INTERVAL)
-    assert isinstance(steered, SharedTrunk)
-    guided = world.oracle(
-        sample_prompts(steered, words, prompts, seed=7, guidance=guidance), prompts
-    )
+    steered = SteeredPolicy(model, reward, (1.0, 1.0, 1.0), NRG_SCALE, NRG_EPS, NRG_INTERVAL)
+    assert steered.shared == 2
+    guided = world.oracle(sample_prompts(steered, words, prompts, seed=7), prompts)
     wins = win_rate(guided, plain)
     assert wins[0] > 0.75 and wins[1] > 0.6  # .9 and .75 on more prompts
     assert (guided.mean(0) > plain.mean(0)).all()

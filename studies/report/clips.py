@@ -16,7 +16,7 @@ import world
 from data import DIMENSIONS
 from judge import NOISE_SEED, sample_prompts
 from model import load_velocity
-from nrg import load_noisy_reward, steer
+from nrg import SteeredPolicy, load_noisy_reward
 from real_data.video import to_pixels
 from runtime.checkpoint import WEIGHTS
 from runtime.cli import progress_bar
@@ -104,7 +104,7 @@ def clip_table(label, prompts, rows):
 
 
 def steered(weights, model, reward):
-    return steer(model, reward, weights, NRG_SCALE, NRG_EPS, NRG_INTERVAL)
+    return SteeredPolicy(model, reward, weights, NRG_SCALE, NRG_EPS, NRG_INTERVAL)
 
 
 def gallery(study, args, device):
@@ -118,11 +118,11 @@ def gallery(study, args, device):
             rows.append(("", head, f'<td colspan="{len(prompts)}" class="soft">{text}</td>'))
             continue
         model, words = load_velocity(path)
-        model, guidance = model.to(device), None
+        model = model.to(device)
         if said == STEERED:
             reward, _ = load_noisy_reward(WEIGHTS / "nrg.pt")
-            model, guidance = steered((1, 1, 1), model, reward.to(device))
-        video = sample_prompts(model, words, PROMPTS, NOISE_SEED, device, guidance=guidance)
+            model = steered((1, 1, 1), model, reward.to(device))
+        video = sample_prompts(model, words, PROMPTS, NOISE_SEED, device)
         scores, cells = world.oracle(video, PROMPTS), ""
         for i, prompt in enumerate(prompts):
             label = f"{title}: {world.prompt_text(prompt)}"
@@ -144,8 +144,8 @@ def sliders(device):
     prompts, every = PROMPTS[:SLIDER_COLUMNS], list(itertools.product(VALUES, repeat=3))
     videos, scores = [], []
     for weights in progress_bar("sampling for the sliders", "weights")(every):
-        model, guidance = steered(weights, base, reward)
-        video = sample_prompts(model, words, PROMPTS, NOISE_SEED, device, guidance=guidance)
+        model = steered(weights, base, reward)
+        video = sample_prompts(model, words, PROMPTS, NOISE_SEED, device)
         videos.append(video[: len(prompts)])
         scores.append(world.oracle(video, PROMPTS))
     rows, names, plain = (
