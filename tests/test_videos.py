@@ -11,9 +11,11 @@ import sys
 import time
 from pathlib import Path
 
+import imageio.v3 as iio
 import imageio_ffmpeg
 import numpy as np
 import pytest
+import torch
 from forked import ended, fork
 
 from model import ModelConfig
@@ -274,3 +276,19 @@ def test_preparing_continues_after_kill_9(tmp_path):
     with open(tmp_path / "toy" / "train.csv", newline="") as file:
         ties = [row["VQ"] for row in csv.DictReader(file)].count("same")
     assert f"ties     VQ {ties}, " in report
+
+
+def test_pictures_name_their_rows_and_columns(tmp_path):
+    rows = [torch.full((3, 3, 2, 32, 32), shade) for shade in (-1.0, 1.0)]
+    texts = {"labels": ["base", "dpo"], "captions": ["a red circle", "", "a red circle"]}
+    video.write_gif(tmp_path / "x.gif", rows, **texts)
+    video.write_sheet(tmp_path / "x.png", torch.cat(rows)[1:4], labels=["a", "bc", ""])
+    gif, sheet = iio.imread(tmp_path / "x.gif"), iio.imread(tmp_path / "x.png")
+    # clips of 4 x 32 pixels and lines of 2 around each, below three lines of 18 pixels
+    width = gif.shape[2] - 3 * (4 * 32 + 4)
+    assert gif.shape[:2] == (1, 54 + 4 + 2 * (4 * 32 + 4)) and width > 0
+    heading = gif[0, :58, width:].reshape(58, 3, 132, 3)
+    assert np.array_equal(heading[:, 0], heading[:, 2]) and heading[:, 0].max() > 200
+    assert (heading[:, 1] == heading[0, 0]).all()  # no caption, no ink
+    assert gif[0, 58:190, :width].max() > 200 and gif[0, 100, width + 10].tolist() == [0, 0, 0]
+    assert sheet.shape[0] == 3 * (3 * 32 + 4) and (sheet[202:, :20] == sheet[0, 0]).all()
