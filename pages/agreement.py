@@ -1,8 +1,7 @@
-"""What people said of pairs: the journal, labels of several people as one, and how far labels agree
-when asked again, with other people's, and on the toy with oracle, annotators and VideoReward."""
+"""The journal of answers, labels of several people as one, and how far labels agree: with second
+answers, with other people's, and on the toy with oracle, annotators and VideoReward."""
 
 import json
-import math
 from contextlib import suppress
 from dataclasses import replace
 from hashlib import sha256
@@ -22,7 +21,7 @@ from runtime.cli import BadInput
 
 CACHE = "out/clips"  # of decoded clips
 AGAIN = "-2"  # ends the name of a question that is a pair's second
-NOTHING = (None, None, None)  # labels of nobody
+NO_LABEL = (None, None, None)
 
 
 def identity(pair):
@@ -32,29 +31,56 @@ def identity(pair):
 
 
 def add_record(records, record):
-    given = records.setdefault(record["question"], {})
-    given.pop(record["dimension"], None)
-    if record["label"] in LABELS:  # else it was taken back
-        given[record["dimension"]] = record
+    """Adds an answer to {question: {dimension: record}}, at the end; label None takes one back."""
+    answers = records.pop(record["question"], {})
+    answers.pop(record["dimension"], None)
+    if record["label"]:
+        answers[record["dimension"]] = record
+    records[record["question"]] = answers
 
 
 def read_journal(path):
-    """{question: {dimension: record}}, in the order of the answers. A line that is no record was
-    cut off by a crash, before the page was told that it was saved."""
+    """{question: {dimension: record}}. A line that is no JSON was cut off by a crash, before the
+    page was told that the answer was saved."""
     records = {}
     for line in path.read_bytes().splitlines() if path.exists() else []:
-        with suppress(ValueError, KeyError, TypeError):
+        with suppress(ValueError):
             add_record(records, json.loads(line))
     return records
 
 
-def labels_of(path):
-    """{identity: labels, None where there is none} of a CSV."""
-    return {identity(row): row.label for row in read_pairs(path, unlabelled=True)}
+def label_of(answers):
+    """VQ, MQ and TA of {dimension: record}, None where there is no answer."""
+    return tuple(LABELS[answers[d]["label"]] if d in answers else None for d in DIMENSIONS)
 
 
-# ---------------------------------------------------------------------------------------------
-# Agreement
+def seconds_a_pair(records):
+    """Median over the questions, 0 without any."""
+    seconds = [answers["TA"]["seconds"] for answers in records.values() if "TA" in answers]
+    return median(seconds) if seconds else 0.0
+
+
+def labels_of(path, rows):
+    """The labels (N, 3) that the CSV at `path` has for `rows`, None where there is none."""
+    labels = {identity(row): row.label for row in read_pairs(path, unlabelled=True)}
+    return [labels.get(identity(row), NO_LABEL) for row in rows]
+
+
+def merge(csv, files, reviewer, out):
+    """Writes the pairs of a CSV with the labels that all `files` give, else the reviewer's, if any
+    (paper, section 3.1). -> a line that says how many pairs lack a label."""
+    rows = read_pairs(csv, unlabelled=True)
+    people = [labels_of(file, rows) for file in files]
+    decided = labels_of(reviewer, rows) if reviewer else [NO_LABEL] * len(rows)
+    for i, row in enumerate(rows):
+        label = list(decided[i])
+        for k, votes in enumerate(zip(*(labels[i] for labels in people))):
+            if len(set(votes)) == 1:
+                label[k] = votes[0]
+        rows[i] = replace(row, label=tuple(label))
+    write_pairs(rows, out)
+    open_pairs = sum(None in row.label for row in rows)
+    return f"wrote {out}: {len(rows)} pairs, {open_pairs} of them with a label left to a reviewer"
 
 
 def agreement(label, other):
@@ -67,24 +93,14 @@ def agreement(label, other):
     return equal.item(), ((equal - chance) / (1 - chance)).item()
 
 
-def share(hits):
-    return sum(hits) / len(hits) if hits else math.nan
-
-
-def seconds_a_pair(records):
-    """Median over the answered questions of a journal; 0 without any."""
-    answered = [given.values() for given in records.values() if len(given) == 3]
-    return median(max(r["seconds"] for r in given) for given in answered) if answered else 0.0
-
-
-def toy_judges(rows, csv_path):
+def toy_judges(rows, csv):
     """{judge: labels (N, 3)} of toy pairs by their pixels; {} where a prompt is not the toy's."""
     try:
         attributes = world.prompt_attributes([row.prompt for row in rows])
     except ValueError:
         return {}
     reward, words = load_reward(WEIGHTS / "reward.pt")
-    pairs = disk_pairs(rows, csv_path, reward.config, Vocabulary(words), CACHE)
+    pairs = disk_pairs(rows, csv, reward.config, Vocabulary(words), CACHE)
     annotated = annotate_pairs(pairs, attributes, seed=0)
     a, b = annotated.truth.unbind(1)
     difference = (a - b) / world.TRUE_STD
@@ -95,57 +111,31 @@ def toy_judges(rows, csv_path):
     return {"oracle": oracle, "toy annotators": annotated.label, "VideoReward": learned}
 
 
-def report(path, others):
+def report(csv, others):
     """Lines on the labels of a CSV and its journal, beside other CSV files and the toy's judges."""
-    rows = [row for row in read_pairs(path, unlabelled=True) if None not in row.label]
+    rows = [row for row in read_pairs(csv, unlabelled=True) if None not in row.label]
     if not rows:
-        raise BadInput(f"{path}: no pair has all its labels yet")
-    records = read_journal(path.with_suffix(".jsonl"))
-    label = torch.tensor([row.label for row in rows])
-    judges = {}
-    for other in others:
-        theirs = labels_of(other)
-        found = [theirs.get(identity(row), NOTHING) for row in rows]
-        found = [[INVALID if value is None else value for value in three] for three in found]
-        judges[other.name] = torch.tensor(found)
-    judges |= toy_judges(rows, path)
-    columns = []
-    for i, dimension in enumerate(DIMENSIONS):
-        given = {name: record[dimension] for name, record in records.items() if dimension in record}
-        seen = [record["seen"] for record in given.values()]
+        raise BadInput(f"{csv}: no pair has all its labels yet")
+    records = read_journal(csv.with_suffix(".jsonl"))
+    judges = {"asked again": [label_of(records.get(identity(row) + AGAIN, {})) for row in rows]}
+    judges |= {other.name: labels_of(other, rows) for other in others}
+    for name, labels in judges.items():
+        labels = [[INVALID if x is None else x for x in label] for label in labels]
+        judges[name] = torch.tensor(labels)
+    judges |= toy_judges(rows, csv)
+
+    table = {"left, of left and right": [], "same": []}
+    for dimension in DIMENSIONS:
+        seen = [answers[dimension]["seen"] for answers in records.values() if dimension in answers]
         left = [side == "left" for side in seen if side in ("left", "right")]
-        twice = [(given[name], given[name + AGAIN]) for name in given if name + AGAIN in given]
-        column = {
-            "asked again, the same": share([a["label"] == b["label"] for a, b in twice]),
-            "left, of left and right": share(left),
-            "same": share([side == "same" for side in seen]),
-        }
-        for judge, other in judges.items():
-            equal, kappa = agreement(label[:, i], other[:, i])
-            column |= {f"{judge}, equal": equal, f"{judge}, kappa": kappa}
-        columns.append(column)
-    lines = [f"{path.name}: {len(rows)} pairs, {seconds_a_pair(records):.1f} seconds a pair", ""]
-    width = max(map(len, columns[0]))
-    lines.append(" " * width + "".join(f"{dimension:>7}" for dimension in DIMENSIONS))
-    for name in columns[0]:
-        values = ["-" if math.isnan(column[name]) else f"{column[name]:.2f}" for column in columns]
-        lines.append(f"{name:{width}}" + "".join(f"{value:>7}" for value in values))
+        table["left, of left and right"].append(sum(left) / max(1, len(left)))
+        table["same"].append(seen.count("same") / max(1, len(seen)))
+    label = torch.tensor([row.label for row in rows])
+    for name, other in judges.items():
+        columns = [agreement(label[:, i], other[:, i]) for i in range(len(DIMENSIONS))]
+        table[f"{name}, equal"], table[f"{name}, kappa"] = zip(*columns)
+    lines = [f"{csv.name}: {len(rows)} pairs, {seconds_a_pair(records):.1f} seconds a pair"]
+    lines.append(f"{'':26}" + "".join(f"{dimension:>7}" for dimension in DIMENSIONS))
+    for name, values in table.items():
+        lines.append(f"{name:26}" + "".join(f"{value:7.2f}" for value in values))
     return lines
-
-
-def merge(path, files, reviewer, out):
-    """Writes the pairs of a CSV with the labels that all `files` give, else the reviewer's, if any
-    (paper, section 3.1). -> a line that says how many pairs lack a label."""
-    people = [labels_of(file) for file in files]
-    decided = labels_of(reviewer) if reviewer else {}
-    rows = []
-    for row in read_pairs(path, unlabelled=True):
-        votes = [labels.get(identity(row), NOTHING) for labels in people]
-        label = list(decided.get(identity(row), NOTHING))
-        for i, of_dimension in enumerate(zip(*votes)):
-            if len(set(of_dimension)) == 1:
-                label[i] = of_dimension[0]
-        rows.append(replace(row, label=tuple(label)))
-    write_pairs(rows, out)
-    left = sum(None in row.label for row in rows)
-    return f"wrote {out}: {len(rows)} pairs, {left} of them with a label left to a reviewer"

@@ -1,5 +1,6 @@
 """The labelling page: what it keeps, whom it refuses, and how far labels agree."""
 
+import base64
 import itertools
 import json
 import random
@@ -23,12 +24,12 @@ from test_report import BROWSER, DRIVER, FLAGS, LOW_CONTRAST
 import world
 from data import DIMENSIONS
 from pages import agreement, label
+from pages.agreement import NO_LABEL
 from pages.server import Server
 from real_data.pairs_csv import LABELS, Pair, read_pairs, write_pairs
 from real_data.video import fit, sample_frames, to_video, write_video
 from runtime.cli import BadInput
 
-NOTHING = (None,) * 3
 ROOT = Path(__file__).resolve().parents[1]
 TAB, BACKSPACE, ESCAPE = "\ue004", "\ue003", "\ue00c"  # keys, as WebDriver writes them
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -45,7 +46,7 @@ def toy(tmp_path_factory):
             write_video(folder / f"{k}_{i}.mp4", clips[i])
         for i, j in itertools.combinations(range(9), 2):
             names = f"{k}_{i}.mp4", f"{k}_{j}.mp4"
-            rows.append(Pair(*names, world.prompt_text(prompt), NOTHING, 2.0, 8.0, 2.0, 8.0))
+            rows.append(Pair(*names, world.prompt_text(prompt), NO_LABEL, 2.0, 8.0, 2.0, 8.0))
     write_pairs(rows, folder / "pairs.csv")
     return folder
 
@@ -66,10 +67,10 @@ def some(toy, tmp_path):
 class Page:
     """The page's own HTTP interface, as a script sees it; served by this process."""
 
-    def __init__(self, csv, out=None):
-        self.labelling = label.Labelling(csv, out or csv, 0)
-        self.server = Server("label.html", self.labelling.calls(), 0)
-        self.address = f"http://{self.server.hosts[0]}/{self.server.token}/"
+    def __init__(self, csv):
+        self.labelling = label.Labelling(csv, 0)
+        self.server = Server("label.html", self.labelling.calls())
+        self.address = self.server.address.removesuffix("label.html")
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     def __enter__(self):
@@ -80,23 +81,25 @@ class Page:
         self.server.server_close()
         self.labelling.journal.close()
 
-    def read(self, path, body=None):
-        data = json.dumps(body).encode() if body else None
-        request = urllib.request.Request(self.address + path, data)
+    def read(self, call, **body):
+        request = urllib.request.Request(self.address + call, json.dumps(body).encode())
         with OPENER.open(request, timeout=30) as response:
             return response.read()
 
-    def ask(self, path="question", **body):
-        return json.loads(self.read(path, body))
+    def ask(self, call="state", **body):
+        return json.loads(self.read(call, **body))
 
-    def answer(self, state, sides):
-        """Answers all three dimensions of a question -> the next one."""
-        for dimension, side in zip(DIMENSIONS, sides):
-            state_after = self.ask("answer", question=state["id"], dimension=dimension, side=side)
+    def answer(self, state, sides, dimensions=DIMENSIONS):
+        """Answers dimensions of a question -> the next state."""
+        labels = {"left": state["left"], "right": "AB".replace(state["left"], "")}
+        for dimension, side in zip(dimensions, sides):
+            facts = {"question": state["id"], "dimension": dimension, "seen": side, "seconds": 1}
+            state_after = self.ask("answer", label=labels.get(side, side), **facts)
         return state_after
 
     def clip(self, state, side):
-        return self.read(f"clip?question={state['id']}&side={side}")
+        clip = "A" if (side == "left") == (state["left"] == "A") else "B"
+        return self.read("clip", question=state["id"], clip=clip)
 
 
 def fault(call, *args, **kwargs):
@@ -107,8 +110,8 @@ def fault(call, *args, **kwargs):
 
 def table(lines):
     """{name: (VQ, MQ, TA)} of a report's lines."""
-    cells = (re.fullmatch(r"(.*?)((?: +-?[\d.]+| +-){3})", line) for line in lines[3:])
-    return {match[1]: [float(x) if x != "-" else None for x in match[2].split()] for match in cells}
+    cells = (re.fullmatch(r"(.*?)((?: +-?[\d.]+| +nan){3})", line) for line in lines[2:])
+    return {match[1]: [float(x) for x in match[2].split()] for match in cells}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -133,19 +136,21 @@ def oracle_sides(page, state, folder):
 
 def test_the_oracle_agrees_with_itself_and_guesses_do_not(toy, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where the report decodes the clips
-    with Page(toy / "pairs.csv", toy / "seer.csv") as page:
+    for name in ("seer.csv", "guesser.csv"):
+        shutil.copy(toy / "pairs.csv", toy / name)
+    with Page(toy / "seer.csv") as page:
         state = page.ask()
         assert (state["count"], state["open"]) == (80, 80)  # 72, and a tenth again
         while state.get("id"):
             state = page.answer(state, oracle_sides(page, state, tmp_path))
         seer = table(page.ask("report")["lines"])
     assert seer["oracle, equal"] == seer["oracle, kappa"] == [1, 1, 1]
-    assert seer["asked again, the same"] == [1, 1, 1]  # the sides were other ones
+    assert seer["asked again, equal"] == [1, 1, 1]  # the sides were other ones
     assert all(0.25 < left < 0.75 for left in seer["left, of left and right"])
     assert min(seer["toy annotators, equal"] + seer["VideoReward, equal"]) > 0.6
 
     rng = torch.Generator().manual_seed(1)
-    with Page(toy / "pairs.csv", toy / "guesser.csv") as page:
+    with Page(toy / "guesser.csv") as page:
         state = page.ask()
         while state.get("id"):
             guesses = torch.randint(3, (3,), generator=rng)
@@ -191,25 +196,25 @@ def test_several_people_become_one_and_a_reviewer_decides(some, tmp_path, monkey
 # Files
 
 
-def test_a_csv_that_changes_under_the_page(some, tmp_path):
+def test_a_csv_that_changes_under_the_page(some):
     csv = some(4)
     rows = read_pairs(csv, unlabelled=True)
-    with Page(csv, tmp_path / "ann.csv") as page:
+    with Page(csv) as page:
         second = page.answer(page.ask(), ["same", "same", "same"])
         write_pairs([rows[3], rows[2], rows[0]], csv)
-        gone = dict(question=second["id"], dimension="VQ", side="same")
-        assert fault(page.ask, "answer", **gone) == (404, "this pair is not in the CSV any more")
-        page.ask("answer", question=page.ask()["id"], dimension="VQ", side="invalid")
-        written = [row.label for row in read_pairs(tmp_path / "ann.csv", unlabelled=True)]
-        assert written == [(LABELS["invalid"], None, None), NOTHING, (0, 0, 0)]
+        gone = fault(page.answer, second, ["same"])
+        assert gone == (400, "this pair is not in the CSV any more")
+        page.answer(page.ask(), ["invalid"])
+        written = [row.label for row in read_pairs(csv, unlabelled=True)]
+        assert written == [(LABELS["invalid"], None, None), NO_LABEL, (0, 0, 0)]
         csv.write_text("nothing\n")
         status, line = fault(page.ask)
-        assert status == 409 and "line 1 must name the columns path_A" in line
+        assert status == 400 and "line 1 must name the columns path_A" in line
         write_pairs(rows, csv)
         assert page.ask()["id"] == second["id"]
 
 
-def test_empty_labels_are_filled_in_place_and_others_stay(some, tmp_path):
+def test_empty_labels_are_filled_and_others_stay(some, tmp_path):
     csv = some(3)
     rows = [replace(row, mos=(1.0, 2, 3, 4, 5, 0)) for row in read_pairs(csv, unlabelled=True)]
     rows[1] = replace(rows[1], label=(1, -1, 0))
@@ -224,40 +229,36 @@ def test_empty_labels_are_filled_in_place_and_others_stay(some, tmp_path):
     with open(csv.with_suffix(".jsonl"), "ab") as journal:
         journal.write(b'\n{"question": "')  # a crash in the middle of a line
     with Page(csv) as page:
-        assert page.ask("undo", question=None)["open"] == 1
-        page.ask("answer", question=page.ask()["id"], dimension="TA", side="same")
+        state = page.ask("undo")
+        assert state["open"] == 1 and set(state["answers"]) == {"VQ", "MQ"}
+        assert set(page.ask("undo")["answers"]) == {"VQ"}
+        page.answer(state, ["invalid", "same"], ["MQ", "TA"])
     same = (0, LABELS["invalid"], 0)
     assert read_pairs(csv) == [replace(rows[0], label=same), rows[1], replace(rows[2], label=same)]
     with Page(csv) as page:
         assert (page.ask()["open"], page.ask()["count"]) == (0, 3)
+        for _ in range(9):
+            page.ask("undo")
+        assert [row.label for row in read_pairs(csv, unlabelled=True)][::2] == [NO_LABEL] * 2
     csv.with_suffix(".jsonl").unlink()
+    write_pairs([rows[1]], csv)
     with pytest.raises(BadInput, match="no empty label; --out"):
         Page(csv)
-    shutil.copy(csv, tmp_path / "bob.csv")
-    with pytest.raises(BadInput, match="bob.csv: is there without its journal bob.jsonl"):
-        Page(csv, tmp_path / "bob.csv")
 
 
 def test_odd_names_and_a_path_outside(tmp_path):
     names = ["a b#1%41.mp4", "ü'&?=;.mp4", 'q"u,\no.MOV', "..mp4"]
     for name in names:
         (tmp_path / name).write_text(name)
-    rows = [Pair(*names[i : i + 2], "x", NOTHING, 2.0, 8.0, 2.0, 8.0) for i in (0, 2)]
+    rows = [Pair(*names[i : i + 2], "x", NO_LABEL, 2.0, 8.0, 2.0, 8.0) for i in (0, 2)]
     write_pairs(rows, tmp_path / "pairs.csv")
     with Page(tmp_path / "pairs.csv") as page:
         state, seen = page.ask(), set()
         while state.get("id"):
-            last = state["id"]
             seen |= {page.clip(state, side).decode() for side in ("left", "right")}
             assert not any(name in json.dumps(state) for name in names)
             state = page.answer(state, ["left", "left", "left"])
         assert seen == set(names)
-        state["id"] = last
-        request = urllib.request.Request(f"{page.address}clip?question={state['id']}&side=left")
-        request.add_header("Range", "bytes=2-4")
-        with OPENER.open(request) as part:
-            assert part.status == 206
-            assert part.read() == page.clip(state, "left")[2:5]
     (tmp_path / "in").mkdir()
     write_pairs([replace(rows[0], path_a="../a b#1%41.mp4")], tmp_path / "in" / "pairs.csv")
     with pytest.raises(BadInput, match="does not lie in the data folder"):
@@ -288,29 +289,29 @@ def test_hostile_requests_are_refused_and_the_server_lives(some, capfd):
         def post(content, name="answer"):
             return send(f"/{token}/{name}", "POST", body=content, Content_Length=len(content))
 
-        here = f"/{token}/question"
+        here = f"/{token}/label.html"
         assert send(here) == send(here, Origin=f"http://{host}") == 200
         assert send(here, host="evil.example") == send(here, host="127.0.0.1") == 403
         assert send(here, Origin="http://evil.example") == send(here, Origin="null") == 403
-        assert send("/") == 400 and send("/wrong/question") == send(f"/{token}x/question") == 403
-        for path in ("pairs.csv", "../pairs.csv", "%2e%2e/etc/passwd", "/etc/passwd", "label.py"):
+        for path in ("/", "/wrong/state", f"/{token}x/state"):
+            assert send(path) == 403
+        outside = ["pairs.csv", "../pairs.csv", "%2e%2e/etc/passwd", "/etc/passwd", "label.py", ""]
+        for path in outside:
             assert send(f"/{token}/{path}") == 404
-        assert send(f"/{token}/clip?question={question}&side=../x") == 400
-        assert send(f"/{token}/clip?question=../x&side=left") == 404
         assert send(here, "POST") == 404 and send(here, "DELETE") == 501
-        assert send(f"/{token}/answer", "POST", Content_Length=10**9) == 413
-        assert send(here, Content_Length=10**9) == 413
-        for length in ("-1", "1e3", 10**20, "\u00b2"):
-            assert send(f"/{token}/answer", "POST", Content_Length=length) == 411
-        assert send(f"/{token}/answer", "POST", Transfer_Encoding="chunked") == 411
-        for content in (b"{", b"[1]", b"[" * 4000, b"\xff", b"3"):
+        for length in (10**9, 10**20, "-1", "1e3", "\u00b2", "9" * 5000):
+            assert send(f"/{token}/answer", "POST", Content_Length=length) == 413
+        assert send(f"/{token}/answer", "POST", Transfer_Encoding="chunked") == 400
+        for content in (b"", b"{", b"[1]", b"[" * 4000, b"\xff", b"3", b"{}"):
             assert post(content) == 400
-        for dimension, side in itertools.product(("VQ", None, [], {}), (None, [], {}, 1e999, "up")):
-            content = dict(question=question, dimension=dimension, side=side)
-            assert post(json.dumps(content).encode()) == 400
-        for content in ({"question": []}, {"question": {}}, {}):
-            assert post(json.dumps(content).encode()) == 404
-            assert post(json.dumps(content).encode(), "undo") == 200
+        odd = (None, [], {}, 1e999, "up", "../x")
+        for name in ("question", "dimension", "label", "seen", "seconds"):
+            for value in odd[:3] + odd[4:]:
+                content = dict(question=question, dimension="VQ", label="A", seen="left", seconds=1)
+                assert post(json.dumps(content | {name: value}).encode()) == 400
+        for value in odd:
+            assert post(json.dumps({"question": value, "clip": value}).encode(), "clip") == 400
+            assert post(json.dumps({"question": value}).encode(), "undo") == 200
         rng = random.Random(0)
         for _ in range(150):
             talk(bytes(rng.choices(b"GET /:\r\n %\x00\xff[]HTP1.", k=rng.randrange(1, 300))))
@@ -351,12 +352,23 @@ def wait(browser, script, expected=True):
 def pressed(*sides):
     """A JavaScript expression: whether just these buttons are pressed, "VQ left" for example."""
     found = "[...document.querySelectorAll('[aria-pressed=true]')]"
-    found += ".map((button) => button.dataset.dimension + ' ' + button.dataset.side).join()"
+    found += ".map((button) => button.dataset.dimension + ' ' + SIDES[button.dataset.side]).join()"
     return f"{found} === {json.dumps(','.join(sides))}"
+
+
+CLIPS = """// the files of both clips, from left to right
+const left = (clip) => clip.getBoundingClientRect().left;
+const code = (bytes) => btoa(String.fromCharCode(...new Uint8Array(bytes)));
+const read = async (clip) => {
+  while (!clip.src) await new Promise(requestAnimationFrame);
+  return code(await (await fetch(clip.src)).arrayBuffer());
+};
+Promise.all(clips.toSorted((a, b) => left(a) - left(b)).map(read)).then(arguments[0]);"""
 
 
 def test_thirty_pairs_and_a_kill_in_the_middle(browser, some, tmp_path, request):
     csv = some(30)
+    browser.execute_cdp_cmd("Page.setBypassCSP", {"enabled": True})  # so that the test reads clips
     names = {path.read_bytes(): path.name for path in tmp_path.glob("*.mp4")}
     rng, expected, on_left = random.Random(0), {}, {}
 
@@ -366,13 +378,12 @@ def test_thirty_pairs_and_a_kill_in_the_middle(browser, some, tmp_path, request)
         request.addfinalizer(process.kill)
         address = next(m[0] for line in process.stdout if (m := re.search(r"http\S+", line)))
         browser.get(address)
-        wait(browser, "Boolean(question.id)")
+        wait(browser, "Boolean(state.id)")
         return process
 
     process = start()
     for number in range(33):
-        addresses = browser.execute_script("return clips.map((clip) => clip.src)")
-        left, right = (names[OPENER.open(address).read()] for address in addresses)
+        left, right = (names[base64.b64decode(clip)] for clip in browser.execute_async_script(CLIPS))
         sides = rng.choices(range(3), k=3)
         keys = [keys[side] for keys, side in zip(("qwe", "asd", "zxc"), sides)]
         if number == 14:
@@ -381,11 +392,11 @@ def test_thirty_pairs_and_a_kill_in_the_middle(browser, some, tmp_path, request)
             process.kill()  # -9
             process.wait()
             process = start()
-            assert browser.execute_script("return question.count - question.open") == 14
+            assert browser.execute_script("return state.count - state.open") == 14
             wait(browser, pressed(f"VQ {('left', 'same', 'right')[sides[0]]}"))
-        done = browser.execute_script("return question.open")
+        done = browser.execute_script("return state.open")
         press(browser, "".join(keys))
-        wait(browser, "question.open", done - 1)
+        wait(browser, "state.open", done - 1)
         pair = tuple(sorted((left, right)))
         label_of = (left, "same", right)
         if pair in on_left:
@@ -400,25 +411,26 @@ def test_thirty_pairs_and_a_kill_in_the_middle(browser, some, tmp_path, request)
 
 def test_two_tabs_do_not_overwrite_each_other(browser, some):
     with Page(some(3)) as page:
-        browser.get(page.address)
+        browser.get(page.server.address)
         first = browser.current_window_handle
-        wait(browser, "Boolean(question.id)")
+        wait(browser, "Boolean(state.id)")
         browser.switch_to.new_window("tab")
-        browser.get(page.address)
-        wait(browser, "Boolean(question.id)")
+        browser.get(page.server.address)
+        wait(browser, "Boolean(state.id)")
         press(browser, "q")
         wait(browser, pressed("VQ left"))
         browser.close()
         browser.switch_to.window(first)
         press(browser, "ea")
         wait(browser, pressed("VQ left", "MQ left"))
-        assert page.ask()["answers"] == {"VQ": "left", "MQ": "left"}
+        state = page.ask()
+        assert state["answers"] == {"VQ": state["left"], "MQ": state["left"]}
 
 
 def test_clips_in_step_keys_and_contrast(browser, some, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with Page(some(1)) as page:
-        browser.get(page.address)
+        browser.get(page.server.address)
         wait(browser, "clips.every((clip) => clip.currentTime > 0.3)")
         for _ in range(20):
             a, b = browser.execute_script("return clips.map((clip) => clip.currentTime)")
@@ -432,7 +444,8 @@ def test_clips_in_step_keys_and_contrast(browser, some, tmp_path, monkeypatch):
         press(browser, TAB)
         press(browser, "q")
         wait(browser, pressed("VQ left"))
-        assert page.ask()["answers"] == {"VQ": "right"}  # the clip that was on the right
+        state = page.ask()
+        assert state["answers"]["VQ"] != state["left"]  # the clip that was on the right
         press(browser, TAB)
         wait(browser, pressed("VQ right"))
         press(browser, BACKSPACE)
@@ -448,7 +461,7 @@ def test_clips_in_step_keys_and_contrast(browser, some, tmp_path, monkeypatch):
         press(browser, "c" + ESCAPE)  # the dialog is open: c is no answer
         wait(browser, "document.querySelector('dialog').open", False)
         press(browser, "x")
-        wait(browser, "question.open", 1)
+        wait(browser, "state.open", 1)
         press(browser, "wsx")
         wait(browser, "$('report').textContent.includes('VideoReward')")
         size = {"width": 400, "height": 800, "deviceScaleFactor": 1, "mobile": True}
