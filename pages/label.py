@@ -20,8 +20,17 @@ from pathlib import Path
 from threading import Lock
 
 from data import DIMENSIONS
-from pages.agreement import AGAIN, NO_LABEL, add_record, identity, label_of, merge
-from pages.agreement import read_journal, report, seconds_a_pair
+from pages.agreement import (
+    AGAIN,
+    NO_LABEL,
+    add_record,
+    identity,
+    label_of,
+    merge,
+    read_journal,
+    report,
+    seconds_a_pair,
+)
 from pages.server import Server
 from real_data.pairs_csv import read_pairs, write_pairs
 from runtime.cli import BadInput, Parser, run, seed
@@ -109,13 +118,13 @@ class Labelling:
     def answer(self, data):
         """Saves an answer; `seen` is the side where it was seen, `seconds` for how long."""
         self.pair(data)
-        name, dimension = data["question"], data.get("dimension")
-        if dimension in self.records.get(name, {}):
-            raise ValueError("answered already, perhaps in another tab; Backspace takes it back")
-        valid = dimension in DIMENSIONS and data.get("label") in ("A", "B", "same", "invalid")
+        valid = data.get("dimension") in DIMENSIONS
+        valid = valid and data.get("label") in ("A", "B", "same", "invalid")
         valid = valid and data.get("seen") in ("left", "right", "same", "invalid")
         if not valid or not isinstance(data.get("seconds"), float | int):
             raise ValueError("an answer has a dimension, a label, the side seen, and seconds")
+        if data["dimension"] in self.records.get(data["question"], {}):
+            raise ValueError("answered already, perhaps in another tab; Backspace takes it back")
         return self.save(data)
 
     def undo(self, data):

@@ -12,7 +12,6 @@ import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-
 MOST_BYTES = 4096  # of a request's body
 SUFFIXES = (".html", ".css", ".js")
 FILES = {path.name: path for path in Path(__file__).parent.iterdir() if path.suffix in SUFFIXES}

@@ -383,7 +383,9 @@ def test_thirty_pairs_and_a_kill_in_the_middle(browser, some, tmp_path, request)
 
     process = start()
     for number in range(33):
-        left, right = (names[base64.b64decode(clip)] for clip in browser.execute_async_script(CLIPS))
+        left, right = (
+            names[base64.b64decode(clip)] for clip in browser.execute_async_script(CLIPS)
+        )
         sides = rng.choices(range(3), k=3)
         keys = [keys[side] for keys, side in zip(("qwe", "asd", "zxc"), sides)]
         if number == 14:
