@@ -11,7 +11,6 @@ import torch
 import world
 from data import DIMENSIONS, INVALID, Vocabulary
 from flow import interpolate
-from model import load_velocity
 from real_data.video import write_gif, write_sheet
 from reward import accuracies_without_ties, accuracy_with_ties, accuracy_without_ties, load_reward
 from runtime.checkpoint import check_same_data
@@ -20,6 +19,7 @@ from sample import CFG, sample_many
 
 NOISE_SEED = 4321  # of the studies' samples
 LEAST_CLIPS, FEW_CLIPS = 8, 100  # for the mean and spread of a reward's scores
+EVERY_SPLIT = ("train", "validation", "hard")
 PROBE_TIME = 0.8  # of denoised_right: where shapes were lost
 
 
@@ -82,23 +82,23 @@ def learned_scores(reward, words, videos, prompts, device="cpu"):
     )
 
 
-def score_table(names, scores, learned=None):
-    """Lines of a table: each model's mean true scores (the first is the base), then the win rates of the others over it
-    by the oracle and by VideoReward. names: list of str; scores, learned: lists of (N, 3). Without scores, where no
-    oracle knows the clips, VideoReward's z-scores stand in their place."""
-    head = "".join(f"{dimension:>7}" for dimension in DIMENSIONS)
-    lines, kind = [f"{'':24}{head}"], "true score" if scores else "z-score"
-    for name, score in zip(names, scores or learned):
-        lines.append(
-            f"{f'{name}, {kind}':24}" + "".join(f"{value:7.2f}" for value in score.mean(0).tolist())
-        )
-    for judge, table in (("oracle", scores), ("VideoReward", learned)):
-        for name, score in zip(names[1:], table[1:] if table else []):
-            wins = win_rate(score, table[0]).tolist()
-            lines.append(
-                f"{name + ' wins, ' + judge:24}" + "".join(f"{value:7.2f}" for value in wins)
-            )
-    return lines
+def score_table(true, learned):
+    """Lines of a table: mean scores of each model, then win rates over the first one by the oracle
+    and by VideoReward. true, learned: {model: scores (N, 3)} or None."""
+    lines = [" " * 24 + "".join(f"{dimension:>7}" for dimension in DIMENSIONS)]
+    kind, scores = ("true score", true) if true else ("z-score", learned)
+    for name, score in scores.items():
+        lines.append(table_line(f"{name}, {kind}", score.mean(0)))
+    for judge, scores in (("oracle", true), ("VideoReward", learned)):
+        if scores:
+            (_, base), *others = scores.items()
+            for name, score in others:
+                lines.append(table_line(f"{name} wins, {judge}", win_rate(score, base)))
+    return [*lines, "(0.50 = no change)"]
+
+
+def table_line(name, values):
+    return f"{name:24}" + "".join(f"{value:7.2f}" for value in values.tolist())
 
 
 # ---------------------------------------------------------------------------------------------
@@ -139,127 +139,73 @@ def load_judge(path, config, words):
     return reward.requires_grad_(False)
 
 
-def reference_for(args, base, words, device):
-    """The frozen model that --reference names for Flow-DPO: the base model or a checkpoint's."""
-    if args.reference in ("first", "round"):
-        return base
-    model, own_words = load_velocity(args.reference, args.attention)
-    check_same_data("--reference", model.config, own_words, "--init", base.config, words)
-    return model.to(device).requires_grad_(False)
-
-
 # ---------------------------------------------------------------------------------------------
-# The tables that close a training: (model, out) -> lines; pictures go to `out`
-
-
-@torch.no_grad()
-def denoised_right(model, words, prompts, now, seed, device):
-    """Share (3,) of clean clips of `prompts` (N, 3) whose colour, shape and direction x0_hat shows, from one step at
-    t = now with their own prompt: takes a second, and falls before samples do."""
-    rng = torch.Generator().manual_seed(seed)
-    clips = world.draw_clips(
-        prompts, torch.zeros_like(prompts[:, 0]), rng, model.config.frames, clean=True
-    )
-    x0 = world.render(clips, model.config.size).to(device)
-    t, x1 = (
-        torch.full((len(x0),), now, device=device),
-        torch.randn(x0.shape, generator=rng).to(device),
-    )
-    x_t, y = (
-        interpolate(x0, x1, t),
-        Vocabulary(words).encode_attributes(prompts, model.config.max_text).to(device),
-    )
-    x0_hat = x_t - now * model(x_t, t, y)
-    return (world.attributes_right(x0_hat.cpu(), prompts) > 0.5).float().mean(0)
-
-
-def pretrain_table(model, out, words, args, device):
-    """True scores, and the share of clips with the right colour, shape and direction, at CFG 1 and with guidance."""
-    if args.data:
-        return [
-            "no closing table: the oracle knows the toy world alone; sample.py --ckpt shows clips"
-        ]
-    prompts = prompt_set(args.eval_prompts, "train", "validation", "hard")
-    lines = []
-    for cfg in (1.0, CFG):
-        bar = progress_bar(f"sampling at CFG {cfg:g}", "batch")
-        videos = sample_prompts(
-            model, words, prompts, args.eval_seed, device, progress=bar, cfg=cfg
-        )
-        score = world.oracle(videos, prompts).mean(0).tolist()
-        right = (world.attributes_right(videos, prompts) > 0.5).float().mean(0).tolist()
-        lines.append(
-            f"CFG {cfg:g}: true score "
-            + " ".join(f"{n} {v:.2f}" for n, v in zip(DIMENSIONS, score))
-        )
-        lines[-1] += "; right " + " ".join(f"{n} {v:.2f}" for n, v in zip(world.MARGIN, right))
-    right = denoised_right(model, words, prompts, PROBE_TIME, args.eval_seed, device).tolist()
-    shown = " ".join(f"{n} {v:.2f}" for n, v in zip(world.MARGIN, right))
-    lines.append(f"x0_hat of clean clips at t {PROBE_TIME:g}: right {shown}")
-    write_gif(out / "samples.gif", list(videos[:32].split(8)))
-    write_sheet(out / "samples.png", videos[:16])
-    return [*lines, f"wrote {out / 'samples.gif'} and .png (CFG {CFG:g})"]
+# The unit of a reward's scores
 
 
 def distinct_clips(parts):
-    """How many distinct clips are in a list of Pairs."""
-    return len(torch.cat([pairs.clip_id.flatten() for pairs in parts]).unique())
+    """How many distinct clips are in {name: Pairs}."""
+    return len(torch.cat([pairs.clip_id.flatten() for pairs in parts.values()]).unique())
 
 
-def with_enough_clips(held, pairs):
-    """`held`, {name: Pairs}, whose clips give a reward its unit; where they are few, also the first
-    of `pairs`, those to train on."""
-    if pairs is None or distinct_clips(held.values()) >= FEW_CLIPS:
+def calibration_pairs(held, train_pairs=None):
+    """{name: Pairs} that give a reward's scores their unit: those held out and, where these hold
+    few clips, also the first training pairs."""
+    if train_pairs is None or distinct_clips(held) >= FEW_CLIPS:
         return held
-    first = replace(pairs, y=pairs.y[:FEW_CLIPS], clip_id=pairs.clip_id[:FEW_CLIPS])
-    return held | {"training pairs": first}
+    y, clip_id = train_pairs.y[:FEW_CLIPS], train_pairs.clip_id[:FEW_CLIPS]
+    return held | {"training pairs": replace(train_pairs, y=y, clip_id=clip_id)}
 
 
-def unit_line(parts, std):
-    """On how many distinct clips of `parts`, {name: Pairs}, the z-scores of a reward stand, as text.
-    With fewer than LEAST_CLIPS, its buffer `std` becomes 0: no command loads such a checkpoint."""
-    count = distinct_clips(parts.values())
+def set_unit(model, scores, parts):
+    """Makes the mean and standard deviation of scores (N, 2, 3) a reward's zero and unit, and says
+    in a line on how many distinct clips of `parts`, {name: Pairs}, they stand.
+
+    With fewer than LEAST_CLIPS the unit becomes 0, and no command loads such a checkpoint."""
+    if hasattr(model, "mean"):
+        model.mean.copy_(scores.mean((0, 1)))
+    model.std.copy_(scores.std((0, 1)).clamp(min=1e-6))
+    count = distinct_clips(parts)
     line = f"z-scores stand on {count} distinct clips"
     if count < LEAST_CLIPS:
-        std.zero_()
+        model.std.zero_()
         need = f"at least {LEAST_CLIPS} are needed, from --val or more pairs in --data"
         return f"{line}; {need}: no command will use this reward"
     if count < FEW_CLIPS:
-        return f"warning: {line}, fewer than {FEW_CLIPS}: a rough unit for the weights of --align and --nrg"
+        return f"warning: {line}, fewer than {FEW_CLIPS}: weights of --align and --nrg are rough"
     return line
 
 
-def reward_table(model, out, held, device, train_pairs=None):
-    """VideoReward's accuracies on pairs `held`, {name: Pairs}, whose scores also give its z-score constants, with those
-    of `train_pairs` where `held` has few clips."""
-    parts = with_enough_clips(held, train_pairs)
-    scores = {
-        name: pair_scores(model, pairs, device) for name, pairs in parts.items()
-    }  # (N, 2, 3) each
-    together = torch.cat(list(scores.values()))
-    model.mean.copy_(together.mean((0, 1)))
-    model.std.copy_(together.std((0, 1)).clamp(min=1e-6))
-    lines = [unit_line(parts, model.std)]
+def calibrate_reward(model, held, device, train_pairs=None):
+    """Sets the unit of a VideoReward; lines with it and with the accuracies on `held`, {name: Pairs}."""
+    parts = calibration_pairs(held, train_pairs)
+    scores = {name: pair_scores(model, pairs, device) for name, pairs in parts.items()}
+    lines = [set_unit(model, torch.cat(list(scores.values())), parts)]
     for name, pairs in held.items():
         lines.append(f"{len(pairs)} {name} (accuracy without ties, with ties; share of ties):")
-        for i, dimension in enumerate(DIMENSIONS):
-            delta, label = scores[name][:, 0, i] - scores[name][:, 1, i], pairs.label[:, i]
-            with_ties, _ = accuracy_with_ties(delta, label)
-            ties = (label == 0).sum().item() / max(1, (label != INVALID).sum().item())
-            lines.append(
-                f"  {dimension}  {accuracy_without_ties(delta, label):.3f}  {with_ties:.3f}  {ties:.3f}"
-            )
+        for dimension, accuracies in pair_accuracies(scores[name], pairs.label).items():
+            lines.append(f"  {dimension}  " + "  ".join(f"{value:.3f}" for value in accuracies))
     return lines
 
 
-def nrg_table(model, out, held, seed, device, train_pairs=None):
-    """The noise-aware reward's accuracies on pairs `held`, {name: Pairs}, by noise; their spread becomes its unit, with
-    that of `train_pairs` where `held` has few clips."""
-    parts = with_enough_clips(held, train_pairs)
+def pair_accuracies(scores, label):
+    """{dimension: (accuracy without ties, with ties, share of ties)} of scores (N, 2, 3)."""
+    accuracies = {}
+    for i, dimension in enumerate(DIMENSIONS):
+        delta, own_label = scores[:, 0, i] - scores[:, 1, i], label[:, i]
+        with_ties, _ = accuracy_with_ties(delta, own_label)
+        num_valid = (own_label != INVALID).sum().item()
+        ties = (own_label == 0).sum().item() / max(1, num_valid)
+        accuracies[dimension] = accuracy_without_ties(delta, own_label), with_ties, ties
+    return accuracies
+
+
+def calibrate_noisy_reward(model, held, seed, device, train_pairs=None):
+    """The same for a noise-aware reward: its unit is the spread over clips and times."""
+    parts = calibration_pairs(held, train_pairs)
     scores = {name: noisy_scores(model, pairs, device, seed) for name, pairs in parts.items()}
     together = [at_t for by_time in scores.values() for at_t in by_time.values()]
-    model.std.copy_(torch.cat(together).std((0, 1)).clamp(min=1e-6))
-    lines = [unit_line(parts, model.std)]
+    lines = [set_unit(model, torch.cat(together), parts)]
     for name, pairs in held.items():
         lines.append(f"{len(pairs)} {name}, accuracy without ties at each t:")
         for t, at_t in scores[name].items():
@@ -268,59 +214,98 @@ def nrg_table(model, out, held, seed, device, train_pairs=None):
     return lines
 
 
-def alignment_table(policy, out, base, reward, words, pairs, args, device):
-    """Base and policy on the same prompts and noise, by the oracle and by VideoReward if there is one; by VideoReward
-    alone on the prompts of --data."""
-    if args.data and reward is None:
-        return [
-            "no closing table: labels ranked the pairs, and the shipped VideoReward does not know this data; "
-            "--reward names one that does"
-        ]
-    if args.data:
-        return learned_table((base, policy), reward, pairs, args, device)
-    prompts = prompt_set(args.eval_prompts, "train", "validation", "hard")
-    lines = []
-    for cfg in (1.0, CFG):  # the pictures are made with guidance, as people sample
-        bar = progress_bar(f"sampling at CFG {cfg:g}", "batch")
-        videos = [
-            sample_prompts(m, words, prompts, args.eval_seed, device, progress=bar, cfg=cfg)
-            for m in (base, policy)
-        ]
-        scores = [world.oracle(video, prompts) for video in videos]
-        learned = (
-            [learned_scores(reward, words, video, prompts, device) for video in videos]
-            if reward
-            else None
-        )
-        table = score_table(("base", args.algo), scores, learned)
-        lines += [f"{args.eval_prompts} prompts, the same noise for both, CFG {cfg:g}", *table, ""]
-    shown = (
-        torch.arange(8) * (args.eval_prompts // 8 + 1) % args.eval_prompts
-    )  # eight spread over the set
-    name = f"base_above_{args.algo}"
-    write_gif(out / f"{name}.gif", [video[shown] for video in videos])
-    write_sheet(
-        out / f"{name}.png", torch.stack([video[shown] for video in videos], 1).flatten(0, 1)
-    )
-    texts = "; ".join(world.prompt_text(prompt) for prompt in prompts[shown])
-    return [*lines, f"wrote {out / name}.gif and .png (CFG {CFG:g}): {texts}"]
+# ---------------------------------------------------------------------------------------------
+# What a video model can do, at the end of its training
 
 
 @torch.no_grad()
-def learned_table(models, reward, pairs, args, device):
-    """The closing table where there is no oracle: VideoReward on samples of base and policy for prompts of the data."""
-    y = pairs.y.unique(dim=0)[: args.eval_prompts]
-    rng, shape = torch.Generator().manual_seed(args.eval_seed), models[0].config.video_shape
-    x1, lines = torch.randn(len(y), *shape, generator=rng), []
+def denoised_right(model, words, prompts, now, seed, device):
+    """Share (3,) of clean clips of `prompts` (N, 3) whose colour, shape and direction x0_hat shows,
+    from one step at t = now with their own prompt: takes a second, and falls before samples do."""
+    rng = torch.Generator().manual_seed(seed)
+    generator = torch.zeros_like(prompts[:, 0])
+    clips = world.draw_clips(prompts, generator, rng, model.config.frames, clean=True)
+    x0 = world.render(clips, model.config.size).to(device)
+    t, x1 = (
+        torch.full((len(x0),), now, device=device),
+        torch.randn(x0.shape, generator=rng).to(device),
+    )
+    x_t = interpolate(x0, x1, t)
+    y = Vocabulary(words).encode_attributes(prompts, model.config.max_text).to(device)
+    x0_hat = x_t - now * model(x_t, t, y)
+    return attributes_share(x0_hat.cpu(), prompts)
+
+
+def attributes_share(videos, prompts):
+    """Share (3,) of clips that show the colour, shape and direction of their prompts (N, 3)."""
+    return (world.attributes_right(videos, prompts) > 0.5).float().mean(0)
+
+
+def named(names, values):
+    return " ".join(f"{name} {value:.2f}" for name, value in zip(names, values.tolist()))
+
+
+def pretrain_table(model, out, words, settings, device):
+    """Lines: true scores and the share of clips with the right colour, shape and direction, with and
+    without guidance. Pictures of clips go to the folder `out`."""
+    if settings.data:
+        return ["no closing table: the oracle knows the toy world alone; see sample.py --ckpt"]
+    prompts, seed = prompt_set(settings.eval_prompts, *EVERY_SPLIT), settings.eval_seed
+    lines = []
     for cfg in (1.0, CFG):
-        bar, learned = progress_bar(f"sampling at CFG {cfg:g}", "batch"), []
-        for model in models:
-            videos = sample_many(model, x1.to(device), y.to(device), bar, cfg=cfg)
-            learned.append(z_scores(reward, videos, y, device))
-        table = score_table(("base", args.algo), None, learned)
-        lines += [
-            f"{len(y)} prompts of {args.data}, the same noise for both, CFG {cfg:g}",
-            *table,
-            "",
+        bar = progress_bar(f"sampling at CFG {cfg:g}", "batch")
+        videos = sample_prompts(model, words, prompts, seed, device, progress=bar, cfg=cfg)
+        score = named(DIMENSIONS, world.oracle(videos, prompts).mean(0))
+        right = named(world.MARGIN, attributes_share(videos, prompts))
+        lines.append(f"CFG {cfg:g}: true score {score}; right {right}")
+    right = denoised_right(model, words, prompts, PROBE_TIME, seed, device)
+    lines.append(f"x0_hat of clean clips at t {PROBE_TIME:g}: right {named(world.MARGIN, right)}")
+    write_gif(out / "samples.gif", list(videos[:32].split(8)))
+    write_sheet(out / "samples.png", videos[:16])
+    return [*lines, f"wrote {out / 'samples.gif'} and .png (CFG {CFG:g})"]
+
+
+def alignment_table(policy, out, base, reward, words, pairs, settings, device):
+    """Lines: base and policy on the same prompts and noise, judged by the oracle and by VideoReward,
+    or by VideoReward alone on prompts of --data. Pictures of clips go to the folder `out`."""
+    if settings.data and reward is None:
+        return [
+            "no closing table: labels ranked the pairs, and the shipped VideoReward does not know "
+            "this data; --reward names one that does"
         ]
-    return lines[:-1]
+    models = {"base": base, settings.algo: policy}
+    if settings.data:
+        y = pairs.y.unique(dim=0)[: settings.eval_prompts]
+        what = f"{len(y)} prompts of {settings.data}"
+    else:
+        prompts = prompt_set(settings.eval_prompts, *EVERY_SPLIT)
+        y = Vocabulary(words).encode_attributes(prompts, base.config.max_text)
+        what = f"{len(y)} prompts"
+    rng = torch.Generator().manual_seed(settings.eval_seed)
+    x1 = torch.randn(len(y), *base.config.video_shape, generator=rng)
+    lines = []
+    for cfg in (1.0, CFG):  # the pictures are of clips with guidance, as people sample
+        bar = progress_bar(f"sampling at CFG {cfg:g}", "batch")
+        videos = {
+            name: sample_many(model, x1.to(device), y.to(device), bar, cfg=cfg).cpu()
+            for name, model in models.items()
+        }
+        true = learned = None
+        if not settings.data:
+            true = {name: world.oracle(video, prompts) for name, video in videos.items()}
+        if reward:
+            learned = {name: z_scores(reward, video, y, device) for name, video in videos.items()}
+        lines += [f"{what}, the same noise for both, CFG {cfg:g}", *score_table(true, learned), ""]
+    if settings.data:
+        return lines[:-1]
+    return [*lines, write_comparison(out / f"base_above_{settings.algo}", videos, prompts)]
+
+
+def write_comparison(path, videos, prompts):
+    """Writes eight clips of each model, {name: videos}, spread over the prompts, as GIF and PNG."""
+    chosen = torch.arange(8) * (len(prompts) // 8 + 1) % len(prompts)
+    rows = [video[chosen] for video in videos.values()]
+    write_gif(path.with_suffix(".gif"), rows)
+    write_sheet(path.with_suffix(".png"), torch.stack(rows, 1).flatten(0, 1))
+    texts = "; ".join(world.prompt_text(prompt) for prompt in prompts[chosen])
+    return f"wrote {path}.gif and .png (CFG {CFG:g}): {texts}"

@@ -16,34 +16,37 @@ from online.rounds import online_task
 from runtime import distributed, resume
 from runtime.cli import run
 from runtime.distributed import rank, world_size
+from settings import settings_of
 from studies import cost
-from tasks import TASKS, arguments
+from tasks import TASKS
 from trainer import fit
 
 
 def main():
-    args = arguments()
-    if args.plan:
-        print("\n".join(cost.plan(args)))
+    settings = settings_of()
+    if settings.plan:
+        print("\n".join(cost.plan(settings)))
         return
-    device, begun = distributed.start_process(args.device), time.perf_counter()
-    distributed.check_flags(args)
-    args.precision = "bfloat16" if distributed.in_bf16(args, device) else "float32"
-    state = resume.opened_run(args)
-    new_task = online_task if args.rounds else TASKS[args.algo]
-    task = new_task(args, device)
+    device, begun = distributed.start_process(settings.device), time.perf_counter()
+    distributed.check_flags(settings)
+    settings.precision = "bfloat16" if distributed.in_bf16(settings, device) else "float32"
+    state = resume.opened_run(settings)
+    if getattr(settings, "rounds", None):
+        task = online_task(settings, device)
+    else:
+        task = TASKS[settings.algo](settings, device)
     if rank() == 0:
         num_params = sum(p.numel() for p in task.model.parameters())
         num_trained = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
         where = f"{device}" if world_size() == 1 else f"{world_size()} processes on {device.type}"
         print(
-            f"{args.algo}: {num_params / 1e6:.2f} M parameters, {num_trained / 1e6:.2f} M trained, ",
+            f"{settings.algo}: {num_params / 1e6:.2f} M parameters, {num_trained / 1e6:.2f} M trained, ",
             end="",
         )
         print(
-            f"{args.precision} on {where}, {args.steps} steps of {args.batch}, lr {args.lr:g}, seed {args.seed}"
+            f"{settings.precision} on {where}, {settings.steps} steps of {settings.batch}, lr {settings.lr:g}, seed {settings.seed}"
         )
-    lines = fit(task, args, device, state)
+    lines = fit(task, settings, device, state)
     if rank() == 0:
         print("\n".join(["", *lines]) + f" in {(time.perf_counter() - begun) / 60:.1f} minutes")
     distributed.stop_process()

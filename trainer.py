@@ -33,11 +33,12 @@ class Task:
     progress_keys: tuple  # names of the logs in the progress bar
     evaluate: Callable  # (model, out) -> lines to print; may write pictures and set buffers
     state_dict: Callable = torch.nn.Module.state_dict  # model -> tensors to save
+    round_length: int = 0  # steps; a checkpoint ends each round
     extra_bytes: int = 0  # that it writes to --out beside the checkpoints
 
 
-def fit(task, args, device, state=None):
-    """Trains task.model to args.steps, from `state` on if there is one -> lines that say how the
+def fit(task, settings, device, state=None):
+    """Trains task.model to settings.steps, from `state` on if there is one -> lines that say how the
     training ended.
 
     SIGINT and SIGTERM save and exit with status 130. A loss or gradient that is not finite stops
@@ -46,82 +47,92 @@ def fit(task, args, device, state=None):
     model = task.model
     is_main = rank() == 0
     unsharded = None  # the shards are gathered in it at the end
-    if args.fsdp and is_main:
+    if settings.fsdp and is_main:
         unsharded = copy.deepcopy(model).cpu()
-    loss_of = distributed.wrap_model(task, device, args)
+    loss_of = distributed.wrap_model(task, device, settings)
     trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
     optimizer = torch.optim.AdamW(
-        trained.values(), args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=device.type != "mps"
+        trained.values(),
+        settings.lr,
+        betas=(0.9, 0.99),
+        weight_decay=0.0,
+        fused=device.type != "mps",
     )
     ema = {}
-    if args.ema:
+    if settings.ema:
         ema = {name: value.detach().clone() for name, value in trained.items()}
     start = 0
     if state:
         start = resume.restore(state, trained, ema, optimizer)
-    rows = distributed.local_rows(args.batch)
+    rows = distributed.local_rows(settings.batch)
 
     with (
-        resume.Log(args, start, model, trained, task.extra_bytes) as log,
+        resume.Log(settings, start, model, trained, task.extra_bytes) as log,
         resume.stop_requests() as stop,
         tqdm(
-            total=args.steps, initial=start, desc=args.algo, dynamic_ncols=True, disable=not is_main
+            total=settings.steps,
+            initial=start,
+            desc=settings.algo,
+            dynamic_ncols=True,
+            disable=not is_main,
         ) as bar,
     ):
-        for step in range(start, args.steps):
+        for step in range(start, settings.steps):
             # this process's rows of the batch
             batch = {name: value.to(device) for name, value in task.batch(step, rows).items()}
 
             # forward and backward, one micro-batch after the other
             micro_losses = []
-            for i in range(args.accum):
-                micro_batch = {name: value.chunk(args.accum)[i] for name, value in batch.items()}
-                with accumulating(loss_of, last=i == args.accum - 1):
+            for i in range(settings.accum):
+                micro_batch = {
+                    name: value.chunk(settings.accum)[i] for name, value in batch.items()
+                }
+                with accumulating(loss_of, last=i == settings.accum - 1):
                     loss, logs = loss_of(micro_batch)
-                    (loss / args.accum).backward()
+                    (loss / settings.accum).backward()
                 micro_losses.append((loss.item(), logs))
             grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)).item()
 
             # what all processes saw, before any of it is used
             loss, logs, stopping = reduce_logs(micro_losses, bool(stop))
             if not math.isfinite(loss) or not math.isfinite(grad_norm):
-                batch_seed = step_rng(args.seed, step).initial_seed()
+                batch_seed = step_rng(settings.seed, step).initial_seed()
                 raise BadInput(
-                    f"loss is {loss}, grad_norm {grad_norm} at step {step} (--seed {args.seed}, "
-                    f"the batch's {batch_seed}); {resume.last_state(args.out)}"
+                    f"loss is {loss}, grad_norm {grad_norm} at step {step} (--seed {settings.seed}, "
+                    f"the batch's {batch_seed}); {resume.last_state(settings.out)}"
                 )
 
             # update
             for group in optimizer.param_groups:
-                group["lr"] = args.lr * lr_factor(step, args.steps, args.decay)
+                group["lr"] = settings.lr * lr_factor(step, settings.steps, settings.decay)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if ema:
-                decay = min(args.ema, (step + 1) / (step + 10))  # a short memory at the start
+                decay = min(settings.ema, (step + 1) / (step + 10))  # a short memory at the start
                 distributed.update_ema(ema, trained, decay)
 
             # log and save
             done = step + 1
-            ends_round = args.rounds and done % (args.steps // args.rounds) == 0
-            is_due = done % args.save_every == 0 or done == args.steps
+            ends_round = task.round_length and done % task.round_length == 0
+            is_due = done % settings.save_every == 0 or done == settings.steps
             saving = stopping or ends_round or is_due
             log.write({"step": step, **logs, "grad_norm": grad_norm}, sync=saving)
             figures = {name: f"{logs[name]:.3f}" for name in task.progress_keys if name in logs}
             bar.set_postfix(figures, refresh=False)
             bar.update()
             if saving:
-                resume.save_run(args, task, done, trained, ema, optimizer)
+                resume.save_run(settings, task, done, trained, ema, optimizer)
             if stopping:
                 bar.close()
                 if is_main:
-                    newest = resume.last_checkpoint(args.out)
+                    newest = resume.last_checkpoint(settings.out)
                     print(f"stopped after step {done}; --resume continues from {newest}")
                 sys.exit(130)
 
-    final = resume.final_model(args, model, ema, unsharded)
+    final = resume.final_model(settings, model, ema, unsharded)
     if not is_main:
         return []
-    if args.fsdp:
-        resume.save_weights(args.out / "last.pt", args, task, final, evaluated=False)
-    lines = task.evaluate(final.to(device).eval(), args.out)
-    return resume.save_final(args, task, final, trained, ema, optimizer, lines)
+    if settings.fsdp:
+        resume.save_weights(settings.out / "last.pt", settings, task, final, evaluated=False)
+    lines = task.evaluate(final.to(device).eval(), settings.out)
+    return resume.save_final(settings, task, final, trained, ema, optimizer, lines)

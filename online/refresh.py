@@ -39,32 +39,39 @@ class Refresh:
     newest pairs of the policies' clips, {"y" (N, S), "clips" (N, 2, C, T, H, W) as uint8,
     "label" (N, 3)}, or is None."""
 
-    def __init__(self, args, judge, vocabulary, device):
-        self.args, self.judge, self.vocabulary, self.device = args, judge, vocabulary, device
-        self.labelled, self.most_labelled = None, max(MOST, args.refresh_pairs)
-        self.export = args.out / "reward.pt"
+    def __init__(self, settings, judge, vocabulary, device):
+        self.settings, self.judge, self.vocabulary, self.device = (
+            settings,
+            judge,
+            vocabulary,
+            device,
+        )
+        self.labelled, self.most_labelled = None, max(MOST, settings.refresh_pairs)
+        self.export = settings.out / "reward.pt"
         config = judge.config
-        if args.reward.resolve() == self.export.resolve():
-            raise BadInput(f"--reward {args.reward}: --refresh writes there; give another --out")
-        if not args.data:
-            self.old = annotated_pairs(OLD, ["train"], args.seed + 2, config, vocabulary)
+        if settings.reward.resolve() == self.export.resolve():
+            raise BadInput(
+                f"--reward {settings.reward}: --refresh writes there; give another --out"
+            )
+        if not settings.data:
+            self.old = annotated_pairs(OLD, ["train"], settings.seed + 2, config, vocabulary)
             return
         if config.channels != 3:
             fault = "people cannot look at latents; use --data with videos, or leave --refresh out"
             raise BadInput(f"--refresh: {fault}")
-        for folder in args.out.glob("labels-*"):
+        for folder in settings.out.glob("labels-*"):
             self.read_clips(folder)  # or they belong to another run
-        self.old = disk_data(args, config, vocabulary.words, held_out=False)[2]
+        self.old = disk_data(settings, config, vocabulary.words, held_out=False)[2]
 
     def __call__(self, number, prompts, y, clips):
         """A round's prompts (P texts), their ids y (P, S) and clips (P, n, C, T, H, W) as uint8."""
         if not self.due(number):
             return
-        rng = step_rng(self.args.seed, LABEL_SEED - 1000 * number)
-        prompt, a, b = draw_pairs(*clips.shape[:2], self.args.refresh_pairs, rng).T
+        rng = step_rng(self.settings.seed, LABEL_SEED - 1000 * number)
+        prompt, a, b = draw_pairs(*clips.shape[:2], self.settings.refresh_pairs, rng).T
         pair_prompts = [prompts[i] for i in prompt.tolist()]
         new = {"y": y[prompt], "clips": torch.stack((clips[prompt, a], clips[prompt, b]), 1)}
-        if not self.args.data:
+        if not self.settings.data:
             new["label"] = self.annotate(number, pair_prompts, **new)
         elif self.folder(number).exists():
             index, label = read_labels(self.folder(number) / "pairs.csv", len(prompt))
@@ -81,18 +88,18 @@ class Refresh:
         self.train(number)
 
     def due(self, number):
-        return number > 0 and number % self.args.refresh == 0
+        return number > 0 and number % self.settings.refresh == 0
 
     def folder(self, number):
-        return self.args.out / f"labels-{number}"
+        return self.settings.out / f"labels-{number}"
 
     def sampled_clips(self, number):
         """The clips of a round whose pairs people have; None if it was not sampled yet."""
         folder = self.folder(number)
-        return self.read_clips(folder) if self.args.data and folder.exists() else None
+        return self.read_clips(folder) if self.settings.data and folder.exists() else None
 
     def read_clips(self, folder):
-        state = read_own(folder / "clips.pt", self.args)
+        state = read_own(folder / "clips.pt", self.settings)
         if state is None:
             fault = (
                 "belongs to another run, or to other settings; move it away or give another --out"
@@ -109,7 +116,7 @@ class Refresh:
         try:
             unfinished.mkdir(parents=True)
             rows = []
-            for i, pair in enumerate(until_stopped(bar(clips), self.args.out)):
+            for i, pair in enumerate(until_stopped(bar(clips), self.settings.out)):
                 names = video_names(i)
                 for name, clip in zip(names, to_video(pair)):
                     write_video(unfinished / name, clip)
@@ -117,7 +124,9 @@ class Refresh:
                     Pair(*names, prompts[i], (None,) * 3, *(FPS, float(clips.shape[3])) * 2)
                 )
             write_pairs(rows, unfinished / "pairs.csv")
-            save_checkpoint(unfinished / "clips.pt", {"settings": settled(self.args), **sampled})
+            save_checkpoint(
+                unfinished / "clips.pt", {"settings": settled(self.settings), **sampled}
+            )
             unfinished.rename(folder)
         except OSError as error:
             raise BadInput(f"cannot write {folder}: {error.strerror}") from None
@@ -126,16 +135,16 @@ class Refresh:
         """Labels (N, 3) of the toy's annotators."""
         pairs = Pairs(y, lambda index, side: to_video(clips[index, side]))
         attributes = world.prompt_attributes(prompts)
-        return annotate_pairs(pairs, attributes, self.args.seed + 10 * number).label
+        return annotate_pairs(pairs, attributes, self.settings.seed + 10 * number).label
 
     def train(self, number):
         """VideoReward's own loss on new and old pairs; its z-scores are those of the old ones again."""
-        args, judge, old, new = self.args, self.judge, self.old, self.labelled
+        settings, judge, old, new = self.settings, self.judge, self.old, self.labelled
         judge.requires_grad_(True).train()
         optimizer = torch.optim.AdamW(judge.parameters(), RATE, betas=(0.9, 0.99), weight_decay=0.0)
         bar = progress_bar(f"training VideoReward, round {number}", "step")
-        for step in until_stopped(bar(range(STEPS)), args.out):
-            rng = step_rng(args.seed, LABEL_SEED - 1000 * number - 1 - step)
+        for step in until_stopped(bar(range(STEPS)), settings.out):
+            rng = step_rng(settings.seed, LABEL_SEED - 1000 * number - 1 - step)
             index = torch.randint(len(new["y"]), (BATCH // 2,), generator=rng)
             old_index = torch.randint(len(old), (BATCH // 2,), generator=rng)
             label = torch.cat((new["label"][index], old.label[old_index]))
@@ -150,7 +159,7 @@ class Refresh:
                 "weight": mean_one(label != INVALID),
             }
             batch = {name: value.to(self.device) for name, value in batch.items()}
-            loss, _ = reward_step(judge, **batch, caption=args.caption)
+            loss, _ = reward_step(judge, **batch, caption=settings.caption)
             optimizer.param_groups[0]["lr"] = RATE * (1 - step / STEPS)
             optimizer.zero_grad()
             loss.backward()

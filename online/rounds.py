@@ -16,14 +16,13 @@ rounds from the checkpoint.
 
 import copy
 import math
-from functools import partial
 
 import torch
 
 import world
 from data import Vocabulary, draw_noise, drop_prompts, epoch_index, step_rng, take
 from flow_dpo import flow_dpo_step
-from judge import alignment_table, load_judge, reference_for, z_scores
+from judge import alignment_table, load_judge, z_scores
 from model import merged_state_dict, share_trunk
 from online.flow_nft import flow_nft_step, move_old, optimality
 from online.refresh import Refresh
@@ -35,70 +34,80 @@ from runtime.cli import BadInput, progress_bar
 from runtime.distributed import process_0_first
 from runtime.resume import last_state, read_own, resumes, settled, until_stopped
 from sample import sample_many
-from tasks import base_and_policy
+from tasks import base_and_policy, reference_for, total_reward
 from trainer import Task
 
 MOST_PROMPTS = 72  # in a round: as many as the toy has to train on
 ROUND_SEED = -500_000  # of a round's prompts and noise; no step has it
 
 
-def online_task(args, device):
+def online_task(settings, device):
     """Flow-DPO or DiffusionNFT in rounds. BadInput for flags that do not go together."""
-    if args.fsdp:
+    if settings.fsdp:
         raise BadInput(
-            f"--algo {args.algo} in rounds samples from the whole policy; leave --fsdp out"
+            f"--algo {settings.algo} in rounds samples from the whole policy; leave --fsdp out"
         )
-    base, policy, words = base_and_policy(args, device)
-    rounds = Rounds(args, base, policy, words, device)
-    round_length = args.steps // args.rounds
+    base, policy, words = base_and_policy(settings, device)
+    rounds = Rounds(settings, base, policy, words, device)
+    round_length = settings.steps // settings.rounds
 
     def draw(step, count):
         """The round of a step, `count` of its items, and their prompts, times and noise."""
-        state, rng = rounds.at(step // round_length), step_rng(args.seed, step)
+        state, rng = rounds.at(step // round_length), step_rng(settings.seed, step)
         items = state["items"]
-        items = items[epoch_index(len(items), count, step % round_length, args.seed)]
-        y = drop_prompts(state["y"][items[:, 0]], args.label_dropout, rng)
-        noise = draw_noise(count, base.config.video_shape, args.time_shift, rng)
+        items = items[epoch_index(len(items), count, step % round_length, settings.seed)]
+        y = drop_prompts(state["y"][items[:, 0]], settings.label_dropout, rng)
+        noise = draw_noise(count, base.config.video_shape, settings.time_shift, rng)
         return state, items, {"y": y, **noise}
 
     def dpo_batch(step, rows):
-        state, items, whole = draw(step, args.batch)
+        state, items, whole = draw(step, settings.batch)
         prompt, winner, loser = items[rows].T
         x0_w = to_video(state["clips"][prompt, winner])
         x0_l = to_video(state["clips"][prompt, loser])
         return {"x0_w": x0_w, "x0_l": x0_l, **take(whole, rows)}
 
     def dpo_loss(batch):
-        settings = {"beta": args.beta, "schedule": args.schedule, "shared_forward": shared_forward}
-        value, logs = flow_dpo_step(policy, reference, **batch, **settings)
+        value, logs = flow_dpo_step(
+            policy,
+            reference,
+            **batch,
+            beta=settings.beta,
+            schedule=settings.schedule,
+            shared_forward=shared_forward,
+        )
         return value, logs | rounds.state["logs"]
 
     def nft_batch(step, rows):
         rows = slice(2 * rows.start, 2 * rows.stop)  # as many clips as --batch pairs have
-        state, items, whole = draw(step, 2 * args.batch)
+        state, items, whole = draw(step, 2 * settings.batch)
         prompt, clip = items[rows].T
         x0 = to_video(state["clips"][prompt, clip])
         return {"x0": x0, "r": state["r"][prompt, clip], **take(whole, rows)}
 
     def nft_loss(batch):
-        settings = {"beta": args.nft_beta, "kl": args.kl}
-        value, logs = flow_nft_step(policy, rounds.old, base, **batch, **settings)
+        value, logs = flow_nft_step(
+            policy, rounds.old, base, **batch, beta=settings.nft_beta, kl=settings.kl
+        )
         return value, logs | rounds.state["logs"]
 
-    if args.algo == "nft":
+    if settings.algo == "nft":
         batch, loss = nft_batch, nft_loss
     else:
         batch, loss = dpo_batch, dpo_loss
-        same_trunk = args.freeze and args.reference in ("first", "round")
-        if args.reference == "round":
+        same_trunk = settings.freeze and settings.reference in ("first", "round")
+        if settings.reference == "round":
             reference = rounds.old
         else:
-            reference = reference_for(args, base, words, device)
-        shared_forward = share_trunk(policy, reference, args.freeze) if same_trunk else None
-    about = {"base": base, "reward": rounds.judge, "words": words, "pairs": rounds}
-    table = partial(alignment_table, **about, args=args, device=device)
-    keys = ("round", "learned", "true")
-    task = Task("velocity", policy, words, batch, loss, keys, table, merged_state_dict)
+            reference = reference_for(settings, base, words, device)
+        shared_forward = share_trunk(policy, reference, settings.freeze) if same_trunk else None
+
+    def evaluate(model, out):
+        return alignment_table(model, out, base, rounds.judge, words, rounds, settings, device)
+
+    logs = ("round", "learned", "true")
+    task = Task("velocity", policy, words, batch, loss, logs, evaluate, merged_state_dict)
+    task.round_length = round_length
     task.extra_bytes = rounds.bytes_on_disk()
     return task
 
@@ -109,24 +118,26 @@ class Rounds:
     `judge` is VideoReward, and `prompts` (N texts) with their ids `y` (N, S) are those of all rounds.
     """
 
-    def __init__(self, args, base, policy, words, device):
-        self.args, self.policy, self.device = args, policy, device
-        self.file, self.state = args.out / "round.pt", None
-        has_old = args.algo == "nft" or args.reference == "round"
+    def __init__(self, settings, base, policy, words, device):
+        self.settings, self.policy, self.device = settings, policy, device
+        self.file, self.state = settings.out / "round.pt", None
+        has_old = settings.algo == "nft" or settings.reference == "round"
         self.old = copy.deepcopy(policy).requires_grad_(False) if has_old else None
-        self.judge = load_judge(args.reward, base.config, tuple(words)).to(device)
+        self.judge = load_judge(settings.reward, base.config, tuple(words)).to(device)
         vocabulary = Vocabulary(words)
-        if args.data:
-            self.prompts, self.y = disk_prompts(args, vocabulary, base.config.max_text)
+        if settings.data:
+            self.prompts, self.y = disk_prompts(settings, vocabulary, base.config.max_text)
         else:
             check_toy(base.config, vocabulary)
             self.prompts = [world.prompt_text(row) for row in world.split_prompts("train")]
             self.y = vocabulary.encode(self.prompts, base.config.max_text)
-        self.refresh = Refresh(args, self.judge, vocabulary, device) if args.refresh else None
-        if args.refresh and resumes(
-            args
+        self.refresh = (
+            Refresh(settings, self.judge, vocabulary, device) if settings.refresh else None
+        )
+        if settings.refresh and resumes(
+            settings
         ):  # the closing table needs the judge as the last round left it
-            state = read_own(self.file, self.args)
+            state = read_own(self.file, self.settings)
             if state is None:
                 raise BadInput(
                     f"{self.file}: holds no round of this run to go on from; start it anew"
@@ -139,7 +150,7 @@ class Rounds:
         if self.state is not None and self.state["number"] == number:
             return self.state
         with process_0_first():  # which makes the round for all
-            state = read_own(self.file, self.args)
+            state = read_own(self.file, self.settings)
             if state and state["number"] > number:
                 state = None  # of a run that was begun anew
             last = -1
@@ -152,7 +163,7 @@ class Rounds:
             if last < number:
                 state = self.new_round(number)
                 save_checkpoint(self.file, state)
-        items = training_items(state["scores"], self.args)
+        items = training_items(state["scores"], self.settings)
         self.state = state | items | {"logs": self.logs(state)}
         return self.state
 
@@ -166,18 +177,18 @@ class Rounds:
     def new_round(self, number):
         """What round.pt holds: the number, the run's settings, prompts (P texts), y (P, S), clips
         (P, n, C, T, H, W) as uint8, their z-scores (P, n, 3), the old model, judge and labelled pairs."""
-        args = self.args
+        settings = self.settings
         if self.old is not None and number:
-            move_old(self.old, self.policy, args.old_decay if args.algo == "nft" else 0.0)
+            move_old(self.old, self.policy, settings.old_decay if settings.algo == "nft" else 0.0)
         sampled = self.refresh.sampled_clips(number) if self.refresh else None
         sampled = sampled or self.sample(number)
         if self.refresh:
             self.refresh(number, **sampled)
         clips = to_video(sampled["clips"].flatten(0, 1))
-        y = sampled["y"].repeat_interleave(args.clips, 0)
-        scores = z_scores(self.judge, clips, y, self.device).unflatten(0, (-1, args.clips))
+        y = sampled["y"].repeat_interleave(settings.clips, 0)
+        scores = z_scores(self.judge, clips, y, self.device).unflatten(0, (-1, settings.clips))
         self.check_finite(scores, "VideoReward's scores", sampled["prompts"])
-        state = {"number": number, "settings": settled(args), **sampled, "scores": scores}
+        state = {"number": number, "settings": settled(settings), **sampled, "scores": scores}
         state["old"] = self.old.state_dict() if self.old is not None else {}
         if self.refresh:
             state |= {"judge": self.judge.state_dict(), "labelled": self.refresh.labelled}
@@ -185,17 +196,17 @@ class Rounds:
 
     def sample(self, number):
         """Prompts (P texts), y (P, S) and clips (P, n, C, T, H, W) as uint8 of a round."""
-        rng = step_rng(self.args.seed, ROUND_SEED - number)
+        rng = step_rng(self.settings.seed, ROUND_SEED - number)
         chosen = torch.randperm(len(self.y), generator=rng)[:MOST_PROMPTS].tolist()
         prompts, y = [self.prompts[i] for i in chosen], self.y[chosen]
         shape = self.policy.config.video_shape
-        x1 = torch.randn(len(y) * self.args.clips, *shape, generator=rng)
-        y_clips = y.repeat_interleave(self.args.clips, 0)
-        model = self.old if self.args.algo == "nft" else self.policy
+        x1 = torch.randn(len(y) * self.settings.clips, *shape, generator=rng)
+        y_clips = y.repeat_interleave(self.settings.clips, 0)
+        model = self.old if self.settings.algo == "nft" else self.policy
         bar = progress_bar(f"round {number}", "batch")
 
         def progress(starts):
-            return until_stopped(bar(starts), self.args.out)
+            return until_stopped(bar(starts), self.settings.out)
 
         videos = sample_many(model, x1.to(self.device), y_clips.to(self.device), progress).cpu()
         videos = videos.unflatten(0, (len(y), -1))
@@ -207,15 +218,15 @@ class Rounds:
         bad = torch.nonzero(~values.flatten(2).isfinite().all(2))  # (.., 2: prompt, clip)
         if len(bad):
             prompt, clip = bad[0].tolist()
-            where = f"clip {clip + 1} of {self.args.clips} of prompt {prompts[prompt]!r}"
-            raise BadInput(f"{what} of {where} are not finite; {last_state(self.args.out)}")
+            where = f"clip {clip + 1} of {self.settings.clips} of prompt {prompts[prompt]!r}"
+            raise BadInput(f"{what} of {where} are not finite; {last_state(self.settings.out)}")
 
     def logs(self, state):
         """The round's number, the mean z-score of its clips and, of the toy's, the mean true score."""
         logs = {"round": float(state["number"]), "learned": state["scores"].mean().item()}
-        if not self.args.data:
+        if not self.settings.data:
             prompts = world.prompt_attributes(state["prompts"]).repeat_interleave(
-                self.args.clips, 0
+                self.settings.clips, 0
             )
             true = world.oracle(to_video(state["clips"].flatten(0, 1)), prompts)
             logs["true"] = true.mean().item()
@@ -223,27 +234,26 @@ class Rounds:
 
     def bytes_on_disk(self):
         """About as much as round.pt, reward.pt and the clips of labels-ROUND/ will take."""
-        args, clip = self.args, math.prod(self.policy.config.video_shape)
-        clips = min(MOST_PROMPTS, len(self.y)) * args.clips * clip
+        settings, clip = self.settings, math.prod(self.policy.config.video_shape)
+        clips = min(MOST_PROMPTS, len(self.y)) * settings.clips * clip
         need = 2 * clips  # a new round.pt is written beside the last one
         if self.old is not None:
             need += 2 * 4 * sum(map(torch.numel, self.old.state_dict().values()))
         if self.refresh:
             need += 4 * 4 * sum(map(torch.numel, self.judge.state_dict().values()))
             need += 2 * 2 * self.refresh.most_labelled * clip
-            need += args.rounds // args.refresh * clips if args.data else 0
+            need += settings.rounds // settings.refresh * clips if settings.data else 0
         return need
 
 
-def training_items(scores, args):
+def training_items(scores, settings):
     """What is trained on, from z-scores (P, n, 3). Flow-DPO: {"items" (M, 3: prompt, winner, loser)};
     nft: {"items" (M, 2: prompt, clip), "r" (P, n)}."""
-    weights = torch.tensor(args.align) / sum(map(abs, args.align))
-    reward = scores @ weights  # (P, n)
-    if args.algo == "dpo":
+    reward = total_reward(scores, settings.align)  # (P, n)
+    if settings.algo == "dpo":
         return {"items": best_and_worst(reward)}
     items = torch.cartesian_prod(*map(torch.arange, reward.shape))
-    return {"items": items, "r": optimality(reward, args.spread)}
+    return {"items": items, "r": optimality(reward, settings.spread)}
 
 
 def best_and_worst(reward):

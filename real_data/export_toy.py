@@ -33,7 +33,15 @@ def toy_split(name, args, config, vocabulary):
     )
     device = pick_device("auto")
     return mixed_pairs(
-        size, SPLITS[name], args.seed + 10 * offset, args, config, vocabulary, device
+        size,
+        SPLITS[name],
+        args.seed + 10 * offset,
+        config,
+        vocabulary,
+        device,
+        args.generated,
+        args.init,
+        args.cache,
     )
 
 

@@ -117,16 +117,19 @@ def join_pairs(first, second):
     )
 
 
-def kinds_of_pairs(count, split, seed, args, config, vocabulary, device, labelled=True, **sampled):
-    """{kind: pairs}, annotated or not: a share of args.generated compares clips of the base model args.init, `sampled`
-    as generated_pairs takes it."""
+def kinds_of_pairs(
+    count, split, seed, config, vocabulary, device, generated, init, cache, labelled=True, **sampled
+):
+    """{kind: pairs}, annotated or not: a share `generated` of them compares clips of the base model
+    `init`, `sampled` as generated_pairs takes it."""
     check_toy(config, vocabulary)
-    generated, drawn = round(args.generated * count), {}
-    if count > generated:
-        drawn["rendered"] = toy_pairs(count - generated, [split], seed, config, vocabulary)
-    if generated:
-        where = args.init, config, args.cache, device
-        drawn["generated"] = generated_pairs(generated, [split], seed, *where, **sampled)
+    num_generated, drawn = round(generated * count), {}
+    if count > num_generated:
+        drawn["rendered"] = toy_pairs(count - num_generated, [split], seed, config, vocabulary)
+    if num_generated:
+        drawn["generated"] = generated_pairs(
+            num_generated, [split], seed, init, config, cache, device, **sampled
+        )
     if not labelled:
         return {kind: pairs for kind, (pairs, _) in drawn.items()}
     bar = progress_bar("annotators look at the pairs", "x64 pairs")
@@ -141,15 +144,35 @@ def mixed_pairs(*wanted, **settings):
     return reduce(join_pairs, kinds_of_pairs(*wanted, **settings).values())
 
 
-def training_pairs(args, config, vocabulary, device, labelled=True):
-    """args.pairs pairs of training prompts, annotated unless nobody needs their labels."""
-    return mixed_pairs(args.pairs, "train", args.seed, args, config, vocabulary, device, labelled)
+def training_pairs(settings, config, vocabulary, device, labelled=True, **sampled):
+    """settings.pairs pairs of training prompts, annotated unless nobody needs their labels."""
+    return mixed_pairs(
+        settings.pairs,
+        "train",
+        settings.seed,
+        config,
+        vocabulary,
+        device,
+        settings.generated,
+        settings.init,
+        settings.cache,
+        labelled,
+        **sampled,
+    )
 
 
-def held_pairs(args, config, vocabulary, device):
-    """{name: annotated pairs of prompts that no reward trains on}, args.eval_pairs in all."""
+def held_pairs(settings, config, vocabulary, device):
+    """{name: annotated pairs of prompts that no reward trains on}, settings.eval_pairs in all."""
     parts = kinds_of_pairs(
-        args.eval_pairs, "validation", args.seed + 1, args, config, vocabulary, device
+        settings.eval_pairs,
+        "validation",
+        settings.seed + 1,
+        config,
+        vocabulary,
+        device,
+        settings.generated,
+        settings.init,
+        settings.cache,
     )
     return {
         f"{kind} validation pairs, prompts never seen in training": pairs

@@ -29,8 +29,8 @@ class Parser(argparse.ArgumentParser):
             silent = action.default is None or action.default is False
             return action.help if silent else super()._get_help_string(action)
 
-    def __init__(self, description):
-        super().__init__(description=description, formatter_class=self.Help)
+    def __init__(self, description, **options):
+        super().__init__(description=description, formatter_class=self.Help, **options)
         self._negative_number_matcher = re.compile(r"-[.\d]")  # so that -1,0,1 is a value, as -1 is
 
     def error(self, message):

@@ -81,14 +81,14 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def check_flags(args):
+def check_flags(settings):
     """BadInput for flags that do not go with this number of processes."""
-    parts = world_size() * args.accum
-    if args.batch % parts:
+    parts = world_size() * settings.accum
+    if settings.batch % parts:
         raise BadInput(
-            f"--batch {args.batch}: must be a multiple of {parts}, that is of processes x --accum"
+            f"--batch {settings.batch}: must be a multiple of {parts}, that is of processes x --accum"
         )
-    if args.fsdp and not launched():
+    if settings.fsdp and not launched():
         raise BadInput(
             "--fsdp: shards over the processes of torchrun; start with torchrun --nproc_per_node N train.py"
         )
@@ -182,24 +182,24 @@ class Loss(nn.Module):
             ) from None
 
 
-def in_bf16(args, device):
-    return args.precision == "bfloat16" or (args.precision == "auto" and has_bf16(device))
+def in_bf16(settings, device):
+    return settings.precision == "bfloat16" or (settings.precision == "auto" and has_bf16(device))
 
 
-def wrap_model(task, device, args):
+def wrap_model(task, device, settings):
     """The module to call for the loss, in all processes alike, as --compile, --grad-checkpoint and --fsdp have it."""
-    loss = Loss(task, in_bf16(args, device))
+    loss = Loss(task, in_bf16(settings, device))
     modules = list(task.model.modules())
     blocks = [block for module in modules for block in getattr(module, "blocks", [])]
     for module in modules:
         if hasattr(module, "checkpointed"):
-            module.checkpointed = args.grad_checkpoint
-    if args.compile:
+            module.checkpointed = settings.grad_checkpoint
+    if settings.compile:
         for (
             block
         ) in blocks:  # one by one: as fast as the whole model, and all alike are compiled once
             block.compile()
-    if args.fsdp:
+    if settings.fsdp:
         mesh = init_device_mesh(device.type, (world_size(),))
         policy = MixedPrecisionPolicy(
             cast_forward_inputs=False

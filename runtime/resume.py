@@ -30,6 +30,7 @@ import torch.distributed.checkpoint as dcp
 
 from runtime.checkpoint import WEIGHTS, fsync_folder, load_checkpoint, save_checkpoint
 from runtime.cli import BadInput, check_writable
+from runtime.config import flags_of, option
 from runtime.distributed import full_tensor, rank, restarted
 from runtime.schedule import check_longer
 
@@ -38,36 +39,25 @@ try:
 except ImportError:  # Windows: two runs in one folder are not noticed
     fcntl = None
 
-# Flags that a resumed run may change
-UNSETTLED = {
-    "resume",
-    "out",
-    "cache",
-    "save_every",
-    "device",
-    "export",
-    "eval_prompts",
-    "eval_pairs",
-    "eval_seed",
-}
-UNSETTLED |= {"accum", "compile", "grad_checkpoint", "plan", "flops"}
-UNSETTLED |= {"inputs", "digests", "pairs_of_steps"}  # no flags
+
+def settled(settings):
+    """What makes a run what it is, as text: the flags that a resumed run may not change, and the
+    digests of the files they name."""
+    values = {}
+    for name, about in flags_of(type(settings)).items():
+        if not about["resumable"]:
+            values[name] = str(getattr(settings, name)).replace(str(WEIGHTS), WEIGHTS.name)
+    return values | settings.digests
 
 
-def settled(args):
-    """What makes a run what it is, as text: flags, and the digests of the files they name."""
-    values = {name: str(value) for name, value in vars(args).items() if name not in UNSETTLED}
-    values = {name: value.replace(str(WEIGHTS), WEIGHTS.name) for name, value in values.items()}
-    return values | getattr(args, "digests", {})
-
-
-def digests(args):
+def digests(settings):
     """{"FLAG sha256": digest} of the files that a run reads: of a CSV, not of its videos. A file that
     cannot be read is left out; its reader says why."""
     found = {}
-    for name in args.inputs:
-        with suppress(OSError), open(getattr(args, name), "rb") as file:
-            found[f"{name} sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+    for name, about in flags_of(type(settings)).items():
+        if about["file"] and getattr(settings, name):
+            with suppress(OSError), open(getattr(settings, name), "rb") as file:
+                found[f"{name} sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
     return found
 
 
@@ -105,20 +95,20 @@ def last_state(out):
     return f"{last}, after step {steps - 1}, is the last good state"
 
 
-def resumes(args):
+def resumes(settings):
     """Whether a run goes on from the checkpoint in --out."""
-    return args.resume or (restarted() and last_checkpoint(args.out) is not None)
+    return settings.resume or (restarted() and last_checkpoint(settings.out) is not None)
 
 
-def opened_run(args):
+def opened_run(settings):
     """What --resume goes on from, None for a new run. BadInput if --out holds a run that this one would overwrite, if
     there is nothing to go on from, or if --export cannot be written."""
-    if args.export and not rank():
-        check_writable(args.export.parent, "--export")
-    args.digests = digests(args)
-    last = last_checkpoint(args.out)
-    if resumes(args):
-        return interrupted_run(args)
+    if settings.export and not rank():
+        check_writable(settings.export.parent, "--export")
+    settings.digests = digests(settings)
+    last = last_checkpoint(settings.out)
+    if resumes(settings):
+        return interrupted_run(settings)
     if last:
         raise BadInput(
             f"{last}: a run is there already; continue it by --resume, or give another --out"
@@ -130,8 +120,8 @@ class Log:
     """metrics.jsonl, cut after its first `start` lines, to append to; nobody else's until it is closed. BadInput where
     another run writes it, the folder cannot be written, or has no room for the checkpoints of a model."""
 
-    def __init__(self, args, start, model, trained, extra_bytes=0):
-        self.out, self.file = args.out, None
+    def __init__(self, settings, start, model, trained, extra_bytes=0):
+        self.out, self.file = settings.out, None
         if rank():
             return
         try:
@@ -148,7 +138,7 @@ class Log:
         num_params = sum(map(torch.numel, model.parameters()))
         num_trained = sum(map(torch.numel, trained.values()))
         need = 4 * (
-            num_params + (3 if args.ema else 2) * num_trained
+            num_params + (3 if settings.ema else 2) * num_trained
         )  # weights, AdamW's two, averages
         need *= 1 if last_checkpoint(self.out) else 2  # the next one is written beside the last
         need += extra_bytes  # of what an algorithm keeps beside them
@@ -227,10 +217,10 @@ def until_stopped(items, out):
 # Saving
 
 
-def final_model(args, model, ema, unsharded):
+def final_model(settings, model, ema, unsharded):
     """`model` with its averaged weights, where there are any: a copy then; under --fsdp whole again as `unsharded` in
     process 0, and None in the others. All processes have to call this."""
-    if args.fsdp:
+    if settings.fsdp:
         for name, value in model.state_dict().items():
             full = full_tensor(ema.get(name, value))
             if unsharded is not None:
@@ -251,47 +241,53 @@ def facts(task, step):
     }
 
 
-def save_run(args, task, step, trained, ema, optimizer):
+def save_run(settings, task, step, trained, ema, optimizer):
     """Writes a state to go on from: last.pt, or the processes' shards."""
-    if args.fsdp:
-        save_shards(args, task, step, trained, ema, optimizer)
+    if settings.fsdp:
+        save_shards(settings, task, step, trained, ema, optimizer)
     else:
-        final = final_model(args, task.model, ema, None)
-        save_whole(args, task, step, trained, ema, optimizer, final, evaluated=False)
+        final = final_model(settings, task.model, ema, None)
+        save_whole(settings, task, step, trained, ema, optimizer, final, evaluated=False)
 
 
-def save_final(args, task, final, trained, ema, optimizer, lines):
+def save_final(settings, task, final, trained, ema, optimizer, lines):
     """Writes last.pt once more, with what the evaluation measured (the reward's z-score constants), and --export;
     returns the closing table's lines and others that say so. The table is printed even if a write fails."""
-    last = args.out / "last.pt"
+    last = settings.out / "last.pt"
     try:
-        if args.fsdp:
-            save_weights(last, args, task, final, evaluated=True)
+        if settings.fsdp:
+            save_weights(last, settings, task, final, evaluated=True)
         else:
-            save_whole(args, task, args.steps, trained, ema, optimizer, final, evaluated=True)
-        if args.export:
-            save_weights(args.export, args, task, final, evaluated=True, half=True)
-            lines = [*lines, f"wrote {args.export}"]
+            save_whole(
+                settings, task, settings.steps, trained, ema, optimizer, final, evaluated=True
+            )
+        if settings.export:
+            save_weights(settings.export, settings, task, final, evaluated=True, half=True)
+            lines = [*lines, f"wrote {settings.export}"]
     except BadInput:
         print("\n".join(["", *lines]))
         raise
-    return [*lines, f"wrote {args.out / 'metrics.jsonl'}", f"wrote {last}"]
+    return [*lines, f"wrote {settings.out / 'metrics.jsonl'}", f"wrote {last}"]
 
 
-def save_weights(path, args, task, final, evaluated, half=False):
+def save_weights(path, settings, task, final, evaluated, half=False):
     """Writes a model alone, as float16 if `half`."""
     model = task.state_dict(final)
     if half:
         model = {name: value.half() for name, value in model.items()}
-    about = {"settings": settled(args), "commit": commit(), "evaluated": evaluated}
-    save_checkpoint(path, {**facts(task, args.steps), "model": model, **about})
+    about = {"settings": settled(settings), "commit": commit(), "evaluated": evaluated}
+    save_checkpoint(path, {**facts(task, settings.steps), "model": model, **about})
 
 
-def save_whole(args, task, step, trained, ema, optimizer, final, evaluated):
+def save_whole(settings, task, step, trained, ema, optimizer, final, evaluated):
     """Writes last.pt; final: the model with the averaged weights."""
     if rank():
         return
-    state = {**facts(task, step), "settings": settled(args), "optimizer": optimizer.state_dict()}
+    state = {
+        **facts(task, step),
+        "settings": settled(settings),
+        "optimizer": optimizer.state_dict(),
+    }
     state |= {"model": task.state_dict(task.model), "evaluated": evaluated}
     if ema:
         state["ema"] = task.state_dict(final)
@@ -300,7 +296,7 @@ def save_whole(args, task, step, trained, ema, optimizer, final, evaluated):
             "trained": {name: value.detach() for name, value in trained.items()},
             "averaged": ema,
         }
-    save_checkpoint(args.out / "last.pt", state)
+    save_checkpoint(settings.out / "last.pt", state)
 
 
 def run_tensors(trained, ema, optimizer):
@@ -316,9 +312,9 @@ def run_tensors(trained, ema, optimizer):
     return tensors
 
 
-def save_shards(args, task, step, trained, ema, optimizer):
+def save_shards(settings, task, step, trained, ema, optimizer):
     """Writes shards-STEP, every process its slices; then the folders of earlier steps go."""
-    unfinished, done = args.out / "shards.tmp", args.out / f"shards-{step}"
+    unfinished, done = settings.out / "shards.tmp", settings.out / f"shards-{step}"
     try:
         if not rank():
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -327,13 +323,13 @@ def save_shards(args, task, step, trained, ema, optimizer):
         if rank():
             return
         with open(unfinished / "run.json", "w") as file:
-            json.dump({**facts(task, step), "settings": settled(args)}, file)
+            json.dump({**facts(task, step), "settings": settled(settings)}, file)
             file.flush()
             os.fsync(file.fileno())
         fsync_folder(unfinished)
         unfinished.rename(done)
-        fsync_folder(args.out)
-        for old in args.out.glob("shards-[0-9]*"):
+        fsync_folder(settings.out)
+        for old in settings.out.glob("shards-[0-9]*"):
             if old != done:
                 shutil.rmtree(old)
     except OSError as error:
@@ -347,9 +343,9 @@ def save_shards(args, task, step, trained, ema, optimizer):
 # Going on
 
 
-def interrupted_run(args):
+def interrupted_run(settings):
     """The checkpoint that --resume goes on from. BadInput if there is none, or if its run had other settings."""
-    path = last_checkpoint(args.out) or args.out / "last.pt"
+    path = last_checkpoint(settings.out) or settings.out / "last.pt"
     state = _read_run(path) if path.is_dir() else load_checkpoint(path)
     if not path.is_dir() and "optimizer" not in state:
         raise BadInput(
@@ -358,31 +354,31 @@ def interrupted_run(args):
     if not isinstance(state.get("settings"), dict) or not isinstance(state.get("step"), int):
         raise BadInput(f"{path}: lacks the settings of its run; it was not written by train.py")
     before = state["settings"]
-    if args.pairs_of_steps and str(before.get("pairs")).isdigit():
-        args.pairs = int(before["pairs"])  # also where --steps has grown
-    for name, value in settled(args).items():
+    if settings.pairs_of_steps and str(before.get("pairs")).isdigit():
+        settings.pairs = int(before["pairs"])  # also where --steps has grown
+    for name, value in settled(settings).items():
         was, flag = before.get(name), name.removesuffix(" sha256")
         if was == value or (
             was is None and name != flag
         ):  # a checkpoint of before there were digests
             continue
         if name != flag:
-            fault = f"{getattr(args, flag)} (--{flag}) has changed since {path} was written"
+            fault = f"{getattr(settings, flag)} (--{flag}) has changed since {path} was written"
             raise BadInput(f"--resume: {fault}; put it back, or start anew with another --out")
         if name == "steps" and str(was).isdigit():
-            check_longer(args, state["step"], int(was))
+            check_longer(settings, state["step"], int(was))
         else:
             raise BadInput(
-                f"--resume: --{name.replace('_', '-')} was {was} in {path}, now {value}; use the same"
+                f"--resume: {option(name)} was {was} in {path}, now {value}; use the same"
             )
     return state | {"path": path}
 
 
-def read_own(path, args):
+def read_own(path, settings):
     """A file that this run saved with its settings, a dict; None if there is none of this run."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        return state if state["settings"] == settled(args) else None
+        return state if state["settings"] == settled(settings) else None
     except Exception:  # not there, or damaged: torch can raise anything
         return None
 
@@ -455,7 +451,7 @@ class SafeReader(dcp.FileSystemReader):
                 raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")
             return super().find_class(module, name)
 
-    def read_metadata(self, *args, **kwargs):
+    def read_metadata(self, *settings, **kwargs):
         with open(Path(self.path) / ".metadata", "rb") as file:
             metadata = self.Unpickler(file).load()
         metadata.storage_meta.load_id = self.load_id

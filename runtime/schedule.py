@@ -12,17 +12,19 @@ def lr_factor(step, steps, decay):
     return rise * min(1.0, (steps - step) / (decay * steps)) if decay else rise
 
 
-def check_longer(args, done, steps):
-    """BadInput unless a run of `steps` steps, of which some are done, can go on to args.steps: what is left must be
+def check_longer(settings, done, steps):
+    """BadInput unless a run of `steps` steps, of which some are done, can go on to settings.steps: what is left must be
     at the constant rate in both."""
     why = None
-    if args.steps < steps:
+    if settings.steps < steps:
         why = "a run can only get longer"
-    elif args.rounds:
+    elif getattr(settings, "rounds", None):
         why = "a round is --steps / --rounds long"
-    elif args.decay:
-        why = f"with --decay {args.decay:g} the learning rate depends on the end of the run"
-    elif lr_factor(done, args.steps, 0.0) < 1:
+    elif settings.decay:
+        why = f"with --decay {settings.decay:g} the learning rate depends on the end of the run"
+    elif lr_factor(done, settings.steps, 0.0) < 1:
         why = f"the warm-up is not over after {done} steps"
     if why:
-        raise BadInput(f"--resume: --steps was {steps}, now {args.steps}, but {why}; use the same")
+        raise BadInput(
+            f"--resume: --steps was {steps}, now {settings.steps}, but {why}; use the same"
+        )

@@ -20,6 +20,7 @@ import tasks
 import trainer
 from data import DIMENSIONS
 from judge import over_seeds
+from settings import Dpo
 from studies.jobs import (
     ALIGNED,
     ATTRIBUTES,
@@ -67,7 +68,7 @@ def picked(align, seed, args, device):
 
 
 def folder(args):
-    return f"align-{args.steps or tasks.DEFAULTS['dpo']['steps']}-{args.eval_prompts or 'all'}"
+    return f"align-{args.steps or Dpo.steps}-{args.eval_prompts or 'all'}"
 
 
 def jobs(args, device):

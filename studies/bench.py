@@ -27,9 +27,10 @@ from nrg import SteeredPolicy, guide, noisy_reward_on
 from runtime.checkpoint import WEIGHTS
 from runtime.cli import BadInput, has_bf16
 from sample import CFG, NRG_EPS, sample
+from settings import settings_of
 from studies.cost import step_flops
 from studies.jobs import facts, medians, save_json
-from tasks import TASKS, arguments
+from tasks import TASKS
 
 # Between the presets: 256 video tokens, width 256
 MEDIUM = ModelConfig(frames=4, size=32, channels=16, patch=(1, 4, 4), dim=256, depth=4, heads=4)
@@ -129,7 +130,7 @@ def training(device):
                 ways["compiled"] = stepper(compiled, partial(loss, compiled))
             took = medians(ways, device)
             rate = flops / took["product"]
-            needed = step_flops(config, arguments(["--algo=pretrain", f"--batch={batch}"]))
+            needed = step_flops(config, settings_of(["--algo=pretrain", f"--batch={batch}"]))
             share = needed / took["step"] / rate
             rows.append(
                 (
@@ -209,7 +210,7 @@ def outside(device):
         few = [] if algo == "pretrain" else ["--pairs=256"]
         if algo in ("reward", "nrg"):
             few.append("--eval-pairs=8")
-        args = arguments([f"--algo={algo}", *few])
+        args = settings_of([f"--algo={algo}", *few])
         task = TASKS[algo](args, device)
         trained = [value for value in task.model.parameters() if value.requires_grad]
         optimizer = torch.optim.AdamW(trained, 1e-5, fused=True)
@@ -353,7 +354,7 @@ def sampling_seconds(device, rounds=9):
     """{way: median seconds of 4 sampling steps of 16 clips}, the four ways taken in turn."""
     model, _ = load_velocity(WEIGHTS / "base.pt")
     model = model.to(device).requires_grad_(False)
-    reward = noisy_reward_on(model, arguments(["--algo=nrg"]).read).to(device)
+    reward = noisy_reward_on(model, settings_of(["--algo=nrg"]).read).to(device)
     shared = SteeredPolicy(model, reward, (1, 1, 1), 1.0, NRG_EPS)
     own = guide(reward, (1, 1, 1), 1.0, NRG_EPS)
     x1 = torch.randn(16, *model.config.video_shape).to(device)

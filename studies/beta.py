@@ -14,6 +14,7 @@ import tasks
 import trainer
 from data import DIMENSIONS
 from judge import mean_and_spread, over_seeds
+from settings import Dpo
 from studies.jobs import (
     BEST_OF,
     JUDGES,
@@ -89,7 +90,7 @@ def picked(seed, args, device):
 
 
 def folder(args):
-    return f"beta-{args.steps or tasks.DEFAULTS['dpo']['steps']}-{args.eval_prompts or 'all'}"
+    return f"beta-{args.steps or Dpo.steps}-{args.eval_prompts or 'all'}"
 
 
 def jobs(args, device):

@@ -23,7 +23,7 @@ import math
 
 import torch
 
-from model import VideoTransformer, add_lora, freeze_trunk
+from model import VideoTransformer, add_lora, freeze_trunk, load_velocity
 from real_data.disk_pairs import preset
 from runtime.cli import BadInput
 
@@ -39,81 +39,86 @@ def tokens(config):
     return config.max_text + math.prod(config.grid)
 
 
-def planned_model(args):
+def planned_model(settings):
     """The model on the meta device, with what will not be trained frozen."""
+    if settings.algo == "pretrain":
+        config = preset(settings.preset, settings.size)
+    else:
+        config = load_velocity(settings.init)[0].config
     with torch.device("meta"):
-        model = VideoTransformer(preset(args.preset, args.size))
-    if args.algo == "pretrain":
+        model = VideoTransformer(config)
+    if settings.algo == "pretrain":
         return model
-    return (
-        add_lora(model, args.lora_rank, skip=args.freeze)
-        if args.lora_rank
-        else freeze_trunk(model, args.freeze)
-    )
+    if settings.lora_rank:
+        return add_lora(model, settings.lora_rank, skip=settings.freeze)
+    return freeze_trunk(model, settings.freeze)
 
 
-def step_flops(config, args):
+def step_flops(config, settings):
     """FLOPs of one step, all processes together."""
     d, n = config.dim, tokens(config)
     block = n * (24 * d**2 + 4 * n * d) + 12 * d**2
     patches = math.prod(config.grid) * 4 * d * config.channels * math.prod(config.patch)
-    whole, trunk = config.depth * block + patches, args.freeze * block + patches / 2
-    if args.algo == "pretrain":
-        return args.batch * 3 * whole
-    tail = whole - trunk if args.freeze else whole
-    reference = tail if args.algo == "dpo" else 0
-    return CLIPS[args.algo] * args.batch * (whole + (1 if args.lora_rank else 2) * tail + reference)
+    whole = config.depth * block + patches
+    if settings.algo == "pretrain":
+        return settings.batch * 3 * whole
+    trunk = settings.freeze * block + patches / 2
+    tail = whole - trunk if settings.freeze else whole
+    reference = tail if settings.algo == "dpo" else 0
+    return (
+        CLIPS[settings.algo]
+        * settings.batch
+        * (whole + (1 if settings.lora_rank else 2) * tail + reference)
+    )
 
 
-def memory(model, args, processes):
+def memory(model, settings, processes):
     """{part: bytes} in one process."""
     config = model.config
     every = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     block = sum(p.numel() for p in model.blocks[-1].parameters())
     blocks = sum(any(p.requires_grad for p in block.parameters()) for block in model.blocks)
-    share = processes if args.fsdp else 1
+    share = processes if settings.fsdp else 1
     parts = {
-        "weights": 4 * every / share + 4 * every * (args.algo == "dpo"),
+        "weights": 4 * every / share + 4 * every * (settings.algo == "dpo"),
         "gradients": 4 * trained / share,
-        "optimiser": (12 if args.ema else 8) * trained / share,
-        "gathered": 8 * (every - (config.depth - 2) * block) if args.fsdp else 0,
+        "optimiser": (12 if settings.ema else 8) * trained / share,
+        "gathered": 8 * (every - (config.depth - 2) * block) if settings.fsdp else 0,
     }
-    clips = CLIPS[args.algo] * args.batch / processes / args.accum
+    clips = CLIPS[settings.algo] * settings.batch / processes / settings.accum
     floats = clips * tokens(config) * config.dim
     parts["activations"] = 4 * floats * SAVED * blocks
     parts["activations, checkpointed"] = 4 * floats * (KEPT * blocks + SAVED)
     return parts
 
 
-def plan(args):
-    """Lines: what `args` will take on args.plan processes, each of args.flops FLOP/s. BadInput for what is not planned.
+def plan(settings):
+    """Lines: what `settings` will take on settings.plan processes, each of settings.flops FLOP/s. BadInput for what is not planned.
 
-    Sizes are those of --preset, whatever --init and --data say."""
-    if args.algo not in CLIPS:
+    Sizes are those of --preset or of the model --init, whatever --data says."""
+    if settings.algo not in CLIPS:
         raise BadInput(
-            f"--plan: knows the video model's trainings, {', '.join(CLIPS)}, not --algo {args.algo}"
+            f"--plan: knows the video model's trainings, {', '.join(CLIPS)}, not --algo {settings.algo}"
         )
-    model = planned_model(args)
-    config, parts = model.config, memory(model, args, args.plan)
+    model = planned_model(settings)
+    config, parts = model.config, memory(model, settings, settings.plan)
     every, trained = (
         sum(p.numel() for p in model.parameters() if p.requires_grad >= least)
         for least in (False, True)
     )
-    flops = step_flops(config, args)
-    lines = [
-        f"{args.algo}, {args.preset}: {every / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained, "
-    ]
+    flops = step_flops(config, settings)
+    lines = [f"{settings.algo}: {every / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained, "]
     lines[0] += f"{config.depth} blocks, {tokens(config)} tokens a clip"
-    way = "FSDP" if args.fsdp else "DDP" if args.plan > 1 else "alone"
-    lines.append(f"a step: {CLIPS[args.algo] * args.batch} clips, {flops:.3g} FLOPs")
-    lines.append(f"memory of each of {args.plan} ({way}; GiB):")
+    way = "FSDP" if settings.fsdp else "DDP" if settings.plan > 1 else "alone"
+    lines.append(f"a step: {CLIPS[settings.algo] * settings.batch} clips, {flops:.3g} FLOPs")
+    lines.append(f"memory of each of {settings.plan} ({way}; GiB):")
     lines += [f"  {name:32}{size / 2**30:8.2f}" for name, size in parts.items()]
     fixed = sum(size for name, size in parts.items() if "activations" not in name)
     for name in ("activations", "activations, checkpointed"):
         lines.append(f"  total, {name:25}{(fixed + parts[name]) / 2**30:8.2f}")
-    seconds = 1000 * flops / args.plan / args.flops
+    seconds = 1000 * flops / settings.plan / settings.flops
     lines.append(
-        f"1,000 steps at {args.flops:.3g} FLOP/s each: {seconds / 3600:.2f} hours; checkpointing adds a third"
+        f"1,000 steps at {settings.flops:.3g} FLOP/s each: {seconds / 3600:.2f} hours; checkpointing adds a third"
     )
     return lines

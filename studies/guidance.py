@@ -26,6 +26,7 @@ from real_data.toy_pairs import annotated_pairs
 from reward import accuracies_without_ties
 from runtime.checkpoint import WEIGHTS
 from sample import CFG, NRG_EPS, NRG_INTERVAL, NRG_SCALE
+from settings import Nrg
 from studies import observer
 from studies.jobs import ATTRIBUTES, JUDGES, base_scores, judge, rows_of, settings_for
 from studies.report.charts import Chart
@@ -164,7 +165,7 @@ def told_rows(variant, seed, args, device):
 
 
 def folder(args):
-    return f"nrg-{args.steps or tasks.DEFAULTS['nrg']['steps']}-{args.eval_prompts or 'all'}"
+    return f"nrg-{args.steps or Nrg.steps}-{args.eval_prompts or 'all'}"
 
 
 def jobs(args, device):

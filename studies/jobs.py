@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import tasks
 import trainer
 import world
 from data import DIMENSIONS, Vocabulary, draw_noise, step_rng
@@ -37,6 +36,7 @@ from runtime import resume
 from runtime.checkpoint import WEIGHTS, save_checkpoint
 from runtime.cli import BadInput, Parser, check_writable, has_bf16, positive_int
 from sample import CFG
+from settings import settings_of
 from studies.report.charts import picture
 from studies.report.tables import markdown
 
@@ -358,9 +358,9 @@ def settings_for(flags, out, args):
     """The flags of a training whose own closing table is kept short."""
     steps = [f"--steps={args.steps}"] if args.steps else []
     short = ["--eval-prompts=2"]
-    if tasks.arguments(flags).algo in ("reward", "nrg"):
+    if settings_of(flags).algo in ("reward", "nrg"):
         short = [f"--eval-pairs={min(1000, args.eval_pairs)}"]
-    return tasks.arguments([*flags, *steps, *short, "--save-every=1000000", f"--out={out}"])
+    return settings_of([*flags, *steps, *short, "--save-every=1000000", f"--out={out}"])
 
 
 def train_and_judge(task, settings, device, steps, judged):

@@ -19,6 +19,7 @@ from itertools import product
 import tasks
 from data import DIMENSIONS
 from judge import over_seeds
+from settings import Dpo
 from studies.jobs import (
     JUDGES,
     base_scores,
@@ -163,7 +164,7 @@ def report(args, rows):
 
 def findings(figure, seeds):
     """What is asked of rounds, held against the oracle. Yes is in every seed, no in none."""
-    once, last = tasks.DEFAULTS["dpo"]["steps"] // (STEPS // ROUNDS), ROUNDS
+    once, last = Dpo.steps // (STEPS // ROUNDS), ROUNDS
     rows = []
 
     def mean(arm, number, **seed):

@@ -16,6 +16,7 @@ import tasks
 import trainer
 from data import DIMENSIONS
 from judge import over_seeds
+from settings import Dpo
 from studies.jobs import base_scores, clock, judge, rows_of, settings_for
 from studies.report.tables import Table, plus_minus
 
@@ -52,7 +53,7 @@ def with_reward(labelled, seed, args, device):
 
 
 def folder(args):
-    return f"rank-{args.steps or tasks.DEFAULTS['dpo']['steps']}-{args.eval_prompts or 'all'}"
+    return f"rank-{args.steps or Dpo.steps}-{args.eval_prompts or 'all'}"
 
 
 def jobs(args, device):

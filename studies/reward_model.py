@@ -25,6 +25,7 @@ from real_data import generated
 from real_data.toy_pairs import annotate_pairs, annotated_pairs
 from reward import RewardConfig, accuracies_without_ties, accuracy_with_ties, accuracy_without_ties
 from runtime.checkpoint import WEIGHTS
+from settings import Reward, settings_of
 from studies.jobs import settings_for
 from studies.report.charts import Chart
 from studies.report.tables import Table, plus_minus
@@ -145,8 +146,8 @@ def untrained(model, seed, args, device):
 def trained(model, fraction, seed, args, device):
     """Trains one model on a share of the pairs. Steps go with the square root of the share, 2 epochs of all pairs
     and 20 of a hundredth; with as many steps as for all, a hundredth would be learned by heart."""
-    steps = args.steps or tasks.DEFAULTS["reward"]["steps"]
-    batch = tasks.DEFAULTS["reward"]["batch"]
+    steps = args.steps or Reward.steps
+    batch = Reward.batch
     flags = {
         "steps": max(1, round(steps * math.sqrt(fraction))),
         "pairs": max(2, round(steps * batch / 2 * fraction)),
@@ -158,7 +159,7 @@ def trained(model, fraction, seed, args, device):
     }
     flags["eval-pairs"] = min(1000, args.eval_pairs)
     kind = (MODELS | RENDERED_ONLY)[model]
-    settings = tasks.arguments(
+    settings = settings_of(
         ["--algo", "reward", *kind, *(f"--{k}={v}" for k, v in flags.items())]
     )
     task = tasks.TASKS["reward"](settings, device)
@@ -178,7 +179,7 @@ def trained(model, fraction, seed, args, device):
 
 
 def folder(args):
-    return f"reward-{args.steps or tasks.DEFAULTS['reward']['steps']}-{args.eval_pairs}"
+    return f"reward-{args.steps or Reward.steps}-{args.eval_pairs}"
 
 
 def jobs(args, device):

@@ -14,10 +14,10 @@ import torch
 
 import model
 import reward
-import tasks
 import train
 from data import Vocabulary
 from runtime import checkpoint, cli
+from settings import settings_of
 
 torch.optim.AdamW(
     [torch.zeros(1, requires_grad=True)]
@@ -90,9 +90,9 @@ def with_read(flags, *more):
     flags = list(map(str, flags))
     for flag in more:
         try:
-            tasks.arguments([flag, *flags])
+            settings_of([flag, *flags])
         except cli.BadInput as error:
-            if not re.search("read by|reads it only", str(error)):
+            if not re.search("read by|has no effect", str(error)):
                 raise
         else:
             flags = [flag, *flags]

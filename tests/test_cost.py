@@ -9,16 +9,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import attention
 import model
-import tasks
 import train
 from flow import flow_error
 from model import PRESETS, VideoTransformer
 from runtime import cli
+from settings import settings_of
 from studies import cost
 
 
 def arguments(*flags):
-    return tasks.arguments(["--algo=pretrain", *flags])
+    return settings_of(["--algo=pretrain", *flags])
 
 
 class Saved:

@@ -18,6 +18,7 @@ import tasks
 from data import draw_noise, mean_one, take
 from model import PRESETS
 from runtime import checkpoint, cli, distributed, resume
+from settings import settings_of
 
 ALGORITHMS = ("pretrain", "reward", "nrg", "sft", "rwr", "dpo")
 SPREAD = (
@@ -93,7 +94,7 @@ def test_each_process_makes_its_own_slice_of_the_batch(runs, monkeypatch, algo):
     flags = with_read(
         [f"--algo={algo}", "--steps=5", "--batch=4", "--device=cpu"], *files, "--pairs=24"
     )
-    args = tasks.arguments(flags)
+    args = settings_of(flags)
     task = tasks.TASKS[algo](args, torch.device("cpu"))
     whole, *halves = (task.batch(3, slice(*rows)) for rows in ((0, 4), (0, 2), (2, 4)))
     rows = 8 if algo in ("sft", "rwr") else 4

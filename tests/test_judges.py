@@ -23,6 +23,7 @@ from judge import alignment_table, learned_scores, over_seeds, pair_scores, scor
 from model import VideoTransformer, load_velocity
 from reward import RewardConfig, VideoReward
 from runtime.cli import BadInput
+from settings import settings_of
 from studies import align, guidance, jobs, observer, online, reward_model
 
 tiny = wired.tiny
@@ -296,11 +297,11 @@ def test_win_rates_by_hand():
 
 def test_ranking_by_hand():
     total = torch.tensor([[0.0, 1.0], [5.0, 1.0], [2.0, 2.0], [3.0, 0.0]])
-    better, worse = tasks.ranked(total)
+    better, worse = tasks.winners(total)
     assert better.tolist() == [[0, 1], [1, 0], [3, 0]]  # the draw is no pair
     assert worse.tolist() == [[0, 0], [1, 1], [3, 1]]
     with pytest.raises(BadInput, match="no pair has a better clip"):
-        tasks.ranked(torch.ones(4, 2))
+        tasks.winners(torch.ones(4, 2))
 
 
 def test_pairs_and_samples_are_scored_by_the_checkpoints_own_z_scores(tiny, tmp_path, monkeypatch):
@@ -319,10 +320,10 @@ def test_pairs_and_samples_are_scored_by_the_checkpoints_own_z_scores(tiny, tmp_
         "--pairs=70",
         "--align=1,-1,2",
     ]
-    args = tasks.arguments(flags)
+    args = settings_of(flags)
     tasks.scored_toy_pairs.cache_clear()
     words = Vocabulary().words
-    pairs, r, judge = tasks.scored_pairs(args, CONFIG, words, CPU)
+    pairs, r, judge = tasks.ranked_clips(args, CONFIG, words, CPU)
     y, clips, _ = wired.same_pairs(args)
     with torch.no_grad():
         z = torch.stack([(reward(clips[:, s], y) - reward.mean) / reward.std for s in (0, 1)], 1)

@@ -11,6 +11,7 @@ from data import INVALID
 from real_data import export_toy
 from real_data.labels import label_rewards
 from runtime.cli import BadInput
+from settings import settings_of
 
 tiny = wired.tiny
 A, B, SAME = 1, -1, 0
@@ -37,9 +38,9 @@ def test_the_winner_of_a_pair_by_hand(label, align, reward_of_a):
         assert torch.allclose(r, torch.tensor([[1.0, -1.0]]) * reward_of_a)
     if not reward_of_a:  # a tie or nothing: no pair
         with pytest.raises(BadInput, match="no pair has a better clip"):
-            tasks.ranked(r)
+            tasks.winners(r)
     else:
-        winners, _ = tasks.ranked(r)
+        winners, _ = tasks.winners(r)
         assert winners.tolist() == [[0, 0 if reward_of_a > 0 else 1]]
 
 
@@ -58,7 +59,7 @@ def test_labels_rank_the_clips_that_the_reward_would(tiny, monkeypatch):
     _, by_reward = tiny("--algo=sft", "--align=0,1,0")
     monkeypatch.setattr(tasks, "load_judge", None)  # no reward model is loaded
     args, _ = tiny("--algo=sft", "--rank=labels", "--align=0,1,0")
-    pairs, r, _ = tasks.scored_pairs(args, wired.CONFIG, tasks.Vocabulary().words, wired.CPU)
+    pairs, r, _ = tasks.ranked_clips(args, wired.CONFIG, tasks.Vocabulary().words, wired.CPU)
     y, clips, _ = wired.same_pairs(args)
     assert torch.equal(pairs.y, y)
     assert torch.equal(torch.stack(pairs.sides(torch.arange(len(y))), 1), clips)
@@ -83,7 +84,7 @@ def exported(tmp_path_factory):
 
 def task_on(path, tmp_path, *flags):
     flags = [*flags, f"--data={path}", f"--cache={tmp_path}", "--batch=8", "--device=cpu"]
-    args = tasks.arguments(flags)
+    args = settings_of(flags)
     return tasks.TASKS[args.algo](args, wired.CPU)
 
 
@@ -117,4 +118,4 @@ def test_regression_weights_every_clip_that_people_rated(exported, tmp_path):
 )
 def test_labels_rank_nothing_where_there_are_none(flags):
     with pytest.raises(BadInput, match="--rank: "):
-        tasks.arguments([*flags.split(), "--rank=labels"])
+        settings_of([*flags.split(), "--rank=labels"])

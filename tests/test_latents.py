@@ -19,6 +19,7 @@ from real_data import export_toy, video
 from real_data.disk_pairs import disk_pairs
 from real_data.pairs_csv import Pair, read_pairs, write_pairs
 from runtime.cli import BadInput
+from settings import settings_of
 
 SHAPE = 5, 4, 6, 8  # channels, frames, height, width
 PROMPTS = ["a red circle moving left", "A cat jumps over the dog", "the sea"]
@@ -205,7 +206,7 @@ def test_every_algorithm_trains_on_latents(latents, tmp_path, monkeypatch, capsy
 
 def test_a_base_model_of_other_words_or_sizes_is_refused(latents, tmp_path):
     path, _ = latents
-    args = tasks.arguments(["--algo=nrg", f"--data={path}", f"--cache={tmp_path / 'cache'}"])
+    args = settings_of(["--algo=nrg", f"--data={path}", f"--cache={tmp_path / 'cache'}"])
     with pytest.raises(
         BadInput, match=r"has shape \(5, 4, 6, 8\); the model takes \(3, 8, 32, 32\)"
     ):
@@ -214,7 +215,7 @@ def test_a_base_model_of_other_words_or_sizes_is_refused(latents, tmp_path):
 
 def test_a_size_of_its_own(tmp_path, monkeypatch, capsys):
     """Height before width; one number for both; the toy renders squares alone."""
-    assert tasks.arguments(["--algo=reward", "--size=32x56"]).size == (32, 56)
+    assert settings_of(["--algo=reward", "--size=32x56"]).size == (32, 56)
     assert ModelConfig(size=(32, 56)).video_shape == (3, 8, 32, 56) and ModelConfig(
         size=(32, 56)
     ).grid == (4, 4, 7)

@@ -19,7 +19,6 @@ from forked import command, ended, fork, same, tiny_checkpoints, together, weigh
 from test_wires import dpo_by_hand
 from wired import CONFIG, CPU, Brightness, splits_of
 
-import tasks
 import world
 from data import Vocabulary
 from model import VideoTransformer, load_velocity
@@ -29,6 +28,7 @@ from real_data.pairs_csv import read_pairs
 from reward import RewardConfig, VideoReward, load_reward
 from runtime import checkpoint, resume
 from runtime.cli import BadInput
+from settings import settings_of
 
 tiny = wired.tiny
 SHORT = ("--clips=4", "--steps=4", "--rounds=2")
@@ -336,7 +336,7 @@ def test_the_log_and_the_bar_show_round_and_scores(online):
 )
 def test_flags_that_do_not_go_together_are_refused(flags, words):
     with pytest.raises(BadInput, match=words):
-        tasks.arguments(flags)
+        settings_of(flags)
 
 
 def test_the_room_that_a_round_takes_is_asked_for(online):

@@ -8,11 +8,11 @@ import math
 import pytest
 import torch
 
-import tasks
 import trainer
 from model import ModelConfig
 from runtime.checkpoint import load_checkpoint
 from runtime.schedule import lr_factor
+from settings import settings_of
 
 CPU = torch.device("cpu")
 RATE = 0.01
@@ -48,7 +48,7 @@ def run(out, gradients, *flags, start=(1.0,)):
         return ["judged"]
 
     task = trainer.Task("velocity", model, ["<pad>"], batch, loss, ("loss",), evaluate)
-    args = tasks.arguments(
+    args = settings_of(
         [
             f"--steps={len(wide)}",
             f"--lr={RATE}",
@@ -187,7 +187,7 @@ def test_micro_batches_are_averaged(tmp_path, parts):
         "--device=cpu",
         "--precision=float32",
     ]
-    trainer.fit(task, tasks.arguments(flags), CPU)
+    trainer.fit(task, settings_of(flags), CPU)
     line = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert seen == [4 // parts] * parts
     assert line["grad_norm"] == pytest.approx(0.25) and line["share"] == pytest.approx(0.25)
@@ -197,6 +197,6 @@ def test_a_training_sees_its_pairs_once_and_a_reward_twice():
     # Table 11 and --help: one epoch of pairs, two for the rewards; as many pairs as a DPO step takes
     for algo, epochs in (("dpo", 1), ("sft", 1), ("rwr", 1), ("reward", 2), ("nrg", 2)):
         for more in ([], ["--steps=70", "--batch=6"]):
-            args = tasks.arguments(["--algo", algo, *more])
+            args = settings_of(["--algo", algo, *more])
             assert args.steps * args.batch == args.pairs * epochs
-    assert tasks.arguments(["--algo=dpo"]).align == (1.0, 1.0, 1.0)
+    assert settings_of(["--algo=dpo"]).align == (1.0, 1.0, 1.0)

@@ -25,9 +25,9 @@ from readme import (
 )
 from torch.distributed import run as torchrun
 
-import tasks
 from model import PRESETS
 from runtime.cli import Parser
+from settings import settings_of
 
 RUN = [doc for doc in DOCS if doc == "README.md" or doc.startswith("docs/")]  # whose fences are run
 
@@ -124,7 +124,7 @@ def test_a_command_is_accepted(doc, command, capsys):
     if not flags:  # the name of a script
         return
     if script == "train.py":
-        tasks.arguments(flags)  # which looks further than its parser
+        settings_of(flags)  # which looks further than its parser
     elif "--help" not in flags:
         parser_of(script, *flags)
 

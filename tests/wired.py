@@ -17,6 +17,7 @@ import world
 from data import TOY_WORDS, Vocabulary
 from real_data.toy_pairs import toy_pairs
 from runtime.checkpoint import save_checkpoint
+from settings import settings_of
 
 CPU = torch.device("cpu")
 CONFIG = model.ModelConfig(frames=4, size=16, dim=32, depth=3, heads=2, vocab=len(TOY_WORDS))
@@ -82,7 +83,7 @@ def tiny(tmp_path, monkeypatch):
             "--device=cpu",
             "--precision=float32",
         ]
-        args = tasks.arguments(with_read(flags, *SHORT, *where))
+        args = settings_of(with_read(flags, *SHORT, *where))
         args.init = tmp_path / "base.pt"
         return args, tasks.TASKS[args.algo](args, CPU)
 
