@@ -22,6 +22,12 @@ from tasks import TASKS
 from trainer import fit
 
 
+def task_of(settings, device):
+    if getattr(settings, "rounds", None):
+        return online_task(settings, device)
+    return TASKS[settings.algo](settings, device)
+
+
 def main():
     settings = settings_of()
     if settings.plan:
@@ -31,10 +37,7 @@ def main():
     distributed.check_flags(settings)
     settings.precision = "bfloat16" if distributed.in_bf16(settings, device) else "float32"
     state = resume.opened_run(settings)
-    if getattr(settings, "rounds", None):
-        task = online_task(settings, device)
-    else:
-        task = TASKS[settings.algo](settings, device)
+    task = task_of(settings, device)
     if rank() == 0:
         num_params = sum(p.numel() for p in task.model.parameters())
         num_trained = sum(p.numel() for p in task.model.parameters() if p.requires_grad)

@@ -57,7 +57,7 @@ def test_rounds_ask_for_every_prompt(tiny, data, monkeypatch):
     monkeypatch.setattr(rounds, "load_judge", lambda *args: Brightness())
     _, task = tiny("--algo=nft", "--steps=4", "--rounds=2", f"--data={data('pairs', 0)[0]}")
     vocabulary = Vocabulary(task.words)
-    assert sorted(vocabulary.decode(y) for y in task.evaluate.keywords["pairs"].y) == sorted(
+    assert sorted(vocabulary.decode(y) for y in task.pairs.y) == sorted(
         PROMPTS
     )
 
@@ -119,7 +119,7 @@ def test_labels_of_prompts_held_out_are_judged_by_and_not_learned(tiny, data, fl
                         and vocabulary.decode(y) == prompts[pair]
                     )
                     learned.add(prompts[pair])
-            (held,) = task.evaluate.keywords["held"].values()
+            (held,) = task.held.values()
             judged = {vocabulary.decode(y) for y in held.y}
             source, said = (other_clips, other_labels) if more else (clips, labels)
             places = [find(clip, source)[0] for clip in held.sides(torch.arange(len(held)))[0]]

@@ -143,13 +143,13 @@ def test_a_share_of_videorewards_pairs_is_generated(tiny, tmp_path):
     for share, count in ((0, 0), (0.25, 10), (1, 40)):
         flags = share_of(share, tmp_path / "clips")
         _, task = tiny("--algo=reward", "--pairs=40", "--eval-pairs=40", *flags)
-        held = {name.split()[0]: len(part) for name, part in task.evaluate.keywords["held"].items()}
+        held = {name.split()[0]: len(part) for name, part in task.held.items()}
         assert held == {
             name: n for name, n in (("rendered", 40 - count), ("generated", count)) if n
         }
         seen = [task.batch(step, slice(0, 8)) for step in range(5)]
         assert set().union(*(splits_of(batch["y"]) for batch in seen)) == {"train"}
-        for part in task.evaluate.keywords["held"].values():
+        for part in task.held.values():
             assert splits_of(part.y) == {"validation"}
 
 

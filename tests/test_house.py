@@ -19,7 +19,7 @@ FLOORS = (
     {"model"},
     {"reward", "nrg"},
     {"sample", "real_data"},
-    {"judge", "trainer"},
+    {"judge", "trainer", "settings"},
     {"tasks"},
     {"online"},
     {"studies", "examples", "pages"},

@@ -13,7 +13,6 @@ import torch
 import wired
 from wired import CONFIG, CPU, Brightness, noticeable
 
-import evaluate
 import judge
 import tasks
 import trainer
@@ -61,7 +60,7 @@ def sampled(model, x1, y, cfg):
 @pytest.mark.parametrize("algo", ["dpo", "sft"])
 def test_the_reference_is_the_start_before_and_after_and_has_no_gradient(tiny, algo, flags):
     args, task = tiny(f"--algo={algo}", *flags)
-    base, start = task.evaluate.keywords["base"], load_velocity(args.init)[0]
+    base, start = task.base, load_velocity(args.init)[0]
 
     def same():
         return all(torch.equal(v, start.state_dict()[n]) for n, v in base.state_dict().items())
@@ -167,7 +166,7 @@ def test_who_paints_the_right_answer_wins_by_the_oracle(
     shown = []
     monkeypatch.setattr(judge, "write_gif", lambda path, rows: shown.extend(rows))
     monkeypatch.setattr(
-        evaluate, "write_sheet", lambda path, rows: shown.extend((rows[::2], rows[1::2]))
+        judge, "write_sheet", lambda path, rows: shown.extend((rows[::2], rows[1::2]))
     )
     lines = alignment_table(
         Painter(policy), tmp_path, Painter(base), Contrary(), Vocabulary().words, None, args, CPU
@@ -282,13 +281,13 @@ def test_win_rates_by_hand():
         1.0,
         0.25,
     ]
-    lines = score_table(("base", "new"), [other, one], [one, other])
-    assert [float(n) for n in lines[-2].split()[-3:]] == [1.0, 0.0, 0.75] and "oracle" in lines[-2]
-    assert [float(n) for n in lines[-1].split()[-3:]] == [
+    lines = score_table({"base": other, "new": one}, {"base": one, "new": other})
+    assert [float(n) for n in lines[-3].split()[-3:]] == [1.0, 0.0, 0.75] and "oracle" in lines[-3]
+    assert [float(n) for n in lines[-2].split()[-3:]] == [
         0.0,
         1.0,
         0.25,
-    ] and "VideoReward" in lines[-1]
+    ] and "VideoReward" in lines[-2]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -297,9 +296,8 @@ def test_win_rates_by_hand():
 
 def test_ranking_by_hand():
     total = torch.tensor([[0.0, 1.0], [5.0, 1.0], [2.0, 2.0], [3.0, 0.0]])
-    better, worse = tasks.winners(total)
-    assert better.tolist() == [[0, 1], [1, 0], [3, 0]]  # the draw is no pair
-    assert worse.tolist() == [[0, 0], [1, 1], [3, 1]]
+    pair, side = tasks.winners(total)
+    assert pair.tolist() == [0, 1, 3] and side.tolist() == [1, 0, 0]  # the draw is no pair
     with pytest.raises(BadInput, match="no pair has a better clip"):
         tasks.winners(torch.ones(4, 2))
 

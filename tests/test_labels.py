@@ -40,8 +40,8 @@ def test_the_winner_of_a_pair_by_hand(label, align, reward_of_a):
         with pytest.raises(BadInput, match="no pair has a better clip"):
             tasks.winners(r)
     else:
-        winners, _ = tasks.winners(r)
-        assert winners.tolist() == [[0, 0 if reward_of_a > 0 else 1]]
+        pair, side = tasks.winners(r)
+        assert pair.tolist() == [0] and side.tolist() == [0 if reward_of_a > 0 else 1]
 
 
 def test_ratings_stand_in_for_labels_where_there_are_any():
@@ -68,10 +68,10 @@ def test_labels_rank_the_clips_that_the_reward_would(tiny, monkeypatch):
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """A folder with tasks.csv, eight toy pairs, and turned.csv, the same with its labels turned."""
+    """A folder with train.csv, eight toy pairs, and turned.csv, the same with its labels turned."""
     folder = tmp_path_factory.mktemp("labels") / "toy"
     export_toy.export(export_toy.arguments(["export", str(folder), "--generated=0", "--pairs=8"]))
-    with open(folder / "tasks.csv", newline="") as file:
+    with open(folder / "train.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     for row in rows:
         row |= {name: {"A": "B", "B": "A"}.get(row[name], row[name]) for name in ("VQ", "MQ", "TA")}
@@ -93,19 +93,19 @@ def test_labels_turned_round_turn_the_run_round(exported, tmp_path, capsys):
         task = task_on(exported / name, tmp_path, "--algo=dpo", f"--rank={rank}")
         return task.batch(0, slice(0, 8))
 
-    honest, turned = first_batch("tasks.csv", "labels"), first_batch("turned.csv", "labels")
+    honest, turned = first_batch("train.csv", "labels"), first_batch("turned.csv", "labels")
     assert torch.equal(honest["x0_w"], turned["x0_l"]) and torch.equal(
         honest["x0_l"], turned["x0_w"]
     )
     assert not torch.equal(honest["x0_w"], turned["x0_w"])
     assert "not used" not in capsys.readouterr().out
-    honest, turned = first_batch("tasks.csv", "reward"), first_batch("turned.csv", "reward")
+    honest, turned = first_batch("train.csv", "reward"), first_batch("turned.csv", "reward")
     assert torch.equal(honest["x0_w"], turned["x0_w"])
     assert "the labels of --data are not used" in capsys.readouterr().out
 
 
 def test_regression_weights_every_clip_that_people_rated(exported, tmp_path):
-    task = task_on(exported / "tasks.csv", tmp_path, "--algo=rwr", "--rank=labels")
+    task = task_on(exported / "train.csv", tmp_path, "--algo=rwr", "--rank=labels")
     batch = task.batch(0, slice(0, 8))  # 16 clips are all there are
     assert len(batch["x0"].flatten(1).unique(dim=0)) == 16
     assert batch["weight"].mean().item() == pytest.approx(1)

@@ -261,7 +261,7 @@ def test_videos_are_cropped_to_the_size_and_sampled_in_it(tmp_path, monkeypatch)
     export_toy.export(
         export_toy.arguments(["export", str(tmp_path / "toy"), "--pairs=8", "--generated=0"])
     )
-    data = [f"--data={tmp_path / 'toy' / 'tasks.csv'}", f"--cache={tmp_path / 'cache'}"]
+    data = [f"--data={tmp_path / 'toy' / 'train.csv'}", f"--cache={tmp_path / 'cache'}"]
     files = [
         f"--init={tmp_path / 'pretrain' / 'last.pt'}",
         f"--reward={tmp_path / 'reward' / 'last.pt'}",
@@ -269,8 +269,8 @@ def test_videos_are_cropped_to_the_size_and_sampled_in_it(tmp_path, monkeypatch)
     log = tmp_path / "log"
     for algo, flags in {
         "pretrain": ["--size=16x24", "--attention=tile:2,1,3/1,1,1"],
-        "reward": ["--size=16x24", f"--val={tmp_path / 'toy' / 'tasks.csv'}"],
-        "nrg": [*files, "--read=1", f"--val={tmp_path / 'toy' / 'tasks.csv'}"],
+        "reward": ["--size=16x24", f"--val={tmp_path / 'toy' / 'train.csv'}"],
+        "nrg": [*files, "--read=1", f"--val={tmp_path / 'toy' / 'train.csv'}"],
         "dpo": [*files, "--lora-rank=2", "--freeze=1"],
     }.items():
         shared = [f"--algo={algo}", *data, "--steps=1", "--batch=2", f"--out={tmp_path / algo}"]

@@ -149,7 +149,7 @@ def test_what_is_left_out_is_btt_separate_tokens_and_caption_one(tiny):
 
 def test_a_saved_videoreward_gives_z_scores_of_the_pairs_held_out(tiny, tmp_path):
     args, task = tiny("--algo=reward", "--eval-pairs=40", "--generated=0.5", f"--cache={tmp_path}")
-    held, other = task.evaluate.keywords["held"].values()
+    held, other = task.held.values()
     lines = trainer.fit(task, args, CPU)
     model, _ = load_reward(args.out / "last.pt")
     with torch.no_grad():
@@ -255,7 +255,7 @@ def test_nrg_reads_so_many_blocks_of_the_base_and_leaves_them_if_frozen(tiny, re
 
 def test_a_noise_aware_rewards_unit_is_the_spread_over_clips_and_times(tiny, tmp_path):
     args, task = tiny("--algo=nrg", "--eval-pairs=20", "--generated=0.5", f"--cache={tmp_path}")
-    held, other = task.evaluate.keywords["held"].values()
+    held, other = task.held.values()
     lines = trainer.fit(task, args, CPU)
     assert not torch.equal(task.model.std, torch.ones(3)) and splits_of(held.y) == {"validation"}
     times = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9)

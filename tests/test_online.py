@@ -93,7 +93,7 @@ def test_logged_are_all_three_scores_and_each_clips_true_scores_for_its_own_prom
         "clips": clips,
     }
     state["scores"] = torch.arange(12.0).reshape(2, 2, 3)
-    found = rounds.Rounds.logs(Namespace(args=Namespace(data=None, clips=2)), state)
+    found = rounds.Rounds.logs(Namespace(settings=Namespace(data=None, clips=2)), state)
     assert found["round"] == 3 and found["learned"] == pytest.approx(5.5)
     assert found["true"] > 0.9  # about 1 of a clean clip
 
@@ -175,7 +175,10 @@ def test_a_rounds_clips_are_scored_after_its_refresh(online, monkeypatch):
         batch = task.batch(step, slice(0, 8))
         red_w, red_l = (batch[name][:, 0].mean((1, 2, 3)) for name in ("x0_w", "x0_l"))
         assert (sign * (red_w - red_l) > 0).all()
-    assert task.evaluate.keywords["reward"].sign == -1  # who judges the closing table
+    judges = []
+    monkeypatch.setattr(rounds, "alignment_table", lambda *args: judges.append(args[3]))
+    task.evaluate(task.model, None)
+    assert judges[0].sign == -1
 
 
 @pytest.mark.parametrize("algo", ["dpo", "nft"])
@@ -326,7 +329,7 @@ def test_the_log_and_the_bar_show_round_and_scores(online):
             ["--algo=sft", "--rounds=2", "--steps=4"],
             "--rounds: read by --algo dpo, nft, not by sft",
         ),
-        (["--algo=dpo", "--refresh=2"], "reads it only with --rounds"),
+        (["--algo=dpo", "--refresh=2"], "has no effect without --rounds"),
         (["--algo=nft", "--old-decay=1"], "--old-decay 1"),
         (
             ["--algo=nft", "--clips=1", "--refresh=1"],
@@ -362,7 +365,7 @@ def small_rounds(*flags, dies=None, by=signal.SIGKILL):
     that it is judged by. dies: (a name of online.rounds, the call of it in which the process gets the signal `by`)."""
     rounds.MOST_PROMPTS, refresh.OLD, refresh.STEPS, refresh.BATCH = 3, 4, 2, 4
 
-    def alignment_table(policy, out, reward, **_):
+    def alignment_table(policy, out, base, reward, *_):
         torch.save(reward.state_dict(), out / "judge.pt")
         return []
 
@@ -596,7 +599,7 @@ def test_new_labels_are_the_annotators_of_pairs_of_the_rounds_own_clips(refreshe
 def test_what_people_say_of_exported_clips_is_taken_back(tmp_path):
     toy, out, log = tmp_path / "toy", tmp_path / "out", tmp_path / "log"
     export_toy.export(export_toy.arguments(["export", str(toy), "--pairs=6", "--generated=0"]))
-    data = toy / "tasks.csv"
+    data = toy / "train.csv"
     data.write_text(data.read_text().replace(",a ", ",A ").replace(" moving", "! MOVING"))
     flags = [
         "--algo=dpo",

@@ -374,7 +374,7 @@ def test_a_file_that_changed_since_the_run_began_is_named(tmp_path, flag):
     shutil.copy(tmp_path / "velocity.pt", tmp_path / "reference.pt")
     export_toy.export(export_toy.arguments(["export", str(toy), "--pairs=6", "--generated=0"]))
     files = {"init": tmp_path / "velocity.pt", "reward": tmp_path / "reward.pt"}
-    files |= {"reference": tmp_path / "reference.pt", "data": toy / "tasks.csv"}
+    files |= {"reference": tmp_path / "reference.pt", "data": toy / "train.csv"}
     flags = [
         "--algo=dpo",
         "--batch=2",

@@ -12,8 +12,8 @@ import torch
 import wired
 from wired import BATCH, CPU, split_of, splits_of
 
-import evaluate
 import judge
+import tasks
 import trainer
 import world
 from data import Vocabulary
@@ -60,7 +60,7 @@ def test_preferences_are_learned_on_training_prompts_alone(tiny, drawn, algo):
     )
     for step in range(30):
         assert splits_of(task.batch(step, EVERY)["y"]) == {"train"}
-    held = task.evaluate.keywords.get("held")
+    held = getattr(task, "held", None)
     assert (held is None) == (algo not in ("reward", "nrg"))
     if held:
         (held,) = held.values()
@@ -70,7 +70,7 @@ def test_preferences_are_learned_on_training_prompts_alone(tiny, drawn, algo):
 
 
 def test_pairs_to_judge_by_are_other_clips_than_those_of_another_seed(tiny):
-    held = [tiny("--algo=reward", f"--seed={seed}")[1].evaluate.keywords["held"] for seed in (0, 1)]
+    held = [tiny("--algo=reward", f"--seed={seed}")[1].held for seed in (0, 1)]
     first, second = (next(iter(pairs.values())) for pairs in held)
     assert not torch.equal(first.y, second.y)
 
@@ -99,11 +99,11 @@ def test_nothing_shows_a_hard_combination_under_another_prompt(drawn):
 def test_closing_tables_ask_for_every_prompt_once(tiny, monkeypatch, tmp_path, algo):
     asked = []
 
-    def painted(model, words, prompts, seed, device="cpu", **settings):
-        asked.append(prompts)
-        return torch.zeros(len(prompts), *wired.CONFIG.video_shape)
+    def painted(model, x1, y, progress, cfg):
+        asked.append(world.prompt_attributes([Vocabulary().decode(row) for row in y]))
+        return torch.zeros_like(x1)
 
-    monkeypatch.setattr(judge, "sample_prompts", painted)
+    monkeypatch.setattr(judge, "sample_many", painted)
     _, task = tiny(f"--algo={algo}", "--eval-prompts=96")
     tmp_path.joinpath("out").mkdir()
     task.evaluate(task.model, tmp_path / "out")
@@ -165,14 +165,20 @@ def test_studies_judge_the_sets_that_their_rows_name(module, monkeypatch):
 def studied(monkeypatch, tmp_path, drawn):
     """Runs jobs of a study by name, their trainings drawing two batches in place of learning: {name: (args, splits of
     the batches, splits asked for and shown)}, and the study's flags."""
-    args = evaluate.arguments(
+    args = jobs.arguments(
         ["align", "--steps=1", "--eval-pairs=20", f"--work={tmp_path}", "--seeds=3"]
     )
-    seen = []
+    seen, found, honest = [], {}, tasks.held_pairs
+
+    def held_pairs(*args):
+        found["held"] = honest(*args)
+        return found["held"]
+
+    monkeypatch.setattr(tasks, "held_pairs", held_pairs)
 
     def draws(task, settings, device, state=None):
         batches = [task.batch(step, slice(0, settings.batch)) for step in range(2)]
-        held = task.evaluate.keywords.get("held")
+        held = found.pop("held", None)
         held = held and set().union(*(splits_of(pairs.y) for pairs in held.values()))
         splits = set().union(*(splits_of(batch["y"]) for batch in batches))
         seen.append((settings, splits, held, *watched_splits(drawn)))
@@ -210,7 +216,7 @@ def test_alignment_studies_train_on_training_prompts_with_what_their_rows_say(st
             method = name.removesuffix("-2")
             assert settings.algo == name.split("-")[0] and settings.seed == 2
             assert settings.generated == ("own-clips" in name)
-            assert settings.schedule == (
+            assert getattr(settings, "schedule", "constant") == (
                 "(1-t)^2" if method.startswith("dpo-schedule") else "constant"
             )
             assert settings.align == ((0, 0, 1) if "TA only" in name else (1, 1, 1))
