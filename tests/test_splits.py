@@ -221,7 +221,7 @@ def test_alignment_studies_train_on_training_prompts_with_what_their_rows_say(st
             )
             assert settings.align == ((0, 0, 1) if "TA only" in name else (1, 1, 1))
             number = method.rsplit("-", 1)[1]
-            assert settings.beta == (float(number) if number.isdigit() else 100)
+            assert getattr(settings, "beta", 100) == (float(number) if number.isdigit() else 100)
 
 
 def test_guidance_learns_train_and_is_judged_on_validation(studied, drawn, monkeypatch):
