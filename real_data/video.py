@@ -339,7 +339,7 @@ def _tile(rows, labels=(), gap=2):
     """Rows of pictures (H, W, 3), each behind its label, as one picture with grey lines between."""
     pad = ((gap, gap), (gap, gap), (0, 0))
     if labels:
-        width = max(8 * len(label) for label in labels)
+        width = 4 + max(round(FONT.getlength(label)) for label in labels)
         rows = [[_text(label, row[0].shape[0], width), *row] for label, row in zip(labels, rows)]
     tiled = [[np.pad(picture, pad, constant_values=GREY) for picture in row] for row in rows]
     return np.concatenate([np.concatenate(row, 1) for row in tiled], 0)
