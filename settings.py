@@ -1,4 +1,4 @@
-"""The settings of each algorithm: one dataclass each, whose fields are its flags (runtime/config.py).
+"""The settings of each algorithm: a dataclass whose fields are its flags (runtime/config.py).
 
 Defaults are the paper's or measured; docs/paper.md gives the paper's (Tables 10 and 11) and why.
 """
@@ -26,8 +26,13 @@ from runtime.cli import (
 )
 from runtime.config import flag, flags_of, option, parse
 
-TOY = ("data",)  # flags that are read without --data
-OFFLINE = ("data", "rounds")  # and without --rounds
+DATA = ("data",)
+DATA_OR_ROUNDS = ("data", "rounds")
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+
+# ---------------------------------------------------------------------------------------------
+# What several algorithms share
 
 
 @dataclass
@@ -37,37 +42,24 @@ class Training:
     algo: str = flag("dpo", "pretrain, reward, nrg, sft, rwr, dpo or nft; each has its own flags")
     steps: int = flag(200, "optimiser steps", positive_int)
     batch: int = flag(
-        16, "clips (pretrain) or pairs a step; sft and rwr take 2 clips a pair", positive_int
+        16, "clips (pretrain) or pairs a step; sft, rwr: two clips a pair", positive_int
     )
     lr: float = flag(1e-4, "peak learning rate of AdamW", positive)
-    decay: float = flag(
-        0.0, "last share of the run in which the rate falls to 0; 0 = constant", fraction
-    )
+    decay: float = flag(0.0, "last share of the run, over which the rate falls to 0", fraction)
     ema: float = flag(0.0, "decay of the averaged weights; 0 = none", fraction)
     seed: int = flag(0, "of weights, data, noise and times", seed)
     device: str = flag("auto", "auto (cuda, mps, cpu) or a torch device", resumable=True)
-    precision: str = flag(
-        "auto",
-        "of matrix products; auto = bfloat16 where the device has instructions for it",
-        choices=("auto", "float32", "bfloat16"),
-    )
+    precision: str = flag("auto", "auto = bfloat16 where it is fast", choices=PRECISIONS)
     compile: bool = flag(False, "compile each block by torch.compile (for GPUs)", resumable=True)
     grad_checkpoint: bool = flag(False, "gradient checkpointing", resumable=True)
-    accum: int = flag(
-        1, "micro-batches that a process cuts its batch into", positive_int, resumable=True
-    )
+    accum: int = flag(1, "micro-batches of a process's batch", positive_int, resumable=True)
     fsdp: bool = flag(False, "under torchrun: shard the model, not only the batch")
     out: Path = flag(None, "folder of the run (default: out/ALGO)", Path, resumable=True)
     resume: bool = flag(False, "continue the run in --out", resumable=True)
     export: Path = flag(None, "also write the final weights here, as float16", Path, resumable=True)
     save_every: int = flag(500, "steps between checkpoints", positive_int, resumable=True)
-    plan: int = flag(
-        None,
-        "print memory and time of this training on so many GPUs, and do nothing",
-        positive_int,
-        resumable=True,
-    )
-    flops: float = flag(4e14, "FLOP/s of a GPU", positive, needs=("plan",), resumable=True)
+    plan: int = flag(None, "print what this takes on so many GPUs, and stop", positive_int)
+    flops: float = flag(4e14, "FLOP/s of a GPU", positive, needs=("plan",))
     pairs_of_steps: bool = False  # whether the number of pairs follows from --steps
     digests: dict = field(default_factory=dict)  # of the files that the flags name
 
@@ -76,30 +68,19 @@ class Training:
 class Data:
     """real data (default: the toy world)"""
 
-    data: Path = flag(
-        None, "CSV of pairs of videos or latents in VideoAlign's format", Path, file=True
-    )
-    data_dir: Path = flag(
-        None,
-        "folder that the paths in the CSV start from (default: the CSV's own)",
-        Path,
-        needs=("data",),
-    )
+    data: Path = flag(None, "CSV of videos or latents in VideoAlign's format", Path, file=True)
+    data_dir: Path = flag(None, "folder of the CSV's paths (default: its own)", Path, needs=DATA)
     cache: Path = flag(
         Path("out/clips"), "folder of decoded and sampled clips", Path, resumable=True
     )
-    fps: float = flag(
-        2.0, "frames a second of a video that are read (5.1)", positive, needs=("data",)
-    )
+    fps: float = flag(2.0, "frames a second of a video that are read (5.1)", positive, needs=DATA)
     short: str = flag(
         "spread",
         "videos too short for the model's frames at --fps: spread the frames over them, or refuse",
         choices=("spread", "refuse"),
-        needs=("data",),
+        needs=DATA,
     )
-    skip_bad: bool = flag(
-        False, "list rows that have a fault and go on without them", needs=("data",)
-    )
+    skip_bad: bool = flag(False, "list faulty rows and go on without them", needs=DATA)
 
 
 @dataclass
@@ -108,9 +89,7 @@ class FromNothing:
 
     preset: str = flag("nano", "size of the model", choices=PRESETS)
     size: tuple = flag(
-        None,
-        "height x width of a clip, as 32x56 (default: the preset's, or the latents')",
-        frame_size,
+        None, "height x width of a clip, as 32x56 (default: as in --data)", frame_size
     )
 
 
@@ -118,21 +97,17 @@ class FromNothing:
 class Labelled:
     """pairs with labels"""
 
-    pairs: int = flag(
-        None, "toy pairs (default: two epochs, as in Table 11)", positive_int, without=TOY
-    )
-    generated: float = flag(
-        0.0, "share of the toy pairs that compare clips of the model --init", fraction, without=TOY
-    )
+    pairs: int = flag(None, "toy pairs (default: two epochs, Table 11)", positive_int, without=DATA)
+    generated: float = flag(0.0, "share of pairs of clips of --init", fraction, without=DATA)
     val: Path = flag(
         None,
         "CSV to validate on (default: a tenth of the prompts, held out)",
         Path,
-        needs=("data",),
+        needs=DATA,
         file=True,
     )
     eval_pairs: int = flag(
-        1000, "toy pairs to validate on", positive_int, without=TOY, resumable=True
+        1000, "toy pairs to validate on", positive_int, without=DATA, resumable=True
     )
 
 
@@ -155,10 +130,7 @@ class Aligned(Data, VideoModel):
 
     init: Path = flag(WEIGHTS / "base.pt", "base model, where alignment starts", Path, file=True)
     reward: Path = flag(
-        None,
-        "VideoReward that ranks the clips and judges the policy (default: weights/reward.pt)",
-        Path,
-        file=True,
+        None, "VideoReward that ranks and judges (default: weights/reward.pt)", Path, file=True
     )
     align: tuple = flag((1.0, 1.0, 1.0), "weights of VQ, MQ and TA in the reward (5.2)", triple)
     freeze: int = flag(2, "first blocks that stay the base model's", whole)
@@ -169,13 +141,13 @@ class Aligned(Data, VideoModel):
 class Offline:
     """alignment on pairs"""
 
-    pairs: int = flag(None, "toy pairs (default: one epoch)", positive_int, without=OFFLINE)
+    pairs: int = flag(None, "toy pairs (default: one epoch)", positive_int, without=DATA_OR_ROUNDS)
     generated: float = flag(
-        0.0, "share of the toy pairs that are clips of the model --init", fraction, without=OFFLINE
+        0.0, "share of pairs of clips of --init", fraction, without=DATA_OR_ROUNDS
     )
     rank: str = flag(
         "reward",
-        "who says which clip is better: VideoReward or people's labels",
+        "what ranks the clips: VideoReward, or people's labels",
         choices=("reward", "labels"),
         without=("rounds",),
     )
@@ -193,15 +165,17 @@ class Rounds:
         positive_int,
         needs=("rounds",),
     )
-    refresh_pairs: int = flag(
-        256, "pairs to label each time, at most all there are", positive_int, needs=("refresh",)
-    )
+    refresh_pairs: int = flag(256, "pairs to label each time", positive_int, needs=("refresh",))
     caption: float = flag(
         None,
-        "weight of VideoReward's loss on the prompt's words (default: 1; --data 0)",
+        "weight of the captioning loss (default: 1; --data 0)",
         non_negative,
         needs=("refresh",),
     )
+
+
+# ---------------------------------------------------------------------------------------------
+# The algorithms
 
 
 @dataclass
@@ -226,13 +200,13 @@ class Reward(FromNothing, Labelled, Data, Training):
     lr: float = 1e-3
     decay: float = 0.4
     generated: float = 0.5
-    init: Path = flag(WEIGHTS / "base.pt", "model that samples --generated clips", Path, file=True)
+    init: Path = flag(WEIGHTS / "base.pt", "model of the --generated clips", Path, file=True)
     loss: str = flag("btt", "Bradley-Terry with ties, without, or on ratings", choices=LOSSES)
     tokens: str = flag(
-        "separate", "a token for each score, or one for all", choices=("separate", "shared")
+        "separate", "tokens that scores are read from", choices=("separate", "shared")
     )
     caption: float = flag(
-        None, "weight of the loss on the prompt's words (default: 1; --data 0)", non_negative
+        None, "weight of the captioning loss (default: 1; --data 0)", non_negative
     )
 
 
@@ -245,21 +219,17 @@ class Nrg(Labelled, Data, Training):
     batch: int = 48
     lr: float = 2e-3
     decay: float = 0.4
-    init: Path = flag(
-        WEIGHTS / "base.pt", "video model whose first blocks it reads", Path, file=True
-    )
+    init: Path = flag(WEIGHTS / "base.pt", "video model that it reads", Path, file=True)
     attention: str = flag(None, "full, or tile:T,H,W for sliding tiles (default: --init's)")
     reward: Path = flag(WEIGHTS / "reward.pt", "VideoReward that it learns from", Path, file=True)
     target: str = flag(
         "reward",
-        "learn VideoReward's scores of the clean clips, or people's labels by Bradley-Terry (4.4)",
+        "learn VideoReward's scores of the clean clip, or people's labels by Bradley-Terry (4.4)",
         choices=("reward", "labels"),
     )
     read: int = flag(2, "first blocks of the video model that it reads", positive_int)
     trunk: str = flag("frozen", "whether these blocks are trained", choices=("frozen", "trained"))
-    time_shift: float = flag(
-        1.0, "shift of t towards noise; 1 = none, 0 = clean clips", non_negative
-    )
+    time_shift: float = flag(1.0, "shift of t towards noise; 0 = clean clips", non_negative)
     eval_seed: int = flag(1234, "noise of the closing table", seed, resumable=True)
 
 
@@ -283,11 +253,11 @@ class Dpo(Offline, Rounds, Aligned, Training):
     """Flow-DPO on ranked pairs against a frozen reference (section 4.2)."""
 
     algo: str = "dpo"
-    beta: float = flag(100.0, "on mean errors; larger stays closer to the reference", positive)
+    beta: float = flag(100.0, "larger stays closer to the reference", positive)
     schedule: str = flag("constant", "beta over t (section 4.2)", choices=SCHEDULES)
     reference: str = flag(
         "first",
-        "the start (first), the policy at the beginning of each round (round), or a checkpoint",
+        "the start (first), the policy as a round begins (round), or a checkpoint",
         file=True,
     )
 
@@ -301,20 +271,16 @@ class Nft(Rounds, Aligned, Training):
     lr: float = 3e-4
     rounds: int = 10
     nft_beta: float = flag(0.5, "distance of v+ and v- from v_old, in v - v_old", positive)
-    spread: float = flag(
-        1.0,
-        "Z, in standard deviations of the rewards within a prompt; the publication's is about 5",
-        positive,
-    )
+    spread: float = flag(1.0, "Z, in standard deviations within a prompt; published: 5", positive)
     old_decay: float = flag(0.2, "share of v_old that a round keeps", fraction)
-    kl: float = flag(
-        0.0,
-        "weight of |v - v_ref|^2; the published weight times NFT_BETA / 5, as is the loss",
-        non_negative,
-    )
+    kl: float = flag(0.0, "weight of |v - v_ref|^2; the published one x NFT_BETA / 5", non_negative)
 
 
 ALGORITHMS = {cls.algo: cls for cls in (Pretrain, Reward, Nrg, Sft, Rwr, Dpo, Nft)}
+
+
+# ---------------------------------------------------------------------------------------------
+# From a command line
 
 
 def settings_of(argv=None):
@@ -331,7 +297,7 @@ def settings_of(argv=None):
             raise BadInput(f"{name}: read by --algo {', '.join(readers)}, not by {algo}")
         raise BadInput(f"{name}: no such flag; --algo {algo} --help lists them")
     check(settings)
-    fill(settings)
+    complete(settings)
     return settings
 
 
@@ -352,7 +318,7 @@ def check(settings):
         raise BadInput("--align 0,0,0: at least one weight must not be 0")
 
 
-def fill(settings):
+def complete(settings):
     """Sets the flags whose defaults depend on others."""
     if settings.out is None:
         settings.out = Path("out") / settings.algo
@@ -362,6 +328,6 @@ def fill(settings):
         epochs = 2 if isinstance(settings, Labelled) else 1
         settings.pairs = max(1, settings.steps * settings.batch // epochs)
         settings.pairs_of_steps = True
-    if isinstance(settings, Aligned) and settings.reward is None:
-        if getattr(settings, "rank", "reward") == "reward":
-            settings.reward = WEIGHTS / "reward.pt"
+    by_reward = getattr(settings, "rank", "reward") == "reward"
+    if isinstance(settings, Aligned) and settings.reward is None and by_reward:
+        settings.reward = WEIGHTS / "reward.pt"
