@@ -16,8 +16,7 @@ import pytest
 import torch
 import wired
 from forked import command, ended, fork, same, tiny_checkpoints, together, weights
-from test_wires import dpo_by_hand
-from wired import CONFIG, CPU, Brightness, splits_of
+from wired import CONFIG, CPU, Brightness, dpo_by_hand, splits_of
 
 import world
 from data import Vocabulary

@@ -1,13 +1,14 @@
-"""A world small enough for seconds: a tiny policy, a VideoReward whose scores are known, and what a training draws.
+"""A tiny policy, a VideoReward whose scores are known, and the clips that the toy world draws.
 
-Fixtures for the tests that take them from here: `tiny` makes a training as the command does, from flags, and `drawn`
-keeps the clips that the toy world hands out meanwhile.
+Test modules import the fixtures: `tiny` makes a training from flags, as the command does; `drawn`
+records the clips that the toy world draws.
 """
 
 from dataclasses import asdict
 
 import pytest
 import torch
+import torch.nn.functional as F
 from forked import with_read
 
 import model
@@ -23,23 +24,17 @@ from settings import settings_of
 CPU = torch.device("cpu")
 CONFIG = model.ModelConfig(frames=4, size=16, dim=32, depth=3, heads=2, vocab=len(TOY_WORDS))
 BATCH, PAIRS = 8, 12
-SHORT = [
-    f"--batch={BATCH}",
-    f"--pairs={PAIRS}",
-    "--steps=4",
-    "--eval-prompts=2",
-    "--eval-pairs=8",
-    "--lr=0.003",
-]
-SHORT += ["--generated=0"]  # pairs of the world's clips alone
+EVERY = slice(0, BATCH)
+SHORT = f"--batch={BATCH} --pairs={PAIRS} --steps=4 --eval-prompts=2 --eval-pairs=8 --lr=0.003"
+SHORT += " --generated=0 --device=cpu --precision=float32"
 
 
 class Brightness(torch.nn.Module):
-    """A VideoReward that is known: VQ, MQ and TA are a clip's mean red, green and blue; TA also counts its words."""
+    """VQ, MQ and TA are a clip's mean red, green and blue; TA also depends on the prompt."""
 
     config = CONFIG
 
-    def forward(self, video, y):  # raw scores, whose units and zeros say nothing
+    def forward(self, video, y):  # raw scores: another zero and another unit
         return self.normalised(video, y) * torch.tensor([-3.0, 50.0, 0.1]) + 7
 
     def normalised(self, video, y):
@@ -48,7 +43,7 @@ class Brightness(torch.nn.Module):
 
 
 def noticeable(network, size=0.05):
-    """Moves all that is trained, so that no gate stays closed and a policy differs from its start."""
+    """Moves all trained weights: no gate stays closed, and a policy differs from its start."""
     rng = torch.Generator().manual_seed(11)
     with torch.no_grad():
         for value in network.parameters():
@@ -58,34 +53,29 @@ def noticeable(network, size=0.05):
 
 
 def save(network, kind, path):
-    facts = {
-        "kind": kind,
-        "config": asdict(network.config),
-        "vocabulary": list(TOY_WORDS),
-        "step": 0,
-    }
-    save_checkpoint(path, {**facts, "model": network.state_dict()})
+    facts = {"kind": kind, "config": asdict(network.config), "vocabulary": list(TOY_WORDS)}
+    save_checkpoint(path, {**facts, "step": 0, "model": network.state_dict()})
     return path
 
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
-    """A function: flags of train.py -> its args and its Task, on a tiny base model and with Brightness for a judge."""
+    """A function: flags of train.py -> settings and Task, on a tiny base model, judged by Brightness.
+
+    The Task also has the base model, its pairs and the pairs held out, where it has any."""
     torch.manual_seed(1)
-    save(noticeable(model.VideoTransformer(CONFIG)), "velocity", tmp_path / "base.pt")
+    base = save(noticeable(model.VideoTransformer(CONFIG)), "velocity", tmp_path / "base.pt")
     monkeypatch.setitem(model.PRESETS, "nano", CONFIG)
     monkeypatch.setattr(tasks, "load_judge", lambda path, config, words: Brightness())
     tasks.scored_toy_pairs.cache_clear()
-
     found = {}
 
-    def watch(name, what):
-        """Keeps the last result of a function of tasks.py for the tests to look at."""
-        honest = getattr(tasks, name)
+    def watch(name, facts):
+        function = getattr(tasks, name)
 
         def watched(*args, **kwargs):
-            result = honest(*args, **kwargs)
-            found.update(what(result))
+            result = function(*args, **kwargs)
+            found.update(facts(result))
             return result
 
         monkeypatch.setattr(tasks, name, watched)
@@ -96,18 +86,14 @@ def tiny(tmp_path, monkeypatch):
     watch("base_and_policy", lambda models: {"base": models[0]})
 
     def task(*flags):
-        where = [
-            f"--init={tmp_path / 'base.pt'}",
-            f"--out={tmp_path / 'out'}",
-            "--device=cpu",
-            "--precision=float32",
-        ]
-        args = settings_of(with_read(flags, *SHORT, *where))
-        args.init = tmp_path / "base.pt"
+        settings = settings_of(
+            with_read(flags, *SHORT.split(), f"--init={base}", f"--out={tmp_path / 'out'}")
+        )
+        settings.init = base
         found.clear()
-        task = train.task_of(args, CPU)
+        task = train.task_of(settings, CPU)
         vars(task).update(found)
-        return args, task
+        return settings, task
 
     yield task
     tasks.scored_toy_pairs.cache_clear()
@@ -115,21 +101,21 @@ def tiny(tmp_path, monkeypatch):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """Lists of all clips that the world draws from here on: what they were asked for and what they show."""
-    kept, honest = [], world.draw_clips
+    """A list of all clips that the world draws: what was asked for and what they show."""
+    clips, draw_clips = [], world.draw_clips
 
     def watched(*args, **settings):
-        kept.append(honest(*args, **settings))
-        return kept[-1]
+        clips.append(draw_clips(*args, **settings))
+        return clips[-1]
 
     monkeypatch.setattr(world, "draw_clips", watched)
     tasks.scored_toy_pairs.cache_clear()
-    yield kept
+    yield clips
     tasks.scored_toy_pairs.cache_clear()
 
 
 def split_of(attributes):
-    """ "train", "validation" or "hard" by README's rule: of each colour and shape one direction is unseen."""
+    """The split by README's rule: of each colour and shape, one direction is not trained on."""
     colour, shape, direction = map(int, attributes)
     if (colour + shape + direction) % 4:
         return "train"
@@ -137,23 +123,23 @@ def split_of(attributes):
 
 
 def splits_of(prompts):
-    """The splits of attributes (N, 3) or of ids (N, S), dropped prompts aside, as a set."""
+    """The set of splits of attributes (N, 3) or of ids (N, S); dropped prompts are left out."""
     if prompts.shape[1] != 3:
-        texts = [Vocabulary().decode(row) for row in prompts if row.any()]
-        prompts = world.prompt_attributes(texts)
+        prompts = attributes_of(prompts[prompts.any(1)])
     return {split_of(row) for row in prompts.tolist()}
 
 
-def same_pairs(args):
-    """The pairs of a training made once more: y (N, S), clips (N, 2, C, T, H, W) and their Brightness (N, 2, 3)."""
-    pairs, _ = toy_pairs(args.pairs, ["train"], args.seed, CONFIG, Vocabulary())
-    clips = torch.stack(pairs.sides(torch.arange(args.pairs)), 1)
-    judge = Brightness()
-    return (
-        pairs.y,
-        clips,
-        torch.stack([judge.normalised(clips[:, side], pairs.y) for side in (0, 1)], 1),
-    )
+def attributes_of(y):
+    """Attributes (N, 3) of ids (N, S)."""
+    return world.prompt_attributes([Vocabulary().decode(row) for row in y])
+
+
+def same_pairs(settings):
+    """A training's pairs, made again: y (N, S), clips (N, 2, C, T, H, W), Brightness (N, 2, 3)."""
+    pairs, _ = toy_pairs(settings.pairs, ["train"], settings.seed, CONFIG, Vocabulary())
+    clips = torch.stack(pairs.sides(torch.arange(settings.pairs)), 1)
+    scores = [Brightness().normalised(clips[:, side], pairs.y) for side in (0, 1)]
+    return pairs.y, clips, torch.stack(scores, 1)
 
 
 def find(clip, clips):
@@ -162,16 +148,29 @@ def find(clip, clips):
     return place
 
 
-def trained(args, task):
+def trained(settings, task):
     """The model after trainer.fit, in eval mode; without a closing table."""
     task.evaluate = lambda final, out: []
-    trainer.fit(task, args, CPU)
+    trainer.fit(task, settings, CPU)
     return task.model.eval()
 
 
+def noised(x0, x1, t):
+    t = t.reshape(-1, 1, 1, 1, 1)
+    return (1 - t) * x0 + t * x1
+
+
+def error(velocity, x0, batch):
+    """|v - v(x_t)|^2 of each clip (section 4.1)."""
+    v = velocity(noised(x0, batch["x1"], batch["t"]), batch["t"], batch["y"])
+    return (v - (batch["x1"] - x0)).square().flatten(1).mean(1)
+
+
 @torch.no_grad()
-def brightness(policy):
-    """Mean of what a policy paints from pure noise, x0_hat at t = 1, over sixteen training prompts."""
-    x1 = torch.randn(16, *CONFIG.video_shape, generator=torch.Generator().manual_seed(5))
-    y = Vocabulary().encode_attributes(world.split_prompts("train")[:16], CONFIG.max_text)
-    return (x1 - policy(x1, torch.ones(16), y)).mean().item()
+def dpo_by_hand(policy, reference, batch, beta_t):
+    """Eq. 6, with beta_t (B,) or a number."""
+    won, lost = (
+        error(policy, batch[name], batch) - error(reference, batch[name], batch)
+        for name in ("x0_w", "x0_l")
+    )
+    return F.softplus(beta_t / 2 * (won - lost)).mean().item()
