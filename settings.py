@@ -39,7 +39,7 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 class Training:
     """every training"""
 
-    algo: str = flag("dpo", "pretrain, reward, nrg, sft, rwr, dpo or nft; each has its own flags")
+    algo: str = flag("dpo", "pretrain, reward, nrg, sft, rwr, dpo, nft or grpo; each has own flags")
     steps: int = flag(200, "optimiser steps", positive_int)
     batch: int = flag(
         16, "clips (pretrain) or pairs a step; sft, rwr: two clips a pair", positive_int
@@ -118,10 +118,16 @@ class VideoModel:
     attention: str = flag(
         None, "full, or tile:T,H,W for sliding tiles (default: full, or --init's)"
     )
-    label_dropout: float = flag(0.1, "share of prompts dropped, for CFG", fraction)
     time_shift: float = flag(TIME_SHIFT, "shift of t towards noise; 1 = none", positive)
     eval_prompts: int = flag(192, "prompts of the closing table", positive_int, resumable=True)
     eval_seed: int = flag(1234, "noise of the closing table", seed, resumable=True)
+
+
+@dataclass
+class FlowMatching:
+    """flow matching"""
+
+    label_dropout: float = flag(0.1, "share of prompts dropped, for CFG", fraction)
 
 
 @dataclass
@@ -138,7 +144,7 @@ class Aligned(Data, VideoModel):
 
 
 @dataclass
-class Offline:
+class Offline(FlowMatching):
     """alignment on pairs"""
 
     pairs: int = flag(None, "toy pairs (default: one epoch)", positive_int, without=DATA_OR_ROUNDS)
@@ -179,7 +185,7 @@ class Rounds:
 
 
 @dataclass
-class Pretrain(FromNothing, Data, VideoModel, Training):
+class Pretrain(FromNothing, FlowMatching, Data, VideoModel, Training):
     """Flow matching on clips of all twelve generators, or of --data (section 4.1)."""
 
     algo: str = "pretrain"
@@ -263,7 +269,7 @@ class Dpo(Offline, Rounds, Aligned, Training):
 
 
 @dataclass
-class Nft(Rounds, Aligned, Training):
+class Nft(Rounds, FlowMatching, Aligned, Training):
     """DiffusionNFT in rounds of the policy's own clips (online/flow_nft.py; not in the paper)."""
 
     algo: str = "nft"
@@ -276,7 +282,20 @@ class Nft(Rounds, Aligned, Training):
     kl: float = flag(0.0, "weight of |v - v_ref|^2; the published one x NFT_BETA / 5", non_negative)
 
 
-ALGORITHMS = {cls.algo: cls for cls in (Pretrain, Reward, Nrg, Sft, Rwr, Dpo, Nft)}
+@dataclass
+class Grpo(Rounds, Aligned, Training):
+    """Flow-GRPO in rounds of the policy's own clips (online/flow_grpo.py; not in the paper)."""
+
+    algo: str = "grpo"
+    steps: int = 500
+    rounds: int = 10
+    sde_steps: int = flag(10, "steps of the sampler that draws at random", positive_int)
+    noise_level: float = flag(0.7, "a of the sampler's noise", positive)
+    clip_range: float = flag(1e-3, "largest change of the ratio from 1 that is learned", positive)
+    kl: float = flag(0.0, "weight of the KL divergence from the start", non_negative)
+
+
+ALGORITHMS = {cls.algo: cls for cls in (Pretrain, Reward, Nrg, Sft, Rwr, Dpo, Nft, Grpo)}
 
 
 # ---------------------------------------------------------------------------------------------

@@ -43,11 +43,10 @@ def log_density(x_next, mean, std):
 def sample_sde(model, x1, y, steps, rng, noise_level=NOISE_LEVEL, shift=TIME_SHIFT):
     """Clips by the SDE, from noise x1 (B, ...) for prompts y (B, S).
 
-    -> states (steps + 1, B, ...) from t = 1 to 0, times (steps + 1,), and log-densities
-    (steps - 1, B) of the random steps. The last step follows the ODE: its noise would stay in the
-    clip. rng: a torch.Generator on the CPU."""
+    -> states (steps + 1, B, ...) from t = 1 to 0, and times (steps + 1,). The last step follows the
+    ODE: its noise would stay in the clip. rng: a torch.Generator on the CPU."""
     times = shift_time(torch.linspace(1, 0, steps + 1), shift)
-    states, densities = [x1], []
+    states = [x1]
     for t_now, t_next in zip(times[:-1].tolist(), times[1:].tolist()):
         x_t = states[-1]
         t = torch.full((len(x_t),), t_now, device=x_t.device)
@@ -58,8 +57,7 @@ def sample_sde(model, x1, y, steps, rng, noise_level=NOISE_LEVEL, shift=TIME_SHI
         mean, std = step_distribution(v, x_t, t, torch.full_like(t, t_next), noise_level)
         noise = torch.randn(x_t.shape, generator=rng).to(x_t.device)
         states.append(mean + std * noise)
-        densities.append(log_density(states[-1], mean, std))
-    return torch.stack(states), times, torch.stack(densities)
+    return torch.stack(states), times
 
 
 def group_advantage(reward):
@@ -84,18 +82,18 @@ def flow_grpo_loss(log_ratio, advantage, kl, clip_range, kl_weight):
 
 
 def flow_grpo_step(
-    policy, reference, x_t, x_next, y, t, t_next, old_log_density, advantage, clip_range, kl_weight,
+    policy, old, reference, x_t, x_next, y, t, t_next, advantage, clip_range, kl_weight,
     noise_level=NOISE_LEVEL,
 ):  # fmt: skip
-    """One training step on SDE steps x_t -> x_next (B, ...) of prompts y (B, S) -> (loss, logs).
-
-    t, t_next, old_log_density and advantage are (B,). The logs also hold the drift |v - v_ref|^2."""
+    """One training step on SDE steps x_t -> x_next (B, ...) that `old` took for prompts y (B, S),
+    with t, t_next and advantage (B,) -> (loss, logs). The logs also hold the drift |v - v_ref|^2."""
     v = policy(x_t, t, y)
     with torch.no_grad():
-        v_reference = reference(x_t, t, y)
+        v_old, v_reference = old(x_t, t, y), reference(x_t, t, y)
     mean, std = step_distribution(v, x_t, t, t_next, noise_level)
+    old_mean, _ = step_distribution(v_old, x_t, t, t_next, noise_level)
     reference_mean, _ = step_distribution(v_reference, x_t, t, t_next, noise_level)
-    log_ratio = log_density(x_next, mean, std) - old_log_density
+    log_ratio = log_density(x_next, mean, std) - log_density(x_next, old_mean, std)
     kl = mean_square(mean, reference_mean) / (2 * std.flatten() ** 2)  # of Gaussians of one width
     loss, logs = flow_grpo_loss(log_ratio, advantage, kl, clip_range, kl_weight)
     logs["drift"] = mean_square(v, v_reference).mean().item()

@@ -1,42 +1,43 @@
-"""DiffusionNFT: reinforcement on the forward process of a flow-matching model (Zheng et al., arXiv 2509.16117).
+"""DiffusionNFT: reinforcement learning on the forward process (Zheng et al., arXiv 2509.16117).
 
-Not in the paper, which aligns once and offline; here for alignment that goes on (online/rounds.py). An old model v_old
-samples several clips of each prompt, a reward scores them, and the policy v is trained by flow matching on these very
-clips, towards the good and away from the bad ones:
+Not in the paper, which aligns once and offline. An old model v_old samples several clips of each
+prompt and a reward R scores them. The policy v learns by flow matching on these clips, towards the
+good ones and away from the bad ones:
 
-    r = 1/2 + 1/2 clip( (R - mean of R over the prompt's clips) / Z, -1, 1)                    how good a clip is
-    v+ = v_old + beta (v - v_old),    v- = v_old - beta (v - v_old)                            two implicit policies
-    L = E[ r |x0_hat(v+) - x0|^2 + (1 - r) |x0_hat(v-) - x0|^2 ],    x0_hat(v) = x_t - t v
+    r = 1/2 + 1/2 clip((R - mean of R over the prompt's clips) / Z, -1, 1)      how good a clip is
+    v+ = v_old + beta (v - v_old)
+    v- = v_old - beta (v - v_old)
+    L = E[r |x0_hat(v+) - x0|^2 + (1 - r) |x0_hat(v-) - x0|^2],  x0_hat(v) = x_t - t v
 
-each square divided by the mean |x0_hat - x0| of its clip, held constant, so that all t weigh about alike. A good clip
-draws v+ to itself and so v away from v_old; of a bad clip it is v- that comes near, and v goes the other way. With
-r = 1/2 for all, both are plain flow matching on the old model's clips and nothing is learned but what it says already.
+Each square is divided by the mean |x0_hat - x0| of its clip, held constant, so that all t weigh
+about the same. A good clip draws v+ to itself, and so v away from v_old. A bad clip draws v-, and
+v moves the other way. With r = 1/2 everywhere both are flow matching on the old model's own clips.
 
-No likelihoods, no noise in the sampler, no classifier-free guidance: clips are sampled at CFG 1, since it is that
-model's own velocity which v_old stands for. Then v_old moves towards the policy (`move_old`) and samples again. As for
-Flow-DPO, a model is any v = model(x_t, t, y).
+Clips are sampled at CFG 1, because v_old stands for that model's own velocity. After a round v_old
+moves towards the policy (`move_old`). A model is any v = model(x_t, t, y).
 """
 
 import torch
 
 from flow import interpolate, mean_square
 
-# A z-score has unit spread over clips of all kinds. Rounding moves it by 1e-6 in float32 and by 1e-3
-# where a GPU multiplies in TF32; differences below a hundredth are no reason to prefer a clip.
+# A z-score has unit spread over clips of all kinds. Rounding moves it by 1e-6 in float32 and by
+# 1e-3 in TF32; differences below a hundredth are no reason to prefer a clip.
 LEAST_STD = 0.01
 
 
 def optimality(reward, spread=1.0):
-    """Rewards (P, n), means of z-scores, of n clips of each of P prompts -> r (P, n) in [0, 1]. Z is
-    `spread` standard deviations, at least LEAST_STD each, of the differences from a prompt's mean. A
-    clip as good as its prompt's mean has 1/2."""
+    """Rewards (P, n), means of z-scores, of n clips of each of P prompts -> r (P, n) in [0, 1].
+
+    Z is `spread` standard deviations, at least LEAST_STD each, of the differences from a prompt's
+    mean. A clip as good as its prompt's mean has r = 1/2."""
     advantage = reward - reward.mean(1, keepdim=True)
     z = spread * advantage.square().mean().sqrt().clamp(min=LEAST_STD)
     return 0.5 + 0.5 * (advantage / z).clamp(-1, 1)
 
 
 def nft_error(v, x_t, x0, t):
-    """|x0_hat - x0|^2 over the mean |x0_hat - x0| of each clip, which has no gradient: (B,) float32."""
+    """|x0_hat - x0|^2 over the mean |x0_hat - x0| of each clip, which has no gradient: (B,)."""
     t = t.reshape(-1, *[1] * (x0.dim() - 1))
     x0_hat = x_t - t * v
     size = (x0_hat - x0).detach().float().abs().flatten(1).mean(1)  # (B,)
@@ -44,8 +45,9 @@ def nft_error(v, x_t, x0, t):
 
 
 def flow_nft_loss(positive, negative, r, drift, kl=0.0):
-    """Errors (B,) of v+ and v-, r (B,) and the drift |v - v_ref|^2 (B,) from the model that alignment began with
-    -> (loss, logs). kl: weight of the drift, which alone keeps the policy near it."""
+    """Errors (B,) of v+ and v-, r (B,) and the drift |v - v_ref|^2 (B,) -> (loss, logs).
+
+    kl: weight of the drift, the only term that keeps the policy near the reference."""
     loss = (r * positive + (1 - r) * negative + kl * drift).mean()
     logs = {
         "loss": loss,
@@ -57,9 +59,11 @@ def flow_nft_loss(positive, negative, r, drift, kl=0.0):
 
 
 def flow_nft_step(policy, old, reference, x0, y, r, t, x1, beta=1.0, kl=0.0):
-    """One step on the old model's clips x0 (B, ...) of prompts y (B, S) with r (B,), times t (B,) and noise x1 (B, ...)
-    -> (loss, logs). beta: how far from v_old the two implicit policies stand, in units of v - v_old; a small one asks
-    for a large step. Neither `old` nor `reference` gets a gradient."""
+    """One step on the old model's clips x0 (B, ...) of prompts y (B, S), with r, times t (B,) and
+    noise x1 (B, ...) -> (loss, logs). `old` and `reference` get no gradient.
+
+    beta: distance of the implicit policies from v_old, in v - v_old; a small one gives large
+    steps."""
     x_t = interpolate(x0, x1, t)
     v = policy(x_t, t, y)
     with torch.no_grad():
@@ -71,9 +75,8 @@ def flow_nft_step(policy, old, reference, x0, y, r, t, x1, beta=1.0, kl=0.0):
 
 @torch.no_grad()
 def move_old(old, policy, decay):
-    """old <- decay old + (1 - decay) policy, in place. With decay 0 the old model is the policy itself: each round then
-    begins without a contrast between the two, and forgets all that were before. ValueError outside [0, 1)."""
+    """old <- decay old + (1 - decay) policy, in place. ValueError unless decay is in [0, 1)."""
     if not 0 <= decay < 1:
         raise ValueError(f"decay must be at least 0 and below 1, not {decay}")
-    for kept, value in zip(old.state_dict().values(), policy.state_dict().values(), strict=True):
-        kept.lerp_(value, 1 - decay)
+    for value, new in zip(old.state_dict().values(), policy.state_dict().values(), strict=True):
+        value.lerp_(new, 1 - decay)

@@ -2,12 +2,12 @@
 
     python train.py --algo dpo --rounds 10       Flow-DPO on the best and worst of each prompt's clips
     python train.py --algo nft                   DiffusionNFT on all of them (flow_nft.py)
+    python train.py --algo grpo                  Flow-GRPO on the steps that sampled them (flow_grpo.py)
     python train.py --algo dpo --rounds 10 --refresh 2      VideoReward learns from new labels, too
 
 In a round the policy, for nft its old model, samples --clips clips of each prompt at CFG 1;
 VideoReward's z-scores under the --align weights are their reward; and --steps / --rounds steps are
-taken on them. The reference of Flow-DPO is the start, with --reference round the policy as it was
-when the round began, or a checkpoint's model.
+taken on them.
 
 round.pt holds all that a round needs and is complete before the round's first step; a checkpoint
 ends each round. A stopped run resumes bit for bit: within a round from that file, between two
@@ -24,6 +24,7 @@ from data import Vocabulary, draw_noise, drop_prompts, epoch_index, step_rng, ta
 from flow_dpo import flow_dpo_step
 from judge import alignment_table, load_judge, z_scores
 from model import merged_state_dict, share_trunk
+from online.flow_grpo import flow_grpo_step, group_advantage, sample_sde
 from online.flow_nft import flow_nft_step, move_old, optimality
 from online.refresh import Refresh
 from real_data.disk_pairs import disk_prompts
@@ -42,33 +43,54 @@ ROUND_SEED = -500_000  # of a round's prompts and noise; no step has it
 
 
 def online_task(settings, device):
-    """Flow-DPO or DiffusionNFT in rounds. BadInput for flags that do not go together."""
+    """Flow-DPO, DiffusionNFT or Flow-GRPO in rounds. BadInput for flags that do not go together."""
+    algo = settings.algo
     if settings.fsdp:
-        raise BadInput(
-            f"--algo {settings.algo} in rounds samples from the whole policy; leave --fsdp out"
-        )
+        raise BadInput(f"--algo {algo} in rounds samples from the whole policy; leave --fsdp out")
     base, policy, words = base_and_policy(settings, device)
     rounds = Rounds(settings, base, policy, words, device)
-    round_length = settings.steps // settings.rounds
+    steps_on = {"dpo": dpo_steps, "nft": nft_steps, "grpo": grpo_steps}[algo]
+    batch, step_loss = steps_on(settings, rounds, base, policy, words, device)
 
-    def draw(step, count):
-        """The round of a step, `count` of its items, and their prompts, times and noise."""
-        state, rng = rounds.at(step // round_length), step_rng(settings.seed, step)
-        items = state["items"]
-        items = items[epoch_index(len(items), count, step % round_length, settings.seed)]
-        y = drop_prompts(state["y"][items[:, 0]], settings.label_dropout, rng)
-        noise = draw_noise(count, base.config.video_shape, settings.time_shift, rng)
-        return state, items, {"y": y, **noise}
+    def loss(batch):
+        value, logs = step_loss(batch)
+        return value, logs | rounds.state["logs"]
 
-    def dpo_batch(step, rows):
-        state, items, whole = draw(step, settings.batch)
+    def evaluate(model, out):
+        return alignment_table(model, out, base, rounds.judge, words, rounds, settings, device)
+
+    logs = ("round", "learned", "true")
+    task = Task("velocity", policy, words, batch, loss, logs, evaluate, merged_state_dict)
+    task.round_length = rounds.length
+    task.extra_bytes = rounds.bytes_on_disk()
+    return task
+
+
+# ---------------------------------------------------------------------------------------------
+# Batches and losses: (step, rows) -> batch, and batch -> (loss, logs)
+
+
+def dpo_steps(settings, rounds, base, policy, words, device):
+    """Flow-DPO on the best and the worst clips of each prompt.
+
+    --reference: the start, the policy as it was when the round began, or a checkpoint's model."""
+    if settings.reference == "round":
+        reference = rounds.old
+    else:
+        reference = reference_for(settings, base, words, device)
+    shared_forward = None
+    if settings.freeze and settings.reference in ("first", "round"):
+        shared_forward = share_trunk(policy, reference, settings.freeze)
+
+    def batch(step, rows):
+        state, items, whole = rounds.draw(step, settings.batch)
         prompt, winner, loser = items[rows].T
         x0_w = to_video(state["clips"][prompt, winner])
         x0_l = to_video(state["clips"][prompt, loser])
         return {"x0_w": x0_w, "x0_l": x0_l, **take(whole, rows)}
 
-    def dpo_loss(batch):
-        value, logs = flow_dpo_step(
+    def loss(batch):
+        return flow_dpo_step(
             policy,
             reference,
             **batch,
@@ -76,53 +98,74 @@ def online_task(settings, device):
             schedule=settings.schedule,
             shared_forward=shared_forward,
         )
-        return value, logs | rounds.state["logs"]
 
-    def nft_batch(step, rows):
+    return batch, loss
+
+
+def nft_steps(settings, rounds, base, policy, words, device):
+    """DiffusionNFT on every clip, by how good it is."""
+
+    def batch(step, rows):
         rows = slice(2 * rows.start, 2 * rows.stop)  # as many clips as --batch pairs have
-        state, items, whole = draw(step, 2 * settings.batch)
+        state, items, whole = rounds.draw(step, 2 * settings.batch)
         prompt, clip = items[rows].T
         x0 = to_video(state["clips"][prompt, clip])
         return {"x0": x0, "r": state["r"][prompt, clip], **take(whole, rows)}
 
-    def nft_loss(batch):
-        value, logs = flow_nft_step(
-            policy, rounds.old, base, **batch, beta=settings.nft_beta, kl=settings.kl
+    def loss(batch):
+        beta, kl = settings.nft_beta, settings.kl
+        return flow_nft_step(policy, rounds.old, base, **batch, beta=beta, kl=kl)
+
+    return batch, loss
+
+
+def grpo_steps(settings, rounds, base, policy, words, device):
+    """Flow-GRPO on the random steps of every clip's sampling."""
+
+    def batch(step, rows):
+        rows = slice(2 * rows.start, 2 * rows.stop)  # as many clips as --batch pairs have
+        state, items, whole = rounds.draw(step, 2 * settings.batch)
+        prompt, clip, k = items[rows].T
+        return {
+            "x_t": state["states"][prompt, clip, k].float(),
+            "x_next": state["states"][prompt, clip, k + 1].float(),
+            "y": state["y"][prompt],
+            "t": state["times"][k],
+            "t_next": state["times"][k + 1],
+            "advantage": state["advantage"][prompt, clip],
+        }
+
+    def loss(batch):
+        return flow_grpo_step(
+            policy,
+            rounds.old,
+            base,
+            **batch,
+            clip_range=settings.clip_range,
+            kl_weight=settings.kl,
+            noise_level=settings.noise_level,
         )
-        return value, logs | rounds.state["logs"]
 
-    if settings.algo == "nft":
-        batch, loss = nft_batch, nft_loss
-    else:
-        batch, loss = dpo_batch, dpo_loss
-        same_trunk = settings.freeze and settings.reference in ("first", "round")
-        if settings.reference == "round":
-            reference = rounds.old
-        else:
-            reference = reference_for(settings, base, words, device)
-        shared_forward = share_trunk(policy, reference, settings.freeze) if same_trunk else None
+    return batch, loss
 
-    def evaluate(model, out):
-        return alignment_table(model, out, base, rounds.judge, words, rounds, settings, device)
 
-    logs = ("round", "learned", "true")
-    task = Task("velocity", policy, words, batch, loss, logs, evaluate, merged_state_dict)
-    task.round_length = round_length
-    task.extra_bytes = rounds.bytes_on_disk()
-    return task
+# ---------------------------------------------------------------------------------------------
+# The rounds
 
 
 class Rounds:
-    """All rounds of a run. `state` is the current one, a dict: `new_round` lists what round.pt holds
-    of it; `items`, r and `logs` are added from that. `old` is the model of an earlier policy or None,
-    `judge` is VideoReward, and `prompts` (N texts) with their ids `y` (N, S) are those of all rounds.
-    """
+    """All rounds of a run.
+
+    `state` is the current round: what round.pt holds (`new_round`), with items to train on and logs.
+    `old` is the model of an earlier policy or None; `judge` is VideoReward; `prompts` (N texts) and
+    their ids `y` (N, S) are those of all rounds; `length` is the steps of a round."""
 
     def __init__(self, settings, base, policy, words, device):
         self.settings, self.policy, self.device = settings, policy, device
-        self.file, self.state = settings.out / "round.pt", None
-        has_old = settings.algo == "nft" or settings.reference == "round"
-        self.old = copy.deepcopy(policy).requires_grad_(False) if has_old else None
+        self.length = settings.steps // settings.rounds
+        self.file, self.state, self.old = settings.out / "round.pt", None, None
+        if settings.algo != "dpo" or settings.reference == "round":
+            self.old = copy.deepcopy(policy).requires_grad_(False)
         self.judge = load_judge(settings.reward, base.config, tuple(words)).to(device)
         vocabulary = Vocabulary(words)
         if settings.data:
@@ -131,18 +174,17 @@ class Rounds:
             check_toy(base.config, vocabulary)
             self.prompts = [world.prompt_text(row) for row in world.split_prompts("train")]
             self.y = vocabulary.encode(self.prompts, base.config.max_text)
-        self.refresh = (
-            Refresh(settings, self.judge, vocabulary, device) if settings.refresh else None
-        )
-        if settings.refresh and resumes(
-            settings
-        ):  # the closing table needs the judge as the last round left it
-            state = read_own(self.file, self.settings)
-            if state is None:
-                raise BadInput(
-                    f"{self.file}: holds no round of this run to go on from; start it anew"
-                )
-            self.restore(state)
+        self.refresh = None
+        if settings.refresh:
+            self.refresh = Refresh(settings, self.judge, vocabulary, device)
+            if resumes(settings):  # the closing table needs the judge as the last round left it
+                self.restore(self.last_round())
+
+    def last_round(self):
+        state = read_own(self.file, self.settings)
+        if state is None:
+            raise BadInput(f"{self.file}: holds no round of this run to go on from; start it anew")
+        return state
 
     def at(self, number):
         """The round of this number, from round.pt or a new one by the policy as it is. BadInput if
@@ -153,9 +195,8 @@ class Rounds:
             state = read_own(self.file, self.settings)
             if state and state["number"] > number:
                 state = None  # of a run that was begun anew
-            last = -1
+            last = state["number"] if state else -1
             if state:
-                last = state["number"]
                 self.restore(state)
             if last < number - 1:
                 fault = f"holds no round {number - 1} of this run to go on from; start it anew"
@@ -163,9 +204,20 @@ class Rounds:
             if last < number:
                 state = self.new_round(number)
                 save_checkpoint(self.file, state)
-        items = training_items(state["scores"], self.settings)
+        items = training_items(state, self.settings)
         self.state = state | items | {"logs": self.logs(state)}
         return self.state
+
+    def draw(self, step, count):
+        """The round of a step, `count` of its items, and their prompts, times and noise."""
+        state, rng = self.at(step // self.length), step_rng(self.settings.seed, step)
+        items = state["items"]
+        items = items[epoch_index(len(items), count, step % self.length, self.settings.seed)]
+        if self.settings.algo == "grpo":
+            return state, items, {}
+        y = drop_prompts(state["y"][items[:, 0]], self.settings.label_dropout, rng)
+        shape, shift = self.policy.config.video_shape, self.settings.time_shift
+        return state, items, {"y": y, **draw_noise(count, shape, shift, rng)}
 
     def restore(self, state):
         if self.old is not None:
@@ -176,14 +228,19 @@ class Rounds:
 
     def new_round(self, number):
         """What round.pt holds: the number, the run's settings, prompts (P texts), y (P, S), clips
-        (P, n, C, T, H, W) as uint8, their z-scores (P, n, 3), the old model, judge and labelled pairs."""
+        (P, n, C, T, H, W) as uint8, their z-scores (P, n, 3), the old model, judge and labelled
+        pairs; for grpo also states (P, n, K + 1, C, T, H, W) as float16 and times (K + 1,)."""
         settings = self.settings
         if self.old is not None and number:
-            move_old(self.old, self.policy, settings.old_decay if settings.algo == "nft" else 0.0)
-        sampled = self.refresh.sampled_clips(number) if self.refresh else None
-        sampled = sampled or self.sample(number)
+            decay = settings.old_decay if settings.algo == "nft" else 0.0
+            move_old(self.old, self.policy, decay)
+        sampled = None
         if self.refresh:
-            self.refresh(number, **sampled)
+            sampled = self.refresh.sampled_clips(number)
+        if sampled is None:
+            sampled = self.sample(number)
+        if self.refresh:
+            self.refresh(number, sampled["prompts"], sampled["y"], sampled["clips"])
         clips = to_video(sampled["clips"].flatten(0, 1))
         y = sampled["y"].repeat_interleave(settings.clips, 0)
         scores = z_scores(self.judge, clips, y, self.device).unflatten(0, (-1, settings.clips))
@@ -195,23 +252,48 @@ class Rounds:
         return state
 
     def sample(self, number):
-        """Prompts (P texts), y (P, S) and clips (P, n, C, T, H, W) as uint8 of a round."""
-        rng = step_rng(self.settings.seed, ROUND_SEED - number)
+        """Prompts (P texts), y (P, S) and clips (P, n, C, T, H, W) as uint8 of a round; for grpo also
+        the states and times of their sampling."""
+        settings = self.settings
+        rng = step_rng(settings.seed, ROUND_SEED - number)
         chosen = torch.randperm(len(self.y), generator=rng)[:MOST_PROMPTS].tolist()
         prompts, y = [self.prompts[i] for i in chosen], self.y[chosen]
         shape = self.policy.config.video_shape
-        x1 = torch.randn(len(y) * self.settings.clips, *shape, generator=rng)
-        y_clips = y.repeat_interleave(self.settings.clips, 0)
-        model = self.old if self.settings.algo == "nft" else self.policy
+        x1 = torch.randn(len(y) * settings.clips, *shape, generator=rng).to(self.device)
+        y_clips = y.repeat_interleave(settings.clips, 0).to(self.device)
         bar = progress_bar(f"round {number}", "batch")
 
         def progress(starts):
-            return until_stopped(bar(starts), self.settings.out)
+            return until_stopped(bar(starts), settings.out)
 
-        videos = sample_many(model, x1.to(self.device), y_clips.to(self.device), progress).cpu()
+        sampled = {"prompts": prompts, "y": y}
+        if settings.algo == "grpo":
+            states, times = self.sample_states(x1, y_clips, rng, progress)
+            videos = states[:, -1]
+            sampled |= {"states": states.half().unflatten(0, (len(y), -1)), "times": times}
+        else:
+            model = self.old if settings.algo == "nft" else self.policy
+            videos = sample_many(model, x1, y_clips, progress).cpu()
         videos = videos.unflatten(0, (len(y), -1))
         self.check_finite(videos, "the pixels", prompts)
-        return {"prompts": prompts, "y": y, "clips": to_bytes(videos)}
+        return sampled | {"clips": to_bytes(videos)}
+
+    def sample_states(self, x1, y, rng, progress):
+        """States (B, K + 1, C, T, H, W) of the SDE on the CPU, and times (K + 1,)."""
+        settings, parts = self.settings, []
+        for start in progress(range(0, len(x1), 64)):
+            rows = slice(start, start + 64)
+            states, times = sample_sde(
+                self.policy,
+                x1[rows],
+                y[rows],
+                settings.sde_steps,
+                rng,
+                settings.noise_level,
+                settings.time_shift,
+            )
+            parts.append(states.transpose(0, 1).cpu())
+        return torch.cat(parts), times
 
     def check_finite(self, values, what, prompts):
         """BadInput that names the first clip for which `values` (P, n, ...) are not finite."""
@@ -225,9 +307,8 @@ class Rounds:
         """The round's number, the mean z-score of its clips and, of the toy's, the mean true score."""
         logs = {"round": float(state["number"]), "learned": state["scores"].mean().item()}
         if not self.settings.data:
-            prompts = world.prompt_attributes(state["prompts"]).repeat_interleave(
-                self.settings.clips, 0
-            )
+            prompts = world.prompt_attributes(state["prompts"])
+            prompts = prompts.repeat_interleave(self.settings.clips, 0)
             true = world.oracle(to_video(state["clips"].flatten(0, 1)), prompts)
             logs["true"] = true.mean().item()
         return logs
@@ -237,6 +318,8 @@ class Rounds:
         settings, clip = self.settings, math.prod(self.policy.config.video_shape)
         clips = min(MOST_PROMPTS, len(self.y)) * settings.clips * clip
         need = 2 * clips  # a new round.pt is written beside the last one
+        if settings.algo == "grpo":
+            need += 2 * 2 * clips * (settings.sde_steps + 1)
         if self.old is not None:
             need += 2 * 4 * sum(map(torch.numel, self.old.state_dict().values()))
         if self.refresh:
@@ -246,14 +329,23 @@ class Rounds:
         return need
 
 
-def training_items(scores, settings):
-    """What is trained on, from z-scores (P, n, 3). Flow-DPO: {"items" (M, 3: prompt, winner, loser)};
-    nft: {"items" (M, 2: prompt, clip), "r" (P, n)}."""
-    reward = total_reward(scores, settings.align)  # (P, n)
+# ---------------------------------------------------------------------------------------------
+# What a round trains on
+
+
+def training_items(state, settings):
+    """From a round's z-scores (P, n, 3): {"items" (M, 3: prompt, winner, loser)} for Flow-DPO;
+    {"items" (M, 2: prompt, clip), "r" (P, n)} for DiffusionNFT; {"items" (M, 3: prompt, clip, step),
+    "advantage" (P, n)} for Flow-GRPO."""
+    reward = total_reward(state["scores"], settings.align)  # (P, n)
     if settings.algo == "dpo":
         return {"items": best_and_worst(reward)}
-    items = torch.cartesian_prod(*map(torch.arange, reward.shape))
-    return {"items": items, "r": optimality(reward, settings.spread)}
+    places = list(map(torch.arange, reward.shape))
+    if settings.algo == "nft":
+        return {"items": torch.cartesian_prod(*places), "r": optimality(reward, settings.spread)}
+    random_steps = torch.arange(len(state["times"]) - 2)  # the last step follows the ODE
+    items = torch.cartesian_prod(*places, random_steps)
+    return {"items": items, "advantage": group_advantage(reward)}
 
 
 def best_and_worst(reward):
@@ -268,7 +360,5 @@ def best_and_worst(reward):
     prompt, winner, loser = items.T
     differs = reward[prompt, winner] > reward[prompt, loser]
     if not differs.any():
-        raise BadInput(
-            "all clips of each prompt have one reward: nothing to align with; look at --reward, --align"
-        )
+        raise BadInput("all clips of each prompt have one reward; look at --reward and --align")
     return items[differs]

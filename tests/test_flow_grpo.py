@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import wired
 from torch.distributions import Normal, kl_divergence
 
 from online.flow_grpo import (
@@ -14,6 +15,8 @@ from online.flow_grpo import (
     step_distribution,
 )
 from sample import sample
+
+tiny = wired.tiny
 
 MEAN, STD = 0.8, 0.3  # of Gaussian data
 
@@ -35,7 +38,7 @@ def rng(seed=0):
 @pytest.mark.parametrize("noise_level", [0.0, 0.7, 1.0])
 def test_the_sde_keeps_the_marginals_of_the_flow(noise_level):
     x1, y = torch.randn(20_000, 1, generator=rng()), torch.zeros(20_000, 1)
-    states, times, _ = sample_sde(exact_velocity, x1, y, 300, rng(1), noise_level)
+    states, times = sample_sde(exact_velocity, x1, y, 300, rng(1), noise_level)
     for i in (100, 200, 270, 300):  # mean within 4 standard errors and the bias of 300 Euler steps
         t = times[i].item()
         std = math.sqrt((1 - t) ** 2 * STD**2 + t**2)
@@ -63,11 +66,11 @@ def test_advantages_by_hand():
 
 
 def steps_of(model, advantage):
-    """Arguments of flow_grpo_step for the second step of four clips of two numbers."""
+    """Arguments of flow_grpo_step, behind the models, for the second step of four clips of two numbers."""
     x1, y = torch.randn(4, 2, generator=rng(2)), torch.zeros(4, 1)
-    states, times, densities = sample_sde(model, x1, y, 5, rng(3))
+    states, times = sample_sde(model, x1, y, 5, rng(3))
     t, t_next = times[1].expand(4), times[2].expand(4)
-    return states[1], states[2], y, t, t_next, densities[1], advantage
+    return states[1], states[2], y, t, t_next, advantage
 
 
 def linear(weight):
@@ -78,7 +81,7 @@ def test_before_the_first_update_the_ratio_is_one():
     weight = torch.randn(2, 2, generator=rng(4))
     advantage = torch.tensor([1.0, -1.0, 2.0, 0.5])
     batch = steps_of(linear(weight), advantage)
-    loss, logs = flow_grpo_step(linear(weight), linear(weight), *batch, 0.1, 3.0)
+    loss, logs = flow_grpo_step(*[linear(weight)] * 3, *batch, 0.1, 3.0)
     assert loss.item() == -advantage.mean().item()  # exactly
     assert logs["clipped"] == logs["kl"] == logs["drift"] == 0
 
@@ -87,13 +90,15 @@ def test_equal_rewards_give_no_gradient():
     weight = torch.randn(2, 2, generator=rng(4))
     batch = steps_of(linear(weight), group_advantage(torch.full((1, 4), 0.3)).flatten())
     policy = (weight + 0.1).requires_grad_()
-    flow_grpo_step(linear(policy), linear(weight), *batch, 0.1, 0.0)[0].backward()
+    flow_grpo_step(linear(policy), linear(weight), linear(weight), *batch, 0.1, 0.0)[0].backward()
     assert torch.equal(policy.grad, torch.zeros(2, 2))
 
 
 def test_loss_and_gradient_are_those_of_the_published_formula():
     old, advantage = torch.randn(2, 2, generator=rng(4)), torch.randn(4, generator=rng(5))
-    x_t, x_next, y, t, t_next, *rest = steps_of(linear(old), advantage)
+    batch = steps_of(linear(old), advantage)
+    x_t, x_next, y, t, t_next, _ = batch
+    first = old + 0.2  # the reference
     start = old + 0.3 * torch.randn(2, 2, generator=rng(6))
     clip, kl_weight, a = 0.05, 0.3, 0.7
 
@@ -109,11 +114,11 @@ def test_loss_and_gradient_are_those_of_the_published_formula():
         new, before = transition(linear(weight)), transition(linear(old))
         ratio = (new.log_prob(x_next) - before.log_prob(x_next)).mean(1).exp()
         objective = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
-        return (kl_weight * kl_divergence(new, before).mean(1) - objective).mean()
+        kl = kl_divergence(new, transition(linear(first))).mean(1)
+        return (kl_weight * kl - objective).mean()
 
     ours, theirs = (start.clone().requires_grad_() for _ in range(2))
-    batch = (x_t, x_next, y, t, t_next, *rest)
-    loss, logs = flow_grpo_step(linear(ours), linear(old), *batch, clip, kl_weight)
+    loss, logs = flow_grpo_step(linear(ours), linear(old), linear(first), *batch, clip, kl_weight)
     loss.backward()
     expected = published(theirs)
     expected.backward()
@@ -135,3 +140,36 @@ def test_clipping_by_hand():
     assert loss.item() == pytest.approx(1.1)  # (1.5 - 0.5) / 2 + 2 * 0.3
     assert torch.allclose(log_ratio.grad, torch.tensor([0.75, -0.25]))
     assert logs["kl"] == pytest.approx(0.3) and logs["clipped"] == 1
+
+
+def test_rounds_train_on_the_steps_that_sampled_their_clips(tiny):
+    """A batch holds neighbours on one path of the SDE, and before the first update the ratio is 1."""
+    flags = ["--clips=4", "--steps=4", "--rounds=2", "--sde-steps=5", "--freeze=0"]
+    _, task = tiny("--algo=grpo", *flags)
+    batch = task.batch(0, slice(0, 8))
+    assert batch["x_t"].shape[0] == 16 and (batch["t_next"] < batch["t"]).all()
+    mean, std = step_distribution(
+        task.model(batch["x_t"], batch["t"], batch["y"]), batch["x_t"], batch["t"], batch["t_next"]
+    )
+    noise = (batch["x_next"] - mean) / std
+    assert noise.flatten(1).std(1).sub(1).abs().max() < 0.05  # 3,072 numbers: 4 standard errors
+    loss, logs = task.loss(batch)
+    assert loss.item() == pytest.approx(-batch["advantage"].mean().item(), abs=1e-6)
+    assert logs["kl"] == logs["drift"] == 0 and logs["round"] == 0
+
+
+def test_training_goes_where_the_reward_is(tiny):
+    flags = [
+        "--clips=8",
+        "--steps=40",
+        "--rounds=4",
+        "--sde-steps=5",
+        "--freeze=0",
+        "--align=1,0,0",
+    ]
+    gains = []
+    for align in ("1,0,0", "-1,0,0"):
+        args, task = tiny("--algo=grpo", *flags, f"--align={align}", "--clip-range=0.01")
+        before = wired.brightness(task.model)
+        gains.append(wired.brightness(wired.trained(args, task)) - before)
+    assert gains[0] > 0.02 > -0.02 > gains[1]

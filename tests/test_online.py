@@ -52,7 +52,7 @@ def online(tiny, monkeypatch, tmp_path):
 def items_of(reward, algo="dpo", spread=1.0):
     """What is trained on for total rewards (P, n), all of them VQ's."""
     scores = torch.stack((reward, *[torch.zeros_like(reward)] * 2), 2)
-    return rounds.training_items(scores, Namespace(align=(1, 0, 0), algo=algo, spread=spread))
+    return rounds.training_items({"scores": scores}, Namespace(align=(1, 0, 0), algo=algo, spread=spread))
 
 
 def test_the_best_quarter_meets_the_worst():
@@ -156,7 +156,7 @@ class Turning:
     def sampled_clips(self, number):
         return None
 
-    def __call__(self, number, **rest):
+    def __call__(self, number, *rest):
         self.judge.sign = -1 if number else 1
 
 
@@ -326,7 +326,7 @@ def test_the_log_and_the_bar_show_round_and_scores(online):
         ),
         (
             ["--algo=sft", "--rounds=2", "--steps=4"],
-            "--rounds: read by --algo dpo, nft, not by sft",
+            "--rounds: read by --algo dpo, nft, grpo, not by sft",
         ),
         (["--algo=dpo", "--refresh=2"], "has no effect without --rounds"),
         (["--algo=nft", "--old-decay=1"], "--old-decay 1"),
