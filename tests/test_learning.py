@@ -1,92 +1,80 @@
-"""Pretraining, VideoReward and the noise-aware reward through train.py's own tasks: batches, labels, each flag's loss,
-and that a model learns what the annotators said, or the opposite where their labels are turned.
+"""Pretraining, VideoReward and the noise-aware reward as train.py makes them: batches, labels, each
+flag's loss, the unit of a reward, and what is trained.
 
-Models are tiny (wired.py), pairs are the toy world's; losses are held against formulas written out here.
+Models are tiny (wired.py), pairs are the toy world's. Losses are compared with formulas.
 """
+
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 import wired
-from wired import BATCH, CONFIG, CPU, Brightness, find, noticeable, same_pairs, splits_of, trained
+from wired import CONFIG, CPU, EVERY, Brightness, error, find, noised, noticeable, same_pairs
 
 import trainer
 import world
-from data import Vocabulary
+from data import DIMENSIONS, Vocabulary
 from model import load_velocity
 from real_data.toy_pairs import annotated_pairs, other_prompts
 from reward import load_reward
 
 drawn, tiny = wired.drawn, wired.tiny
-EVERY = slice(0, BATCH)
 TA = 2
 
 
-def spoken(args):
-    """What the annotators' pairs of a training are, by the oracle: y, clips (N, 2, ...) and true scores (N, 2, 3)."""
-    y, clips, _ = same_pairs(args)
-    prompts = world.prompt_attributes([Vocabulary().decode(row) for row in y])
-    return y, clips, torch.stack([world.oracle(clips[:, side], prompts) for side in (0, 1)], 1)
-
-
-@pytest.mark.parametrize(("algo", "more"), [("reward", []), ("nrg", ["--target=labels"])])
-def test_labels_are_those_of_the_very_clips_and_say_which_is_better(tiny, algo, more):
-    args, task = tiny(f"--algo={algo}", "--pairs=30", *more)
-    y, clips, truth = spoken(args)
-    a, b = ("video_a", "video_b") if algo == "reward" else ("x0_a", "x0_b")
+@pytest.mark.parametrize("flags", ["reward", "nrg --target=labels"])
+def test_labels_are_those_of_the_very_clips_and_name_the_better(tiny, flags):
+    settings, task = tiny(*f"--algo={flags}".split(), "--pairs=30")
+    y, clips, _ = same_pairs(settings)
+    prompts = wired.attributes_of(y)
+    truth = torch.stack([world.oracle(clips[:, side], prompts) for side in (0, 1)], 1)
+    name = "video" if flags == "reward" else "x0"
     clear = 0
     for step in range(3):
         batch = task.batch(step, EVERY)
-        for i in range(BATCH):
-            (pair, side), other = find(batch[a][i], clips), find(batch[b][i], clips)
-            assert side == 0 and other == [pair, 1] and torch.equal(y[pair], batch["y"][i])
+        for i, label in enumerate(batch["label"]):
+            pair, side = find(batch[f"{name}_a"][i], clips)
+            assert side == 0 and find(batch[f"{name}_b"][i], clips) == [pair, 1]
+            assert torch.equal(y[pair], batch["y"][i])
             gap = (truth[pair, 0] - truth[pair, 1]) / world.TRUE_STD
-            for k in (
-                torch.nonzero(gap.abs() > 1.5).flatten().tolist()
-            ):  # five times what an annotator errs by
-                clear += 1
-                assert batch["label"][i, k] == gap[k].sign()
-                if algo == "reward":
-                    assert (batch["mos"][i, 0, k] - batch["mos"][i, 1, k]) * gap[k] > 0
+            sure = gap.abs() > 1.5  # five times the annotators' error
+            clear += sure.sum()
+            assert torch.equal(label[sure], gap[sure].sign().long())
+            if flags == "reward":
+                a, b = batch["mos"][i]
+                assert ((a - b) * gap > 0)[sure].all()
     assert clear > 20
 
 
-def test_truth_and_overall_of_annotated_pairs_are_those_of_their_sides():
+def test_annotated_pairs_hold_the_truth_and_the_overall_choice_of_their_sides():
     pairs = annotated_pairs(120, ["train"], 3, CONFIG, Vocabulary())
-    prompts = world.prompt_attributes([Vocabulary().decode(row) for row in pairs.y])
-    truth = torch.stack(
-        [world.oracle(video, prompts) for video in pairs.sides(torch.arange(120))], 1
-    )
+    prompts, index = wired.attributes_of(pairs.y), torch.arange(120)
+    truth = torch.stack([world.oracle(video, prompts) for video in pairs.sides(index)], 1)
     assert torch.allclose(pairs.truth, truth, atol=1e-5)
-    index, side = torch.arange(4), torch.zeros(4, dtype=torch.int64)  # side 0 is A
-    assert all(
-        torch.equal(pairs.clips(index, side + i), clip) for i, clip in enumerate(pairs.sides(index))
-    )
     gap = ((truth[:, 0] - truth[:, 1]) / world.TRUE_STD).mean(1)
     clear = gap.abs() > 1
     assert clear.sum() > 5 and torch.equal(pairs.overall[clear], gap[clear].sign().long())
 
 
-def test_pairs_to_judge_by_come_from_other_generators_than_those_to_train_on(drawn, tiny):
+def test_held_out_pairs_are_other_clips(drawn, tiny):
     tiny("--algo=reward", "--pairs=40", "--eval-pairs=40")
     assert len(drawn) == 4 and not torch.equal(drawn[0].generator, drawn[2].generator)
 
 
-def test_ratings_follow_the_clip_that_is_rated():
+def test_ratings_labels_and_choices_follow_the_better_clip():
     good, bad = torch.full((200, 3), 0.95), torch.full((200, 3), 0.05)
     for a, b, sign in ((good, bad, 1), (bad, good, -1)):
-        mos = world.rate(a, b, torch.Generator().manual_seed(2))
-        assert mos.shape == (200, 2, 3) and 1 <= mos.min() and mos.max() <= 5
-        assert (sign * (mos[:, 0] - mos[:, 1])).mean() > 1
-        label, _ = world.annotate(a, b, torch.Generator().manual_seed(2))
-        overall = world.annotate_overall(a, b, torch.Generator().manual_seed(2))
-        assert (label == sign).float().mean() > 0.95 and (overall == sign).float().mean() > 0.95
-    # one standard deviation is one step from 3, which a clip of mean quality gets
+        mos, label, overall = (
+            judge(a, b, torch.Generator().manual_seed(2))
+            for judge in (world.rate, world.annotate, world.annotate_overall)
+        )
+        assert 1 <= mos.min() and mos.max() <= 5 and (sign * (mos[:, 0] - mos[:, 1])).mean() > 1
+        assert (label[0] == sign).float().mean() > 0.95 and (overall == sign).float().mean() > 0.95
+    # a clip of mean quality gets 3; one standard deviation is one step
     level = world.TRUE_MEAN.expand(20_000, 3)
     mos = world.rate(level, level - world.TRUE_STD, torch.Generator().manual_seed(2)).mean(0)
-    assert torch.allclose(mos[0], torch.full((3,), 3.0), atol=0.03) and torch.allclose(
-        mos[1], mos[0] - 1, atol=0.03
-    )
+    assert torch.allclose(mos, torch.tensor([[3.0], [2.0]]).expand(2, 3), atol=0.04)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -94,189 +82,159 @@ def test_ratings_follow_the_clip_that_is_rated():
 
 
 def preference_by_hand(kind, r, label, mos):
-    """The three losses of section 3.2 for scores r (B, 2, 3), entry by entry."""
+    """The losses of section 3.2 for scores r (B, 2, 3), entry by entry; theta = 5."""
     losses = []
     for i in range(len(r)):
         for k in range(3):
-            delta, said = (r[i, 0, k] - r[i, 1, k]).double(), label[i, k].item()
-            tie = torch.log(torch.tensor(5.0, dtype=torch.float64))
+            delta, tie = (r[i, 0, k] - r[i, 1, k]).double(), math.log(5.0)
             if kind == "regression":
                 losses += [(r[i, side, k] - (mos[i, side, k] - 3)) ** 2 for side in (0, 1)]
-            elif said:
-                losses.append(F.softplus(-said * delta + (tie if kind == "btt" else 0)))
+            elif label[i, k]:
+                losses.append(F.softplus(-label[i, k] * delta + (tie if kind == "btt" else 0)))
             elif kind == "btt":  # (theta^2 - 1) sigma(delta - log theta) sigma(-delta - log theta)
-                losses.append(
-                    F.softplus(tie - delta) + F.softplus(tie + delta) - torch.tensor(24.0).log()
-                )
+                losses.append(F.softplus(tie - delta) + F.softplus(tie + delta) - math.log(24.0))
     return sum(losses).item() / len(losses)
 
 
-@pytest.mark.parametrize("tokens", ["separate", "shared"])
-@pytest.mark.parametrize("kind", ["btt", "bt", "regression"])
-def test_the_loss_is_the_one_that_is_asked_for(tiny, kind, tokens):
-    _, task = tiny(
-        "--algo=reward", "--pairs=30", f"--loss={kind}", f"--tokens={tokens}", "--caption=0.5"
-    )
+@pytest.mark.parametrize(
+    ("flags", "kind", "tokens", "caption"),
+    [
+        ("", "btt", 3, 1.0),
+        ("--loss=btt --tokens=shared --caption=0.5", "btt", 1, 0.5),
+        ("--loss=bt --tokens=separate --caption=2", "bt", 3, 2.0),
+        ("--loss=regression --caption=0", "regression", 3, 0.0),
+    ],
+)
+def test_videorewards_loss_is_what_the_flags_say(tiny, flags, kind, tokens, caption):
+    _, task = tiny("--algo=reward", "--pairs=30", *flags.split())
     noticeable(task.model)
-    assert len(task.model.tokens) == (3 if tokens == "separate" else 1)
+    assert len(task.model.tokens) == tokens
     batch = task.batch(0, EVERY)
-    assert (batch["label"] == 0).any() and (batch["label"] != 0).any()
+    y, label = batch["y"], batch["label"]
+    assert (label == 0).any() and (label != 0).any()
     with torch.no_grad():
-        scored = [
-            task.model.scores_and_words(batch[name], batch["y"]) for name in ("video_a", "video_b")
-        ]
+        scored = [task.model.scores_and_words(batch[name], y) for name in ("video_a", "video_b")]
         loss, logs = task.loss(batch)
-    wanted = preference_by_hand(
-        kind, torch.stack([r for r, _ in scored], 1), batch["label"], batch["mos"]
-    )
+    wanted = preference_by_hand(kind, torch.stack([r for r, _ in scored], 1), label, batch["mos"])
     assert logs["loss"] == pytest.approx(wanted, rel=1e-4)
-    bag = torch.zeros(BATCH, CONFIG.vocab)
-    for i, words in enumerate(batch["y"].tolist()):
-        bag[i, [word for word in words if word]] = 1
-    wrong = [(1 - bag + (2 * bag - 1) * torch.sigmoid(logits)).log() for _, logits in scored]
-    caption = -torch.cat(wrong).sum(1).mean().item()
-    assert loss.item() - wanted == pytest.approx(0.5 * caption, rel=1e-4)
-
-
-def test_what_is_left_out_is_btt_separate_tokens_and_caption_one(tiny):
-    said = (
-        tiny("--algo=reward", "--loss=btt", "--caption=1", "--tokens=separate"),
-        tiny("--algo=reward"),
+    words = torch.zeros(len(y), CONFIG.vocab).scatter_(1, y, 1.0)
+    words[:, 0] = 0  # padding
+    nll = sum(
+        F.binary_cross_entropy_with_logits(logits, words, reduction="none").sum(1).mean().item()
+        for _, logits in scored
     )
-    losses = [task.loss(task.batch(0, EVERY))[0].item() for _, task in said]
-    assert losses[0] == losses[1]
+    assert loss.item() - wanted == pytest.approx(caption * nll / 2, rel=1e-4, abs=1e-6)
 
 
-def test_a_saved_videoreward_gives_z_scores_of_the_pairs_held_out(tiny, tmp_path):
-    args, task = tiny("--algo=reward", "--eval-pairs=40", "--generated=0.5", f"--cache={tmp_path}")
-    held, other = task.held.values()
-    lines = trainer.fit(task, args, CPU)
-    model, _ = load_reward(args.out / "last.pt")
+def test_a_saved_videoreward_gives_z_scores_of_all_pairs_held_out(tiny, tmp_path):
+    settings, task = tiny(
+        "--algo=reward", "--eval-pairs=40", "--generated=0.5", f"--cache={tmp_path}"
+    )
+    held, generated = task.held.values()
+    lines = trainer.fit(task, settings, CPU)
+    model, _ = load_reward(settings.out / "last.pt")
+    index = torch.arange(20)
     with torch.no_grad():
-        raw, of_other = (
-            torch.cat([model(video, pairs.y) for video in pairs.sides(torch.arange(20))])
-            for pairs in (held, other)
-        )
-        z = torch.cat([model.normalised(video, held.y) for video in held.sides(torch.arange(20))])
-    every = torch.cat((raw, of_other))  # rendered and generated
-    assert torch.allclose(model.mean, every.mean(0), atol=1e-5) and torch.allclose(
-        model.std, every.std(0), rtol=1e-3
-    )
-    assert torch.allclose(z, (raw - every.mean(0)) / every.std(0), atol=1e-3)
-    assert splits_of(held.y) == {"validation"} and "20 rendered validation pairs" in "\n".join(
-        lines
-    )
-    right = [
-        ((raw[:20] - raw[20:])[:, k].sign() == held.label[:, k])[held.label[:, k] != 0]
-        for k in range(3)
-    ]
-    for k, name in enumerate(("VQ", "MQ", "TA")):
-        _, without, _, ties = next(line for line in lines if line.strip().startswith(name)).split()
-        assert float(without) == pytest.approx(right[k].float().mean().item(), abs=6e-4)
-        assert float(ties) == pytest.approx((held.label[:, k] == 0).float().mean().item(), abs=6e-4)
+        a, b = (model(video, held.y) for video in held.sides(index))
+        other = [model(video, generated.y) for video in generated.sides(index)]
+        z = model.normalised(held.sides(index)[0], held.y)
+    every = torch.cat((a, b, *other))
+    assert torch.allclose(model.mean, every.mean(0), atol=1e-5)
+    assert torch.allclose(model.std, every.std(0), rtol=1e-3)
+    assert torch.allclose(z, (a - every.mean(0)) / every.std(0), atol=1e-3)
+    assert wired.splits_of(held.y) == {"validation"}
+    assert "20 rendered validation pairs" in "\n".join(lines)
+    for k, name in enumerate(DIMENSIONS):
+        label = held.label[:, k]
+        right = ((a - b)[:, k].sign() == label)[label != 0].float().mean().item()
+        line = next(line for line in lines if line.strip().startswith(name))
+        _, without_ties, _, ties = line.split()
+        assert float(without_ties) == pytest.approx(right, abs=6e-4)
+        assert float(ties) == pytest.approx((label == 0).float().mean().item(), abs=6e-4)
 
 
 # ---------------------------------------------------------------------------------------------
 # The noise-aware reward
 
 
-def noised(x0, x1, t):
-    t = t.reshape(-1, 1, 1, 1, 1)
-    return (1 - t) * x0 + t * x1
-
-
-def test_nrg_loss_on_labels_is_bradley_terry(tiny):
+def test_the_noise_aware_loss_on_labels_is_bradley_terry(tiny):
     _, task = tiny("--algo=nrg", "--pairs=30", "--target=labels")
     noticeable(task.model)
     batch = task.batch(0, EVERY)
+    x1, t, label = batch["x1"], batch["t"], batch["label"]
     with torch.no_grad():
         loss, _ = task.loss(batch)
-        a, b = (
-            task.model(noised(batch[x], batch["x1"], batch["t"]), batch["t"], batch["y"])
-            for x in ("x0_a", "x0_b")
-        )
-    said = batch["label"] != 0  # ties are left out
-    assert loss.item() == pytest.approx(
-        F.softplus(-batch["label"] * (a - b))[said].mean().item(), rel=1e-4
-    )
+        a, b = (task.model(noised(batch[x], x1, t), t, batch["y"]) for x in ("x0_a", "x0_b"))
+    each = F.softplus(-label * (a - b))[label != 0]  # ties are left out
+    assert loss.item() == pytest.approx(each.mean().item(), rel=1e-4)
 
 
-def test_nrg_learns_what_videoreward_says_of_the_clean_clip(tiny):
-    args, task = tiny("--algo=nrg", "--pairs=30")
+def test_the_noise_aware_reward_learns_videorewards_scores_of_the_clean_clip(tiny):
+    settings, task = tiny("--algo=nrg", "--pairs=30")
     noticeable(task.model)
-    y, clips, z = same_pairs(args)
+    y, clips, z = same_pairs(settings)
     places = []
     for step in range(8):  # 60 clips, 8 a step
         batch = task.batch(step, EVERY)
-        judge = Brightness()
-        for i in range(BATCH):
-            pair, side = find(batch["x0"][i], clips)
-            places.append((pair, side))
-            assert torch.equal(batch["y"][i], y[pair])
+        x0, t, other_y = batch["x0"], batch["t"], batch["other_y"]
+        found = [tuple(find(clip, clips)) for clip in x0]
+        places += found
+        assert torch.equal(batch["y"], y[[pair for pair, _ in found]])
         with torch.no_grad():
             loss, _ = task.loss(batch)
-            x_t = noised(batch["x0"], batch["x1"], batch["t"])
-            own, other = (task.model(x_t, batch["t"], batch[name]) for name in ("y", "other_y"))
-        wanted = torch.stack([z[place] for place in places[-BATCH:]]).clamp(-3, 3)
-        of_other = judge.normalised(batch["x0"], batch["other_y"]).clamp(-3, 3)[:, TA]
-        error = (own - wanted).square().sum(1) + (other[:, TA] - of_other).square()
-        assert loss.item() == pytest.approx(error.mean().item(), rel=1e-4)
+            x_t = noised(x0, batch["x1"], t)
+            own, other = task.model(x_t, t, batch["y"]), task.model(x_t, t, other_y)
+        target = torch.stack([z[place] for place in found]).clamp(-3, 3)
+        of_other = Brightness().normalised(x0, other_y).clamp(-3, 3)
+        each = (own - target).square().sum(1) + (other - of_other)[:, TA].square()
+        assert loss.item() == pytest.approx(each.mean().item(), rel=1e-4)
     assert len(set(places[:60])) == 60  # both clips of each pair
 
 
-def test_the_other_prompt_differs_in_one_word_of_the_same_kind(tiny):
+def test_the_other_prompt_differs_in_one_attribute(tiny):
     _, task = tiny("--algo=nrg", "--pairs=30", "--batch=64")
     batch = task.batch(0, slice(0, 64))
-    own, other = (
-        world.prompt_attributes([Vocabulary().decode(row) for row in batch[name]])
-        for name in ("y", "other_y")
-    )
+    own, other = (wired.attributes_of(batch[name]) for name in ("y", "other_y"))
     changed = own != other
     assert (changed.sum(1) == 1).all() and (changed.sum(0) > 8).all()
     assert len((other - own)[:, 0].unique()) > 4  # every other colour
+    y = torch.arange(8).reshape(4, 2)  # of real data: another pair's prompt
+    assert other_prompts(y, Vocabulary(["<pad>", "<unk>", "red"]), None).equal(y[[3, 0, 1, 2]])
 
 
-def test_other_prompts_of_real_data_are_those_of_other_pairs():
-    vocabulary, y = Vocabulary(["<pad>", "<unk>", "red"]), torch.arange(8).reshape(4, 2)
-    assert torch.equal(other_prompts(y, vocabulary, None), y[[3, 0, 1, 2]])
-
-
-@pytest.mark.parametrize(("read", "trunk"), [(1, "frozen"), (3, "frozen"), (2, "trained")])
-def test_nrg_reads_so_many_blocks_of_the_base_and_leaves_them_if_frozen(tiny, read, trunk):
-    args, task = tiny("--algo=nrg", f"--read={read}", f"--trunk={trunk}")
-    base = load_velocity(args.init)[0].state_dict()
+@pytest.mark.parametrize(("read", "trunk"), [(1, "frozen"), (2, "trained")])
+def test_a_noise_aware_reward_reads_the_first_blocks_of_the_base(tiny, read, trunk):
+    settings, task = tiny("--algo=nrg", f"--read={read}", f"--trunk={trunk}")
+    base = load_velocity(settings.init)[0].state_dict()
     assert len(task.model.trunk.blocks) == read
-    assert all(torch.equal(v, base[n]) for n, v in task.model.trunk.state_dict().items())
+    assert all(v.equal(base[name]) for name, v in task.model.trunk.state_dict().items())
     head = task.model.cells.weight.clone()
-    model = trained(args, task)
-    moved = {n for n, v in model.trunk.state_dict().items() if not torch.equal(v, base[n])}
-    assert bool(moved) == (trunk == "trained") and not torch.equal(model.cells.weight, head)
+    model = wired.trained(settings, task)
+    moved = {name for name, v in model.trunk.state_dict().items() if not v.equal(base[name])}
+    assert bool(moved) == (trunk == "trained") and not model.cells.weight.equal(head)
 
 
-def test_a_noise_aware_rewards_unit_is_the_spread_over_clips_and_times(tiny, tmp_path):
-    args, task = tiny("--algo=nrg", "--eval-pairs=20", "--generated=0.5", f"--cache={tmp_path}")
-    held, other = task.held.values()
-    lines = trainer.fit(task, args, CPU)
-    assert not torch.equal(task.model.std, torch.ones(3)) and splits_of(held.y) == {"validation"}
-    times = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9)
-    x1 = torch.randn(
-        10, *CONFIG.video_shape, generator=torch.Generator().manual_seed(args.eval_seed)
-    )
+def test_a_noise_aware_rewards_unit_is_the_spread_over_all_clips_and_times(tiny, tmp_path):
+    settings, task = tiny("--algo=nrg", "--eval-pairs=20", "--generated=0.5", f"--cache={tmp_path}")
+    held, generated = task.held.values()
+    lines = trainer.fit(task, settings, CPU)
+    assert not task.model.std.equal(torch.ones(3)) and wired.splits_of(held.y) == {"validation"}
+    rng = torch.Generator().manual_seed(settings.eval_seed)
+    x1, index = torch.randn(10, *CONFIG.video_shape, generator=rng), torch.arange(10)
 
     @torch.no_grad()
-    def score(pairs, now):
+    def scores(pairs, now):
         t = torch.full((10,), now)
-        return torch.stack(
-            [task.model(noised(x0, x1, t), t, pairs.y) for x0 in pairs.sides(torch.arange(10))], 1
-        )
+        sides = [task.model(noised(x0, x1, t), t, pairs.y) for x0 in pairs.sides(index)]
+        return torch.stack(sides, 1)
 
-    raw = [score(held, now) for now in times]
-    every = torch.cat([*raw, *(score(other, now) for now in times)])
-    assert torch.allclose(every.std((0, 1)), torch.ones(3), atol=1e-3)  # divided by it already
-    for now, score in zip(times, raw):
+    raw = {now: scores(held, now) for now in (0.0, 0.2, 0.4, 0.6, 0.8, 0.9)}
+    every = torch.cat([*raw.values(), *(scores(generated, now) for now in raw)])
+    assert torch.allclose(every.std((0, 1)), torch.ones(3), atol=1e-3)  # they are divided by it
+    for now, score in raw.items():
         line = next(line for line in lines if line.startswith(f"  t {now:.2f}"))
         right = (score[:, 0] - score[:, 1]).sign() == held.label
-        for k, name in enumerate(("VQ", "MQ", "TA")):
+        for k, name in enumerate(DIMENSIONS):
             share = right[:, k][held.label[:, k] != 0].float().mean().item()
             assert f"{name} {share:.3f}" in line
 
@@ -291,26 +249,21 @@ def test_pretraining_takes_clips_of_its_prompts_and_the_flow_error(tiny, drawn):
     batch = task.batch(0, EVERY)
     (clips,) = drawn
     assert torch.equal(batch["x0"], world.render(clips, CONFIG.size))
-    assert [Vocabulary().decode(row) for row in batch["y"]] == [
-        world.prompt_text(row) for row in clips.prompt
-    ]
+    assert torch.equal(wired.attributes_of(batch["y"]), clips.prompt)
     with torch.no_grad():
-        x_t = noised(batch["x0"], batch["x1"], batch["t"])
-        v = task.model(x_t, batch["t"], batch["y"])
-        wanted = (v - (batch["x1"] - batch["x0"])).square().mean()
+        wanted = error(task.model, batch["x0"], batch).mean()
     assert task.loss(batch)[0].item() == pytest.approx(wanted.item(), rel=1e-4)
 
 
-def test_pretraining_times_are_logit_normal_with_a_tenth_near_noise_and_alignments_uniform(tiny):
-    # the share of times in the middle half: 2 Phi(log 3) - 1 = .728 of a logit-normal(0, 1), of which nine in ten are;
-    # above .9: a tenth, and Phi(-log 9) = .014 of the others
-    for algo, middle, top in (
-        ("pretrain", 0.9 * 0.728, 0.1 + 0.9 * 0.014),
-        ("dpo", 0.5, 0.1),
-        ("nrg", 0.5, 0.1),
-    ):
-        _, task = tiny(f"--algo={algo}", "--time-shift=1", "--batch=600")
-        t = torch.cat([task.batch(step, slice(0, 600))["t"] for step in range(2)])
-        assert ((t > 0.25) & (t < 0.75)).float().mean().item() == pytest.approx(middle, abs=0.06)
-        assert (t > 0.9).float().mean().item() == pytest.approx(top, abs=0.03)
-        assert (t > 0.98).float().mean().item() == pytest.approx(0.02, abs=0.015)
+# Nine times in ten are logit-normal(0, 1), of which 2 Phi(log 3) - 1 = .728 lie in the middle half and
+# Phi(-log 9) = .014 above .9; the other tenth lies above .9.
+@pytest.mark.parametrize(
+    ("algo", "middle", "top"),
+    [("pretrain", 0.9 * 0.728, 0.1 + 0.9 * 0.014), ("dpo", 0.5, 0.1), ("nrg", 0.5, 0.1)],
+)
+def test_times_are_uniform_and_in_pretraining_logit_normal(tiny, algo, middle, top):
+    _, task = tiny(f"--algo={algo}", "--time-shift=1", "--batch=600")
+    t = torch.cat([task.batch(step, slice(0, 600))["t"] for step in range(2)])
+    assert ((t > 0.25) & (t < 0.75)).float().mean().item() == pytest.approx(middle, abs=0.06)
+    assert (t > 0.9).float().mean().item() == pytest.approx(top, abs=0.03)
+    assert (t > 0.98).float().mean().item() == pytest.approx(0.02, abs=0.015)

@@ -61,7 +61,7 @@ def save(network, kind, path):
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
-    """A function: flags of train.py -> settings and Task, on a tiny base model, judged by Brightness.
+    """A function: flags of train.py -> settings and Task, on a tiny base model and Brightness.
 
     The Task also has the base model, its pairs and the pairs held out, where it has any."""
     torch.manual_seed(1)
