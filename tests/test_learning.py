@@ -255,8 +255,8 @@ def test_pretraining_takes_clips_of_its_prompts_and_the_flow_error(tiny, drawn):
     assert task.loss(batch)[0].item() == pytest.approx(wanted.item(), rel=1e-4)
 
 
-# Nine times in ten are logit-normal(0, 1), of which 2 Phi(log 3) - 1 = .728 lie in the middle half and
-# Phi(-log 9) = .014 above .9; the other tenth lies above .9.
+# Nine times in ten are logit-normal(0, 1): 2 Phi(log 3) - 1 = .728 of them lie in the middle half
+# and Phi(-log 9) = .014 above .9. The other tenth lies above .9.
 @pytest.mark.parametrize(
     ("algo", "middle", "top"),
     [("pretrain", 0.9 * 0.728, 0.1 + 0.9 * 0.014), ("dpo", 0.5, 0.1), ("nrg", 0.5, 0.1)],

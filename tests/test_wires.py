@@ -12,8 +12,6 @@ import torch
 import wired
 from wired import BATCH, CONFIG, EVERY, PAIRS, dpo_by_hand, error, find, noticeable, same_pairs
 
-import world
-from data import Vocabulary
 from lora import LoRALinear
 from model import VideoTransformer, load_velocity
 from runtime.cli import BadInput
@@ -205,22 +203,14 @@ def test_lora_trains_adapters_of_its_rank_behind_the_frozen_blocks(tiny, rank, f
     assert changed == {name + "weight" for name in adapters}
 
 
-@torch.no_grad()
-def brightness(policy):
-    """The mean of x0_hat at t = 1 over sixteen training prompts."""
-    x1 = torch.randn(16, *CONFIG.video_shape, generator=torch.Generator().manual_seed(5))
-    y = Vocabulary().encode_attributes(world.split_prompts("train")[:16], CONFIG.max_text)
-    return (x1 - policy(x1, torch.ones(16), y)).mean().item()
-
-
 @pytest.mark.parametrize("flags", ["dpo --beta=20", "sft", "rwr --temperature=0.1"])
 def test_training_follows_the_reward_up_and_its_mirror_image_down(tiny, flags):
     ends = {}
     for align in ("1,1,1", "-1,-1,-1"):
         more = [f"--align={align}", "--freeze=0", "--steps=30", "--lr=0.003"]
         settings, task = tiny(*f"--algo={flags}".split(), *more)
-        start = brightness(task.model)
-        ends[align] = brightness(wired.trained(settings, task))
+        start = wired.brightness(task.model)
+        ends[align] = wired.brightness(wired.trained(settings, task))
     assert ends["1,1,1"] > ends["-1,-1,-1"] + 0.02
     if "dpo" in flags:  # a regression also learns what all clips look like
         assert ends["1,1,1"] > start > ends["-1,-1,-1"]

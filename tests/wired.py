@@ -157,6 +157,14 @@ def trained(settings, task):
     return task.model.eval()
 
 
+@torch.no_grad()
+def brightness(policy):
+    """The mean of x0_hat at t = 1 over sixteen training prompts."""
+    x1 = torch.randn(16, *CONFIG.video_shape, generator=torch.Generator().manual_seed(5))
+    y = Vocabulary().encode_attributes(world.split_prompts("train")[:16], CONFIG.max_text)
+    return (x1 - policy(x1, torch.ones(16), y)).mean().item()
+
+
 def noised(x0, x1, t):
     t = t.reshape(-1, 1, 1, 1, 1)
     return (1 - t) * x0 + t * x1
