@@ -24,13 +24,15 @@ PROBE_TIME = 0.8  # of denoised_right: where shapes were lost
 
 
 def win_rate(model, base):
-    """Share of prompts where `model` scores above `base`, a draw counting one half: (N, 3), (N, 3) -> (3,)."""
+    """Share of prompts where `model` scores above `base`: (N, 3), (N, 3) -> (3,). A draw counts one
+    half."""
     return ((model > base).float() + 0.5 * (model == base).float()).mean(0)
 
 
 def static_quality(videos):
-    """How good the frames look without regard to prompt or motion, as VBench's quality score asks: (N,) in [0, 1], the
-    mean of contrast, sharpness and the share of the mass in one place; 0 for frames that show no object."""
+    """How good frames look without regard to prompt and motion, as in VBench's quality score: (N,)
+    in [0, 1], the mean of contrast, sharpness and the share of the mass in one place; 0 without an
+    object."""
     seen = world.measure(videos)
     contrast = (seen["contrast"] / (1 - world.GROUND)).clamp(0, 1)
     sharp = 1 - ((seen["softness"] - world.SHARP) / (world.SOFT - world.SHARP)).clamp(0, 1)
@@ -51,13 +53,13 @@ def over_seeds(rows, column, **wanted):
 
 
 def prompt_set(count, *splits):
-    """`count` prompts as attributes (count, 3): those of the splits in turn, as often as it takes."""
+    """`count` prompts as attributes (count, 3): those of the splits, repeated in turn."""
     prompts = world.split_prompts(*splits)
     return prompts[torch.arange(count) % len(prompts)]
 
 
 def sample_prompts(model, words, prompts, seed, device="cpu", **settings):
-    """Clips (N, C, T, H, W) on the CPU for attributes (N, 3): one seed, the same noise for every model."""
+    """Clips (N, C, T, H, W) on the CPU for attributes (N, 3); noise depends on the seed alone."""
     y = Vocabulary(words).encode_attributes(prompts, model.config.max_text)
     x1 = torch.randn(
         len(prompts), *model.config.video_shape, generator=torch.Generator().manual_seed(seed)
@@ -119,7 +121,7 @@ def pair_scores(model, pairs, device, progress=lambda chunks: chunks):
 
 @torch.no_grad()
 def noisy_scores(reward, pairs, device, seed, times=(0.0, 0.2, 0.4, 0.6, 0.8, 0.9)):
-    """{t: scores (N, 2, 3) on the CPU} of a noise-aware reward; both clips of a pair get the same noise."""
+    """{t: scores (N, 2, 3)} of a noise-aware reward; the two clips of a pair share their noise."""
     rng, scores = torch.Generator().manual_seed(seed), {t: [] for t in times}
     for index in torch.arange(len(pairs)).split(64):
         y, x0 = pairs.y[index].repeat(2, 1).to(device), torch.cat(pairs.sides(index)).to(device)
@@ -133,7 +135,7 @@ def noisy_scores(reward, pairs, device, seed, times=(0.0, 0.2, 0.4, 0.6, 0.8, 0.
 
 
 def load_judge(path, config, words):
-    """The VideoReward of a checkpoint, frozen. BadInput unless it takes the clips and prompts of such a model."""
+    """A checkpoint's VideoReward, frozen. BadInput unless it takes a model's clips and prompts."""
     reward, reward_words = load_reward(path)
     check_same_data("--reward", reward.config, reward_words, "--init", config, words)
     return reward.requires_grad_(False)
@@ -177,7 +179,7 @@ def set_unit(model, scores, parts):
 
 
 def calibrate_reward(model, held, device, train_pairs=None):
-    """Sets the unit of a VideoReward; lines with it and with the accuracies on `held`, {name: Pairs}."""
+    """Sets the unit of a VideoReward; lines: that, and accuracies on `held`, {name: Pairs}."""
     parts = calibration_pairs(held, train_pairs)
     scores = {name: pair_scores(model, pairs, device) for name, pairs in parts.items()}
     lines = [set_unit(model, torch.cat(list(scores.values())), parts)]
@@ -246,8 +248,8 @@ def named(names, values):
 
 
 def pretrain_table(model, out, words, settings, device):
-    """Lines: true scores and the share of clips with the right colour, shape and direction, with and
-    without guidance. Pictures of clips go to the folder `out`."""
+    """Lines: true scores and the share of clips with the right attributes, with and without CFG.
+    Pictures of clips go to the folder `out`."""
     if settings.data:
         return ["no closing table: the oracle knows the toy world alone; see sample.py --ckpt"]
     prompts, seed = prompt_set(settings.eval_prompts, *EVERY_SPLIT), settings.eval_seed
@@ -266,7 +268,7 @@ def pretrain_table(model, out, words, settings, device):
 
 
 def alignment_table(policy, out, base, reward, words, pairs, settings, device):
-    """Lines: base and policy on the same prompts and noise, judged by the oracle and by VideoReward,
+    """Lines: base and policy on the same prompts and noise, judged by the oracle and VideoReward,
     or by VideoReward alone on prompts of --data. Pictures of clips go to the folder `out`."""
     if settings.data and reward is None:
         return [

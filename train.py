@@ -1,13 +1,13 @@
-"""Training: what each algorithm trains on, and the command. The loop is in trainer.py.
+"""The training command. Algorithms are in tasks.py and online/, their flags in settings.py.
 
-python train.py --algo dpo          align the shipped base model with the shipped VideoReward; ends with a table
-python train.py --algo rwr          the same by reward-weighted regression, or --algo sft on the winners alone
+python train.py --algo dpo          align the base model with VideoReward; ends with a table
+python train.py --algo rwr          the same by reward-weighted regression; or sft
 python train.py --algo pretrain     the base model from nothing (flow matching, section 4.1)
 python train.py --algo reward       VideoReward from nothing (section 3.2)
-python train.py --algo nft          online alignment on the policy's own clips, as --algo dpo --rounds 10 (online/)
-python train.py --algo nrg          the noise-aware reward for guidance, on the base model's first blocks (4.4)
-torchrun --nproc_per_node 8 train.py --algo pretrain --preset large --fsdp --data latents/pairs.csv
-                                    on eight GPUs, and on latents: base and large are made for them
+python train.py --algo nrg          the noise-aware reward for guidance (section 4.4)
+python train.py --algo nft          online alignment on the policy's own clips; or grpo
+torchrun --nproc_per_node 8 train.py --algo pretrain --preset large --fsdp --data latents.csv
+                                    on eight GPUs, and on latents, which base and large take
 """
 
 import time
@@ -28,6 +28,17 @@ def task_of(settings, device):
     return TASKS[settings.algo](settings, device)
 
 
+def headline(model, settings, device):
+    num_params = sum(p.numel() for p in model.parameters())
+    num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    where = f"{device}" if world_size() == 1 else f"{world_size()} processes on {device.type}"
+    return (
+        f"{settings.algo}: {num_params / 1e6:.2f} M parameters, {num_trained / 1e6:.2f} M trained, "
+        f"{settings.precision} on {where}, {settings.steps} steps of {settings.batch}, "
+        f"lr {settings.lr:g}, seed {settings.seed}"
+    )
+
+
 def main():
     settings = settings_of()
     if settings.plan:
@@ -39,16 +50,7 @@ def main():
     state = resume.opened_run(settings)
     task = task_of(settings, device)
     if rank() == 0:
-        num_params = sum(p.numel() for p in task.model.parameters())
-        num_trained = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
-        where = f"{device}" if world_size() == 1 else f"{world_size()} processes on {device.type}"
-        print(
-            f"{settings.algo}: {num_params / 1e6:.2f} M parameters, {num_trained / 1e6:.2f} M trained, ",
-            end="",
-        )
-        print(
-            f"{settings.precision} on {where}, {settings.steps} steps of {settings.batch}, lr {settings.lr:g}, seed {settings.seed}"
-        )
+        print(headline(task.model, settings, device))
     lines = fit(task, settings, device, state)
     if rank() == 0:
         print("\n".join(["", *lines]) + f" in {(time.perf_counter() - begun) / 60:.1f} minutes")

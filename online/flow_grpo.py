@@ -86,7 +86,7 @@ def flow_grpo_step(
     noise_level=NOISE_LEVEL,
 ):  # fmt: skip
     """One training step on SDE steps x_t -> x_next (B, ...) that `old` took for prompts y (B, S),
-    with t, t_next and advantage (B,) -> (loss, logs). The logs also hold the drift |v - v_ref|^2."""
+    with t, t_next and advantage (B,) -> (loss, logs); these also hold the drift |v - v_ref|^2."""
     v = policy(x_t, t, y)
     with torch.no_grad():
         v_old, v_reference = old(x_t, t, y), reference(x_t, t, y)

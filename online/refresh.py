@@ -40,12 +40,8 @@ class Refresh:
     "label" (N, 3)}, or is None."""
 
     def __init__(self, settings, judge, vocabulary, device):
-        self.settings, self.judge, self.vocabulary, self.device = (
-            settings,
-            judge,
-            vocabulary,
-            device,
-        )
+        self.settings, self.device = settings, device
+        self.judge, self.vocabulary = judge, vocabulary
         self.labelled, self.most_labelled = None, max(MOST, settings.refresh_pairs)
         self.export = settings.out / "reward.pt"
         config = judge.config
@@ -63,10 +59,11 @@ class Refresh:
             self.read_clips(folder)  # or they belong to another run
         self.old = disk_data(settings, config, vocabulary.words, held_out=False)[2]
 
-    def __call__(self, number, prompts, y, clips):
-        """A round's prompts (P texts), their ids y (P, S) and clips (P, n, C, T, H, W) as uint8."""
-        if not self.due(number):
+    def __call__(self, number, sampled):
+        """sampled: a round's prompts (P texts), y (P, S), clips (P, n, C, T, H, W) as uint8."""
+        if number == 0 or number % self.settings.refresh:
             return
+        prompts, y, clips = sampled["prompts"], sampled["y"], sampled["clips"]
         rng = step_rng(self.settings.seed, LABEL_SEED - 1000 * number)
         prompt, a, b = draw_pairs(*clips.shape[:2], self.settings.refresh_pairs, rng).T
         pair_prompts = [prompts[i] for i in prompt.tolist()]
@@ -77,7 +74,6 @@ class Refresh:
             index, label = read_labels(self.folder(number) / "pairs.csv", len(prompt))
             new = {"y": new["y"][index], "clips": new["clips"][index], "label": label}
         else:
-            sampled = {"prompts": prompts, "y": y, "clips": clips}
             self.write_pairs(self.folder(number), pair_prompts, new["clips"], sampled)
             print(f"wrote {self.folder(number) / 'pairs.csv'} and its videos: ", end="")
             print("label VQ, MQ and TA as A, B, same or invalid, then --resume")
@@ -87,29 +83,23 @@ class Refresh:
         self.labelled = {name: value[-self.most_labelled :] for name, value in new.items()}
         self.train(number)
 
-    def due(self, number):
-        return number > 0 and number % self.settings.refresh == 0
-
     def folder(self, number):
         return self.settings.out / f"labels-{number}"
 
-    def sampled_clips(self, number):
-        """The clips of a round whose pairs people have; None if it was not sampled yet."""
+    def labelled_round(self, number):
+        """A round whose pairs people have; None if it was not sampled yet."""
         folder = self.folder(number)
         return self.read_clips(folder) if self.settings.data and folder.exists() else None
 
     def read_clips(self, folder):
         state = read_own(folder / "clips.pt", self.settings)
         if state is None:
-            fault = (
-                "belongs to another run, or to other settings; move it away or give another --out"
-            )
-            raise BadInput(f"{folder}: {fault}")
-        return {name: state[name] for name in ("prompts", "y", "clips")}
+            raise BadInput(f"{folder}: belongs to another run or other settings; move it away")
+        return {name: state[name] for name in state.keys() - {"settings", "format"}}
 
     def write_pairs(self, folder, prompts, clips, sampled):
         """Writes pairs (N, 2, C, T, H, W) of prompts, a list of str, as videos and a CSV without
-        labels, and all clips of the round; whole, or not at all."""
+        labels, and the whole round; all of it, or nothing."""
         unfinished = folder.with_name(f"unfinished-{folder.name}")
         shutil.rmtree(unfinished, ignore_errors=True)
         bar = progress_bar("writing videos", "pair")
@@ -120,13 +110,11 @@ class Refresh:
                 names = video_names(i)
                 for name, clip in zip(names, to_video(pair)):
                     write_video(unfinished / name, clip)
-                rows.append(
-                    Pair(*names, prompts[i], (None,) * 3, *(FPS, float(clips.shape[3])) * 2)
-                )
+                facts = FPS, float(clips.shape[3])  # frames a second, number of frames
+                rows.append(Pair(*names, prompts[i], (None,) * 3, *facts, *facts))
             write_pairs(rows, unfinished / "pairs.csv")
-            save_checkpoint(
-                unfinished / "clips.pt", {"settings": settled(self.settings), **sampled}
-            )
+            state = {"settings": settled(self.settings), **sampled}
+            save_checkpoint(unfinished / "clips.pt", state)
             unfinished.rename(folder)
         except OSError as error:
             raise BadInput(f"cannot write {folder}: {error.strerror}") from None
@@ -138,7 +126,7 @@ class Refresh:
         return annotate_pairs(pairs, attributes, self.settings.seed + 10 * number).label
 
     def train(self, number):
-        """VideoReward's own loss on new and old pairs; its z-scores are those of the old ones again."""
+        """Trains VideoReward on new and old pairs. The old ones give its scores their unit."""
         settings, judge, old, new = self.settings, self.judge, self.old, self.labelled
         judge.requires_grad_(True).train()
         optimizer = torch.optim.AdamW(judge.parameters(), RATE, betas=(0.9, 0.99), weight_decay=0.0)
@@ -174,7 +162,7 @@ class Refresh:
 
 
 def draw_pairs(num_prompts, num_clips, count, rng):
-    """`count` different pairs of clips of one prompt, or all if there are fewer: (M, 3: prompt, A, B)."""
+    """`count` different pairs of clips of one prompt, at most all: (M, 3: prompt, A, B)."""
     every = torch.triu_indices(num_clips, num_clips, offset=1).T  # (n (n - 1) / 2, 2)
     chosen = torch.randperm(num_prompts * len(every), generator=rng)[:count]
     pair = every[chosen % len(every)]
@@ -189,7 +177,7 @@ def video_names(i):
 
 
 def read_labels(file, num_pairs):
-    """What people wrote into a round's CSV: which pairs (N,), labels (N, 3). Prints one line for each
+    """What people wrote into a round's CSV: which pairs (N,), labels (N, 3). Prints a line for each
     faulty row; BadInput if there is any."""
     faults, rows = [], []
     try:

@@ -1,9 +1,9 @@
 """Online alignment: rounds of the policy's own clips, scored and trained on. The paper aligns once.
 
-    python train.py --algo dpo --rounds 10       Flow-DPO on the best and worst of each prompt's clips
-    python train.py --algo nft                   DiffusionNFT on all of them (flow_nft.py)
-    python train.py --algo grpo                  Flow-GRPO on the steps that sampled them (flow_grpo.py)
-    python train.py --algo dpo --rounds 10 --refresh 2      VideoReward learns from new labels, too
+    python train.py --algo dpo --rounds 10     Flow-DPO on the best and worst of a prompt's clips
+    python train.py --algo nft                 DiffusionNFT on all of them
+    python train.py --algo grpo                Flow-GRPO on the steps that sampled them
+    python train.py --rounds 10 --refresh 2    VideoReward learns from new labels, too
 
 In a round the policy, for nft its old model, samples --clips clips of each prompt at CFG 1;
 VideoReward's z-scores under the --align weights are their reward; and --steps / --rounds steps are
@@ -156,7 +156,7 @@ def grpo_steps(settings, rounds, base, policy, words, device):
 class Rounds:
     """All rounds of a run.
 
-    `state` is the current round: what round.pt holds (`new_round`), with items to train on and logs.
+    `state` is the current round: the content of round.pt (`new_round`), items to train on and logs.
     `old` is the model of an earlier policy or None; `judge` is VideoReward; `prompts` (N texts) and
     their ids `y` (N, S) are those of all rounds; `length` is the steps of a round."""
 
@@ -234,13 +234,10 @@ class Rounds:
         if self.old is not None and number:
             decay = settings.old_decay if settings.algo == "nft" else 0.0
             move_old(self.old, self.policy, decay)
-        sampled = None
+        sampled = self.refresh.labelled_round(number) if self.refresh else None
+        sampled = sampled or self.sample(number)
         if self.refresh:
-            sampled = self.refresh.sampled_clips(number)
-        if sampled is None:
-            sampled = self.sample(number)
-        if self.refresh:
-            self.refresh(number, sampled["prompts"], sampled["y"], sampled["clips"])
+            self.refresh(number, sampled)
         clips = to_video(sampled["clips"].flatten(0, 1))
         y = sampled["y"].repeat_interleave(settings.clips, 0)
         scores = z_scores(self.judge, clips, y, self.device).unflatten(0, (-1, settings.clips))
@@ -252,8 +249,8 @@ class Rounds:
         return state
 
     def sample(self, number):
-        """Prompts (P texts), y (P, S) and clips (P, n, C, T, H, W) as uint8 of a round; for grpo also
-        the states and times of their sampling."""
+        """Prompts (P texts), y (P, S) and clips (P, n, C, T, H, W) as uint8 of a round; for grpo
+        also the states and times of their sampling."""
         settings = self.settings
         rng = step_rng(settings.seed, ROUND_SEED - number)
         chosen = torch.randperm(len(self.y), generator=rng)[:MOST_PROMPTS].tolist()
@@ -304,7 +301,7 @@ class Rounds:
             raise BadInput(f"{what} of {where} are not finite; {last_state(self.settings.out)}")
 
     def logs(self, state):
-        """The round's number, the mean z-score of its clips and, of the toy's, the mean true score."""
+        """The round's number, the mean z-score of its clips and, on the toy, their true score."""
         logs = {"round": float(state["number"]), "learned": state["scores"].mean().item()}
         if not self.settings.data:
             prompts = world.prompt_attributes(state["prompts"])
@@ -314,19 +311,16 @@ class Rounds:
         return logs
 
     def bytes_on_disk(self):
-        """About as much as round.pt, reward.pt and the clips of labels-ROUND/ will take."""
+        """About as much as round.pt will take, twice: a new one is written beside the last."""
         settings, clip = self.settings, math.prod(self.policy.config.video_shape)
-        clips = min(MOST_PROMPTS, len(self.y)) * settings.clips * clip
-        need = 2 * clips  # a new round.pt is written beside the last one
+        need = min(MOST_PROMPTS, len(self.y)) * settings.clips * clip
         if settings.algo == "grpo":
-            need += 2 * 2 * clips * (settings.sde_steps + 1)
+            need += 2 * need * (settings.sde_steps + 1)
         if self.old is not None:
-            need += 2 * 4 * sum(map(torch.numel, self.old.state_dict().values()))
+            need += 4 * sum(map(torch.numel, self.old.state_dict().values()))
         if self.refresh:
-            need += 4 * 4 * sum(map(torch.numel, self.judge.state_dict().values()))
-            need += 2 * 2 * self.refresh.most_labelled * clip
-            need += settings.rounds // settings.refresh * clips if settings.data else 0
-        return need
+            need += 2 * self.refresh.most_labelled * clip
+        return 2 * need
 
 
 # ---------------------------------------------------------------------------------------------
@@ -334,9 +328,11 @@ class Rounds:
 
 
 def training_items(state, settings):
-    """From a round's z-scores (P, n, 3): {"items" (M, 3: prompt, winner, loser)} for Flow-DPO;
-    {"items" (M, 2: prompt, clip), "r" (P, n)} for DiffusionNFT; {"items" (M, 3: prompt, clip, step),
-    "advantage" (P, n)} for Flow-GRPO."""
+    """What to train on, from a round's z-scores (P, n, 3).
+
+    dpo    {"items" (M, 3: prompt, winner, loser)}
+    nft    {"items" (M, 2: prompt, clip), "r" (P, n)}
+    grpo   {"items" (M, 3: prompt, clip, step), "advantage" (P, n)}"""
     reward = total_reward(state["scores"], settings.align)  # (P, n)
     if settings.algo == "dpo":
         return {"items": best_and_worst(reward)}
@@ -349,8 +345,8 @@ def training_items(state, settings):
 
 
 def best_and_worst(reward):
-    """Rewards (P, n) -> (M, 3: prompt, winner, loser): the best quarter of a prompt's clips and the
-    worst quarter, the best with the worst. Equal rewards make no pair; BadInput if there is none."""
+    """Rewards (P, n) -> (M, 3: prompt, winner, loser): the best quarter of a prompt's clips with
+    the worst quarter. Equal rewards make no pair; BadInput if no pair is left."""
     order = reward.argsort(dim=1, descending=True, stable=True)
     quarter = max(1, reward.shape[1] // 4)
     winner = order[:, :quarter]

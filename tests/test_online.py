@@ -153,7 +153,7 @@ class Turning:
     def __init__(self, args, judge, *rest):
         self.judge, judge.sign = judge, 1
 
-    def sampled_clips(self, number):
+    def labelled_round(self, number):
         return None
 
     def __call__(self, number, *rest):
@@ -546,9 +546,9 @@ def test_new_labels_are_the_annotators_of_pairs_of_the_rounds_own_clips(refreshe
     texts = [world.prompt_text(prompt) for prompt in prompts]
     before = {name: value.clone() for name, value in judge.state_dict().items()}
     for number in (0, 1):  # nothing is due
-        ask(number, texts, y, clips)
+        ask(number, {"prompts": texts, "y": y, "clips": clips})
     assert ask.labelled is None and same(judge.state_dict(), before)
-    ask(2, texts, y, clips)
+    ask(2, {"prompts": texts, "y": y, "clips": clips})
     found = ask.labelled
     assert len(found["y"]) == 24 and found["clips"].shape == (24, 2, 3, 4, 16, 16)
     for asked, pair, label in zip(found["y"], found["clips"], found["label"]):
@@ -583,14 +583,14 @@ def test_new_labels_are_the_annotators_of_pairs_of_the_rounds_own_clips(refreshe
     )
     assert torch.allclose(scores.mean(0), torch.zeros(3), atol=1e-3)
     assert torch.allclose(scores.std(0), torch.ones(3), atol=1e-2)
-    ask(4, texts, y, clips)  # of 24 and 24 labelled pairs the newest 40 stay
+    ask(4, {"prompts": texts, "y": y, "clips": clips})  # of 24 and 24 labelled pairs the newest 40 stay
     newest = {name: value[16:] for name, value in ask.labelled.items()}
     assert len(ask.labelled["y"]) == 40 and all(
         same(ask.labelled[name][:16], found[name][8:]) for name in found
     )
     assert not same(newest["clips"], found["clips"])  # another round asks about other pairs
     other, _ = refreshed(seed=1)
-    other(2, texts, y, clips)
+    other(2, {"prompts": texts, "y": y, "clips": clips})
     assert not same(other.labelled["clips"], found["clips"]) and not same(other.old.y, ask.old.y)
     assert len(set(annotators)) == 3  # with noise of their own
 
@@ -658,7 +658,7 @@ def test_what_people_say_of_exported_clips_is_taken_back(tmp_path):
     # begun anew with another beta, the labels would be about other clips
     (out / "last.pt").unlink()
     assert ended(fork(small_rounds, *flags, "--beta=7", output=log)) == 2
-    assert f"{file.parent}: belongs to another run, or to other settings" in log.read_text()
+    assert f"{file.parent}: belongs to another run or other settings" in log.read_text()
 
 
 def test_latents_cannot_be_labelled():
