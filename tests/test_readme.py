@@ -27,7 +27,8 @@ from torch.distributed import run as torchrun
 
 from model import PRESETS
 from runtime.cli import Parser
-from settings import settings_of
+from runtime.config import flags_of, option
+from settings import ALGORITHMS, settings_of
 
 RUN = [doc for doc in DOCS if doc == "README.md" or doc.startswith("docs/")]  # whose fences are run
 
@@ -40,7 +41,7 @@ SHRUNK = {
     "examples/toy_latents.py": "--pairs 60 --size 32",
 }
 ELSEWHERE = {  # or by these tests
-    "python train.py .*(--rounds|nft)": [
+    "python train.py .*(--rounds|nft|grpo)": [
         "tests/test_online.py::test_killed_in_a_round_and_between_two_a_run_ends_at_the_same_bits"
     ],
     "python -m pages.label .*--(report|merge)": [
@@ -277,7 +278,6 @@ def test_links_lead_somewhere(doc):
 
 def test_flags_are_those_of_a_parser():
     commands = (
-        ["train.py"],
         ["sample.py"],
         ["data.py", "table"],
         *(["evaluate.py", name] for name in ("align", "bench", "report")),
@@ -286,7 +286,7 @@ def test_flags_are_those_of_a_parser():
     docs = [doc for doc in DOCS if not doc.startswith("examples/")]  # wan.py has flags of its own
     text = [span for doc in docs for span in spans(prose(doc)) if not span.startswith("pip")]
     flags = set(re.findall(r"(?<![\w-])--\w[\w-]*", " ".join(text)))
-    assert (
-        flags
-        and flags - {flag for parser in parsers for flag in parser._option_string_actions} == set()
-    )
+    known = {flag for parser in parsers for flag in parser._option_string_actions}
+    for algorithm in ALGORITHMS.values():
+        known.update(map(option, flags_of(algorithm)))
+    assert flags and flags - known == set()
