@@ -53,7 +53,7 @@ class Training:
     compile: bool = flag(False, "compile each block by torch.compile (for GPUs)", resumable=True)
     grad_checkpoint: bool = flag(False, "gradient checkpointing", resumable=True)
     accum: int = flag(1, "micro-batches of a process's batch", positive_int, resumable=True)
-    fsdp: bool = flag(False, "under torchrun: shard the model, not only the batch")
+    fsdp: bool = flag(False, "under torchrun: shard the model, not only the batch", resumable=True)
     out: Path = flag(None, "folder of the run (default: out/ALGO)", Path, resumable=True)
     resume: bool = flag(False, "continue the run in --out", resumable=True)
     export: Path = flag(None, "also write the final weights here, as float16", Path, resumable=True)

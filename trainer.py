@@ -14,11 +14,9 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from data import step_rng
 from runtime import distributed, resume
 from runtime.cli import BadInput
 from runtime.distributed import accumulating, full_tensor, rank, reduce_logs
-from runtime.schedule import lr_factor
 
 
 @dataclass
@@ -37,9 +35,17 @@ class Task:
     extra_bytes: int = 0  # that it writes to --out beside the checkpoints
 
 
+def lr_factor(step, steps, decay):
+    """The learning rate's factor: a linear rise, 1, and a linear fall over the last share `decay`
+    of the run."""
+    rise = min(1.0, (step + 1) / resume.warmup_steps(steps))
+    fall = min(1.0, (steps - step) / (decay * steps)) if decay else 1.0
+    return rise * fall
+
+
 def fit(task, settings, device, state=None):
-    """Trains task.model to settings.steps, from `state` on if there is one -> lines that say how the
-    training ended.
+    """Trains task.model to settings.steps, from `state` on if there is one -> lines that say how
+    the training ended.
 
     SIGINT and SIGTERM save and exit with status 130. A loss or gradient that is not finite stops
     the run before it is used. Under torchrun every process calls this with the same arguments, and
@@ -67,7 +73,7 @@ def fit(task, settings, device, state=None):
     rows = distributed.local_rows(settings.batch)
 
     with (
-        resume.Log(settings, start, model, trained, task.extra_bytes) as log,
+        resume.open_log(settings, start, model, trained, task.extra_bytes) as write_log,
         resume.stop_requests() as stop,
         tqdm(
             total=settings.steps,
@@ -96,11 +102,9 @@ def fit(task, settings, device, state=None):
             # what all processes saw, before any of it is used
             loss, logs, stopping = reduce_logs(micro_losses, bool(stop))
             if not math.isfinite(loss) or not math.isfinite(grad_norm):
-                batch_seed = step_rng(settings.seed, step).initial_seed()
-                raise BadInput(
-                    f"loss is {loss}, grad_norm {grad_norm} at step {step} (--seed {settings.seed}, "
-                    f"the batch's {batch_seed}); {resume.last_state(settings.out)}"
-                )
+                fault = f"loss is {loss}, grad_norm {grad_norm} at step {step}"
+                last = resume.last_state(settings.out)
+                raise BadInput(f"{fault} (--seed {settings.seed}); {last}")
 
             # update
             for group in optimizer.param_groups:
@@ -109,30 +113,30 @@ def fit(task, settings, device, state=None):
             optimizer.zero_grad(set_to_none=True)
             if ema:
                 decay = min(settings.ema, (step + 1) / (step + 10))  # a short memory at the start
-                distributed.update_ema(ema, trained, decay)
+                with torch.no_grad():
+                    torch._foreach_lerp_(list(ema.values()), list(trained.values()), 1 - decay)
 
             # log and save
             done = step + 1
             ends_round = task.round_length and done % task.round_length == 0
             is_due = done % settings.save_every == 0 or done == settings.steps
             saving = stopping or ends_round or is_due
-            log.write({"step": step, **logs, "grad_norm": grad_norm}, sync=saving)
+            write_log({"step": step, **logs, "grad_norm": grad_norm}, sync=saving)
             figures = {name: f"{logs[name]:.3f}" for name in task.progress_keys if name in logs}
             bar.set_postfix(figures, refresh=False)
             bar.update()
             if saving:
-                resume.save_run(settings, task, done, trained, ema, optimizer)
+                final, tensors = resume.snapshot(model, trained, ema, optimizer, unsharded)
+                resume.save_run(settings, task, done, final, tensors)
             if stopping:
                 bar.close()
                 if is_main:
-                    newest = resume.last_checkpoint(settings.out)
-                    print(f"stopped after step {done}; --resume continues from {newest}")
+                    last = settings.out / "last.pt"
+                    print(f"stopped after step {done}; --resume continues from {last}")
                 sys.exit(130)
 
-    final = resume.final_model(settings, model, ema, unsharded)
+    final, tensors = resume.snapshot(model, trained, ema, optimizer, unsharded)
     if not is_main:
         return []
-    if settings.fsdp:
-        resume.save_weights(settings.out / "last.pt", settings, task, final, evaluated=False)
     lines = task.evaluate(final.to(device).eval(), settings.out)
-    return resume.save_final(settings, task, final, trained, ema, optimizer, lines)
+    return resume.save_final(settings, task, final, tensors, lines)

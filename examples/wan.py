@@ -36,7 +36,7 @@ from runtime import cli, distributed
 from runtime.checkpoint import check_fit, load_checkpoint, save_checkpoint
 from runtime.cli import BadInput, finite, positive, positive_int
 from runtime.distributed import accumulating, rank, reduce_logs, world_size
-from runtime.resume import restore
+from runtime.resume import restore, run_tensors
 from sample import NRG_EPS, NRG_INTERVAL, sample
 from tasks import ranked
 
@@ -194,7 +194,7 @@ def train(wan, pairs, args, device):
     for name in ("model", "data", "lora", "rank", "batch", "lr", "beta", "shift", "seed"):
         settings[f"--{name}"] = str(getattr(args, name))
     state, initial = None, {}
-    if args.resume or (distributed.restarted() and checkpoint.exists()):
+    if args.resume or (distributed.restarts() and checkpoint.exists()):
         state = load_checkpoint(checkpoint, f"wan {args.algo}")
         initial = state["initial"]
         for name, value in settings.items():
@@ -223,7 +223,8 @@ def train(wan, pairs, args, device):
 
     def save(step, trained, optimizer):
         state = {"kind": f"wan {args.algo}", "config": {}, "vocabulary": [], "step": step}
-        state |= {"settings": settings, "initial": initial, "optimizer": optimizer.state_dict()}
+        state |= {"settings": settings, "initial": initial}
+        state["training"] = run_tensors(trained, {}, optimizer)
         state["model"] = {name: value.detach() for name, value in trained.items()}
         if rank() == 0:
             save_checkpoint(checkpoint, state)

@@ -1,5 +1,4 @@
-"""What every command shares: types of flags that say what would be right, faults of the user as one line and status 2,
-devices, progress bars, memory that is kept."""
+"""What all commands share: types of flags, one-line errors, devices and progress bars."""
 
 import argparse
 import ctypes
@@ -14,131 +13,87 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-FIRST = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started, if it did
+FIRST = os.environ.get("RANK", "0") == "0"  # process 0 of torchrun's, or the only one
 
 
 class BadInput(ValueError):
-    """Something the user gave is wrong. The message is one line that names it and says what would be right."""
+    """The user's input is wrong. The message, one line, says what is wrong and what is right."""
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose help shows defaults that say something, and whose errors are BadInput, one line each."""
-
-    class Help(argparse.ArgumentDefaultsHelpFormatter):
-        def _get_help_string(self, action):
-            silent = action.default is None or action.default is False
-            return action.help if silent else super()._get_help_string(action)
+    """An argument parser whose errors are BadInput."""
 
     def __init__(self, description, **options):
-        super().__init__(description=description, formatter_class=self.Help, **options)
-        self._negative_number_matcher = re.compile(r"-[.\d]")  # so that -1,0,1 is a value, as -1 is
+        options["formatter_class"] = argparse.ArgumentDefaultsHelpFormatter
+        super().__init__(description=description, **options)
+        self._negative_number_matcher = re.compile(r"-[.\d]")  # -1,0,1 is a value, as -1 is
 
     def error(self, message):
         raise BadInput(message)
 
 
-# ---------------------------------------------------------------------------------------------
-# Types of flags: text -> value, or one line that says what would be right
+def flag_type(parse, is_valid, description):
+    """A type for add_argument: parse(text), or an error that says what the value must be."""
+
+    def convert(text):
+        try:
+            value = parse(text)
+        except ValueError:
+            value = None
+        if value is None or not is_valid(value):
+            raise argparse.ArgumentTypeError(f"{text}: must be {description}")
+        return value
+
+    return convert
 
 
-def _checked(kind, text, right, what):
-    try:
-        value = kind(text)
-    except ValueError:
-        value = math.nan
-    if not right(value):
-        raise argparse.ArgumentTypeError(f"{text}: must be {what}")
-    return value
+def whole_number(low, high):
+    return flag_type(int, lambda n: low <= n <= high, f"a whole number from {low} to {high}")
 
 
-def positive_int(text):
-    return _checked(int, text, lambda n: 1 <= n <= 10**9, f"a whole number from 1 to {10**9}")
-
-
-def whole(text):
-    return _checked(int, text, lambda n: 0 <= n <= 10**9, f"a whole number from 0 to {10**9}")
-
-
-def seed(text):
-    return _checked(int, text, lambda n: 0 <= n < 2**31, f"a whole number from 0 to {2**31 - 1}")
-
-
-def frame_size(text):
-    """ "32x56" -> (32, 56), height and width; "32" -> (32, 32)."""
-    right = "height x width in pixels, for example 32x56, or one number for both"
-
-    def numbers(text):
-        sides = [int(side) for side in text.split("x")]
-        return tuple(sides * 2 if len(sides) == 1 else sides)
-
-    return _checked(numbers, text, lambda x: x == x and len(x) == 2 and min(x) > 0, right)
-
-
-def clip_count(text):
-    return _checked(int, text, lambda n: 1 <= n <= 4096, "a whole number from 1 to 4096")
-
-
-def positive(text):
-    return _checked(float, text, lambda x: 0 < x < math.inf, "a positive number")
-
-
-def non_negative(text):
-    return _checked(float, text, lambda x: 0 <= x < math.inf, "0 or a positive number")
-
-
-def finite(text):
-    return _checked(float, text, math.isfinite, "a finite number")
-
-
-def fraction(text):
-    return _checked(float, text, lambda x: 0 <= x <= 1, "a number from 0 to 1")
-
-
-def _floats(text):
+def floats(text):
     return tuple(float(part) for part in text.split(","))
 
 
-def triple(text):
-    """ "1,1,0.5" -> (1.0, 1.0, 0.5): weights of VQ, MQ and TA."""
-    right = "three numbers with commas between, for example 1,1,0.5"
-    return _checked(
-        _floats, text, lambda x: x == x and len(x) == 3 and all(map(math.isfinite, x)), right
-    )
+def sides(text):
+    height, _, width = text.partition("x")
+    return int(height), int(width or height)
 
 
-def interval(text):
-    """ "0,0.9" -> (0.0, 0.9): the lowest and the highest t."""
-    right = "two numbers from 0 to 1 with a comma between, the lower first, for example 0,0.9"
-    return _checked(
-        _floats, text, lambda x: x == x and len(x) == 2 and 0 <= x[0] <= x[1] <= 1, right
-    )
-
-
-# ---------------------------------------------------------------------------------------------
-# Running
+positive_int = whole_number(1, 10**9)
+whole = whole_number(0, 10**9)
+seed = whole_number(0, 2**31 - 1)
+clip_count = whole_number(1, 4096)
+positive = flag_type(float, lambda x: 0 < x < math.inf, "a positive number")
+non_negative = flag_type(float, lambda x: 0 <= x < math.inf, "0 or a positive number")
+finite = flag_type(float, math.isfinite, "a finite number")
+fraction = flag_type(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
+triple = flag_type(
+    floats, lambda x: len(x) == 3 and all(map(math.isfinite, x)), "three numbers, as in 1,1,0.5"
+)
+interval = flag_type(
+    floats, lambda x: len(x) == 2 and 0 <= x[0] <= x[1] <= 1, "from 0 to 1, as in 0,0.9"
+)
+frame_size = flag_type(sides, lambda x: min(x) > 0, "height x width, as in 32x56")
 
 
 def keep_freed_memory():
-    """Lets glibc keep large freed blocks. It gives them back by default, and each new tensor of some MB then pays for
-    fresh pages: labelling 640 pairs takes 1.2 s so and 2.2 s otherwise. Where there is no glibc, nothing happens."""
+    """Lets glibc reuse large freed blocks, in place of new pages for each tensor of some MB."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
-        return
+        return  # another C library
     mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
     mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
 def run(main):
-    """Runs a command: bad input ends it with one line and exit status 2, Ctrl-C with 130.
-
-    Of many processes all meet the same fault, or one does; torchrun ends the others once one has ended. So process 0
-    speaks at once, and the others if they are still there a while later."""
+    """Runs a command: bad input ends it with one line and exit status 2, Ctrl-C with 130."""
     keep_freed_memory()
     try:
         main()
     except BadInput as error:
-        time.sleep(0 if FIRST else 5)
+        time.sleep(0 if FIRST else 5)  # torchrun may end the process before it repeats the line
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -147,33 +102,25 @@ def run(main):
 
 
 def progress_bar(name, unit):
-    """A tqdm for a list or an iterator of `total` items, for functions that take a progress argument."""
-    return lambda items, total=None: tqdm(
-        items, name, total, unit=unit, leave=False, dynamic_ncols=True, disable=not FIRST
-    )
+    """A tqdm for a list or for an iterator of `total` items: progress(items, total)."""
+    options = {"unit": unit, "leave": False, "dynamic_ncols": True, "disable": not FIRST}
+    return lambda items, total=None: tqdm(items, name, total, **options)
 
 
 def pick_device(name="auto"):
-    """torch.device for "auto" (cuda, then mps, then cpu) or a named one; BadInput if it is not there."""
+    """torch.device of a name; "auto" is the accelerator or the CPU. BadInput if unavailable."""
     if name == "auto":
-        name = (
-            "cuda"
-            if torch.cuda.is_available()
-            else "mps"
-            if torch.backends.mps.is_available()
-            else "cpu"
-        )
+        name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
         torch.zeros(1, device=name).cpu()  # meta has no numbers to copy
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise BadInput(
-            f"--device {name}: not available here ({str(error).splitlines()[0]})"
-        ) from None
+        fault = str(error).splitlines()[0]
+        raise BadInput(f"--device {name}: not available here ({fault})") from None
     return torch.device(name)
 
 
 def has_bf16(device):
-    """Whether a device multiplies bfloat16 matrices in hardware. A CPU that does not is 30 times as fast in float32."""
+    """Whether the device multiplies bfloat16 matrices in hardware."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     features = torch.cpu.get_capabilities() if device.type == "cpu" else {}
@@ -181,10 +128,9 @@ def has_bf16(device):
 
 
 def check_writable(folder, flag):
-    """Makes a folder and sees that files can be written there. BadInput, which names the flag, if not."""
+    """Creates a folder. BadInput, which names the flag, if no file can be written there."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise BadInput(f"{flag}: cannot write to {folder}: {error.strerror}") from None

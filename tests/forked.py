@@ -1,13 +1,18 @@
-"""Runs of train.py on tiny models, in processes forked from this one: they need no start of Python and torch."""
+"""Runs of train.py on tiny models, in forked processes, which need no start of Python and torch."""
 
-import gc
+import importlib
+import marshal
 import os
+import pickle
 import re
 import signal
 import socket
+import subprocess
 import sys
 import traceback
+import types
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -19,9 +24,6 @@ from data import Vocabulary
 from runtime import checkpoint, cli
 from settings import settings_of
 
-torch.optim.AdamW(
-    [torch.zeros(1, requires_grad=True)]
-)  # imports a second's worth of torch, once for all children
 TINY = model.ModelConfig(dim=32, depth=3, heads=2, vocab=len(Vocabulary().words))
 
 
@@ -49,40 +51,87 @@ def tiny_checkpoints(folder):
 
 
 def fork(function, *args, output=os.devnull, **environment):
-    """Starts function(*args) in a process of its own; its id. It ends with the function's SystemExit, 1 for a fault."""
-    sys.stdout.flush()
-    child = os.fork()
-    if child:
-        return child
+    """Starts function(*args) in a new process; its id. It ends with the function's SystemExit, or
+    with 1 after an exception. Functions inside functions are sent as code and variables."""
+    return ask((function, args, os.getcwd(), str(output), {**os.environ, **environment}))
+
+
+def ended(child):
+    """The exit status of a process, minus the signal's number where one ended it."""
+    return ask(child)
+
+
+@cache
+def server():
+    """A process that forks for this one: it is small, while a process of pytest grows, and forking
+    a large process is slow."""
+    start = f"import sys; sys.path[:0] = {sys.path!r}; import forked; forked.serve()"
+    return subprocess.Popen(
+        [sys.executable, "-c", start], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+
+
+def ask(request):
+    Sender(server().stdin).dump(request)
+    server().stdin.flush()
+    return pickle.load(server().stdout)
+
+
+class Sender(pickle.Pickler):
+    def reducer_override(self, value):
+        if isinstance(value, types.ModuleType):
+            return importlib.import_module, (value.__name__,)
+        if not isinstance(value, types.FunctionType) or "<" not in value.__qualname__:
+            return NotImplemented
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        code = marshal.dumps(value.__code__)
+        return received_function, (code, value.__module__, value.__defaults__, cells)
+
+
+def received_function(code, module, defaults, cells):
+    variables = vars(importlib.import_module(module))
+    cells = tuple(map(types.CellType, cells))
+    return types.FunctionType(marshal.loads(code), variables, None, defaults, cells)
+
+
+def serve():
+    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # imports a second's worth of torch
+    torch.set_num_threads(1)  # a pool of threads does not survive a fork
+    while True:
+        try:
+            request = pickle.load(requests)
+        except EOFError:
+            return
+        if isinstance(request, int):
+            reply = os.waitstatus_to_exitcode(os.waitpid(request, 0)[1])
+        else:
+            reply = os.fork() or run(*request)
+        pickle.dump(reply, replies)
+        replies.flush()
+
+
+def run(function, args, folder, output, environment):
     status = 1
-    gc.freeze()  # what the parent made is left alone: collecting it would copy every page of it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        os.environ.update(environment)
         handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(handle, 1)
         os.dup2(handle, 2)
-        sys.stdout, sys.stderr = (
-            open(1, "w", closefd=False),
-            open(2, "w", closefd=False),
-        )  # not a test's capture
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        torch.set_num_threads(1)  # a pool of threads does not survive a fork
+        os.chdir(folder)
+        os.environ.update(environment)
         model.PRESETS["nano"] = TINY
         function(*args)
         status = 0
     except SystemExit as stop:
         status = stop.code or 0
     except BaseException:
-        os.write(2, traceback.format_exc().encode())
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
-
-
-def ended(child):
-    """The exit status of a process, minus the signal's number where one ended it."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def with_read(flags, *more):
@@ -112,7 +161,7 @@ def command(*flags):
 
 
 def together(function, cases, output=os.devnull, ranks=2):
-    """function(*case) for each of `cases` in `ranks` processes as torchrun starts them; their exit statuses."""
+    """function(*case) for each of `cases` in processes as torchrun starts them; their statuses."""
     free = [socket.socket() for _ in cases]
     for each in free:
         each.bind(("127.0.0.1", 0))
@@ -121,9 +170,7 @@ def together(function, cases, output=os.devnull, ranks=2):
         each.close()
 
     def all_cases():
-        for port, case in zip(
-            ports, cases
-        ):  # a meeting place for each, as process 0 leaves the last one later
+        for port, case in zip(ports, cases):  # process 0 leaves a port later than the others
             os.environ["MASTER_PORT"] = str(port)
             function(*case)
 
@@ -136,9 +183,8 @@ def together(function, cases, output=os.devnull, ranks=2):
 
 
 def weights(out):
-    """The trained weights in a run's last.pt: the averaged ones where it has them."""
-    state = checkpoint.load_checkpoint(Path(out) / "last.pt")
-    return state.get("ema") or state["model"]
+    """The weights in a run's last.pt."""
+    return checkpoint.load_checkpoint(Path(out) / "last.pt")["model"]
 
 
 def same(a, b):

@@ -431,7 +431,7 @@ def test_killed_in_a_round_and_between_two_a_run_ends_at_the_same_bits(tmp_path,
         assert same({**again_last, "settings": 0}, {**last, "settings": 0})
     if len(deaths) == 5:
         assert (
-            f"stopped; {tmp_path / '3' / 'last.pt'}, after step 3, is the last good state"
+            f"stopped; {tmp_path / '3' / 'last.pt'} is the last good state"
             in log.read_text()
         )
 

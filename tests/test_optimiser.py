@@ -11,8 +11,8 @@ import torch
 import trainer
 from model import ModelConfig
 from runtime.checkpoint import load_checkpoint
-from runtime.schedule import lr_factor
 from settings import settings_of
+from trainer import lr_factor
 
 CPU = torch.device("cpu")
 RATE = 0.01
@@ -139,7 +139,8 @@ def test_averaged_weights_by_hand(tmp_path):
     three = 0.25 * two + 0.75 * 0.97  # .973
     assert judged == pytest.approx([three], abs=1e-5) and three == pytest.approx(0.973, abs=1e-9)
     state = load_checkpoint(tmp_path / "last.pt")
-    assert state["ema"]["w"].tolist() == judged and state["model"]["w"].tolist() == path[-1]
+    assert state["model"]["w"].tolist() == judged
+    assert state["training"]["model.w"].tolist() == path[-1]
 
 
 def test_the_memory_of_averages_is_at_most_the_flag(tmp_path):
@@ -150,7 +151,7 @@ def test_the_memory_of_averages_is_at_most_the_flag(tmp_path):
 
 def test_without_averages_the_last_weights_are_judged_and_saved(tmp_path):
     path, _, judged = run(tmp_path, [0.5, 0.5, 0.5], "--ema=0")
-    assert judged == path[-1] and "ema" not in load_checkpoint(tmp_path / "last.pt")
+    assert judged == path[-1] == load_checkpoint(tmp_path / "last.pt")["model"]["w"].tolist()
 
 
 def test_six_steps_with_averages_and_a_falling_rate(tmp_path):
