@@ -1,7 +1,7 @@
-"""LoRA: small trainable adapters on the attention of a frozen model (paper, Table 10).
+"""What a policy trains: LoRA adapters on a frozen model (Table 10), or all but its first blocks.
 
-There with rank 64 and alpha 128, on the q, k, v and output projections. Here q, k and v are one layer and have one
-adapter. Nothing here knows a model class but that its blocks have attn.qkv and attn.out.
+The paper's adapters have rank 64 and alpha 128, on the q, k, v and output projections. Here q, k
+and v are one layer with one adapter. A model's blocks must have attn.qkv and attn.out.
 """
 
 import copy
@@ -10,11 +10,9 @@ from contextlib import contextmanager
 import torch
 import torch.nn as nn
 
-from runtime.cli import BadInput
-
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer plus scale * up(down(x)). `up` starts at zero, so step 0 is the frozen layer exactly."""
+    """A frozen linear layer plus scale * up(down(x)). `up` starts at zero, the layer unchanged."""
 
     def __init__(self, linear, rank, alpha):
         super().__init__()
@@ -36,17 +34,35 @@ class LoRALinear(nn.Module):
 
 
 def add_lora(model, rank, alpha=None, skip=0):
-    """Freezes `model` and adds trainable adapters to its attention, in place; alpha: 2 rank unless given (Table 10).
-    The first `skip` blocks stay without: a trunk to share. BadInput outside 0..depth - 1."""
-    if not 0 <= skip < len(model.blocks):
-        raise BadInput(
-            f"--freeze {skip}: this model has {len(model.blocks)} blocks, so 0 to {len(model.blocks) - 1}"
-        )
+    """Freezes `model` and adds trainable adapters to its attention, in place.
+
+    alpha: 2 rank unless given (Table 10). The first `skip` blocks get none, so that they can be
+    shared with the reference. ValueError unless a block is left."""
+    blocks = blocks_after(model, skip)
     model.requires_grad_(False)
-    for block in model.blocks[skip:]:
+    for block in blocks:
         block.attn.qkv = LoRALinear(block.attn.qkv, rank, alpha or 2 * rank)
         block.attn.out = LoRALinear(block.attn.out, rank, alpha or 2 * rank)
     return model
+
+
+def freeze_trunk(model, skip):
+    """Freezes a VideoTransformer up to its first `skip` blocks, so that these can be shared with
+    the reference; 0 freezes nothing. ValueError unless a block is left."""
+    blocks = blocks_after(model, skip)
+    if skip:
+        model.requires_grad_(False)
+        for part in (*blocks, model.modulation, model.patch_out):
+            part.requires_grad_(True)
+    return model
+
+
+def blocks_after(model, skip):
+    """The blocks of `model` but the first `skip`. ValueError unless one is left."""
+    last = len(model.blocks) - 1
+    if not 0 <= skip <= last:
+        raise ValueError(f"{skip}: this model has {last + 1} blocks, so 0 to {last}")
+    return model.blocks[skip:]
 
 
 @contextmanager

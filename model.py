@@ -1,22 +1,23 @@
-"""The video generator: a flow-matching transformer v = model(x_t, t, y) (paper, section 4.1 and appendix D).
+"""The video generator: a flow-matching transformer v = model(x_t, t, y) (section 4.1, appendix D).
 
 Conventions, here and everywhere in this code base:
 
-    x0   data, at t = 0            x_t = (1 - t) x0 + t x1         v = x1 - x0   what the model predicts
+    x0   data, at t = 0            x_t = (1 - t) x0 + t x1         v = x1 - x0, which it predicts
     x1   noise, at t = 1           x0_hat = x_t - t v_hat          sampling runs t from 1 to 0
 
-    videos (B, C, T, H, W) float in [-1, 1]    t (B,) float in [0, 1]    y (B, S) int64 word ids, 0 is padding
+    videos (B, C, T, H, W) float in [-1, 1]    t (B,) in [0, 1]    y (B, S) word ids, 0 is padding
 
-Text tokens and video tokens form one sequence with full self-attention; every block is modulated by the time and the
-pooled prompt (adaLN-zero). The paper's is a closed 1 B latent model with separate spatial and 3D attention and T5.
+Text and video tokens form one sequence with full self-attention. Time and pooled prompt modulate
+every block (adaLN-zero). The paper's closed model has spatial and 3D attention, T5 and 1 B weights.
 
-The last layer predicts x0 and the model returns v = (x_t - x0_hat) / t: a token has fewer channels than a patch has
-numbers and cannot carry its noise, as a network that outputs v has to; clean patches are far simpler. For the same
-reason a patch enters and leaves by its lowest frequencies at the start, and the last layer has no normalisation.
+The last layer predicts x0, and the model returns v = (x_t - x0_hat) / t. A token has fewer channels
+than a patch has numbers, so it cannot carry the patch's noise, as a network that outputs v must.
+For the same reason a patch enters and leaves by its lowest frequencies at the start, and the last
+layer has no normalisation.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
@@ -24,23 +25,19 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from attention import attention
-from kernels.tiles import tile_mask
-from lora import add_lora, lora_disabled, merge_lora, merged_state_dict  # noqa: F401  names of a model
+from kernels.tiles import SlidingTiles, parse_attention
+from lora import add_lora, lora_disabled, merge_lora  # noqa: F401  part of this module's interface
 from runtime.checkpoint import load_network
-from runtime.cli import BadInput
-
-# ---------------------------------------------------------------------------------------------
-# Config
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of a VideoTransformer; `patch` divides (frames, height, width). BadInput for sizes that do not fit."""
+    """Sizes of a VideoTransformer. ValueError for sizes that do not fit together."""
 
     frames: int = 8
     size: int | tuple = 32  # height and width, or (height, width) where they differ
     channels: int = 3
-    patch: tuple = (2, 8, 8)
+    patch: tuple = (2, 8, 8)  # divides (frames, height, width)
     dim: int = 128
     depth: int = 6
     heads: int = 4
@@ -54,87 +51,50 @@ class ModelConfig:
         if isinstance(self.size, tuple | list):
             height, width = self.size
             object.__setattr__(self, "size", height if height == width else (height, width))
-        for name in (
-            "frames",
-            "height",
-            "width",
-            "channels",
-            "dim",
-            "depth",
-            "heads",
-            "vocab",
-            "max_text",
-        ):
-            value, most = (
-                getattr(self, name),
-                512 if name == "depth" else 2**20,
-            )  # so that no file asks for terabytes
+        sizes = dict(zip(("channels", "frames", "height", "width"), self.video_shape))
+        for name in ("dim", "depth", "heads", "vocab", "max_text"):
+            sizes[name] = getattr(self, name)
+        for name, value in sizes.items():
+            most = 512 if name == "depth" else 2**20  # so that no file asks for terabytes
             if type(value) is not int or not 1 <= value <= most:
-                raise BadInput(
-                    f"model config: {name} {value!r} must be a whole number from 1 to {most}"
-                )
-        if (
-            [type(side) for side in self.patch] != [int] * 3
-            or min(self.patch) < 1
-            or math.prod(self.patch) > 4096
-        ):
-            raise BadInput(
-                f"model config: patch {self.patch} must be three whole numbers, of 4096 pixels at most"
-            )
+                raise ValueError(f"{name} {value!r} must be a whole number from 1 to {most}")
+        if [type(side) for side in self.patch] != [int] * 3 or min(self.patch) < 1:
+            raise ValueError(f"patch {self.patch} must be three whole numbers above 0")
+        if math.prod(self.patch) > 4096:
+            raise ValueError(f"patch {self.patch} must have at most 4096 pixels")
         for name, side in zip(("frames", "height", "width"), self.patch):
-            if getattr(self, name) % side:
-                raise BadInput(
-                    f"model config: {name} {getattr(self, name)} is not a multiple of the patch's {side}"
-                )
+            if sizes[name] % side:
+                raise ValueError(f"{name} {sizes[name]} is not a multiple of the patch's {side}")
         if self.dim % self.heads or (self.dim // self.heads) % 2:
-            raise BadInput(
-                f"model config: dim {self.dim} over {self.heads} heads must be a whole, even head size"
-            )
+            raise ValueError(f"dim {self.dim} over {self.heads} heads must be a whole, even number")
         if math.prod(self.grid) > 2**20:
-            raise BadInput(
-                f"model config: {math.prod(self.grid)} patches in a clip; at most {2**20} can be used"
-            )
+            raise ValueError(f"{math.prod(self.grid)} patches in a clip; at most {2**20} fit")
         try:
-            tile_mask(self.attention, self.grid, self.max_text, torch.device("cpu"))
+            parse_attention(self.attention, self.grid)
         except ValueError as error:
-            raise BadInput(f"--attention {self.attention}: {error}") from None
+            raise ValueError(f"attention {self.attention}: {error}") from None
 
     @property
-    def height(self):
-        return self.size[0] if isinstance(self.size, tuple) else self.size
-
-    @property
-    def width(self):
-        return self.size[1] if isinstance(self.size, tuple) else self.size
+    def video_shape(self):
+        """(C, T, H, W)"""
+        height, width = self.size if isinstance(self.size, tuple) else (self.size, self.size)
+        return self.channels, self.frames, height, width
 
     @property
     def grid(self):
         """Tokens along (t, h, w)."""
-        return (
-            self.frames // self.patch[0],
-            self.height // self.patch[1],
-            self.width // self.patch[2],
-        )
-
-    @property
-    def video_shape(self):
-        return self.channels, self.frames, self.height, self.width
+        return tuple(n // side for n, side in zip(self.video_shape[1:], self.patch))
 
 
-# `base` has 131 M parameters and 2,048 video tokens, `large` 1,032 M, the paper's scale, and 4,096; both for latents.
+LATENTS = {"size": 32, "channels": 16, "patch": (1, 2, 2)}
 PRESETS = {
-    "nano": ModelConfig(
-        patch=(4, 8, 8), dim=160, heads=5
-    ),  # 3 M parameters, 32 video tokens: a CPU
-    "small": ModelConfig(
-        frames=16, size=64, dim=384, depth=12, heads=6
-    ),  # 33 M, 512 tokens: one GPU
-    "base": ModelConfig(
-        frames=8, size=32, channels=16, patch=(1, 2, 2), dim=768, depth=12, heads=12, max_text=64
-    ),
-    "large": ModelConfig(
-        frames=16, size=32, channels=16, patch=(1, 2, 2), dim=1536, depth=24, heads=24, max_text=128
-    ),
+    # for a CPU: 3 M parameters, 32 video tokens
+    "nano": ModelConfig(patch=(4, 8, 8), dim=160, heads=5),
+    # for one GPU: 33 M, 512 tokens
+    "small": ModelConfig(frames=16, size=64, dim=384, depth=12, heads=6),
+    # for latents: 131 M and 2,048 tokens; 1,032 M, the paper's scale, and 4,096 tokens
+    "base": ModelConfig(**LATENTS, dim=768, depth=12, heads=12, max_text=64),
+    "large": ModelConfig(**LATENTS, frames=16, dim=1536, depth=24, heads=24, max_text=128),
 }
 
 
@@ -159,21 +119,20 @@ def unpatchify(tokens, shape, patch):
 
 
 def time_features(t, dim):
-    """Sines and cosines of t (B,) in [0, 1] -> (B, dim) float32, wavelengths from 2 pi / 1000 to 20 pi."""
-    frequency = 1000.0 * torch.exp(
-        -math.log(10000.0) * torch.arange(dim // 2, device=t.device) / (dim // 2)
-    )
+    """Cosines and sines of t (B,), wavelengths from 2 pi / 1000 to 20 pi: (B, dim) float32."""
+    exponent = -math.log(10000.0) * torch.arange(dim // 2, device=t.device) / (dim // 2)
+    frequency = 1000.0 * torch.exp(exponent)
     angle = t.float()[:, None] * frequency
     return torch.cat((angle.cos(), angle.sin()), 1)
 
 
 def rope(grid, head_dim, theta=100.0):
-    """Cosines and signed sines (2, T*H*W, head_dim) of tokens in (t, h, w) order on `grid` = (T, H, W).
+    """Cosines and signed sines (2, T*H*W, head_dim) of tokens in (t, h, w) order on `grid`.
 
-    Channel i pairs with i + head_dim / 2. A pair turns by an angle proportional to the token's frame, row or column, so
-    that a logit depends on how far apart two tokens are: a quarter of the pairs with the frame, three eighths each with
-    row and column. No wavelength is longer than 2 pi theta tokens: theta is 100, not the 10,000 of text, as a clip has
-    a few dozen tokens a side."""
+    Channel i pairs with i + head_dim / 2. A pair turns by an angle proportional to the token's
+    frame, row or column, so that a logit depends on how far apart two tokens are. A quarter of the
+    pairs turn with the frame, three eighths each with row and column. No wavelength is longer than
+    2 pi theta tokens: a clip has a few dozen tokens a side, so theta is 100, not text's 10,000."""
     pairs = head_dim // 2
     split = (pairs - 2 * (pairs * 3 // 8), pairs * 3 // 8, pairs * 3 // 8)
     positions = torch.meshgrid(*(torch.arange(n, dtype=torch.float32) for n in grid), indexing="ij")
@@ -187,7 +146,7 @@ def rope(grid, head_dim, theta=100.0):
 
 
 def identity_rope(count, head_dim):
-    """The same (2, count, head_dim) for tokens without a place: they are not turned."""
+    """The same (2, count, head_dim) for tokens without a place: they do not turn."""
     return torch.stack((torch.ones(count, head_dim), torch.zeros(count, head_dim)))
 
 
@@ -198,14 +157,16 @@ def apply_rope(x, rope):
 
 
 def rms_norm(x, weight, eps=1e-6):
-    """x (..., d) over its root mean square, times weight (d,), in float32 or x's own dtype where that holds more."""
+    """x (..., d) over its root mean square, times weight (d,), in float32 or wider."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with qk-norm, which bounds the logits, and RoPE. With `context` = n the first n tokens
-    see only each other and the rest see all: two unmasked calls, which every kernel does fast, in place of a mask."""
+    """Multi-head self-attention with RoPE and qk-norm, which bounds the logits.
+
+    With `context` = n the first n tokens see only each other and the rest see all. That takes two
+    unmasked calls, which every kernel does fast, in place of a mask."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -217,16 +178,10 @@ class Attention(nn.Module):
 
     def forward(self, x, rope, context=None, tiles=None):
         b, n, _ = x.shape
-        q, k, v = (
-            self.qkv(x).reshape(b, n, 3, self.heads, -1).unbind(2)
-        )  # (B, N, heads, head_dim) each
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, -1).unbind(2)  # (B, N, heads, head_dim)
         q = apply_rope(rms_norm(q, self.q_norm), rope).to(v.dtype)
         k = apply_rope(rms_norm(k, self.k_norm), rope).to(v.dtype)
-        q, k, v = (
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-        )  # (B, heads, N, head_dim) each
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, N, head_dim)
         if context is None:
             mixed = attention(q, k, v, tiles)  # (B, heads, N, head_dim)
         else:
@@ -244,7 +199,7 @@ def modulate(x, shift, scale):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each shifted, scaled and gated by the condition c (adaLN-zero: at the start the identity)."""
+    """Attention and MLP, each shifted, scaled and gated by the condition c (adaLN-zero)."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -255,36 +210,29 @@ class Block(nn.Module):
         self.modulation = nn.Linear(dim, 6 * dim)
 
     def forward(self, x, c, rope, tiles=None):
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None].chunk(
-            6, -1
-        )  # (B, 1, d) each
-        x = x + gate1 * self.attn(
-            modulate(self.norm1(x), shift1, scale1), rope, tiles=tiles
-        )  # (B, N, d)
-        return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))  # (B, N, d)
+        modulation = self.modulation(c)[:, None]  # (B, 1, 6 d)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, -1)  # (B, 1, d) each
+        h = modulate(self.norm1(x), shift1, scale1)  # (B, N, d)
+        x = x + gate1 * self.attn(h, rope, tiles=tiles)  # (B, N, d)
+        h = modulate(self.norm2(x), shift2, scale2)  # (B, N, d)
+        return x + gate2 * self.mlp(h)  # (B, N, d)
 
 
-def checkpointed(block, *inputs, when):
-    """block(*inputs); `when` true, only the inputs are kept for backward and all else is computed again."""
-    if not (when and torch.is_grad_enabled()):
-        return block(*inputs)
-    return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
-
-
-# ---------------------------------------------------------------------------------------------
-# The model
+def maybe_checkpoint(enabled, block, *inputs):
+    """block(*inputs), by gradient checkpointing if it is enabled."""
+    if enabled and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return block(*inputs)
 
 
 def low_pass(config):
-    """(dim, C * patch volume): orthonormal rows, the lowest 3D cosine frequencies of a patch, per channel."""
+    """(dim, C * patch volume), orthonormal rows: per channel a patch's lowest 3D cosines."""
     axes = []
     for n in config.patch:
         k, i = torch.arange(n)[:, None], torch.arange(n)[None]
-        basis = (
-            torch.cos(math.pi * k * (i + 0.5) / n) * (2 / n) ** 0.5
-        )  # DCT-II: row k is a cosine of k half periods
+        basis = torch.cos(math.pi * k * (i + 0.5) / n) * (2 / n) ** 0.5  # DCT-II: k half periods
         axes.append(torch.where(k == 0, basis / 2**0.5, basis))
-    basis = torch.einsum("ai,bj,ck->abcijk", *axes).flatten(3).flatten(0, 2)  # (volume, volume)
+    basis = torch.kron(torch.kron(axes[0], axes[1]), axes[2])  # (volume, volume)
     frequency = torch.cartesian_prod(*(torch.arange(n) / n for n in config.patch)).square().sum(1)
     lowest = basis[frequency.argsort(stable=True)[: config.dim // config.channels]]
     rows = torch.block_diag(*[lowest] * config.channels)
@@ -292,7 +240,10 @@ def low_pass(config):
 
 
 class VideoTransformer(nn.Module):
-    """Velocity model. forward(x_t, t, y) -> v; ValueError when the video's shape is not the config's."""
+    """Velocity model. forward(x_t, t, y) -> v; ValueError for a video of another shape.
+
+    A reward or a second policy can share the first blocks: embed, run and head make up forward.
+    Between them video tokens lie in the order of `tiles`."""
 
     def __init__(self, config):
         super().__init__()
@@ -306,12 +257,13 @@ class VideoTransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, config.heads) for _ in range(config.depth))
         self.modulation = nn.Linear(dim, 2 * dim)
         self.patch_out = nn.Linear(dim, volume)
+        self.tiles = SlidingTiles(config.attention, config.grid, config.max_text)
         head_dim = dim // config.heads
-        table = torch.cat(
-            (identity_rope(config.max_text, head_dim), rope(config.grid, head_dim)), 1
-        )  # words first
-        self.register_buffer("rope", table, persistent=False)
-        self.checkpointed = False  # whether each block is computed again in backward, which then keeps its input alone
+        words, video = identity_rope(config.max_text, head_dim), rope(config.grid, head_dim)
+        self.register_buffer(
+            "rope", torch.cat((words, self.tiles.sort(video)), 1), persistent=False
+        )
+        self.grad_checkpoint = False  # recompute each block in backward, to save memory
         self.initialize_weights()
 
     def initialize_weights(self):
@@ -319,55 +271,44 @@ class VideoTransformer(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.normal_(
-            self.words.weight, std=0.5
-        )  # words must be told apart from the first step on
+        nn.init.normal_(self.words.weight, std=0.5)  # tells words apart from the first step on
         nn.init.normal_(self.places, std=0.02)
         for block in self.blocks:  # every block starts as the identity
             nn.init.zeros_(block.modulation.weight)
         nn.init.zeros_(self.modulation.weight)
-        # A random projection learns slowly which numbers of a patch matter; this one starts as x0_hat = low_pass(x_t)
+        # A random projection is slow to learn which numbers of a patch matter: start as a low pass
         self.patch_in.weight.data.copy_(low_pass(self.config))
         self.patch_out.weight.data.copy_(low_pass(self.config).T)
 
     def embed(self, x_t, t, y):
         """The blocks' input: tokens (B, S + N, d), words first, and the condition (B, d)."""
-        if x_t.shape[1:] != self.config.video_shape:
-            raise ValueError(
-                f"video of shape {tuple(x_t.shape)}; this model takes B x {self.config.video_shape}"
-            )
+        shape = self.config.video_shape
+        if x_t.shape[1:] != shape:
+            raise ValueError(f"video of shape {tuple(x_t.shape)}; this model takes B x {shape}")
         words = self.words(y)  # (B, S, d)
         video = self.patch_in(patchify(x_t, self.config.patch))  # (B, N, d)
-        if (tiles := self.tiles(x_t.device)) is not None:
-            video = video[:, tiles.order]
-        condition = self.time(time_features(t, self.config.dim).to(words.dtype)) + self.pooled(
-            words.mean(1)
-        )  # (B, d)
-        return torch.cat((words + self.places, video), 1), F.silu(condition)
+        hidden = torch.cat((words + self.places, self.tiles.sort(video)), 1)  # (B, S + N, d)
+        time = self.time(time_features(t, self.config.dim).to(words.dtype))  # (B, d)
+        return hidden, F.silu(time + self.pooled(words.mean(1)))
 
     def run(self, hidden, condition, start, stop):
         """Blocks start to stop - 1 on hidden (B, S + N, d)."""
-        table, tiles = self.rope, self.tiles(hidden.device)
-        if tiles is not None:
-            words, video = table.split((tiles.words, len(tiles.order)), 1)
-            table = torch.cat((words, video[:, tiles.order]), 1)
+        inputs = condition, self.rope, self.tiles
         for block in self.blocks[start:stop]:
-            hidden = checkpointed(block, hidden, condition, table, tiles, when=self.checkpointed)
+            hidden = maybe_checkpoint(self.grad_checkpoint, block, hidden, *inputs)
         return hidden
 
-    def tiles(self, device):
-        """Who sees whom, None for full attention. Between `embed` and `head` the tokens lie in its order."""
-        return tile_mask(self.config.attention, self.config.grid, self.config.max_text, device)
+    def split(self, hidden):
+        """Hidden states (B, S + N, d) -> words (B, S, d) and video (B, N, d) in (t, h, w) order."""
+        words, video = hidden.tensor_split([self.config.max_text], 1)
+        return words, self.tiles.unsort(video)
 
     def head(self, hidden, condition, x_t, t):
         """Hidden states after the last block -> velocity (B, C, T, H, W)."""
-        shift, scale = self.modulation(condition)[:, None].chunk(2, -1)  # (B, 1, d)
-        hidden = hidden[:, self.config.max_text :] * (1 + scale) + shift  # (B, N, d)
-        if (tiles := self.tiles(hidden.device)) is not None:
-            hidden = hidden[:, tiles.inverse]
-        x0_hat = unpatchify(
-            self.patch_out(hidden), self.config.video_shape, self.config.patch
-        )  # (B, C, T, H, W)
+        _, video = self.split(hidden)  # (B, N, d)
+        shift, scale = self.modulation(condition)[:, None].chunk(2, -1)  # (B, 1, d) each
+        patches = self.patch_out(modulate(video, shift, scale))  # (B, N, C * patch volume)
+        x0_hat = unpatchify(patches, self.config.video_shape, self.config.patch)  # (B, C, T, H, W)
         return (x_t - x0_hat) / t.clamp(min=self.config.t_floor)[:, None, None, None, None]
 
     def forward(self, x_t, t, y):
@@ -376,46 +317,32 @@ class VideoTransformer(nn.Module):
         return self.head(hidden, condition, x_t, t)  # (B, C, T, H, W)
 
     def features(self, x_t, t, y, depth):
-        """Hidden states (B, S + N, d) after the first `depth` blocks: what a noise-aware reward reads (section 4.4)."""
+        """Hidden states (B, S + N, d) after `depth` blocks: what a reward reads (section 4.4)."""
         hidden, condition = self.embed(x_t, t, y)
         return self.run(hidden, condition, 0, depth)
 
 
-def freeze_trunk(model, blocks):
-    """Freezes all up to the first `blocks` blocks, a trunk to share; 0 freezes none. BadInput outside 0..depth - 1."""
-    if not 0 <= blocks < len(model.blocks):
-        raise BadInput(
-            f"--freeze {blocks}: this model has {len(model.blocks)} blocks, so 0 to {len(model.blocks) - 1}"
-        )
-    if blocks:
-        for part in (model.patch_in, model.words, model.time, model.pooled, *model.blocks[:blocks]):
-            part.requires_grad_(False)
-        model.places.requires_grad_(False)
-    return model
-
-
 def share_trunk(policy, reference, blocks):
-    """A function (x_t, t, y) -> (velocity of policy, of reference) that runs their common first `blocks` once.
-
-    Right only while these are equal, as freeze_trunk and add_lora(skip=blocks) keep them; blocks must not be 0."""
+    """A function (x_t, t, y) -> (velocity of policy, of reference) that runs their first `blocks`
+    blocks once. These must be equal, as freeze_trunk and add_lora(skip=blocks) leave them."""
+    depth = len(reference.blocks)
 
     def shared_forward(x_t, t, y):
-        depth = len(reference.blocks)
         with torch.no_grad():
             hidden, condition = reference.embed(x_t, t, y)
             hidden = reference.run(hidden, condition, 0, blocks)
-            v_reference = reference.head(
-                reference.run(hidden, condition, blocks, depth), condition, x_t, t
-            )
-        return policy.head(
-            policy.run(hidden, condition, blocks, depth), condition, x_t, t
-        ), v_reference
+            last = reference.run(hidden, condition, blocks, depth)
+            v_reference = reference.head(last, condition, x_t, t)
+        last = policy.run(hidden, condition, blocks, depth)
+        return policy.head(last, condition, x_t, t), v_reference
 
     return shared_forward
 
 
 def load_velocity(path, attention=None):
-    """(VideoTransformer, words) of a checkpoint, with another `attention` than it was trained with if one is named."""
-    model, words = load_network(path, "velocity", VideoTransformer, ModelConfig)
-    model.config = replace(model.config, attention=attention or model.config.attention)
-    return model, words
+    """(VideoTransformer, words) of a checkpoint; `attention`, if given, replaces its own."""
+
+    def config_of(**config):
+        return ModelConfig(**config | ({"attention": attention} if attention else {}))
+
+    return load_network(path, "velocity", VideoTransformer, config_of)

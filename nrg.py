@@ -28,7 +28,6 @@ from flow import TIME_BINS, expand_like, interpolate, time_bin
 from model import ModelConfig, VideoTransformer
 from reward import accuracies_without_ties, bt_loss
 from runtime.checkpoint import load_network
-from runtime.cli import BadInput
 
 # ---------------------------------------------------------------------------------------------
 # Guidance
@@ -85,8 +84,8 @@ class NoisyRewardConfig(ModelConfig):
     def __post_init__(self):
         super().__post_init__()
         if not 1 <= self.read <= self.depth:
-            raise BadInput(
-                f"--read {self.read}: this base model has {self.depth} blocks, so 1 to {self.depth}"
+            raise ValueError(
+                f"read {self.read}: this base model has {self.depth} blocks, so 1 to {self.depth}"
             )
 
 
@@ -166,9 +165,7 @@ class NoisyReward(RewardHead):
 
     def read(self, hidden, condition):
         """The trunk's hidden states (B, S + N, d) and condition -> scores (B, 3)."""
-        words, video = hidden[:, : self.config.max_text], hidden[:, self.config.max_text :]
-        if (tiles := self.trunk.tiles(hidden.device)) is not None:
-            video = video[:, tiles.inverse]
+        words, video = self.trunk.split(hidden)
         return self.head(video, self.config.grid, words, condition)
 
 

@@ -22,7 +22,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import DIMENSIONS, INVALID, mean_one
-from model import Attention, ModelConfig, checkpointed, identity_rope, low_pass, mlp, patchify, rope
+from model import (
+    Attention,
+    ModelConfig,
+    identity_rope,
+    low_pass,
+    maybe_checkpoint,
+    mlp,
+    patchify,
+    rope,
+)
 from runtime.checkpoint import load_network
 
 THETA = 5.0  # section 3.2: how often ties occur; 1 would mean never
@@ -247,7 +256,7 @@ class VideoReward(nn.Module):
         self.register_buffer(
             "rope", torch.cat((frames, rope(config.grid, head_dim), rest), 1), persistent=False
         )
-        self.checkpointed = False  # as VideoTransformer's
+        self.grad_checkpoint = False  # as VideoTransformer's
         self.register_buffer("mean", torch.zeros(3))
         self.register_buffer("std", torch.ones(3))
         nn.init.normal_(self.words.weight, std=0.5)
@@ -264,7 +273,7 @@ class VideoReward(nn.Module):
         blind = len(self.tokens) - 1  # how many stand left of the prompt: VQ and MQ, or none
         x = torch.cat((video, tokens[:, :blind], self.words(y) + self.places, tokens[:, blind:]), 1)
         for block in self.blocks:
-            x = checkpointed(block, x, self.rope, count + blind, when=self.checkpointed)
+            x = maybe_checkpoint(self.grad_checkpoint, block, x, self.rope, count + blind)
         with torch.autocast(x.device.type, enabled=False):  # near scores would be equal in bfloat16
             x = self.norm(x.float())  # (B, N + 2 + S + 1, d), or (B, N + S + 1, d)
             words = self.caption(

@@ -22,10 +22,10 @@ from judge import (
     pair_scores,
     pretrain_table,
 )
-from lora import add_lora
-from model import VideoTransformer, freeze_trunk, load_velocity, merged_state_dict, share_trunk
+from lora import add_lora, freeze_trunk, merged_state_dict
+from model import VideoTransformer, load_velocity, share_trunk
 from nrg import noisy_pair_step, noisy_reward_on, noisy_value_step
-from real_data.disk_pairs import disk_data, preset
+from real_data.disk_pairs import disk_data, preset, resized
 from real_data.generated import ON_POLICY, held_pairs, mixed_pairs, training_pairs
 from real_data.labels import label_rewards
 from real_data.toy_pairs import check_toy, draw_clips, other_prompts
@@ -46,7 +46,8 @@ def pretrain_task(settings, device):
         config = replace(config, vocab=len(vocabulary.words))
         check_toy(config, vocabulary)
     torch.manual_seed(settings.seed)
-    model = VideoTransformer(replace(config, attention=settings.attention or "full")).to(device)
+    config = resized(config, "--attention", attention=settings.attention or "full")
+    model = VideoTransformer(config).to(device)
 
     def batch(step, rows):
         rng = step_rng(settings.seed, step)
@@ -115,7 +116,10 @@ def nrg_task(settings, device):
     if not from_labels:
         judge = load_judge(settings.reward, config, tuple(words)).to(device)
     torch.manual_seed(settings.seed)
-    model = noisy_reward_on(base, settings.read, settings.trunk == "frozen").to(device)
+    try:
+        model = noisy_reward_on(base, settings.read, settings.trunk == "frozen").to(device)
+    except ValueError as error:
+        raise BadInput(f"--{error}") from None
     if settings.data:
         _, _, pairs, held = disk_data(settings, config, words)
     else:
@@ -245,10 +249,13 @@ def base_and_policy(settings, device):
     base, words = load_velocity(settings.init, settings.attention)
     policy = copy.deepcopy(base)
     torch.manual_seed(settings.seed)
-    if settings.lora_rank:
-        policy = add_lora(policy, settings.lora_rank, skip=settings.freeze)
-    else:
-        policy = freeze_trunk(policy, settings.freeze)
+    try:
+        if settings.lora_rank:
+            policy = add_lora(policy, settings.lora_rank, skip=settings.freeze)
+        else:
+            policy = freeze_trunk(policy, settings.freeze)
+    except ValueError as error:
+        raise BadInput(f"--freeze {error}") from None
     return base.to(device).requires_grad_(False), policy.to(device), words
 
 

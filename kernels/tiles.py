@@ -1,129 +1,124 @@
-"""Sliding tiles: who sees whom, and attention that computes only that.
+"""Sliding tiles: which tokens see each other, and attention that computes only that.
 
-Sliding tile attention (arXiv 2502.04507) cuts the video into boxes of T x H x W tokens; all queries of a box see the
-same boxes of keys, those around it. The window stops at the border instead of leaving it, so every box sees equally
-many. Tokens must lie in the mask's order, box after box, the words of the prompt before them: words see everything and
-everything sees them.
+Sliding tile attention (arXiv 2502.04507) cuts the video into boxes of T x H x W tokens. All queries
+of a box see the same boxes of keys: a window around it, which stops at the border, so that every
+box sees equally many. The words of the prompt see everything and everything sees them.
 
-    gather   on any device: the keys that a tile of queries sees are copied together, then one sdpa call
-    tiled    the algorithm of flash attention in readable PyTorch: online softmax over tiles, own backward
-    triton   `tiled` as GPU kernels (tiles_triton.py): only the tiles in the mask are read, nothing is copied
+    gather   on any device: copies the keys that each box sees together, then one sdpa call
+    tiled    flash attention in readable PyTorch: online softmax over tiles, with its own backward
+    triton   `tiled` as GPU kernels (tiles_triton.py), which read only the tiles in the mask
 
-`tiled` and `triton` are one custom op, which torch.compile traces. Their backward can not be differentiated again and
-says so.
+`tiled` and `triton` are one custom op, which torch.compile traces. Their backward cannot be
+differentiated again and says so.
 """
 
 import itertools
 import math
 import re
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
 
-TILE = 64  # tokens of a block where there is no mask
-KERNELS = {}  # "triton": the module tiles_triton, once attention has been asked for it
+TILE = 64  # tokens of a block in dense attention
 
 # ---------------------------------------------------------------------------------------------
-# Plans: who sees whom
+# The mask
 
 
-class TileMask(NamedTuple):
-    """Blocks of at most `tile` tokens: first the words, cut as they come, then the boxes of the video."""
+def parse_attention(text, grid):
+    """ "full" or "tile:T,H,W" or "tile:T,H,W/t,h,w" -> (box in tokens, window in boxes) on `grid`.
 
-    words: int  # tokens before the video's
-    tile: int  # tokens of a box
-    order: (
-        torch.Tensor
-    )  # (video tokens,): the token, counted in (t, h, w) order, at each place of the mask's order
-    inverse: torch.Tensor  # (video tokens,): x[:, order][:, inverse] is x
-    keys: (
-        torch.Tensor
-    )  # (blocks, most) int32: the key blocks that each query block sees, then zeros
-    counts: torch.Tensor  # (blocks,) int32: how many these are
-    queries: torch.Tensor  # (blocks, most') int32: the same seen from the keys, for their gradients
-    query_counts: torch.Tensor  # (blocks,) int32
-
-
-def parse_attention(text):
-    """ "full" -> None; "tile:T,H,W" or "tile:T,H,W/t,h,w" -> (tokens of a box, window in boxes; 3,3,3 if not given).
-    ValueError for any other text."""
+    The window is 3,3,3 unless given and is cut to the grid; "full" is one box. ValueError for any
+    other text, and for a grid (T, H, W) that is not a whole number of boxes."""
     if text == "full":
-        return None
+        return tuple(grid), (1, 1, 1)
     three = r"(\d+),(\d+),(\d+)"
     found = re.fullmatch(f"tile:{three}(?:/{three})?", text)
     sides = [int(side or 3) for side in found.groups()] if found else [0]
     if min(sides) < 1:
-        raise ValueError(
-            "must be full, tile:T,H,W or tile:T,H,W/t,h,w, for example tile:2,4,4/1,3,3"
-        )
-    return tuple(sides[:3]), tuple(sides[3:])
-
-
-@lru_cache
-@torch.inference_mode(False)  # a mask made while sampling serves the next training, too
-def tile_mask(text, grid, words, device):
-    """The TileMask of `text` for video tokens on `grid` = (T, H, W) after `words` words; None for "full".
-
-    ValueError if the grid is not a whole number of boxes. A window wider than the grid is cut to it."""
-    if (parsed := parse_attention(text)) is None:
-        return None
-    box, window = parsed
+        example = "for example tile:2,4,4/1,3,3"
+        raise ValueError(f"must be full, tile:T,H,W or tile:T,H,W/t,h,w, {example}")
+    box, window = tuple(sides[:3]), tuple(sides[3:])
     if any(n % side for n, side in zip(grid, box)):
-        raise ValueError(f"{box} does not divide the grid of {grid} tokens (t, h, w)")
-    boxes = [n // side for n, side in zip(grid, box)]
-    window = [min(w, n) for w, n in zip(window, boxes)]
-    t, h, w = box
-    place = torch.arange(math.prod(grid)).reshape(boxes[0], t, boxes[1], h, boxes[2], w)
-    order = place.permute(0, 2, 4, 1, 3, 5).flatten()
-
-    first = -(-words // (t * h * w))  # blocks of words
-    count = first + math.prod(boxes)
-    sees = torch.zeros(count, count, dtype=torch.bool)
-    sees[:first] = sees[:, :first] = True
-    for i, at in enumerate(itertools.product(*map(range, boxes))):
-        starts = [
-            min(max(x - w // 2, 0), n - w) for x, w, n in zip(at, window, boxes)
-        ]  # stops at the border
-        near = torch.zeros(boxes, dtype=torch.bool)
-        near[tuple(slice(start, start + w) for start, w in zip(starts, window))] = True
-        sees[first + i, first:] = near.flatten()
-    tensors = order, order.argsort(), *_lists(sees), *_lists(sees.T)
-    return TileMask(words, t * h * w, *(tensor.to(device) for tensor in tensors))
+        raise ValueError(f"{box} does not divide the grid of {tuple(grid)} tokens (t, h, w)")
+    return box, tuple(min(w, n // side) for w, n, side in zip(window, grid, box))
 
 
-def _lists(sees):
-    """Boolean (blocks, blocks) -> the columns of each row's true entries (blocks, most), how many (blocks,)."""
+class SlidingTiles(nn.Module):
+    """Order and mask of `words` words followed by video tokens on `grid`, for an attention text.
+
+    Tokens lie in blocks of at most `tile`: first the words, then the boxes of the video. The mask
+    lists, for each block of queries, the blocks of keys that it sees, and the reverse:
+
+        keys (blocks, most) int32, then zeros          counts (blocks,) int32: how many
+        queries (blocks, most'), query_counts          the same seen from the keys
+
+    With "full" the order is the usual one and every token sees all (`full` is true, no lists)."""
+
+    def __init__(self, text, grid, words):
+        super().__init__()
+        self.box, window = parse_attention(text, grid)
+        self.boxes = tuple(n // side for n, side in zip(grid, self.box))
+        self.words = words
+        self.tile = math.prod(self.box)
+        self.full = text == "full"
+        if self.full:
+            return
+        with torch.device("cpu"):  # also where the model is made without memory, on "meta"
+            first = -(-words // self.tile)  # blocks of words
+            count = first + math.prod(self.boxes)
+            t, h, w = (near(n, size) for n, size in zip(self.boxes, window))
+            sees = torch.ones(count, count, dtype=torch.bool)
+            sees[first:, first:] = torch.kron(torch.kron(t, h), w)
+            lists = *block_lists(sees), *block_lists(sees.T)
+        for name, value in zip(("keys", "counts", "queries", "query_counts"), lists):
+            self.register_buffer(name, value, persistent=False)
+
+    def sort(self, x):
+        """Video tokens (B, N, d) in (t, h, w) order -> box after box."""
+        (t, h, w), (bt, bh, bw) = self.boxes, self.box
+        boxed = x.reshape(len(x), t, bt, h, bh, w, bw, x.shape[-1])
+        return boxed.permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(x.shape)
+
+    def unsort(self, x):
+        """The inverse of sort."""
+        boxed = x.reshape(len(x), *self.boxes, *self.box, x.shape[-1])
+        return boxed.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(x.shape)
+
+
+def near(count, window):
+    """(count, count) int: 1 where one of `count` boxes along an axis sees another."""
+    i = torch.arange(count)
+    start = (i - window // 2).clamp(0, count - window)[:, None]
+    return ((i >= start) & (i < start + window)).int()
+
+
+def block_lists(sees):
+    """Boolean (blocks, blocks) -> the columns of each row's true entries, and their number."""
     counts = sees.sum(1)
     columns = sees.int().argsort(dim=1, descending=True, stable=True)[:, : counts.max()]
-    return torch.where(
-        torch.arange(columns.shape[1]) < counts[:, None], columns, 0
-    ).int(), counts.int()
+    exists = torch.arange(columns.shape[1]) < counts[:, None]
+    return torch.where(exists, columns, 0).int(), counts.int()
 
 
 @lru_cache
-@torch.inference_mode(False)
-def dense_mask(queries, keys, device):
-    """The mask of "full" for so many tokens: blocks of TILE, each of which sees all."""
-    sees = torch.ones(-(-queries // TILE), -(-keys // TILE), dtype=torch.bool)
-    none = torch.empty(0, dtype=torch.int64)
-    return TileMask(-1, TILE, none, none, *(x.to(device) for x in (*_lists(sees), *_lists(sees.T))))
+@torch.inference_mode(False)  # made while sampling, it also serves the next training
+def dense_tiles(count, device):
+    """The tiles of `count` words alone: blocks of TILE tokens, each of which sees all."""
+    return SlidingTiles(f"tile:1,1,{TILE}/1,1,1", (0, 0, 0), count).to(device)
 
 
 def blocks(count, words, tile):
-    """Slices of `count` tokens: blocks of words, then boxes; `words` -1 for words alone."""
-    words = count if words < 0 else words
-    ends = (
-        [*range(0, words, tile), *range(words, count + 1, tile)]
-        if words < count
-        else [*range(0, count, tile), count]
-    )
+    """Slices of `count` tokens: blocks of words, the last cut short, then boxes."""
+    ends = [*range(0, words, tile), *range(words, count + 1, tile)]
     return [slice(start, stop) for start, stop in itertools.pairwise(ends)]
 
 
 def boolean_mask(tiles, count):
-    """Boolean (count, count): which keys each query sees. What the backends are tested against."""
+    """Boolean (count, count): which keys each query sees. The backends are tested against it."""
     parts = blocks(count, tiles.words, tiles.tile)
     mask = torch.zeros(count, count, dtype=torch.bool, device=tiles.keys.device)
     for i, rows in enumerate(parts):
@@ -132,124 +127,131 @@ def boolean_mask(tiles, count):
     return mask
 
 
+# ---------------------------------------------------------------------------------------------
+# Gather
+
+
 def gather(q, k, v, tiles):
-    """Sliding tiles by copying: each box of queries gets the words and the boxes of keys it sees, side by side.
+    """Sliding tiles by copying: each box of queries gets the words and the boxes of keys it sees.
 
-    All boxes see equally many, so that one dense call of B * heads * boxes small problems does the work: of one head
-    each, as the kernel's outputs and gradients then lie in memory as they are read, which saves a tenth."""
+    All boxes see equally many keys, so one dense call of B * heads * boxes small problems does the
+    work. Each has one head: then outputs and gradients lie in memory as they are read."""
     b, heads, count, d = q.shape
-    words, first = tiles.words, -(-tiles.words // tiles.tile)
-    near = (
-        tiles.keys[first:, first : tiles.counts[-1]] - first
-    )  # (boxes, window); the first in each list are the words
+    words, tile = tiles.words, tiles.tile
+    first = -(-words // tile)  # blocks of words, which open each list
+    window = tiles.keys[first:, first : tiles.counts[-1]] - first  # (boxes, boxes in a window)
 
-    def seen(x):
-        """(B, heads, N, d) -> (B * heads * boxes, 1, words + window * tile, d)"""
+    def windows(x):
+        """(B, heads, N, d) -> (B * heads * boxes, 1, words + tokens in a window, d)"""
         x = x.reshape(b * heads, count, d)
-        boxes = x[:, words:].reshape(b * heads, -1, tiles.tile * d)  # (B * heads, boxes, tile * d)
-        copied = boxes.index_select(1, near.flatten()).reshape(b * heads, len(near), -1, d)
+        boxes = x[:, words:].reshape(b * heads, -1, tile * d)
+        copied = boxes.index_select(1, window.flatten())
+        copied = copied.reshape(b * heads, len(window), -1, d)
         if words:
-            copied = torch.cat((x[:, None, :words].expand(-1, len(near), -1, -1), copied), 2)
-        return copied.reshape(-1, 1, words + near.shape[1] * tiles.tile, d)
+            shared = x[:, None, :words].expand(-1, len(window), -1, -1)
+            copied = torch.cat((shared, copied), 2)
+        return copied.reshape(-1, 1, copied.shape[2], d)
 
-    boxes = q[:, :, words:].reshape(-1, 1, tiles.tile, d)
-    video = F.scaled_dot_product_attention(boxes, seen(k), seen(v)).reshape(b, heads, -1, d)
-    return (
-        torch.cat((F.scaled_dot_product_attention(q[:, :, :words], k, v), video), 2)
-        if words
-        else video
-    )
+    boxes = q[:, :, words:].reshape(-1, 1, tile, d)
+    video = F.scaled_dot_product_attention(boxes, windows(k), windows(v))
+    video = video.reshape(b, heads, -1, d)
+    if not words:
+        return video
+    return torch.cat((F.scaled_dot_product_attention(q[:, :, :words], k, v), video), 2)
 
 
 # ---------------------------------------------------------------------------------------------
 # Flash attention over tiles
 
 
-def precise(x):
+def sum_dtype(x):
     """The dtype to sum in: float32, or x's own where it holds more."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def tiled_forward(q, k, v, keys, counts, words, tile):
-    """-> (output like q, log-sum-exp of the logits (B, heads, N)). No more than tile x tile logits at a time.
+    """-> (output like q, log-sum-exp of the logits (B, heads, N)).
 
-    A softmax over keys that arrive tile by tile: `most` is the largest logit so far, `total` the sum of exp(logit -
-    most), `mixed` the sum of exp(logit - most) v; when a tile brings a larger logit, what was summed fades."""
-    out, lse = torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=precise(q))
-    columns = blocks(k.shape[2], words, tile)
-    for i, rows in enumerate(blocks(q.shape[2], words, tile)):
+    Online softmax: keys arrive tile by tile. `highest` is the largest logit so far, `total` the sum
+    of exp(logit - highest), `mixed` the sum of exp(logit - highest) v. When a tile brings a larger
+    logit, both sums are scaled down."""
+    out = torch.empty_like(q)
+    lse = q.new_empty(q.shape[:-1], dtype=sum_dtype(q))
+    parts = blocks(q.shape[2], words, tile)
+    for i, rows in enumerate(parts):
         q_i = q[:, :, rows].to(lse.dtype) * q.shape[-1] ** -0.5
-        most = torch.full_like(q_i[..., :1], -math.inf)
-        total, mixed = torch.zeros_like(most), torch.zeros_like(q_i)
+        highest = torch.full_like(q_i[..., :1], -math.inf)
+        total = torch.zeros_like(highest)
+        mixed = torch.zeros_like(q_i)
         for j in keys[i, : counts[i]].tolist():
-            logits = q_i @ k[:, :, columns[j]].to(lse.dtype).transpose(
-                -1, -2
-            )  # (B, heads, tile, tile)
-            higher = torch.maximum(most, logits.amax(-1, keepdim=True))
-            weight, fade = torch.exp(logits - higher), torch.exp(most - higher)
+            k_j = k[:, :, parts[j]].to(lse.dtype)
+            v_j = v[:, :, parts[j]].to(lse.dtype)
+            logits = q_i @ k_j.transpose(-1, -2)  # (B, heads, tile, tile)
+            higher = torch.maximum(highest, logits.amax(-1, keepdim=True))
+            weight = torch.exp(logits - higher)
+            fade = torch.exp(highest - higher)
             total = total * fade + weight.sum(-1, keepdim=True)
-            mixed = mixed * fade + weight @ v[:, :, columns[j]].to(lse.dtype)
-            most = higher
-        out[:, :, rows], lse[:, :, rows] = (mixed / total).to(q.dtype), (most + total.log())[..., 0]
+            mixed = mixed * fade + weight @ v_j
+            highest = higher
+        out[:, :, rows] = (mixed / total).to(q.dtype)
+        lse[:, :, rows] = (highest + total.log())[..., 0]
     return out, lse
 
 
 def tiled_backward(grad, q, k, v, out, lse, keys, counts, words, tile):
-    """Gradients of q, k and v. The weights are made again, from the log-sum-exp, tile by tile."""
-    scale, columns = q.shape[-1] ** -0.5, blocks(k.shape[2], words, tile)
-    grads = [torch.zeros_like(x, dtype=lse.dtype) for x in (q, k, v)]
-    inner = (grad.to(lse.dtype) * out).sum(
-        -1, keepdim=True
-    )  # sum_j weight_ij d weight_ij, the softmax's own term
-    for i, rows in enumerate(blocks(q.shape[2], words, tile)):
-        q_i, grad_i = q[:, :, rows].to(lse.dtype), grad[:, :, rows].to(lse.dtype)
+    """Gradients of q, k and v. The weights are computed again, tile by tile, from `lse`."""
+    scale = q.shape[-1] ** -0.5
+    parts = blocks(q.shape[2], words, tile)
+    d_q, d_k, d_v = (torch.zeros_like(x, dtype=lse.dtype) for x in (q, k, v))
+    inner = (grad.to(lse.dtype) * out).sum(-1, keepdim=True)  # sum_j weight_ij d weight_ij
+    for i, rows in enumerate(parts):
+        q_i = q[:, :, rows].to(lse.dtype)
+        grad_i = grad[:, :, rows].to(lse.dtype)
         for j in keys[i, : counts[i]].tolist():
-            k_j, v_j = k[:, :, columns[j]].to(lse.dtype), v[:, :, columns[j]].to(lse.dtype)
-            weight = torch.exp(
-                q_i @ k_j.transpose(-1, -2) * scale - lse[:, :, rows, None]
-            )  # (B, heads, tile, tile)
-            d_logits = weight * (grad_i @ v_j.transpose(-1, -2) - inner[:, :, rows]) * scale
-            grads[0][:, :, rows] += d_logits @ k_j
-            grads[1][:, :, columns[j]] += d_logits.transpose(-1, -2) @ q_i
-            grads[2][:, :, columns[j]] += weight.transpose(-1, -2) @ grad_i
-    return [x.to(q.dtype) for x in grads]
+            columns = parts[j]
+            k_j = k[:, :, columns].to(lse.dtype)
+            v_j = v[:, :, columns].to(lse.dtype)
+            logits = q_i @ k_j.transpose(-1, -2) * scale  # (B, heads, tile, tile)
+            weight = torch.exp(logits - lse[:, :, rows, None])
+            d_weight = grad_i @ v_j.transpose(-1, -2)
+            d_logits = weight * (d_weight - inner[:, :, rows]) * scale  # softmax's derivative
+            d_q[:, :, rows] += d_logits @ k_j
+            d_k[:, :, columns] += d_logits.transpose(-1, -2) @ q_i
+            d_v[:, :, columns] += weight.transpose(-1, -2) @ grad_i
+    return d_q.to(q.dtype), d_k.to(q.dtype), d_v.to(q.dtype)
 
 
-# What both operators take after their tensors: a mask's lists and sizes, and the backend
-LISTS = "Tensor keys, Tensor counts, Tensor queries, Tensor query_counts, int words, int tile, str backend"
-
-
-@torch.library.custom_op(
-    "videoreward::tile_attention",
-    mutates_args=(),
-    schema=f"(Tensor q, Tensor k, Tensor v, {LISTS}) -> (Tensor, Tensor)",
-)
-def tile_attention(q, k, v, keys, counts, queries, query_counts, words, tile, backend):
-    """Attention over the blocks of a mask, by backend "tiled" or "triton": -> (output, log-sum-exp). The lists from the
-    keys' side are for the backward."""
+@torch.library.custom_op("videoreward::tile_attention", mutates_args=())
+def tile_attention(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, counts: Tensor,
+    queries: Tensor, query_counts: Tensor, words: int, tile: int, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention over the blocks of a SlidingTiles -> (output, log-sum-exp), by backend "tiled" or
+    "triton". The backward alone needs the lists seen from the keys."""
     if backend == "triton":
-        return KERNELS[backend].forward(q, k, v, keys, counts, words, tile)
+        from kernels import tiles_triton  # only where Triton is installed
+
+        return tiles_triton.forward(q, k, v, keys, counts, words, tile)
     return tiled_forward(q, k, v, keys, counts, words, tile)
 
 
-@torch.library.custom_op(
-    "videoreward::tile_attention_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {LISTS}) -> (Tensor, Tensor, Tensor)",
-)
+@torch.library.custom_op("videoreward::tile_attention_backward", mutates_args=())
 def tile_attention_backward(
-    grad, q, k, v, out, lse, keys, counts, queries, query_counts, words, tile, backend
-):
-    """Gradients of q, k and v. It has no derivative of its own: a second backward raises."""
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, keys: Tensor,
+    counts: Tensor, queries: Tensor, query_counts: Tensor, words: int, tile: int, backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k and v. An operator without a derivative: a second backward raises."""
     if backend == "triton":
+        from kernels import tiles_triton
+
         lists = keys, counts, queries, query_counts
-        return KERNELS[backend].backward(grad, q, k, v, out, lse, *lists, words, tile)
-    return tuple(tiled_backward(grad, q, k, v, out, lse, keys, counts, words, tile))
+        return tiles_triton.backward(grad, q, k, v, out, lse, *lists, words, tile)
+    return tiled_backward(grad, q, k, v, out, lse, keys, counts, words, tile)
 
 
 @tile_attention.register_fake
 def _(q, k, v, *lists):
-    return torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=precise(q))
+    return torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=sum_dtype(q))
 
 
 @tile_attention_backward.register_fake
@@ -257,14 +259,14 @@ def _(grad, q, k, v, *rest):
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-def _keep(ctx, inputs, output):
-    *ctx.lists, ctx.words, ctx.tile, ctx.backend = inputs[3:]
-    ctx.save_for_backward(*inputs[:3], *output)
+def _setup_context(ctx, inputs, output):
+    q, k, v, *ctx.lists = inputs
+    ctx.save_for_backward(q, k, v, *output)
 
 
-def _gradients(ctx, grad, _):
-    lists = *ctx.lists, ctx.words, ctx.tile, ctx.backend
-    return *tile_attention_backward(grad, *ctx.saved_tensors, *lists), *[None] * 7
+def _backward(ctx, grad, _):
+    gradients = tile_attention_backward(grad, *ctx.saved_tensors, *ctx.lists)
+    return *gradients, *[None] * len(ctx.lists)
 
 
-tile_attention.register_autograd(_gradients, setup_context=_keep)
+tile_attention.register_autograd(_backward, setup_context=_setup_context)

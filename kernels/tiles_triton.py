@@ -1,12 +1,13 @@
-"""`tiles.tiled_forward` and `tiled_backward` as GPU kernels: flash attention that walks a list of key blocks.
+"""`tiles.tiled_forward` and `tiled_backward` as GPU kernels: flash attention over lists of blocks.
 
-Dense attention is the list of all blocks; with a TilePlan only the blocks in the list are read. Three kernels: the
-output, the gradient of q (a program a query block), the gradients of k and v (a program a key block, over the list seen
-from the keys). Loops end at the count of their list: a guard inside the loop would keep the compiler from loading the
-next block while it computes. Sums are float32; the exponential is the hardware's, of base 2.
+Only the key blocks in a query block's list are read. There are three kernels: the output, the
+gradient of q (a program for each query block), the gradients of k and v (a program for each key
+block, over the lists seen from the keys). Loops end at the count of their list: a guard inside the
+loop would keep the compiler from loading the next block while it computes. Sums are float32, and
+the exponential is the hardware's, of base 2.
 
-Without a GPU they run, slowly, in Triton's interpreter (TRITON_INTERPRET=1, float32 and float16; its bfloat16 is wrong)
-and compile ahead of time: tests/test_attention_triton.py.
+Without a GPU the kernels run, slowly, in Triton's interpreter (TRITON_INTERPRET=1, in float32 and
+float16; its bfloat16 is wrong) and compile ahead of time: tests/test_attention_triton.py.
 """
 
 import torch
@@ -17,9 +18,9 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _span(block, length, words, TILE: tl.constexpr):
-    """The tokens of a block and which of them exist: blocks of words, cut as they come, then boxes of TILE."""
-    words = tl.where(words < 0, length, words)
+def _span(block, words, TILE: tl.constexpr):
+    """The tokens of a block and which of them exist: blocks of words, the last cut short, then
+    boxes of TILE."""
     first = tl.cdiv(words, TILE)  # blocks of words
     start = tl.where(block < first, block * TILE, words + (block - first) * TILE)
     stop = tl.where(block < first, tl.minimum(words, start + TILE), start + TILE)
@@ -30,18 +31,14 @@ def _span(block, length, words, TILE: tl.constexpr):
 @triton.jit
 def _load(x, rows, exists, DIM: tl.constexpr):
     """Rows (TILE, DIM) of one head, zeros where there is no token."""
-    return tl.load(
-        x + rows[:, None] * DIM + tl.arange(0, DIM)[None], mask=exists[:, None], other=0.0
-    )
+    places = x + rows[:, None] * DIM + tl.arange(0, DIM)[None]
+    return tl.load(places, mask=exists[:, None], other=0.0)
 
 
 @triton.jit
 def _store(x, value, rows, exists, DIM: tl.constexpr):
-    tl.store(
-        x + rows[:, None] * DIM + tl.arange(0, DIM)[None],
-        value.to(x.dtype.element_ty),
-        mask=exists[:, None],
-    )
+    places = x + rows[:, None] * DIM + tl.arange(0, DIM)[None]
+    tl.store(places, value.to(x.dtype.element_ty), mask=exists[:, None])
 
 
 @triton.jit
@@ -53,19 +50,19 @@ def _weights(q, k, lse, exists, scale):
 
 @triton.jit(do_not_specialize=["most", "words"])
 def forward_kernel(
-    q, k, v, out, lse, keys, counts, most, queries_n, keys_n, words, scale,
+    q, k, v, out, lse, keys, counts, most, length, words, scale,
     DIM: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     i, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    rows, exists = _span(i, queries_n, words, TILE)
-    q_i = _load(q + head * queries_n * DIM, rows, exists, DIM)
+    rows, exists = _span(i, words, TILE)
+    q_i = _load(q + head * length * DIM, rows, exists, DIM)
     highest = tl.full((TILE,), float("-inf"), tl.float32)
     total = tl.zeros((TILE,), tl.float32)
     mixed = tl.zeros((TILE, DIM), tl.float32)
     for n in range(tl.load(counts + i)):
-        columns, there = _span(tl.load(keys + i * most + n), keys_n, words, TILE)
-        k_j = _load(k + head * keys_n * DIM, columns, there, DIM)
-        v_j = _load(v + head * keys_n * DIM, columns, there, DIM)
+        columns, there = _span(tl.load(keys + i * most + n), words, TILE)
+        k_j = _load(k + head * length * DIM, columns, there, DIM)
+        v_j = _load(v + head * length * DIM, columns, there, DIM)
         logits = tl.dot(q_i, tl.trans(k_j), input_precision="ieee") * (scale * LOG2_E)
         logits = tl.where(there[None], logits, float("-inf"))
         higher = tl.maximum(highest, tl.max(logits, 1))
@@ -73,82 +70,78 @@ def forward_kernel(
         total = total * fade + tl.sum(weight, 1)
         mixed = tl.dot(weight.to(v_j.dtype), v_j, mixed * fade[:, None], input_precision="ieee")
         highest = higher
-    _store(out + head * queries_n * DIM, mixed / total[:, None], rows, exists, DIM)
-    tl.store(lse + head * queries_n + rows, (highest + tl.log2(total)) / LOG2_E, mask=exists)
+    _store(out + head * length * DIM, mixed / total[:, None], rows, exists, DIM)
+    tl.store(lse + head * length + rows, (highest + tl.log2(total)) / LOG2_E, mask=exists)
 
 
 @triton.jit(do_not_specialize=["most", "words"])
 def query_kernel(
-    q, k, v, grad, lse, inner, d_q, keys, counts, most, queries_n, keys_n, words, scale,
+    q, k, v, grad, lse, inner, d_q, keys, counts, most, length, words, scale,
     DIM: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     i, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    rows, exists = _span(i, queries_n, words, TILE)
-    q_i = _load(q + head * queries_n * DIM, rows, exists, DIM)
-    grad_i = _load(grad + head * queries_n * DIM, rows, exists, DIM)
-    lse_i = tl.load(lse + head * queries_n + rows, mask=exists, other=0.0)
-    inner_i = tl.load(inner + head * queries_n + rows, mask=exists, other=0.0)
+    rows, exists = _span(i, words, TILE)
+    q_i = _load(q + head * length * DIM, rows, exists, DIM)
+    grad_i = _load(grad + head * length * DIM, rows, exists, DIM)
+    lse_i = tl.load(lse + head * length + rows, mask=exists, other=0.0)
+    inner_i = tl.load(inner + head * length + rows, mask=exists, other=0.0)
     total = tl.zeros((TILE, DIM), tl.float32)
     for n in range(tl.load(counts + i)):
-        columns, there = _span(tl.load(keys + i * most + n), keys_n, words, TILE)
-        k_j = _load(k + head * keys_n * DIM, columns, there, DIM)
-        v_j = _load(v + head * keys_n * DIM, columns, there, DIM)
+        columns, there = _span(tl.load(keys + i * most + n), words, TILE)
+        k_j = _load(k + head * length * DIM, columns, there, DIM)
+        v_j = _load(v + head * length * DIM, columns, there, DIM)
         weight = _weights(q_i, k_j, lse_i, there, scale)
-        d_logits = weight * (
-            tl.dot(grad_i, tl.trans(v_j), input_precision="ieee") - inner_i[:, None]
-        )
+        d_weight = tl.dot(grad_i, tl.trans(v_j), input_precision="ieee")
+        d_logits = weight * (d_weight - inner_i[:, None])
         total = tl.dot(d_logits.to(k_j.dtype), k_j, total, input_precision="ieee")
-    _store(d_q + head * queries_n * DIM, total * scale, rows, exists, DIM)
+    _store(d_q + head * length * DIM, total * scale, rows, exists, DIM)
 
 
 @triton.jit(do_not_specialize=["most", "words"])
 def key_kernel(
-    q, k, v, grad, lse, inner, d_k, d_v, queries, counts, most, queries_n, keys_n, words, scale,
+    q, k, v, grad, lse, inner, d_k, d_v, queries, counts, most, length, words, scale,
     DIM: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     j, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    columns, there = _span(j, keys_n, words, TILE)
-    k_j = _load(k + head * keys_n * DIM, columns, there, DIM)
-    v_j = _load(v + head * keys_n * DIM, columns, there, DIM)
+    columns, there = _span(j, words, TILE)
+    k_j = _load(k + head * length * DIM, columns, there, DIM)
+    v_j = _load(v + head * length * DIM, columns, there, DIM)
     total_k = tl.zeros((TILE, DIM), tl.float32)
     total_v = tl.zeros((TILE, DIM), tl.float32)
     for n in range(tl.load(counts + j)):
-        rows, exists = _span(tl.load(queries + j * most + n), queries_n, words, TILE)
-        q_i = _load(q + head * queries_n * DIM, rows, exists, DIM)
-        grad_i = _load(grad + head * queries_n * DIM, rows, exists, DIM)
-        lse_i = tl.load(lse + head * queries_n + rows, mask=exists, other=0.0)
-        inner_i = tl.load(inner + head * queries_n + rows, mask=exists, other=0.0)
-        weight = _weights(
-            q_i, k_j, lse_i, there, scale
-        )  # rows that do not exist add 0: their grad is 0
+        rows, exists = _span(tl.load(queries + j * most + n), words, TILE)
+        q_i = _load(q + head * length * DIM, rows, exists, DIM)
+        grad_i = _load(grad + head * length * DIM, rows, exists, DIM)
+        lse_i = tl.load(lse + head * length + rows, mask=exists, other=0.0)
+        inner_i = tl.load(inner + head * length + rows, mask=exists, other=0.0)
+        weight = _weights(q_i, k_j, lse_i, there, scale)  # a row that does not exist has grad 0
         total_v = tl.dot(tl.trans(weight.to(grad_i.dtype)), grad_i, total_v, input_precision="ieee")
-        d_logits = weight * (
-            tl.dot(grad_i, tl.trans(v_j), input_precision="ieee") - inner_i[:, None]
-        )
+        d_weight = tl.dot(grad_i, tl.trans(v_j), input_precision="ieee")
+        d_logits = weight * (d_weight - inner_i[:, None])
         total_k = tl.dot(tl.trans(d_logits.to(q_i.dtype)), q_i, total_k, input_precision="ieee")
-    _store(d_k + head * keys_n * DIM, total_k * scale, columns, there, DIM)
-    _store(d_v + head * keys_n * DIM, total_v, columns, there, DIM)
+    _store(d_k + head * length * DIM, total_k * scale, columns, there, DIM)
+    _store(d_v + head * length * DIM, total_v, columns, there, DIM)
 
 
-def _launch(kernel, programs, tensors, numbers, q, tile):
-    """Runs `kernel` for each of `programs` blocks of each head. ValueError for sizes that it does not take."""
+def _launch(kernel, tensors, lists, counts, q, words, tile):
+    """Runs `kernel` for each list and each head. ValueError for sizes it does not take."""
     dim = q.shape[-1]
     for name, value in (("head size", dim), ("tokens of a tile", tile)):
         if value not in (16, 32, 64, 128):
-            raise ValueError(
-                f"attention backend 'triton': {name} {value}; must be 16, 32, 64 or 128"
-            )
-    big = dim * tile > 64 * 64
-    settings = {"DIM": dim, "TILE": tile, "num_warps": 8 if big else 4, "num_stages": 2}
-    kernel[(programs, q.shape[0] * q.shape[1])](*tensors, *numbers, dim**-0.5, **settings)
+            raise ValueError(f"backend 'triton': {name} {value}; must be 16, 32, 64 or 128")
+    grid = len(counts), q.shape[0] * q.shape[1]
+    sizes = lists.shape[1], q.shape[2], words, dim**-0.5
+    warps = 8 if dim * tile > 64 * 64 else 4
+    settings = {"DIM": dim, "TILE": tile, "num_warps": warps, "num_stages": 2}
+    kernel[grid](*tensors, lists, counts, *sizes, **settings)
 
 
 def forward(q, k, v, keys, counts, words, tile):
     """tiles.tiled_forward by a kernel."""
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    out, lse = torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
-    sizes = keys.shape[1], q.shape[2], k.shape[2], words
-    _launch(forward_kernel, len(counts), (q, k, v, out, lse, keys, counts), sizes, q, tile)
+    out = torch.empty_like(q)
+    lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
+    _launch(forward_kernel, (q, k, v, out, lse), keys, counts, q, words, tile)
     return out, lse
 
 
@@ -157,18 +150,7 @@ def backward(grad, q, k, v, out, lse, keys, counts, queries, query_counts, words
     q, k, v, grad = q.contiguous(), k.contiguous(), v.contiguous(), grad.contiguous()
     inner = (grad.float() * out.float()).sum(-1)
     d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    given = q, k, v, grad, lse, inner
-    sizes = q.shape[2], k.shape[2], words
-    _launch(
-        query_kernel, len(counts), (*given, d_q, keys, counts), (keys.shape[1], *sizes), q, tile
-    )
-    lists = queries, query_counts
-    _launch(
-        key_kernel,
-        len(query_counts),
-        (*given, d_k, d_v, *lists),
-        (queries.shape[1], *sizes),
-        q,
-        tile,
-    )
+    tensors = q, k, v, grad, lse, inner
+    _launch(query_kernel, (*tensors, d_q), keys, counts, q, words, tile)
+    _launch(key_kernel, (*tensors, d_k, d_v), queries, query_counts, q, words, tile)
     return d_q, d_k, d_v

@@ -23,7 +23,8 @@ import world
 from data import Vocabulary, draw_noise, drop_prompts, epoch_index, step_rng, take
 from flow_dpo import flow_dpo_step
 from judge import alignment_table, load_judge, z_scores
-from model import merged_state_dict, share_trunk
+from lora import merged_state_dict
+from model import share_trunk
 from online.flow_grpo import flow_grpo_step, group_advantage, sample_sde
 from online.flow_nft import flow_nft_step, move_old, optimality
 from online.refresh import Refresh

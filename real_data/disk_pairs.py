@@ -34,7 +34,16 @@ MOST_WORDS = 128  # of a real prompt; the paper's are about 100 words long
 
 def preset(name, size=None):
     """The ModelConfig of a preset, with another size if one is given."""
-    return replace(PRESETS[name], size=size or PRESETS[name].size)
+    config = PRESETS[name]
+    return resized(config, "--size", size=size) if size else config
+
+
+def resized(config, flag, **sizes):
+    """`config` with other sizes; BadInput that names the flag where they do not fit."""
+    try:
+        return replace(config, **sizes)
+    except ValueError as error:
+        raise BadInput(f"{flag}: {error}") from None
 
 
 def latent_sizes(args, row):
@@ -181,7 +190,7 @@ def words_and_sizes(args, rows, config, words=None):
         "max_text": min(longest, MOST_WORDS),
         **latent_sizes(args, rows[0]),
     }
-    return vocabulary, replace(config, **sizes)
+    return vocabulary, resized(config, "--data", **sizes)
 
 
 def prompt_ids(prompts, csv_path, vocabulary, max_text):

@@ -25,8 +25,8 @@ def check_toy(config, vocabulary):
             f"this model takes latents, clips of shape {config.video_shape} (C, T, H, W), and the toy renders pixels; "
             "give --data CSV with latents (examples/toy_latents.py writes some to try)"
         )
-    if config.height != config.width:
-        size = f"{config.height}x{config.width}"
+    if isinstance(config.size, tuple):  # height and width differ
+        size = "{}x{}".format(*config.size)
         raise BadInput(f"clips of {size} need --data: the toy renders square ones; give --data CSV")
     if vocabulary.words != TOY_WORDS or config.max_text < TOY_LENGTH:
         raise BadInput(

@@ -116,9 +116,9 @@ def load_network(path, kind, network, config_of):
         config = config_of(**state["config"])
         with torch.device("meta"):  # allocates nothing before the file has proved its size
             blank = network(config)
-    except BadInput as error:
+    except ValueError as error:
         raise BadInput(f"{path}: {error}") from None
-    except (TypeError, ValueError, RuntimeError, ArithmeticError, AttributeError):
+    except (TypeError, RuntimeError, ArithmeticError, AttributeError):
         fault = f"its config or its weights do not describe a {network.__name__}"
         raise BadInput(f"{path}: {fault}") from None
     check_fit(blank, weights, path)

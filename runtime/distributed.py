@@ -156,8 +156,8 @@ def wrap_model(task, device, settings):
     modules = list(task.model.modules())
     blocks = [block for module in modules for block in getattr(module, "blocks", [])]
     for module in modules:
-        if hasattr(module, "checkpointed"):
-            module.checkpointed = settings.grad_checkpoint
+        if hasattr(module, "grad_checkpoint"):
+            module.grad_checkpoint = settings.grad_checkpoint
     if settings.compile:
         for block in blocks:  # all blocks share one compilation
             block.compile()

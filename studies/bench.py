@@ -21,8 +21,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from attention import attention, choose
 from flow_dpo import flow_dpo_step
 from flow_rwr import flow_rwr_step
-from kernels.tiles import boolean_mask, tile_mask
-from model import PRESETS, ModelConfig, VideoTransformer, freeze_trunk, load_velocity, share_trunk
+from kernels.tiles import SlidingTiles, boolean_mask
+from lora import freeze_trunk
+from model import PRESETS, ModelConfig, VideoTransformer, load_velocity, share_trunk
 from nrg import SteeredPolicy, guide, noisy_reward_on
 from runtime.checkpoint import WEIGHTS
 from runtime.cli import BadInput, has_bf16
@@ -116,9 +117,9 @@ def training(device):
             step = stepper(model, loss)
 
             def checkpointed(model=model, step=step):
-                model.checkpointed = True
+                model.grad_checkpoint = True
                 step()
-                model.checkpointed = False
+                model.grad_checkpoint = False
 
             multiply, flops = product(device, dtype)
             alone = bare(config, batch, device, dtype)
@@ -296,12 +297,12 @@ def tiles(device):
     ]
     plans += [("tile:4,4,4/1,2,3", (16, 16, 16)), ("tile:2,8,8/3,2,1", (16, 16, 16))]
     for text, grid in plans:
-        mask, count = tile_mask(text, grid, 0, device), math.prod(grid)
+        mask, count = SlidingTiles(text, grid, 0).to(device), math.prod(grid)
         density = boolean_mask(mask, count).float().mean().item()
         q, k, v = torch.randn(3, 1, 4, count, 64, device=device)
         if device.type == "cuda":
             q, k, v = torch.randn(3, 8, 16, count, 64, device=device, dtype=torch.bfloat16)
-        ways = {"dense": forward_backward(q, k, v), "tile": forward_backward(q, k, v, plan=mask)}
+        ways = {"dense": forward_backward(q, k, v), "tile": forward_backward(q, k, v, tiles=mask)}
         took = medians(ways, device, 9)
         name = (
             f"{text}, {count} tokens, density {density:.2f}, {choose(q, mask)}: speed-up x density"
@@ -392,7 +393,7 @@ def saved_numbers(config, checkpointed, batch=2):
             awake(replace(config, depth=depth), torch.device("cpu")),
             clips(config, batch, "cpu"),
         )
-        model.checkpointed = checkpointed
+        model.grad_checkpoint = checkpointed
         weights = {
             value.untyped_storage().data_ptr() for value in (*model.parameters(), *model.buffers())
         }

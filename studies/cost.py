@@ -23,7 +23,8 @@ import math
 
 import torch
 
-from model import VideoTransformer, add_lora, freeze_trunk, load_velocity
+from lora import add_lora, freeze_trunk
+from model import VideoTransformer, load_velocity
 from real_data.disk_pairs import preset
 from runtime.cli import BadInput
 
@@ -49,9 +50,12 @@ def planned_model(settings):
         model = VideoTransformer(config)
     if settings.algo == "pretrain":
         return model
-    if settings.lora_rank:
-        return add_lora(model, settings.lora_rank, skip=settings.freeze)
-    return freeze_trunk(model, settings.freeze)
+    try:
+        if settings.lora_rank:
+            return add_lora(model, settings.lora_rank, skip=settings.freeze)
+        return freeze_trunk(model, settings.freeze)
+    except ValueError as error:
+        raise BadInput(f"--freeze {error}") from None
 
 
 def step_flops(config, settings):

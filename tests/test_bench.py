@@ -37,10 +37,10 @@ def test_gradients_are_those_of_blocks_that_keep_everything(checkpointed, monkey
         out = network(x0, torch.tensor([0.3, 0.8]), y)
         return torch.autograd.grad(out.square().mean(), list(network.parameters()))
 
-    network.checkpointed = checkpointed
+    network.grad_checkpoint = checkpointed
     found = gradients()
-    network.checkpointed = False
-    monkeypatch.setattr(model, "checkpointed", lambda block, *inputs, when: block(*inputs))
+    network.grad_checkpoint = False
+    monkeypatch.setattr(model, "maybe_checkpoint", lambda enabled, block, *inputs: block(*inputs))
     for here, there in zip(found, gradients()):
         assert torch.equal(here, there)
 

@@ -8,7 +8,8 @@ import torch
 
 from data import draw_noise, step_rng
 from flow_dpo import flow_dpo_loss, flow_dpo_step
-from model import ModelConfig, VideoTransformer, freeze_trunk, share_trunk
+from lora import freeze_trunk
+from model import ModelConfig, VideoTransformer, share_trunk
 
 HALF = torch.tensor([0.5, 0.5])
 

@@ -1,28 +1,48 @@
-"""Attention and the video transformer."""
+"""The video transformer and its parts, LoRA, and the config."""
 
+import json
 import math
 from dataclasses import asdict, replace
 
 import pytest
 import torch
 
-from kernels.tiles import tile_mask
+from lora import add_lora, freeze_trunk, lora_disabled, merge_lora
 from model import (
+    Attention,
     ModelConfig,
     VideoTransformer,
-    add_lora,
-    lora_disabled,
+    apply_rope,
+    identity_rope,
     low_pass,
-    merge_lora,
     patchify,
+    rope,
+    share_trunk,
     unpatchify,
 )
-from runtime.cli import BadInput
-from sample import sample
 
 SMALL = ModelConfig(
     frames=4, size=16, patch=(2, 8, 8), dim=32, depth=3, heads=2, vocab=8, max_text=3
 )
+
+
+def inputs(config, count=2):
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(count, *config.video_shape, generator=rng)
+    return x, torch.linspace(0.2, 0.9, count), torch.randint(0, 8, (count, 3), generator=rng)
+
+
+def scrambled(config):
+    """A model whose every parameter counts, as none of its blocks is the identity."""
+    torch.manual_seed(0)
+    model = VideoTransformer(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------
+# Parts
 
 
 def test_patches_round_trip():
@@ -33,31 +53,59 @@ def test_patches_round_trip():
     assert torch.equal(unpatchify(tokens, (3, 4, 16, 24), (2, 8, 8)), x)
 
 
-def inputs(config, count=2):
-    rng = torch.Generator().manual_seed(0)
-    x = torch.randn(count, *config.video_shape, generator=rng)
-    return x, torch.linspace(0.2, 0.9, count), torch.randint(0, 8, (count, 3), generator=rng)
-
-
-def test_the_low_pass_is_orthonormal_and_keeps_smooth_clips():
+def test_the_low_pass_is_orthonormal_and_starts_with_the_longest_waves():
     config = ModelConfig()
     basis = low_pass(config)[:126]  # 42 frequencies for each of 3 channels
     assert torch.allclose(basis @ basis.T, torch.eye(126), atol=1e-5)
-    flat = patchify(torch.full((1, *config.video_shape), 0.7), config.patch)
-    assert torch.allclose(flat @ basis.T @ basis, flat, atol=1e-5)
-    ramp = (
-        torch.linspace(0, 1, 8).expand(3, 8, 32, 8).repeat(1, 1, 1, 4)[None]
-    )  # one slope across each patch
-    ramp = patchify(ramp, config.patch)
+    ramp = torch.linspace(0, 1, 8).expand(3, 8, 32, 8).repeat(1, 1, 1, 4)[None]
+    ramp = patchify(ramp, config.patch)  # one slope across each patch
     assert (ramp @ basis.T @ basis - ramp).square().mean() < 0.01 * ramp.var()
-
-
-def test_a_patch_of_unequal_sides_enters_by_its_longest_waves():
-    # of 2 rows and 8 columns: half a wave over the rows is as short as two waves over the columns
+    # of 2 rows and 8 columns: half a wave over the rows is as short as two over the columns
     basis = low_pass(ModelConfig(frames=1, size=8, channels=1, patch=(1, 2, 8), dim=4, heads=2))
     for k in range(4):  # k half waves over the columns, the two rows alike
         wave = torch.tensor([math.cos(math.pi * k * (j + 0.5) / 8) for j in range(8)]).repeat(2)
         assert torch.allclose(basis[k], wave / wave.norm(), atol=1e-6)
+
+
+def test_attention_by_hand_has_a_norm_for_q_and_another_for_k():
+    torch.manual_seed(0)
+    layer = Attention(8, 2).requires_grad_(False)
+    layer.q_norm.copy_(torch.tensor([3.0, 0.1, 1.0, 2.0]))
+    layer.k_norm.copy_(torch.tensor([0.2, 5.0, 1.0, -1.0]))
+    x, still = torch.randn(1, 5, 8), identity_rope(5, 4)
+    q, k, v = (x[0] @ layer.qkv.weight.T + layer.qkv.bias).split(8, 1)
+    mixed = torch.zeros(5, 8)
+    for part in (slice(0, 4), slice(4, 8)):
+        qs = [row / row.square().mean().sqrt() * layer.q_norm for row in q[:, part]]
+        ks = [row / row.square().mean().sqrt() * layer.k_norm for row in k[:, part]]
+        for i in range(5):
+            logits = torch.stack([qs[i] @ other for other in ks]) / 2  # over sqrt(4)
+            mixed[i, part] = torch.softmax(logits, 0) @ v[:, part]
+    out = mixed @ layer.out.weight.T + layer.out.bias
+    assert torch.allclose(layer(x, still)[0], out, atol=1e-4)
+    # with context 2 the first two see only each other, the rest see all
+    alone = layer(x[:, :2], still[:, :2])[0]
+    assert torch.allclose(layer(x, still, context=2)[0], torch.cat((alone, out[2:])), atol=1e-4)
+
+
+def test_a_quarter_of_the_pairs_turns_with_time_the_rest_with_row_and_column():
+    # head size 16: eight pairs, two for the frame, three for the row, three for the column
+    table, theta = rope((3, 4, 5), 16), 100.0
+    assert table.shape == (2, 60, 16)
+    for frame, row, column in ((0, 0, 0), (2, 0, 0), (0, 3, 0), (0, 0, 4), (1, 2, 3)):
+        angles = [frame * theta ** -(i / 2) for i in range(2)]
+        angles += [place * theta ** -(i / 3) for place in (row, column) for i in range(3)]
+        cos, sin = table[:, frame * 20 + row * 5 + column]
+        assert cos.tolist() == pytest.approx([math.cos(a) for a in angles] * 2, abs=1e-5)
+        signed = [-math.sin(a) for a in angles] + [math.sin(a) for a in angles]
+        assert sin.tolist() == pytest.approx(signed, abs=1e-5)
+    # one pair, turned by a quarter: (1, 2) -> (1 cos - 2 sin, 2 cos + 1 sin) = (-2, 1)
+    quarter = torch.tensor([[[0.0, 0.0]], [[-1.0, 1.0]]])
+    assert apply_rope(torch.tensor([[[[1.0, 2.0]]]]), quarter).flatten().tolist() == [-2.0, 1.0]
+
+
+# ---------------------------------------------------------------------------------------------
+# The model
 
 
 def test_a_new_model_predicts_a_low_pass_of_its_input():
@@ -68,12 +116,14 @@ def test_a_new_model_predicts_a_low_pass_of_its_input():
     assert torch.allclose(VideoTransformer(SMALL)(x, t, y), expected, atol=1e-5)
 
 
-def scrambled(config):
-    torch.manual_seed(0)
-    model = VideoTransformer(config)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    return model
+def test_the_floor_of_t_divides_where_t_is_smaller():
+    model = scrambled(SMALL)
+    x, _, y = inputs(SMALL, 1)
+    hidden, condition = model.embed(x, torch.zeros(1), y)
+    x0_hat = x - model.head(hidden, condition, x, torch.ones(1))
+    for t, divisor in ((0.0, 0.05), (0.01, 0.05), (0.05, 0.05), (0.2, 0.2)):
+        v = model.head(hidden, condition, x, torch.tensor([t]))
+        assert torch.allclose(v * divisor, x - x0_hat, atol=1e-5)
 
 
 def test_output_depends_on_every_input_and_not_on_the_rest_of_the_batch():
@@ -85,18 +135,32 @@ def test_output_depends_on_every_input_and_not_on_the_rest_of_the_batch():
     moved = y[:, [2, 0, 1]]
     for other in ((x + 0.1, t, y), (x, t + 0.05, y), (x, t, (y + 1) % 8), (x, t, moved)):
         assert (model(*other) - v).abs().max() > 1e-3
-    model.places.data.zero_()  # without which a word stands nowhere: RoPE turns the video's tokens alone
+    model.places.data.zero_()  # without which a word has no place: RoPE turns video tokens alone
     assert torch.allclose(model(x, t, moved), model(x, t, y), atol=1e-5)
+    with pytest.raises(ValueError, match="takes"):
+        model(torch.randn(1, 3, 8, 16, 16), t[:1], y[:1])
 
 
-def test_features_are_the_first_blocks_and_continue_to_the_same_velocity():
-    model = scrambled(SMALL)
+def test_shared_blocks_continue_to_the_same_velocities():
+    policy, reference = scrambled(SMALL), scrambled(SMALL)
     x, t, y = inputs(SMALL)
-    hidden = model.features(x, t, y, depth=1)
-    _, condition = model.embed(x, t, y)
-    assert torch.equal(
-        model.head(model.run(hidden, condition, 1, 3), condition, x, t), model(x, t, y)
-    )
+    hidden = reference.features(x, t, y, depth=1)
+    _, condition = reference.embed(x, t, y)
+    last = reference.run(hidden, condition, 1, 3)
+    assert torch.equal(reference.head(last, condition, x, t), reference(x, t, y))
+    for value in policy.blocks[2].parameters():
+        value.data += 0.1
+    v, v_reference = share_trunk(freeze_trunk(policy, 2), reference, 2)(x, t, y)
+    assert torch.equal(v, policy(x, t, y)) and torch.equal(v_reference, reference(x, t, y))
+    assert v.requires_grad and not v_reference.requires_grad
+
+
+# ---------------------------------------------------------------------------------------------
+# What is trained
+
+
+def trained(model):
+    return [name for name, value in model.named_parameters() if value.requires_grad]
 
 
 def test_lora_starts_as_the_reference_trains_alone_and_merges():
@@ -105,16 +169,10 @@ def test_lora_starts_as_the_reference_trains_alone_and_merges():
     v = reference(x, t, y)
     model = add_lora(scrambled(SMALL), rank=4)
     assert torch.equal(model(x, t, y), v)
-    down = torch.cat(
-        [value.flatten() for name, value in model.named_parameters() if "down" in name]
-    )
-    assert down.std().item() == pytest.approx(
-        32**-0.5, rel=0.15
-    )  # down(x) is about as large as x, at any rank
-    assert {name.split(".")[-1] for name, p in model.named_parameters() if p.requires_grad} == {
-        "down",
-        "up",
-    }
+    assert model.blocks[0].attn.qkv.scale == 2  # alpha is twice the rank
+    down = torch.cat([block.attn.qkv.down.flatten() for block in model.blocks])
+    assert down.std().item() == pytest.approx(32**-0.5, rel=0.15)  # down(x) is as large as x
+    assert {name.split(".")[-1] for name in trained(model)} == {"down", "up"}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.05)
     for _ in range(2):  # `down` gets its first gradient once `up` is no longer zero
         model(x, t, y).square().mean().backward()
@@ -123,65 +181,61 @@ def test_lora_starts_as_the_reference_trains_alone_and_merges():
     assert (tuned - v).abs().max() > 1e-2
     with lora_disabled(model):
         assert torch.equal(model(x, t, y), v)
-    trunk = add_lora(scrambled(SMALL), rank=4, skip=2)
-    assert {name.split(".")[1] for name, p in trunk.named_parameters() if p.requires_grad} == {"2"}
     merged = merge_lora(model)
     assert merged.state_dict().keys() == reference.state_dict().keys()
     assert torch.allclose(merged(x, t, y), tuned, atol=1e-5) and torch.equal(model(x, t, y), tuned)
 
 
-def test_a_video_of_another_shape_is_refused():
-    with pytest.raises(ValueError, match="takes"):
-        scrambled(SMALL)(
-            torch.randn(1, 3, 8, 16, 16), torch.ones(1), torch.zeros(1, 3, dtype=torch.int64)
-        )
+def test_the_first_blocks_and_all_before_them_can_stay_frozen():
+    assert {name[:9] for name in trained(add_lora(scrambled(SMALL), 4, skip=2))} == {"blocks.2."}
+    names = trained(freeze_trunk(scrambled(SMALL), 1))
+    assert {name.split(".")[0] for name in names} == {"blocks", "modulation", "patch_out"}
+    assert {name[:9] for name in names if name.startswith("blocks")} == {"blocks.1.", "blocks.2."}
+    model = scrambled(SMALL)
+    assert len(trained(freeze_trunk(model, 0))) == len(list(model.parameters()))
+    for freeze in (freeze_trunk, lambda model, skip: add_lora(model, 4, skip=skip)):
+        with pytest.raises(ValueError, match="3: this model has 3 blocks, so 0 to 2"):
+            freeze(scrambled(SMALL), 3)
+
+
+# ---------------------------------------------------------------------------------------------
+# Config and tiles
 
 
 def test_config_survives_json_and_bad_sizes_are_refused():
-    import json
-
     assert ModelConfig(**json.loads(json.dumps(asdict(SMALL)))) == SMALL
-    with pytest.raises(BadInput, match="height 30"):
-        replace(SMALL, size=30)
-    with pytest.raises(BadInput, match="width 16 is not a multiple of the patch's 5"):
-        replace(SMALL, patch=(2, 8, 5))
-    with pytest.raises(BadInput, match="heads"):
-        replace(SMALL, heads=5)
+    wide = replace(SMALL, size=(16, 24))
+    assert ModelConfig(**json.loads(json.dumps(asdict(wide)))) == wide and wide.grid == (2, 2, 3)
+    assert replace(SMALL, size=[16, 16]) == SMALL
+    for sizes, fault in (
+        ({"size": 30}, "height 30 is not a multiple of the patch's 8"),
+        ({"patch": (2, 8, 5)}, "width 16 is not a multiple of the patch's 5"),
+        ({"heads": 5}, "dim 32 over 5 heads"),
+        ({"dim": 6}, "dim 6 over 2 heads"),  # 3 channels cannot be paired
+        ({"depth": 513}, "depth 513 must be a whole number from 1 to 512"),
+        ({"frames": 2.0}, "frames 2.0 must be"),
+        ({"patch": (2, 8)}, "must be three whole numbers"),
+        ({"frames": 128, "size": 128, "patch": (2, 64, 64)}, "at most 4096 pixels"),
+        ({"frames": 2**20, "patch": (1, 1, 1)}, "patches in a clip"),
+    ):
+        with pytest.raises(ValueError, match=fault):
+            replace(SMALL, **sizes)
 
 
 def test_tiles_that_see_everything_are_full_attention():
-    torch.manual_seed(0)
-    full = scrambled(
-        replace(SMALL, size=24, patch=(2, 6, 4))
-    )  # 4 x 6 tokens a frame: an order is not its inverse
+    # 4 x 6 tokens a frame: an order that is not its own inverse
+    full = scrambled(replace(SMALL, size=24, patch=(2, 6, 4)))
     tiled = VideoTransformer(replace(full.config, attention="tile:1,2,2/9,9,9"))
     tiled.load_state_dict(full.state_dict())
-    x, t, y = (
-        torch.randn(2, *full.config.video_shape),
-        torch.tensor([0.2, 0.9]),
-        torch.tensor([[1, 2, 0], [3, 0, 0]]),
-    )
+    x, t, y = inputs(full.config)
     assert torch.allclose(tiled(x, t, y), full(x, t, y), atol=1e-5)
 
 
 def test_a_token_outside_the_window_has_no_influence():
-    torch.manual_seed(0)
-    network = scrambled(ModelConfig(frames=1, size=32, patch=(1, 4, 4), dim=32, depth=1, heads=2, vocab=8, max_text=3,
-                                    attention="tile:1,2,2/1,1,1"))  # fmt: skip
-    x, y = torch.randn(1, 3, 1, 32, 32), torch.tensor([[1, 2, 0]])
+    config = replace(SMALL, frames=1, size=32, patch=(1, 4, 4), depth=1)
+    network = scrambled(replace(config, attention="tile:1,2,2/1,1,1"))
+    x, t, y = inputs(network.config, 1)
     moved = x.clone()
     moved[..., :8, :8] += 1.0  # the first box: 2 x 2 tokens of 4 x 4 pixels
-    change = (
-        network(moved, torch.tensor([0.5]), y) - network(x, torch.tensor([0.5]), y)
-    ).abs().amax((0, 1, 2)) > 1e-6
+    change = (network(moved, t, y) - network(x, t, y)).abs().amax((0, 1, 2)) > 1e-6
     assert change[:8, :8].all() and change.sum() == 64
-
-
-def test_sampling_leaves_nothing_behind_that_training_cannot_use():
-    network = scrambled(replace(SMALL, size=32, attention="tile:1,2,2/1,1,1"))
-    y = torch.tensor([[1, 2, 0]])
-    tile_mask.cache_clear()  # so that the plan is made while sampling, in inference mode
-    clip = sample(network, torch.randn(1, *network.config.video_shape), y, steps=2)
-    assert not clip.is_inference() and not clip.requires_grad
-    network(clip, torch.tensor([0.5]), y).sum().backward()
-    assert network.patch_in.weight.grad.abs().sum() > 0

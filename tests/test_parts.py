@@ -11,10 +11,6 @@ import sample as sampler
 import world
 from flow import draw_time
 from judge import static_quality
-from model import Attention, ModelConfig, VideoTransformer, apply_rope, identity_rope, rope
-
-SMALL = ModelConfig(frames=4, size=16, dim=32, depth=1, heads=2, vocab=8, max_text=3)
-
 
 # ---------------------------------------------------------------------------------------------
 # Flow
@@ -60,74 +56,6 @@ def test_the_samplers_steps_are_shifted_by_four_unless_told():
     assert times(steps=4) == pytest.approx([1, 12 / 13, 0.8, 4 / 7])
     assert times(steps=4, shift=1.0) == pytest.approx([1, 0.75, 0.5, 0.25])
     assert len(times()) == sampler.STEPS
-
-
-# ---------------------------------------------------------------------------------------------
-# Model
-
-
-def test_the_floor_of_t_divides_where_t_is_smaller():
-    torch.manual_seed(0)
-    model = VideoTransformer(SMALL)
-    x, y = torch.randn(1, *SMALL.video_shape), torch.ones(1, 3, dtype=torch.int64)
-    hidden, condition = torch.randn(1, 3 + 8, 32), torch.randn(1, 32)
-    with torch.no_grad():
-        x0_hat = x - model.head(hidden, condition, x, torch.ones(1))
-        for t, divisor in ((0.0, 0.05), (0.01, 0.05), (0.05, 0.05), (0.2, 0.2)):
-            v = model.head(hidden, condition, x, torch.tensor([t]))
-            assert torch.allclose(v * divisor, x - x0_hat, atol=1e-5)
-        assert model(x, torch.zeros(1), y).isfinite().all()
-
-
-def test_attention_by_hand_has_a_norm_for_q_and_another_for_k():
-    torch.manual_seed(0)
-    layer = Attention(8, 2)
-    with torch.no_grad():
-        layer.q_norm.copy_(torch.tensor([3.0, 0.1, 1.0, 2.0]))
-        layer.k_norm.copy_(torch.tensor([0.2, 5.0, 1.0, -1.0]))
-    x, still = torch.randn(1, 5, 8), identity_rope(5, 4)
-    out = torch.zeros(5, 8)
-    with torch.no_grad():
-        q, k, v = (x[0] @ layer.qkv.weight.T + layer.qkv.bias).split(8, 1)
-        for head in range(2):
-            part = slice(4 * head, 4 * head + 4)
-            qs, ks = (
-                [row / row.square().mean().sqrt() * norm for row in side[:, part]]
-                for side, norm in ((q, layer.q_norm), (k, layer.k_norm))
-            )
-            for i in range(5):
-                share = torch.softmax(
-                    torch.stack([qs[i] @ other for other in ks]) / 2, 0
-                )  # over sqrt(4)
-                out[i, part] = share @ v[:, part]
-        wanted = out @ layer.out.weight.T + layer.out.bias
-        assert torch.allclose(layer(x, still)[0], wanted, atol=1e-4)
-        # the first two see only each other, the rest see all
-        alone = layer(x[:, :2], still[:, :2])
-        assert torch.allclose(
-            layer(x, still, context=2)[0], torch.cat((alone[0], wanted[2:])), atol=1e-4
-        )
-
-
-def test_a_quarter_of_the_pairs_turns_with_time_the_rest_with_row_and_column():
-    # head size 16: eight pairs, two for the frame, three for the row, three for the column; wavelengths by theta = 100
-    grid, theta = (3, 4, 5), 100.0
-    table = rope(grid, 16)
-    assert table.shape == (2, 60, 16)
-    for frame, row, column in ((0, 0, 0), (2, 0, 0), (0, 3, 0), (0, 0, 4), (1, 2, 3)):
-        angles = [frame * theta ** -(i / 2) for i in range(2)]
-        angles += [place * theta ** -(i / 3) for place in (row, column) for i in range(3)]
-        cos, sin = table[:, frame * 20 + row * 5 + column]
-        assert cos.tolist() == pytest.approx([math.cos(a) for a in angles] * 2, abs=1e-5)
-        assert sin.tolist() == pytest.approx(
-            [-math.sin(a) for a in angles] + [math.sin(a) for a in angles], abs=1e-5
-        )
-
-
-def test_a_turned_channel_pairs_with_the_one_half_a_head_away():
-    # one pair, turned by a quarter: (1, 2) -> (1 cos - 2 sin, 2 cos + 1 sin) = (-2, 1)
-    quarter = torch.tensor([[[0.0, 0.0]], [[-1.0, 1.0]]])
-    assert apply_rope(torch.tensor([[[[1.0, 2.0]]]]), quarter).flatten().tolist() == [-2.0, 1.0]
 
 
 # ---------------------------------------------------------------------------------------------
