@@ -1,7 +1,6 @@
-"""The frozen reference, the closing tables and the scores of clips: which row is whose, and who wins over whom.
+"""The frozen reference, the closing tables and the scores of clips: which row is whose, who wins.
 
-Closing rows are sampled and scored again, step by step; stub models paint the right answer or the wrong one.
-"""
+Closing rows are sampled and scored again, step by step; stub models paint right or wrong clips."""
 
 import pytest
 import torch
@@ -97,7 +96,7 @@ def test_closing_rows_are_the_base_and_the_policy_by_hand(tiny):
 
 
 class Painter(torch.nn.Module):
-    """A velocity that leads straight to a clean clip of the prompt or, not `right`, to a shaky one of another."""
+    """A velocity that leads to a clean clip of the prompt, or to a shaky one of another prompt."""
 
     config = CONFIG
 
