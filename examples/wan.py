@@ -1,28 +1,25 @@
-"""Flow-DPO, Flow-RWR, SFT and Flow-NRG on an open video model: diffusers' Wan text-to-video transformer (section 4).
+"""Flow-DPO, Flow-RWR, SFT and Flow-NRG on an open video model: diffusers' Wan (section 4).
 
-    pip install diffusers                                  for this folder alone; tested with 0.42.1
-    python examples/wan.py --tiny dpo --steps 20           a random model of 0.04 M parameters, made-up pairs: seconds
-    python examples/wan.py --model FOLDER --data FOLDER dpo --steps 2000
-    torchrun --nproc_per_node 8 examples/wan.py --model FOLDER --data FOLDER --batch 64 --accum 8 dpo
+    pip install diffusers                           for this folder alone; tested with 0.42.1
+    python examples/wan.py --tiny dpo --steps 20    a random model of 0.04 M parameters: seconds
+    python examples/wan.py --model WAN --data PAIRS dpo --steps 2000
+    torchrun --nproc_per_node 8 examples/wan.py --model WAN --data PAIRS dpo --batch 64 --accum 8
 
-Losses, reward head, guidance and sampler are the toy's own, unmodified: they know v = model(x_t, t, y) and no more.
-What differs is in wan_model.py and latents.py: Wan works on latents of its VAE and, for words, on embeddings of its
-text encoder, both made beforehand (README.md); its clock runs to 1000; only adapters are trained.
+Losses, training loop, reward head, guidance and sampler are the toy's own. What differs is in
+wan_model.py and latents.py: Wan takes latents of its VAE and embeddings of its text encoder, both
+computed beforehand (README.md); its clock runs to 1000; only adapters are trained.
 """
 
-import hashlib
+import json
 import math
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
-sys.path.insert(
-    0, str(Path(__file__).parent.parent)
-)  # the project's modules, from wherever this is started
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the project's modules, from any folder
 
 from data import DIMENSIONS, draw_noise, epoch_index, mean_one, step_rng, take
 from examples import latents
@@ -32,337 +29,220 @@ from flow_rwr import flow_rwr_step, rwr_weights
 from lora import lora_disabled
 from nrg import guide, noisy_pair_step
 from reward import decided
-from runtime import cli, distributed
-from runtime.checkpoint import check_fit, load_checkpoint, save_checkpoint
+from runtime import cli, distributed, resume
+from runtime.checkpoint import check_fit, load_checkpoint
 from runtime.cli import BadInput, finite, positive, positive_int
-from runtime.distributed import accumulating, rank, reduce_logs, world_size
-from runtime.resume import restore, run_tensors
+from runtime.config import flag, parse
 from sample import NRG_EPS, NRG_INTERVAL, sample
-from tasks import ranked
+from settings import Training
+from tasks import winners
+from trainer import Task, fit
 
 try:
+    import accelerate  # noqa: F401, diffusers loads weights by it
+
     from examples import wan_model
-    from examples.wan_model import WanReward, velocity
-except (
-    ImportError,
-    RuntimeError,
-) as error:  # RuntimeError: diffusers with a package it cannot load
-    fault = str(error).partition("\n")[0]
-    print(f"wan.py: error: diffusers is needed: pip install diffusers ({fault})", file=sys.stderr)
+    from examples.wan_model import Velocity, WanReward
+except (ImportError, RuntimeError) as error:  # RuntimeError: a package of diffusers does not load
+    need = "diffusers is needed: pip install diffusers accelerate"
+    print(f"wan.py: error: {need} ({str(error).partition(chr(10))[0]})", file=sys.stderr)
     sys.exit(2)
 
-# ---------------------------------------------------------------------------------------------
-# The algorithms
+COMMANDS = ("dpo", "rwr", "sft", "nrg", "sample")
+TINY = ["--precision=float32", "--lr=1e-3", "--rank=4", "--batch=8", "--n=8", "--beta=10"]
 
 
 @dataclass
-class Task:
-    model: torch.nn.Module  # what of it requires gradients is trained
-    batch: Callable  # (step, rows) -> dict of tensors: these rows, a slice, of the step's batch
-    loss: Callable  # batch -> (loss, logs)
+class Wan(Training):
+    """dpo, rwr, sft, nrg or sample on Wan: one of these words, and flags"""
+
+    algo: str = ""
+    steps: int = 50  # of the optimiser, or Euler steps of sample
+    batch: int = 1
+    lr: float = 5e-6
+    save_every: int = 100
+    out: Path = Path("out/wan")
+    tiny: bool = flag(False, "a random model, made-up pairs, and defaults for them")
+    model: Path = flag(None, "folder of Wan in diffusers' format, or of its transformer", Path)
+    data: Path = flag(None, "folder of pairs (examples/latents.py)", Path, file=True)
+    lora: Path = flag(None, "adapters to start from or to sample with", Path, file=True)
+    rank: int = flag(64, "of new adapters", positive_int)
+    beta: float = flag(500.0, "dpo: larger stays closer to the reference", positive)
+    shift: float = flag(3.0, "of t towards noise, except in nrg; 5 at 720 lines", positive)
+    n: int = flag(1, "sample: clips", positive_int)
+    cfg: float = flag(5.0, "sample: classifier-free guidance; 1 = off", finite)
+    nrg: tuple = flag(None, "sample: weights of VQ, MQ and TA, for example 1,1,0.5", cli.triple)
+    nrg_scale: float = flag(100.0, "sample: w of Eq. 11", finite, needs=("nrg",))
+    reward: Path = flag(None, "sample: what nrg wrote (default: OUT/nrg/last.pt)", Path)
 
 
-def dpo(wan, pairs, args):
-    better, worse = ranked(pairs.total)  # (N', 2: pair, side) each
-    policy = velocity(wan)
+def settings_of(words):
+    """The settings of a command line, in which the algorithm stands without its flag."""
+    words = [f"--algo={word}" if word in COMMANDS else word for word in words]
+    defaults = ["--lr=1e-3"] if "--algo=nrg" in words else []
+    defaults += TINY if "--tiny" in words else []
+    settings, unknown = parse(Wan, defaults + words)
+    unread = ["compile", "ema", "export", "fsdp", "plan"]
+    if settings.algo == "nrg":
+        unread.append("lora")  # the reward reads the model without adapters
+    unknown += [f"--{name}" for name in unread if getattr(settings, name)]
+    if settings.algo not in COMMANDS:
+        raise BadInput(f"give one of {', '.join(COMMANDS)}; --help lists the flags")
+    if unknown:
+        raise BadInput(f"{unknown[0]}: not read by {settings.algo}; --help lists the flags")
+    if settings.tiny:
+        settings.model, settings.data = settings.out / "tiny", settings.out / "tiny" / "pairs"
+    if not settings.model or not settings.data:
+        raise BadInput("--model and --data are needed; --tiny tries the commands without")
+    settings.data /= "pairs.csv"
+    return settings
+
+
+def alignment_task(wan, pairs, settings, device):
+    """SFT, Flow-RWR or Flow-DPO of new adapters. Those of --lora become part of the frozen weights,
+    and so of Flow-DPO's reference."""
+    initial = wan_model.merge_adapters(wan, settings.lora) if settings.lora else {}
+    wan_model.add_adapters(wan, settings.rank)  # drawn on the CPU: the same on every device
+    policy = Velocity(wan.to(device))
+    reward = pairs.scores.mean(2)  # (N, 2), r = (VQ + MQ + TA) / 3 (section 5.2)
+    pair, side = winners(reward)
+    weight = torch.ones(len(pair))
+    if settings.algo == "rwr":
+        pair, side = torch.cat((pair, pair)), torch.cat((side, 1 - side))
+        weight = rwr_weights(reward[pair, side])
 
     def reference(x_t, t, y):
         with lora_disabled(wan):
             return policy(x_t, t, y)
 
     def batch(step, rows):
-        index = epoch_index(len(better), args.batch, step, args.seed)[rows]
-        noise = draw_noise(args.batch, pairs.shape, args.shift, step_rng(args.seed, step))
-        x0_w, x0_l = pairs.clips(better[index]), pairs.clips(worse[index])
-        return {"x0_w": x0_w, "x0_l": x0_l, "y": pairs.texts(better[index]), **take(noise, rows)}
+        index = epoch_index(len(pair), settings.batch, step, settings.seed)[rows]
+        rng = step_rng(settings.seed, step)
+        noise = take(draw_noise(settings.batch, pairs.shape, settings.shift, rng), rows)
+        y, x0 = pairs.texts(pair[index]), pairs.clips(pair[index], side[index])
+        if settings.algo == "dpo":
+            x0_l = pairs.clips(pair[index], 1 - side[index])
+            return {"x0_w": x0, "x0_l": x0_l, "y": y, **noise}
+        return {"x0": x0, "y": y, "weight": weight[index], **noise}
 
     def loss(batch):
-        return flow_dpo_step(policy, reference, **batch, beta=args.beta)
+        if settings.algo == "dpo":
+            return flow_dpo_step(policy, reference, **batch, beta=settings.beta)
+        return flow_rwr_step(policy, **batch)
 
-    return Task(wan, batch, loss)
+    def evaluate(policy, out):
+        path = out.with_suffix(".safetensors")
+        wan_model.write_adapters(wan, initial, path)
+        return [f"wrote {path}"]
 
-
-def rwr(wan, pairs, args):
-    better, worse = ranked(pairs.total)
-    clips, weight = better, torch.ones(len(better))  # SFT: the winners alone
-    if args.algo == "rwr":
-        clips = torch.cat((better, worse))
-        weight = rwr_weights(pairs.total[clips[:, 0], clips[:, 1]])
-
-    def batch(step, rows):
-        index = epoch_index(len(clips), args.batch, step, args.seed)[rows]
-        noise = draw_noise(args.batch, pairs.shape, args.shift, step_rng(args.seed, step))
-        x0, y = pairs.clips(clips[index]), pairs.texts(clips[index])
-        return {"x0": x0, "y": y, "weight": weight[index], **take(noise, rows)}
-
-    def loss(batch):
-        return flow_rwr_step(velocity(wan), **batch)
-
-    return Task(wan, batch, loss)
+    return Task(f"wan {settings.algo}", policy, [], batch, loss, ("loss", "accuracy"), evaluate)
 
 
-def nrg(reward, pairs, args):
+def reward_task(wan, pairs, settings, device):
+    """A noise-aware reward for Flow-NRG, by Bradley-Terry on the clips of each pair (4.4)."""
+    reward = WanReward(wan).to(device)
     label = (pairs.scores[:, 0] - pairs.scores[:, 1]).sign().long()  # (N, 3)
 
     def batch(step, rows):
-        index = epoch_index(len(label), args.batch, step, args.seed)
-        labels = {"label": label[index], "weight": mean_one(decided(label[index]))}
-        noise = draw_noise(args.batch, pairs.shape, 1.0, step_rng(args.seed, step))
-        a, b = (
-            torch.stack((index[rows], torch.full_like(index[rows], side)), 1) for side in (0, 1)
-        )
-        x0_a, x0_b, y = pairs.clips(a), pairs.clips(b), pairs.texts(a)
-        return {"x0_a": x0_a, "x0_b": x0_b, "y": y, **take(labels | noise, rows)}
+        index = epoch_index(len(label), settings.batch, step, settings.seed)
+        whole = {"label": label[index], "weight": mean_one(decided(label[index]))}
+        whole |= draw_noise(settings.batch, pairs.shape, 1.0, step_rng(settings.seed, step))
+        own, first = index[rows], torch.zeros_like(index[rows])
+        x0_a, x0_b = pairs.clips(own, first), pairs.clips(own, 1 - first)
+        return {"x0_a": x0_a, "x0_b": x0_b, "y": pairs.texts(own), **take(whole, rows)}
 
     def loss(batch):
         return noisy_pair_step(reward, **batch)
 
-    return Task(reward, batch, loss)
-
-
-ALGORITHMS = {"dpo": dpo, "rwr": rwr, "sft": rwr, "nrg": nrg}
-
-# ---------------------------------------------------------------------------------------------
-# Training
-
-
-def fit(task, args, device, state, save):
-    """Takes the steps that `state`, of the run that goes on, leaves of args.steps; at times calls
-    save(step, trained, optimizer), trained: {name: parameter}. Prints the first batch's loss before
-    and after. Under torchrun every process calls this."""
-    trained = {name: value for name, value in task.model.named_parameters() if value.requires_grad}
-    optimizer = torch.optim.AdamW(trained.values(), args.lr, weight_decay=0.0)
-    start = restore(state, trained, {}, optimizer) if state else 0
-    loss_of = distributed.Loss(task, bf16=False)  # velocity and WanReward choose their precision
-    if world_size() > 1:
-        loss_of = DistributedDataParallel(loss_of)
-    rows = distributed.local_rows(args.batch)
-
-    def micro_batches(step):
-        batch = task.batch(step, rows)
-        for i in range(args.accum):
-            yield {name: value.chunk(args.accum)[i].to(device) for name, value in batch.items()}
-
-    def report(when):
-        with torch.no_grad():
-            micro_losses = [(loss.item(), logs) for loss, logs in map(task.loss, micro_batches(0))]
-        loss, logs, _ = reduce_logs(micro_losses, False)
-        accuracy = f", accuracy {logs['accuracy']:.2f}" if "accuracy" in logs else ""
-        if rank() == 0:
-            print(f"{args.algo}: {when} {loss:.4f}{accuracy}")
-        return loss
-
-    if start == 0:
-        loss = report("loss of the first batch")
-        if args.algo == "dpo" and abs(loss - math.log(2)) > 1e-3 and rank() == 0:
-            print("dpo: that is not ln 2 = 0.6931: the policy does not start at its reference")
-    for step in cli.progress_bar(args.algo, "step")(range(start, args.steps)):
-        micro_losses = []
-        for i, micro_batch in enumerate(micro_batches(step)):
-            with accumulating(loss_of, last=i == args.accum - 1):
-                loss, logs = loss_of(micro_batch)
-                (loss / args.accum).backward()
-            micro_losses.append((loss.item(), logs))
-        grad_norm = torch.nn.utils.clip_grad_norm_(trained.values(), 1.0).item()
-        loss, _, _ = reduce_logs(micro_losses, False)
-        if not math.isfinite(loss) or not math.isfinite(grad_norm):
-            raise BadInput(f"loss {loss}, gradient {grad_norm} at step {step}; try a smaller --lr")
-        optimizer.step()
-        optimizer.zero_grad()
-        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-            save(step + 1, trained, optimizer)
-    report(f"after {max(start, args.steps)} steps")
-
-
-def measure_spread(reward, pairs, seed, device, most=64):
-    """Sets reward.std, by which scores are divided: guidance takes rewards of unit spread."""
-    rng, scores = step_rng(seed, -1), []
-    with torch.no_grad():
-        for pair in range(min(len(pairs.files), most)):
-            both = torch.tensor([[pair, 0], [pair, 1]])
-            noise = draw_noise(2, pairs.shape, 1.0, rng)
-            x_t = interpolate(pairs.clips(both), **noise).to(device)
-            scores.append(reward(x_t, noise["t"].to(device), pairs.texts(both).to(device)))
+    @torch.no_grad()
+    def evaluate(reward, out):
+        """Scores are divided by their spread: guidance takes rewards of unit spread."""
+        scores = []
+        for step in range(64):
+            one = {name: value.to(device) for name, value in batch(step, slice(0, 1)).items()}
+            for x0 in (one["x0_a"], one["x0_b"]):
+                scores.append(reward(interpolate(x0, one["x1"], one["t"]), one["t"], one["y"]))
         reward.std.copy_(torch.cat(scores).std(0).clamp(min=1e-6))
+        return []
+
+    return Task("wan nrg", reward, [], batch, loss, ("loss", *DIMENSIONS), evaluate)
 
 
-def train(wan, pairs, args, device):
-    """Writes OUT/ALGO.safetensors, the result, and OUT/ALGO.pt, which --resume reads."""
-    result, checkpoint = args.out / f"{args.algo}.safetensors", args.out / f"{args.algo}.pt"
-    table = (args.data / "pairs.csv").read_bytes()
-    settings = {"pairs.csv, by its SHA-256,": hashlib.sha256(table).hexdigest()[:12]}
-    for name in ("model", "data", "lora", "rank", "batch", "lr", "beta", "shift", "seed"):
-        settings[f"--{name}"] = str(getattr(args, name))
-    state, initial = None, {}
-    if args.resume or (distributed.restarts() and checkpoint.exists()):
-        state = load_checkpoint(checkpoint, f"wan {args.algo}")
-        initial = state["initial"]
-        for name, value in settings.items():
-            if state["settings"][name] != value:
-                change = f"was {state['settings'][name]} in {checkpoint}, now {value}"
-                raise BadInput(f"--resume: {name} {change}; use the same")
-    elif args.lora:
-        initial = wan_model.read_adapters(wan, args.lora)
-    cli.check_writable(args.out, "--out")
-
-    # what a run starts from becomes part of the frozen weights, which are the reference of Flow-DPO
-    wan_model.merge_adapters(wan, initial)
-    torch.manual_seed(args.seed)
-    if args.algo == "nrg":
-        model = WanReward(wan).to(device)
-    else:
-        wan_model.add_adapters(wan, args.rank)  # drawn on the CPU: a seed is one start everywhere
-        model = wan
+def train(wan, pairs, settings, device):
+    """Writes OUT/ALGO/last.pt, which --resume reads, and adapters to OUT/ALGO.safetensors."""
+    settings.out /= settings.algo
+    distributed.check_flags(settings)
+    with distributed.process_0_first():
+        if not resume.resumes(settings):  # a new run takes the place of an old one
+            (settings.out / "last.pt").unlink(missing_ok=True)
+        state = resume.opened_run(settings)
+    torch.manual_seed(settings.seed)
+    make_task = reward_task if settings.algo == "nrg" else alignment_task
+    task = make_task(wan, pairs, settings, device)
     wan.to(device).enable_gradient_checkpointing()
-
-    def write_result():
-        if args.algo == "nrg":
-            wan_model.write_safetensors(model.state_dict(), result)
-        else:
-            wan_model.write_adapters(wan, initial, result)
-
-    def save(step, trained, optimizer):
-        state = {"kind": f"wan {args.algo}", "config": {}, "vocabulary": [], "step": step}
-        state |= {"settings": settings, "initial": initial}
-        state["training"] = run_tensors(trained, {}, optimizer)
-        state["model"] = {name: value.detach() for name, value in trained.items()}
-        if rank() == 0:
-            save_checkpoint(checkpoint, state)
-            write_result()
-
-    fit(ALGORITHMS[args.algo](model, pairs, args), args, device, state, save)
-    if args.algo == "nrg" and rank() == 0:
-        measure_spread(model, pairs, args.seed, device)
-        write_result()
-    if rank() == 0:
-        print(f"wrote {result}")
+    is_main = distributed.rank() == 0
+    if is_main and state is None and settings.algo == "dpo":
+        check_start(task, device)
+    lines = fit(task, settings, device, state)
+    if is_main:
+        last = json.loads((settings.out / "metrics.jsonl").read_text().splitlines()[-1])
+        print(f"{settings.algo}: loss {last['loss']:.4f} at step {last['step']}", *lines, sep="\n")
 
 
-# ---------------------------------------------------------------------------------------------
-# Sampling
+@torch.no_grad()
+def check_start(task, device):
+    """Prints the loss of the first pair. It is ln 2 if the policy starts at its reference."""
+    first = {name: value.to(device) for name, value in task.batch(0, slice(0, 1)).items()}
+    loss, logs = task.loss(first)
+    print(f"dpo: first loss {loss:.4f}, accuracy {logs['accuracy']:.2f}")
+    if abs(loss - math.log(2)) > 1e-3:
+        print("dpo: that is not ln 2 = 0.6931: the policy does not start at its reference")
 
 
-def draw(wan, pairs, args, device):
-    """Latents of the first pairs' prompts, without and with guidance by a reward, for the VAE to decode."""
-    if args.lora:
-        wan_model.attach_adapters(wan, wan_model.read_adapters(wan, args.lora))
+@torch.no_grad()
+def draw(wan, pairs, settings, device):
+    """Writes latents for the first prompts, without and with guidance by a reward."""
+    if settings.lora:
+        wan_model.merge_adapters(wan, settings.lora)
     wan.to(device).enable_gradient_checkpointing()
-    chosen = torch.tensor([[pair % len(pairs.files), 0] for pair in range(args.n)])
-    y = pairs.texts(chosen).to(device)
-    null = latents.read_array(*pairs.null).expand_as(y).to(device)
-    x1 = torch.randn(args.n, *pairs.shape, generator=step_rng(args.seed, 0)).to(device)
+    y = pairs.texts(torch.arange(settings.n) % len(pairs.files)).to(device)
+    x1 = torch.randn(settings.n, *pairs.shape, generator=step_rng(settings.seed, 0)).to(device)
+    null = pairs.null.expand_as(y).to(device)
     guidances = {"plain": None}
-    if args.nrg:
-        tensors, _ = wan_model.read_safetensors(args.reward)
-        reward = WanReward(wan).to(device).requires_grad_(False)  # reads wan without its adapters
-        check_fit(reward, tensors, args.reward)
-        reward.load_state_dict(tensors)
-        guidances["guided"] = guide(reward, args.nrg, args.nrg_scale, NRG_EPS, NRG_INTERVAL)
+    if settings.nrg:
+        path = settings.reward or settings.out / "nrg" / "last.pt"
+        state = load_checkpoint(path, "wan nrg")
+        if not state["evaluated"]:
+            raise BadInput(f"{path}: its training has not ended; --resume it first")
+        bare = wan_model.load_transformer(settings.model)  # the reward's, without adapters
+        reward = WanReward(bare.to(device)).to(device).requires_grad_(False)
+        check_fit(reward, state["model"], path)
+        reward.load_state_dict(state["model"])
+        guidances["guided"] = guide(reward, settings.nrg, settings.nrg_scale, NRG_EPS, NRG_INTERVAL)
+    cli.check_writable(settings.out, "--out")
     for name, guidance in guidances.items():
-        x0 = sample(velocity(wan), x1, y, args.steps, args.cfg, null, guidance, args.shift)
-        latents.write_latents(x0, args.out / f"{name}.npy")
-        line = f"wrote {args.out / name}.npy"
-        if args.nrg:
-            with torch.no_grad():
-                scores = reward(x0, torch.zeros(args.n, device=device), y).mean(0).tolist()
-            line += "; learned reward " + " ".join(
-                f"{name} {value:.2f}" for name, value in zip(DIMENSIONS, scores)
-            )
-        print(line)
-
-
-# ---------------------------------------------------------------------------------------------
-# The command
-
-
-def arguments(argv=None):
-    parser = cli.Parser("Aligns diffusers' Wan by LoRA, trains a reward on it, samples from it.")
-    parser.add_argument("algo", choices=(*ALGORITHMS, "sample"), help="what to do")
-    parser.add_argument(
-        "--tiny", action="store_true", help="a random model, made-up pairs, and defaults for them"
-    )
-    parser.add_argument(
-        "--model", type=Path, help="folder of Wan in diffusers' format, or of its transformer"
-    )
-    parser.add_argument("--data", type=Path, help="folder of pairs (examples/latents.py)")
-    parser.add_argument("--out", type=Path, default=Path("out/wan"), help="folder to write to")
-    parser.add_argument(
-        "--lora",
-        type=Path,
-        help="adapters to start from (dpo: its reference too) or to sample with",
-    )
-    parser.add_argument(
-        "--resume", action="store_true", help="go on with the run in --out, bit for bit"
-    )
-    parser.add_argument("--rank", type=positive_int, default=64, help="of new adapters")
-    parser.add_argument(
-        "--steps", type=positive_int, default=50, help="optimiser steps, or Euler steps of sample"
-    )
-    parser.add_argument(
-        "--batch", type=positive_int, default=1, help="pairs a step; clips with rwr and sft"
-    )
-    parser.add_argument(
-        "--accum", type=positive_int, default=1, help="micro-batches, one after the other, a step"
-    )
-    parser.add_argument(
-        "--save-every", type=positive_int, default=100, help="steps between checkpoints"
-    )
-    parser.add_argument("--lr", type=positive, default=5e-6, help="learning rate; with nrg 1e-3")
-    parser.add_argument(
-        "--beta", type=positive, default=500.0, help="dpo: larger stays closer to the reference"
-    )
-    parser.add_argument(
-        "--shift", type=positive, default=3.0, help="of t towards noise, but in nrg; 5 at 720 lines"
-    )
-    parser.add_argument("--n", type=positive_int, default=1, help="sample: clips")
-    parser.add_argument(
-        "--cfg", type=finite, default=5.0, help="sample: classifier-free guidance; 1 = off"
-    )
-    parser.add_argument(
-        "--nrg", type=cli.triple, help="sample: weights of VQ, MQ and TA, for example 1,1,0.5"
-    )
-    parser.add_argument("--nrg-scale", type=finite, default=100.0, help="sample: w of Eq. 11")
-    parser.add_argument(
-        "--reward", type=Path, help="sample: what nrg wrote (default: OUT/nrg.safetensors)"
-    )
-    parser.add_argument(
-        "--seed", type=cli.seed, default=0, help="of adapters, order, noise and times"
-    )
-    parser.add_argument("--device", default="auto", help="auto (cuda, mps, cpu) or a torch device")
-    args = parser.parse_args(argv)
-    if args.algo == "nrg" or args.tiny:
-        parser.set_defaults(lr=1e-3)
-    if args.tiny:
-        parser.set_defaults(rank=4, batch=8, n=8, beta=10.0)
-    args = parser.parse_args(argv)
-    if not args.tiny and not (args.model and args.data):
-        raise BadInput("--model and --data are needed; --tiny tries the commands without")
-    if args.algo == "nrg" and args.lora:
-        raise BadInput("--lora: nrg's reward reads the model without adapters; leave it out")
-    args.reward = args.reward or args.out / "nrg.safetensors"
-    return args
+        steps, cfg, shift = settings.steps, settings.cfg, settings.shift
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            x0 = sample(Velocity(wan), x1, y, steps, cfg, null, guidance, shift)
+            scores = reward(x0, torch.zeros(len(x0), device=device), y) if settings.nrg else None
+        np.save(settings.out / f"{name}.npy", x0.cpu().numpy())
+        print(f"wrote {settings.out / name}.npy")
+        if settings.nrg:
+            means = zip(DIMENSIONS, scores.mean(0).tolist())
+            print("learned reward", *(f"{dimension} {mean:.2f}" for dimension, mean in means))
 
 
 def main():
-    args = arguments()
-    device = distributed.start_process(args.device)
-    parts = world_size() * args.accum
-    if args.batch % parts:
-        raise BadInput(
-            f"--batch {args.batch}: must be a multiple of {parts}, that is of processes x --accum"
-        )
-    if args.tiny:
-        args.model, args.data = args.out / "tiny", args.out / "tiny" / "pairs"
-        with distributed.process_0_first():
-            if rank() == 0:
-                wan_model.write_tiny(args.model)
-                latents.write_tiny(args.data)
-    wan = wan_model.load_transformer(args.model).requires_grad_(False)
-    pairs = latents.read_pairs(args.data, wan.config)
-    if args.algo == "sample":
-        draw(wan, pairs, args, device)
-    else:
-        train(wan, pairs, args, device)
+    settings = settings_of(sys.argv[1:])
+    device = distributed.start_process(settings.device)
+    with distributed.process_0_first():
+        if settings.tiny and distributed.rank() == 0:
+            wan_model.write_tiny(settings.model)
+            latents.write_tiny(settings.data.parent)
+    wan = wan_model.load_transformer(settings.model)
+    pairs = latents.read_pairs(settings.data, wan.config)
+    command = draw if settings.algo == "sample" else train
+    command(wan, pairs, settings, device)
     distributed.stop_process()
 
 

@@ -8,7 +8,6 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import attention
-import lora
 import model
 import train
 from flow import flow_error
@@ -115,7 +114,7 @@ def test_flops_are_those_that_torch_counts(monkeypatch, flags):
     args = arguments("--batch=3", *flags)
     network = VideoTransformer(PRESETS["nano"])
     if flags:
-        lora.freeze_trunk(network, args.freeze)
+        model.freeze_trunk(network, args.freeze)
     clips = 3 if not flags else 6
     with FlopCounterMode(display=False) as counter:
         if args.algo == "dpo":
