@@ -103,8 +103,9 @@ def equations():
 
 
 def prose_html(text, formulas):
-    """A docstring as HTML: paragraphs and indented blocks. The equation that a block ends with takes
-    the block's place, others follow the paragraph that names them; `formulas` loses what it shows."""
+    """A docstring as HTML: paragraphs and indented blocks. The equation that a block ends with
+    takes the block's place, others follow the paragraph that names them; `formulas` loses what it
+    shows."""
     blocks = []
     for block in re.split(r"\n\s*\n", text):
         numbers = [
@@ -183,7 +184,7 @@ def page():
     )
 
 
-def run(args, device):
+def run(settings):
     path = ROOT / "docs" / "annotated.html"
     path.write_text(page())
     print(f"wrote {path.relative_to(ROOT)}")

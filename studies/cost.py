@@ -1,20 +1,20 @@
-"""What a training will take, before it takes it: python train.py --plan 8 --algo pretrain --preset large --fsdp
+"""What a training will take: python train.py --plan 8 --algo pretrain --preset large --fsdp
 
-Nothing is allocated: the model is built on torch's meta device, whose tensors have shapes and no memory. The rest are
-formulas, with d the width, N the tokens of a clip (words and patches), and everything in float32:
+The model is built on torch's meta device, whose tensors have shapes and no memory. The rest are
+formulas for float32, with width d and N tokens a clip (words and patches):
 
-    parameters     counted on the meta model; of them 18 d^2 a block: 4 attention, 8 MLP, 6 modulation
-    FLOPs          (an addition is one, a multiplication another) forward, a clip: a block 24 d^2 + 4 N d a token and
-                   12 d^2 for its modulation, the two patch layers 4 d C (patch volume) a token. Backward: twice that
-                   for weights that are trained, once where the gradient only passes (under LoRA), never in a frozen
-                   trunk. dpo adds the reference's forward, of a shared trunk only once.
+    parameters     counted on the meta model; 18 d^2 a block: attention 4, MLP 8, modulation 6
+    FLOPs          forward, a clip: in each block 24 d^2 + 4 N d a token and 12 d^2 for its
+                   modulation, and 4 d C (patch volume) a token in the two patch layers. Backward:
+                   twice that for trained weights, once where the gradient only passes (LoRA), none
+                   in a frozen trunk. dpo adds the reference's forward, of a shared trunk once.
     weights        4 bytes each; in dpo the reference's as well
     gradients      4 bytes each that is trained
-    optimiser      8 bytes each that is trained, AdamW's two moments; and 4 for the average, with --ema
-    gathered       --fsdp divides the three above by the processes, but holds whole, weights and gradients, two blocks
-                   and what lies outside the blocks; and dpo's reference, which is not sharded
-    activations    what backward needs: SAVED d floats a token and block; with checkpointing, where a block keeps its
-                   input alone and computes the rest again, KEPT d floats, and one block's SAVED d
+    optimiser      8 bytes each that is trained, AdamW's two moments; 12 with --ema
+    gathered       --fsdp divides the three above by the processes, but holds weights and gradients
+                   of two blocks and of all outside the blocks whole
+    activations    SAVED d floats a token and block for backward; with gradient checkpointing KEPT d
+                   floats, and SAVED d of one block
 
 Left out: what the allocator wastes, workspaces of kernels, and the clips and noise of a batch.
 """
@@ -28,11 +28,10 @@ from model import VideoTransformer, load_velocity
 from real_data.disk_pairs import preset
 from runtime.cli import BadInput
 
-# Two norms' inputs and outputs, 4; what modulation gives the two linear layers behind them, 2; q, k and v, 3; q and k
-# normed, 2, and turned, 2; attention's output and the last layer's, 2; the hidden layer before and after GELU, 8; the
-# MLP's output, 1.
+# inputs and outputs of two norms; modulated inputs of the linear layers; q, k, v; q and k normed;
+# q and k rotated; outputs of attention and its layer; hidden layer around GELU; the MLP's output
 SAVED = 4 + 2 + 3 + 2 + 2 + 2 + 8 + 1
-KEPT = 1
+KEPT = 1  # a block's input
 CLIPS = {"pretrain": 1, "sft": 2, "rwr": 2, "dpo": 2}  # a row of the batch
 
 
@@ -66,14 +65,12 @@ def step_flops(config, settings):
     whole = config.depth * block + patches
     if settings.algo == "pretrain":
         return settings.batch * 3 * whole
-    trunk = settings.freeze * block + patches / 2
-    tail = whole - trunk if settings.freeze else whole
+    tail = whole
+    if settings.freeze:
+        tail -= settings.freeze * block + patches / 2
     reference = tail if settings.algo == "dpo" else 0
-    return (
-        CLIPS[settings.algo]
-        * settings.batch
-        * (whole + (1 if settings.lora_rank else 2) * tail + reference)
-    )
+    backward = (1 if settings.lora_rank else 2) * tail
+    return CLIPS[settings.algo] * settings.batch * (whole + backward + reference)
 
 
 def memory(model, settings, processes):
@@ -98,31 +95,29 @@ def memory(model, settings, processes):
 
 
 def plan(settings):
-    """Lines: what `settings` will take on settings.plan processes, each of settings.flops FLOP/s. BadInput for what is not planned.
-
-    Sizes are those of --preset or of the model --init, whatever --data says."""
+    """Lines: what `settings` takes on settings.plan processes of settings.flops FLOP/s each. Sizes
+    are those of --preset, or of the model --init. BadInput for an algorithm that is not planned."""
     if settings.algo not in CLIPS:
+        known = ", ".join(CLIPS)
         raise BadInput(
-            f"--plan: knows the video model's trainings, {', '.join(CLIPS)}, not --algo {settings.algo}"
+            f"--plan: knows the video model's trainings, {known}, not --algo {settings.algo}"
         )
     model = planned_model(settings)
     config, parts = model.config, memory(model, settings, settings.plan)
-    every, trained = (
-        sum(p.numel() for p in model.parameters() if p.requires_grad >= least)
-        for least in (False, True)
-    )
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     flops = step_flops(config, settings)
-    lines = [f"{settings.algo}: {every / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained, "]
-    lines[0] += f"{config.depth} blocks, {tokens(config)} tokens a clip"
-    way = "FSDP" if settings.fsdp else "DDP" if settings.plan > 1 else "alone"
-    lines.append(f"a step: {CLIPS[settings.algo] * settings.batch} clips, {flops:.3g} FLOPs")
-    lines.append(f"memory of each of {settings.plan} ({way}; GiB):")
-    lines += [f"  {name:32}{size / 2**30:8.2f}" for name, size in parts.items()]
+    hours = 1000 * flops / settings.plan / settings.flops / 3600
     fixed = sum(size for name, size in parts.items() if "activations" not in name)
     for name in ("activations", "activations, checkpointed"):
-        lines.append(f"  total, {name:25}{(fixed + parts[name]) / 2**30:8.2f}")
-    seconds = 1000 * flops / settings.plan / settings.flops
-    lines.append(
-        f"1,000 steps at {settings.flops:.3g} FLOP/s each: {seconds / 3600:.2f} hours; checkpointing adds a third"
-    )
-    return lines
+        parts[f"total, {name}"] = fixed + parts[name]
+    way = "FSDP" if settings.fsdp else "DDP" if settings.plan > 1 else "alone"
+    rate = f"1,000 steps at {settings.flops:.3g} FLOP/s each"
+    return [
+        f"{settings.algo}: {total / 1e6:.1f} M parameters, "
+        f"{trained / 1e6:.1f} M trained, {config.depth} blocks, {tokens(config)} tokens a clip",
+        f"a step: {CLIPS[settings.algo] * settings.batch} clips, {flops:.3g} FLOPs",
+        f"memory of each of {settings.plan} ({way}; GiB):",
+        *(f"  {name:32}{size / 2**30:8.2f}" for name, size in parts.items()),
+        f"{rate}: {hours:.2f} hours; checkpointing adds a third",
+    ]

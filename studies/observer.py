@@ -1,16 +1,16 @@
-"""What a clip under noise still shows, and what a reward sees of it: the audit of a noise-aware reward (section 4.4).
+"""What a clip under noise still shows, and what a noise-aware reward sees of it (section 4.4).
 
-A reward can steer only by what it sees in x_t. Readers of the same noised clips, of prompts that no reward was trained
-on, are asked whether a clip shows its own colour, shape or direction rather than another one:
+A reward can steer only by what it sees in x_t. Readers score the same noised clips, of prompts that
+no reward was trained on: does a clip show its own colour, shape or direction, or another one?
 
     ideal      Bayes over renders, p(a | x_t) in a known world: the ceiling of every reader
-    probe k    ridge regression on the base model's tokens after k blocks, by place: what a head could read there
-    a reward   its TA for the clip's own prompt against the one with another word
+    probe k    ridge regression on the base model's tokens after k blocks, by place
+    a reward   its TA for the clip's own prompt against a prompt with another word
 
-Where a reward stays below the probe, its head is at fault; where the probe stays below the ceiling, the trunk; and
-where the ceiling falls, nothing can be known and guidance should not begin. On a model of real videos, where no ceiling
-is known, the probe answers what the reward should read, and from which t on.
-"""
+Where a reward stays below the probe, its head is at fault; where the probe stays below the ceiling,
+the trunk is. Where the ceiling falls, nothing can be known and guidance should not begin. A model
+of real videos has no known ceiling; there the probe shows which blocks a reward should read, and
+from which t."""
 
 import torch
 import torch.nn.functional as F
@@ -24,90 +24,97 @@ from runtime.checkpoint import WEIGHTS
 
 TIMES = (0.0, 0.4, 0.6, 0.8, 0.9, 0.95)
 BLOCKS = (2, 4)
-ASKED, KNOWN, LEARNED = (
-    256,
-    4000,
-    2000,
-)  # clips that are read; renders that Bayes knows, and that a probe learns from
+KNOWN = 4000  # renders that the ideal observer knows
+LEARNED = 2000  # renders that a probe learns from
 RIDGE = 0.1  # beside a Gram matrix whose diagonal is 1 on average
 
 
 def clean_clips(count, splits, rng):
-    """Renders (count, C, T, H, W) in which every attribute can be seen, and their attributes (count, 3)."""
+    """Renders (count, C, T, H, W) that show every attribute, and their attributes (count, 3)."""
     prompts = prompt_set(count, *splits)
-    return world.render(
-        world.draw_clips(prompts, torch.zeros_like(prompts[:, 0]), rng, clean=True)
-    ), prompts
+    generator = torch.zeros_like(prompts[:, 0])
+    return world.render(world.draw_clips(prompts, generator, rng, clean=True)), prompts
 
 
-def noised(x0, now, rng):
+def noised(x0, time, rng):
     """x_t and t (N,) of clips at one time."""
-    t = torch.full((len(x0),), now)
+    t = torch.full((len(x0),), time)
     return interpolate(x0, torch.randn(x0.shape, generator=rng), t), t
 
 
-def told_apart(reader, seed, count=ASKED):
-    """Rows, one for each of TIMES: the share of clips for which `reader`, (x_t, t, rng) -> (prompts (N, 3) -> scores
-    (N,)), puts the clip's own prompt above one with another colour, shape or direction. One seed, the same clips."""
+def told_apart(reader, seed, count):
+    """Rows, one for each of TIMES: the share of clips for which a reader scores the clip's own
+    prompt above one with another colour, shape or direction. One seed, the same clips.
+
+    reader: (x_t, t, rng) -> a function from prompts (N, 3) to scores (N,)."""
     rng = step_rng(seed, 0)
     x0, own = clean_clips(count, ["validation"], rng)
     others = []
     for i, choices in enumerate(world.CHOICES):
-        others.append(own.clone())
-        others[i][:, i] = (own[:, i] + torch.randint(1, choices, (count,), generator=rng)) % choices
+        other = own.clone()
+        other[:, i] = (own[:, i] + torch.randint(1, choices, (count,), generator=rng)) % choices
+        others.append(other)
     rows = []
-    for now in TIMES:
-        score = reader(*noised(x0, now, rng), step_rng(seed, 1))
-        shares = [(score(own) > score(other)).float().mean().item() for other in others]
-        rows.append({"study": "told", "t": now, "seed": seed, **dict(zip(world.MARGIN, shares))})
+    for time in TIMES:
+        score = reader(*noised(x0, time, rng), step_rng(seed, 1))
+        row = {"study": "told", "t": time, "seed": seed}
+        for name, other in zip(world.MARGIN, others):
+            row[name] = (score(own) > score(other)).float().mean().item()
+        rows.append(row)
     return rows
 
 
 def scores_of(values):
-    """Prompts (N, 3) -> scores (N,): the sum of what each attribute has, `values` [(N, choices)] for the three."""
-    return lambda prompts: sum(
-        value.gather(1, prompts[:, i : i + 1])[:, 0] for i, value in enumerate(values)
-    )
+    """Prompts (N, 3) -> scores (N,): the sum over attributes of `values`, three tensors (N,
+    choices)."""
+
+    def score(prompts):
+        return sum(value.gather(1, prompts[:, [i]])[:, 0] for i, value in enumerate(values))
+
+    return score
 
 
 def ideal(x_t, t, rng):
-    """log p(attribute | x_t), each attribute by itself, were KNOWN renders all that there is."""
-    x0, shown = clean_clips(KNOWN, ("train", "validation", "hard"), rng)
-    mean, seen = ((1 - t[0]) * x0).flatten(1).double(), x_t.flatten(1).double()
-    log_p = (seen @ mean.T - 0.5 * mean.square().sum(1)) / t[0].double().clamp(
-        min=0.02
-    ) ** 2  # (N, KNOWN) + constant
-    return scores_of(
-        [
-            torch.stack([log_p[:, shown[:, i] == a].logsumexp(1) for a in range(choices)], 1)
-            for i, choices in enumerate(world.CHOICES)
-        ]
-    )
+    """log p(attribute | x_t), each attribute by itself, if KNOWN renders were all clips there
+    are."""
+    x0, attributes = clean_clips(KNOWN, ("train", "validation", "hard"), rng)
+    mean = ((1 - t[0]) * x0).flatten(1).double()
+    x = x_t.flatten(1).double()
+    variance = t[0].double().clamp(min=0.02) ** 2
+    log_p = (x @ mean.T - 0.5 * mean.square().sum(1)) / variance  # (N, KNOWN), up to a constant
+    values = []
+    for i, choices in enumerate(world.CHOICES):
+        each = [log_p[:, attributes[:, i] == a].logsumexp(1) for a in range(choices)]
+        values.append(torch.stack(each, 1))
+    return scores_of(values)
 
 
 @torch.no_grad()
 def probe(base, blocks, x_t, t, rng):
-    """Ridge regression of the attributes on the tokens after so many blocks, without a prompt."""
+    """Ridge regression of the attributes on the base model's tokens after `blocks` blocks, without
+    a prompt."""
+    max_text = base.config.max_text
 
     def tokens(x_t):
         parts = []
         for x in x_t.split(128):
-            no_prompt = torch.zeros(len(x), base.config.max_text, dtype=torch.int64)
+            no_prompt = torch.zeros(len(x), max_text, dtype=torch.int64)
             hidden, condition = base.embed(x, t[:1].expand(len(x)), no_prompt)
-            parts.append(
-                base.run(hidden, condition, 0, blocks)[:, base.config.max_text :].flatten(1)
-            )
+            hidden = base.run(hidden, condition, 0, blocks)
+            parts.append(hidden[:, max_text:].flatten(1))
         return torch.cat(parts)
 
-    x0, shown = clean_clips(LEARNED, ["train"], rng)
-    learned = tokens(noised(x0, t[0].item(), rng)[0])  # (LEARNED, tokens * d)
-    mean, std = learned.mean(0), learned.std(0).clamp(min=1e-3)
-    learned, read = (learned - mean) / std, (tokens(x_t) - mean) / std
-    gram = learned @ learned.T / learned.shape[1] + RIDGE * torch.eye(LEARNED)
-    near, values = read @ learned.T / learned.shape[1], []
+    x0, attributes = clean_clips(LEARNED, ["train"], rng)
+    x_train, _ = noised(x0, t[0].item(), rng)
+    train, test = tokens(x_train), tokens(x_t)  # (LEARNED, tokens * d), (N, tokens * d)
+    mean, std = train.mean(0), train.std(0).clamp(min=1e-3)
+    train, test = (train - mean) / std, (test - mean) / std
+    gram = train @ train.T / train.shape[1] + RIDGE * torch.eye(LEARNED)
+    values = []
     for i, choices in enumerate(world.CHOICES):
-        target = F.one_hot(shown[:, i], choices).float()
-        values.append(near @ torch.linalg.solve(gram, target - target.mean(0)))
+        target = F.one_hot(attributes[:, i], choices).float()
+        weights = torch.linalg.solve(gram, target - target.mean(0))
+        values.append(test @ train.T / train.shape[1] @ weights)
     return scores_of(values)
 
 
@@ -126,13 +133,11 @@ def alignment(reward, words, device, x_t, t, rng):
 def audited(seed, count):
     """Rows of the readers that are no reward."""
     base, _ = load_velocity(WEIGHTS / "base.pt")
-    readers = {"ideal": ideal}
+    rows = [row | {"variant": "ideal"} for row in told_apart(ideal, seed, count)]
     for blocks in BLOCKS:
-        readers[f"probe {blocks}"] = lambda x_t, t, rng, blocks=blocks: probe(
-            base, blocks, x_t, t, rng
-        )
-    return [
-        row | {"variant": name}
-        for name, reader in readers.items()
-        for row in told_apart(reader, seed, count)
-    ]
+
+        def reader(x_t, t, rng, blocks=blocks):
+            return probe(base, blocks, x_t, t, rng)
+
+        rows += [row | {"variant": f"probe {blocks}"} for row in told_apart(reader, seed, count)]
+    return rows

@@ -1,97 +1,86 @@
-"""When is a reward model worth its training? Flow-DPO from N labelled pairs, with and without VideoReward.
+"""When is a reward model worth its training? Flow-DPO from N labelled pairs, with and without
+VideoReward.
 
     labels     the annotators' labels of the N pairs rank their clips (--rank labels)
     reward     VideoReward, trained on these N pairs, ranks the clips that the policy trains on:
                those of the N pairs, or of 3,200 others, whose labels are not used
 
 The steps of a VideoReward follow the square root of its pairs, as in `evaluate.py reward`; on 300
-pairs, half and twice as many gave a lower accuracy on held-out labelled pairs. The truth is used
-for the table alone. All policies take the default steps and beta, and are judged by the oracle on
-the standard set at CFG 1.
-"""
+pairs, half and twice as many gave a lower accuracy on held-out labelled pairs. All policies take
+the default steps and beta, and are judged by the oracle on the standard set at CFG 1."""
 
+import time
 from functools import partial
 
-import tasks
-import trainer
 from data import DIMENSIONS
-from judge import over_seeds
-from settings import Dpo
-from studies.jobs import base_scores, clock, judge, rows_of, settings_for
-from studies.report.tables import Table, plus_minus
+from studies import policies
+from studies.report.tables import Column, matching, tabulate
 
 REWARD_STEPS = {3200: 550, 300: 170}  # by the number of labelled pairs
 SETS, CFGS = {"standard": 256}, (1.0,)
 
 
-def aligned(labelled, clips, ranked_by, seed, args, device, reward=None, seconds=0.0):
-    """Rows of a Flow-DPO on `clips` toy pairs, ranked by their labels or by a VideoReward."""
-    out = args.work / "rank" / f"{ranked_by}-{labelled}-{clips}-{seed}"
-    source = [f"--reward={reward}"] if reward else ["--rank=labels"]
-    flags = ["--algo=dpo", *source, f"--pairs={clips}", f"--seed={seed}"]
-    settings = settings_for(flags, out, args)
-    trainer.fit(tasks.TASKS["dpo"](settings, device), settings, device)
-    scores = judge(out / "last.pt", args, device, SETS, CFGS)
-    facts = {"labelled": labelled, "clips": clips, "method": ranked_by, "seed": seed}
-    base = base_scores(args, device, SETS, CFGS)
-    return rows_of(scores, base, **facts, reward_minutes=seconds / 60)
+def jobs(settings):
+    queue = {}
+    for seed in range(settings.seeds):
+        for n in REWARD_STEPS:
+            queue[f"labels-{n}-{seed}"] = partial(from_labels, settings, n, seed)
+            queue[f"reward-{n}-{seed}"] = partial(from_reward, settings, n, seed)
+    return queue
 
 
-def with_reward(labelled, seed, args, device):
-    """Rows of all policies that a VideoReward of `labelled` pairs ranks clips for."""
-    out = args.work / "rank" / f"videoreward-{labelled}-{seed}"
-    steps = REWARD_STEPS[labelled]
-    flags = ["--algo=reward", "--generated=0", f"--pairs={labelled}", f"--steps={steps}"]
-    settings = settings_for([*flags, f"--seed={seed}"], out, args)
-    begun = clock(device)
-    trainer.fit(tasks.TASKS["reward"](settings, device), settings, device)
-    ranks = {"reward": out / "last.pt", "seconds": clock(device) - begun}
+def from_labels(settings, n, seed):
+    flags = {"rank": "labels"}
+    return aligned(settings, flags, n, seed=seed, labelled=n, method="labels", reward_minutes=0.0)
+
+
+def from_reward(settings, n, seed):
+    """Rows of the policies whose clips a VideoReward of `n` labelled pairs ranks."""
+    steps = settings.steps or REWARD_STEPS[n]
+    flags = {"algo": "reward", "generated": 0, "pairs": n, "steps": steps, "seed": seed}
+    start = time.perf_counter()
+    reward = policies.train(settings, f"videoreward-{n}-{seed}", flags)
+    minutes = (time.perf_counter() - start) / 60
     rows = []
-    for clips in sorted({labelled, max(REWARD_STEPS)}):
-        rows += aligned(labelled, clips, "reward", seed, args, device, **ranks)
+    for clips in sorted({n, max(REWARD_STEPS)}):
+        facts = {"labelled": n, "method": "reward", "reward_minutes": minutes}
+        rows += aligned(settings, {"reward": reward}, clips, seed=seed, **facts)
     return rows
 
 
-def folder(args):
-    return f"rank-{args.steps or Dpo.steps}-{args.eval_prompts or 'all'}"
-
-
-def jobs(args, device):
-    queue = {}
-    for seed in range(args.seeds):
-        for n in REWARD_STEPS:
-            queue[f"labels-{n}-{seed}"] = partial(aligned, n, n, "labels", seed, args, device)
-            queue[f"reward-{n}-{seed}"] = partial(with_reward, n, seed, args, device)
-    return queue
+def aligned(settings, ranking, clips, seed, **facts):
+    """Rows of a Flow-DPO on `clips` toy pairs."""
+    flags = {"algo": "dpo", "pairs": clips, "seed": seed} | ranking
+    name = f"{facts['method']}-{facts['labelled']}-{clips}-{seed}"
+    return policies.policy_rows(settings, name, flags, SETS, CFGS, clips=clips, seed=seed, **facts)
 
 
 def table(rows):
     """True win rates over the base model and true scores by the source of the ranking."""
-    columns = [*DIMENSIONS, *(f"{name}_score" for name in DIMENSIONS)]
     most, *fewer = REWARD_STEPS
     runs = [(most, "labels", most), (most, "reward", most)]
     for n in fewer:
         runs += [(n, "labels", n), (n, "reward", n), (n, "reward", most)]
-    cells = []
+    lines = {}
     for labelled, method, clips in runs:
-        run = {"labelled": labelled, "method": method, "clips": clips, "judge": "oracle"}
-        figures = [plus_minus(over_seeds(rows, column, **run)) for column in columns]
-        minutes, _ = over_seeds(rows, "reward_minutes", **run)
-        cells.append([f"{labelled:,}", method, f"{clips:,}", *figures, f"{minutes:.1f}"])
-    wins = [f"{name} wins" for name in DIMENSIONS]
-    scores = [f"true {name}" for name in DIMENSIONS]
-    head = ["labelled pairs", "ranked by", "pairs of clips", *wins, *scores, "reward training, min"]
-    return Table("", head, cells)
+        query = {"labelled": labelled, "method": method, "clips": clips}
+        lines[f"{labelled:,}", method, f"{clips:,}"] = query
+    columns = [Column(f"{name} wins", name) for name in DIMENSIONS]
+    columns += [Column(f"true {name}", f"{name}_score") for name in DIMENSIONS]
+    columns.append(Column("reward training, min", "reward_minutes", digits=1, spread=False))
+    corner = ["labelled pairs", "ranked by", "pairs of clips"]
+    return tabulate("", corner, matching(rows, judge="oracle"), lines, columns)
 
 
-def report(args, rows):
+def report(settings, rows):
+    seeds = len({row["seed"] for row in rows})
+    introduction = (
+        "True win rates over the base model and true scores, standard set, CFG 1, "
+        f"mean ± standard deviation over {seeds} seeds."
+    )
     return {
-        "rows": rows,
         "title": "Flow-DPO with and without a reward model",
-        "introduction": [
-            "True win rates over the base model and true scores, standard set, CFG 1, "
-            f"mean ± standard deviation over {args.seeds} seeds."
-        ],
-        "tables": [table(rows)],
+        "introduction": [introduction],
+        "tables": {"rank": table(rows)},
         "pictures": {},
     }

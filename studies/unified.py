@@ -1,33 +1,34 @@
-"""What the three algorithms have in common (paper, sections 4.1 and 4.4, Eq. 3, 7 and 10), where the answer is known.
+"""What the three algorithms have in common (paper, sections 4.1 and 4.4, Eq. 3, 7 and 10), where
+the answer is known.
 
-All three aim at p* = p_ref exp(r / beta) / Z (Eq. 7), the best trade of reward against KL from the reference. Here
-p_ref is a mixture of two Gaussians on a line and r(x) = x, so p* is the same mixture tilted: each mode moves up by its
-variance / beta, and their masses change by exp(mean / beta). The reference's velocity is known too; a policy is it
-plus a small network that starts at zero.
+All three aim at p* = p_ref exp(r / beta) / Z (Eq. 7), the best trade of reward against KL from the
+reference. p_ref is a mixture of two Gaussians on a line and r(x) = x, so p* is the same mixture
+tilted: each mode moves up by its variance / beta, and its mass changes by exp(mean / beta). The
+velocity of the reference is known too; a policy adds a small network to it that starts at zero.
 
     rwr            samples of p_ref weighted by exp(r / beta): its optimum is p* itself
-    dpo-B          pairs of p_ref, labelled by Bradley-Terry on r / beta, with B for the loss's own beta
+    dpo-B          pairs of p_ref, labelled by Bradley-Terry on r / beta; B is the beta of the loss
     nrg-exact      guidance by the exact value function log E[exp(r(x0) / beta) | x_t]
-    nrg-shared     guidance by a reward learned from such pairs, both samples with the same noise (section 4.4)
-    nrg-own        the same, each sample with noise of its own
+    nrg-shared     guidance by a reward learned from such pairs, one noise for both (section 4.4)
+    nrg-own        the same with separate noise for each
 
-With the same noise for both, x_t^w - x_t^l = (1 - t) (w - l): the noise cancels, Bradley-Terry finds the score
-x_t / (1 - t) / beta, and its gradient grows towards the noise where that of the value function falls to 0. With noise
-of their own a score can only say what x_t tells of x0, and that is close to the value.
-"""
+With one noise for both, x_t^w - x_t^l = (1 - t) (w - l): the noise cancels, Bradley-Terry finds the
+score x_t / (1 - t) / beta, and its gradient grows towards t = 1, where that of the value function
+falls to 0. With separate noise a score depends on what x_t says about x0, which is close to the
+value."""
 
 from functools import partial
+from itertools import product
 
 import torch
 
 from data import draw_noise, step_rng
 from flow_dpo import flow_dpo_step
 from flow_rwr import flow_rwr_step, rwr_weights
-from judge import over_seeds
 from nrg import guide, noisy_pair_step
 from sample import sample
-from studies.report.charts import Chart
-from studies.report.tables import Table, plus_minus
+from studies.report.charts import Chart, Series
+from studies.report.tables import Column, tabulate
 
 MEANS, STD = torch.tensor([-1.0, 1.0]), 0.4  # of the two modes, equally likely
 BETA = 1.0  # of Eq. 3
@@ -35,11 +36,19 @@ DPO_BETAS = (0.3, 1.0, 3.0)
 STEPS, BATCH, RATE = 800, 256, 3e-3
 SAMPLES, EULER = 10_000, 100
 EDGES = torch.linspace(-3, 4, 71)
+METHODS = {
+    "reference": "p_ref",
+    "rwr": "Flow-RWR",
+    **{f"dpo-{beta:g}": f"Flow-DPO, its beta {beta:g}" for beta in DPO_BETAS},
+    "nrg-exact": "Flow-NRG, exact value function",
+    "nrg-shared": "Flow-NRG, reward learned with the same noise for both clips",
+    "nrg-own": "Flow-NRG, reward learned with separate noise",
+}
 
 
 def posterior(x_t, t, tilt=0.0):
-    """Of x0 given x_t (B, 1) at t (B,), under p_ref exp(tilt x0): responsibilities (B, 2), means (B, 2), and the log of
-    E[exp(tilt x0) | x_t] under p_ref (B,)."""
+    """Of x0 given x_t (B, 1) at t (B,), under p_ref exp(tilt x0): responsibilities (B, 2), means
+    (B, 2), and log E[exp(tilt x0) | x_t] under p_ref (B,)."""
     t = t[:, None]
     seen = (1 - t) ** 2 * STD**2 + t**2  # variance of x_t within a mode
     mean = MEANS + (1 - t) * STD**2 / seen * (x_t - (1 - t) * MEANS)  # (B, 2)
@@ -57,7 +66,8 @@ def reference(x_t, t, y):
 
 
 class Small(torch.nn.Module):
-    """A network (x_t, t) -> one number that starts at zero; added to the reference's velocity if it is a policy."""
+    """A network (x_t, t) -> one number that starts at zero; a policy adds it to the reference's
+    velocity."""
 
     def __init__(self, policy):
         super().__init__()
@@ -80,7 +90,7 @@ def draw(count, rng):
 
 
 def fit(network, loss, seed):
-    """Trains with loss (rng) -> scalar, the rate falling to zero."""
+    """Trains with loss: rng -> scalar; the rate falls to zero."""
     optimizer = torch.optim.Adam(network.parameters(), RATE)
     for step in range(STEPS):
         optimizer.param_groups[0]["lr"] = RATE * (1 - step / STEPS)
@@ -103,46 +113,44 @@ NO_PROMPT = torch.zeros(BATCH, 1, dtype=torch.int64)
 def model_of(method, seed):
     """(velocity, guidance) of a method."""
     torch.manual_seed(seed)
-    if method == "reference":
-        return reference, None
-    if method == "rwr":
-        data = draw(20_000, step_rng(seed, -2))
-        weight = rwr_weights(data[:, 0], BETA)
+    network = Small(policy=not method.startswith("nrg"))
+    data = draw(20_000, step_rng(seed, -2))
+    weight = rwr_weights(data[:, 0], BETA)
 
-        def loss(rng):
-            some = torch.randint(len(data), (BATCH,), generator=rng)
-            return flow_rwr_step(
-                policy, data[some], NO_PROMPT, weight[some], **draw_noise(BATCH, (1,), 1.0, rng)
-            )[0]
+    def rwr_loss(rng):
+        rows = torch.randint(len(data), (BATCH,), generator=rng)
+        noise = draw_noise(BATCH, (1,), 1.0, rng)
+        return flow_rwr_step(network, data[rows], NO_PROMPT, weight[rows], **noise)[0]
 
-        policy = Small(policy=True)
-        return fit(policy, loss, seed), None
-    if method.startswith("dpo"):
+    def dpo_loss(rng):
+        pair, noise = labelled_pairs(rng), draw_noise(BATCH, (1,), 1.0, rng)
+        beta = float(method.removeprefix("dpo-"))
+        return flow_dpo_step(network, reference, *pair, NO_PROMPT, **noise, beta=beta)[0]
 
-        def loss(rng):
-            pair, noise = labelled_pairs(rng), draw_noise(BATCH, (1,), 1.0, rng)
-            return flow_dpo_step(
-                policy, reference, *pair, NO_PROMPT, **noise, beta=float(method[4:])
-            )[0]
-
-        policy = Small(policy=True)
-        return fit(policy, loss, seed), None
-    if method == "nrg-exact":
-
-        def value(x_t, t, y):
-            return posterior(x_t, t, 1 / BETA)[2][:, None]
-
-        return reference, guide(value, [1.0])
-
-    def loss(rng):
-        pair = *labelled_pairs(rng), NO_PROMPT, torch.ones(BATCH, 3, dtype=torch.int64)
+    def nrg_loss(rng):
+        winner, loser = labelled_pairs(rng)
         noise = draw_noise(BATCH, (1,), 1.0, rng)
         if method == "nrg-own":
             noise["x1_b"] = torch.randn(BATCH, 1, generator=rng)
-        return noisy_pair_step(lambda *x: learned(*x).expand(-1, 3), *pair, **noise)[0]
+        label = torch.ones(BATCH, 3, dtype=torch.int64)  # the winner comes first
 
-    learned = Small(policy=False)
-    return reference, guide(fit(learned, loss, seed), [1.0])
+        def three_scores(x_t, t, y):
+            return network(x_t, t, y).expand(-1, 3)
+
+        return noisy_pair_step(three_scores, winner, loser, NO_PROMPT, label, **noise)[0]
+
+    def value(x_t, t, y):
+        return posterior(x_t, t, 1 / BETA)[2][:, None]
+
+    if method == "reference":
+        return reference, None
+    if method == "rwr":
+        return fit(network, rwr_loss, seed), None
+    if method.startswith("dpo"):
+        return fit(network, dpo_loss, seed), None
+    if method == "nrg-exact":
+        return reference, guide(value, [1.0])
+    return reference, guide(fit(network, nrg_loss, seed), [1.0])
 
 
 def below(x):
@@ -153,13 +161,12 @@ def below(x):
 
 def truth():
     """p* in the bins of EDGES, and its mean."""
-    return below(EDGES).diff(), (
-        torch.softmax(MEANS / BETA, 0) * (MEANS + STD**2 / BETA)
-    ).sum().item()
+    mean = (torch.softmax(MEANS / BETA, 0) * (MEANS + STD**2 / BETA)).sum().item()
+    return below(EDGES).diff(), mean
 
 
 def quantiles(count):
-    """`count` evenly spaced ones of p*, from the lowest."""
+    """`count` evenly spaced quantiles of p*, from the lowest."""
     line = torch.linspace(-4, 4, 100_001)
     return line[torch.searchsorted(below(line), (torch.arange(count) + 0.5) / count)]
 
@@ -169,72 +176,70 @@ def judged(method, seed):
     x1 = torch.randn(SAMPLES, 1, generator=step_rng(seed, -1))
     y = torch.zeros(SAMPLES, 1, dtype=torch.int64)
     x0 = sample(velocity, x1, y, steps=EULER, shift=1.0, guidance=guidance)[:, 0]
-    share = torch.histogram(x0, EDGES).hist / SAMPLES
-    # the first Wasserstein distance, the area between the two distribution functions, is that of samples in order
+    # first Wasserstein distance: between samples and quantiles, both in order
     distance = (x0.sort().values - quantiles(SAMPLES)).abs().mean().item()
-    facts = {
-        "distance": distance,
-        "mean": x0.mean().item(),
-        "right": (x0 > 0).float().mean().item(),
-    }
-    return [{"method": method, "seed": seed, **facts, "histogram": share.tolist()}]
+    row = {"method": method, "seed": seed, "distance": distance, "mean": x0.mean().item()}
+    row["right"] = (x0 > 0).float().mean().item()
+    row["histogram"] = (torch.histogram(x0, EDGES).hist / SAMPLES).tolist()
+    return [row]
 
 
-METHODS = (
-    "reference",
-    "rwr",
-    *(f"dpo-{beta:g}" for beta in DPO_BETAS),
-    "nrg-exact",
-    "nrg-shared",
-    "nrg-own",
-)
+def jobs(settings):
+    queue = {}
+    for seed, method in product(range(settings.seeds), METHODS):
+        queue[f"{method}-{seed}"] = partial(judged, method, seed)
+    return queue
 
 
-def folder(args):
-    return "unified"
+# ---------------------------------------------------------------------------------------------
+# The report
 
 
-def jobs(args, device):
-    return {
-        f"{method}-{seed}": partial(judged, method, seed)
-        for seed in range(args.seeds)
-        for method in METHODS
-    }
-
-
-def report(args, rows):
+def table(rows):
     share, mean = truth()
-    cells = [["p*", "0", f"{mean:.3f}", f"{share[EDGES[:-1] > -1e-6].sum():.3f}"]]
-    curves = [("p*", share)]
-    for method in METHODS:
-        here = [row for row in rows if row["method"] == method]
-        cells.append(
-            [method, *(plus_minus(over_seeds(here, c), 3) for c in ("distance", "mean", "right"))]
-        )
-        curves.append(
-            (
-                method,
-                torch.tensor([row["histogram"] for row in here])
-                .reshape(-1, len(EDGES) - 1)
-                .mean(0),
-            )
-        )
-
-    middles, width = (EDGES[:-1] + EDGES[1:]) / 2, EDGES[1] - EDGES[0]
-    series = {
-        name: (name, middles.tolist(), (curve / width).tolist(), None) for name, curve in curves
-    }
-    dpo = [f"dpo-{beta:g}" for beta in DPO_BETAS]
-    groups = ["reference", "rwr"], dpo, ["nrg-exact", "nrg-shared", "nrg-own"]
-    charts = [
-        Chart("density", [series[name] for name in ("p*", *group)], "x", "p(x)") for group in groups
+    columns = [
+        Column("distance to p*", "distance", digits=3),
+        Column("mean", "mean", digits=3),
+        Column("mass above 0", "right", digits=3),
     ]
+    lines = {label: {"method": method} for method, label in METHODS.items()}
+    made = tabulate("", [""], rows, lines, columns)
+    made.rows.insert(0, ["p*", "0", f"{mean:.3f}", f"{share[EDGES[:-1] > -1e-6].sum():.3f}"])
+    return made
+
+
+def charts(rows):
+    """Densities of p* and of each group of methods."""
+    width = (EDGES[1] - EDGES[0]).item()
+    middles = ((EDGES[:-1] + EDGES[1:]) / 2).tolist()
+
+    def density(name, share):
+        return Series(name, middles, [(height / width, 0.0) for height in share.tolist()])
+
+    groups = {
+        "Flow-RWR": ({"reference": "p_ref", "rwr": "Flow-RWR"}, ""),
+        "Flow-DPO": ({f"dpo-{beta:g}": f"its beta {beta:g}" for beta in DPO_BETAS}, ""),
+        "Flow-NRG": (
+            {"nrg-exact": "exact value", "nrg-shared": "same noise", "nrg-own": "separate noise"},
+            "same noise: guidance diverges to x near 8",
+        ),
+    }
+    panels = []
+    for title, (methods, note) in groups.items():
+        series = [density("p*", truth()[0])]
+        for method, name in methods.items():
+            shares = [row["histogram"] for row in rows if row["method"] == method]
+            shares = torch.tensor(shares).reshape(-1, len(EDGES) - 1)
+            series.append(density(name, shares.mean(0)))
+        panels.append(Chart(f"{title} against p*", series, "x", "density p(x)", note=note))
+    return panels
+
+
+def report(settings, rows):
+    introduction = f"p_ref: modes at -1 and 1, standard deviation {STD}; r(x) = x, beta {BETA:g}."
     return {
-        "rows": rows,
         "title": "Three ways to p*",
-        "introduction": [
-            f"p_ref: modes at -1 and 1, standard deviation {STD}; r(x) = x, beta {BETA:g}."
-        ],
-        "tables": [Table("", ["", "distance to p*", "mean", "mass above 0"], cells)],
-        "pictures": {"unified": charts},
+        "introduction": [introduction],
+        "tables": {"unified": table(rows)},
+        "pictures": {"unified": charts(rows)},
     }

@@ -1,87 +1,90 @@
-"""What bench.py counts as kept for backward, and its command."""
+"""The bench: its medians and its command, and gradient checkpointing, whose cost it measures."""
 
 import json
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
 
 import evaluate
-import model
 from model import ModelConfig
-from runtime import cli
-from studies import bench, jobs
+from runtime.cli import BadInput
+from studies import bench
 
-SMALL = ModelConfig(
-    frames=4, size=24, patch=(1, 4, 4), dim=64, depth=2, heads=2, max_text=4
-)  # 148 tokens
-
-
-def test_a_block_keeps_24_numbers_a_channel_and_checkpointed_its_input():
-    # 24 a channel and token, as studies/cost.py counts them. A token besides keeps ten numbers: mean and deviation of
-    # two norms, and for each of 2 heads what q and k are divided by and the softmax's sum; a clip keeps the 6 d numbers
-    # of its modulation and the two 1 + scale, 8 d. Of 64 channels and 148 tokens: 24 + 10 / 64 + 8 / 148
-    assert bench.saved_numbers(SMALL, checkpointed=False) <= 24 + 10 / 64 + 8 / 148 + 1e-6
-    assert bench.saved_numbers(SMALL, checkpointed=True) <= 1.5
+CPU = torch.device("cpu")
+SMALL = ModelConfig(frames=4, size=24, patch=(1, 4, 4), dim=64, depth=3, heads=2, max_text=4)
 
 
-@pytest.mark.parametrize("checkpointed", [False, True])
-def test_gradients_are_those_of_blocks_that_keep_everything(checkpointed, monkeypatch):
-    network, (x0, _, y) = (
-        bench.awake(replace(SMALL, depth=3), torch.device("cpu")),
-        bench.clips(SMALL, 2, "cpu"),
-    )
+def test_gradient_checkpointing_gives_the_same_gradients_and_stores_less():
+    network = bench.awake(SMALL, CPU)
+    x0, y = torch.randn(2, *SMALL.video_shape), torch.ones(2, 4, dtype=torch.int64)
+    found, stored = [], []
+    for checkpointed in (False, True):
+        network.grad_checkpoint = checkpointed
+        stored.append(0)
 
-    def gradients():
-        out = network(x0, torch.tensor([0.3, 0.8]), y)
-        return torch.autograd.grad(out.square().mean(), list(network.parameters()))
+        def pack(tensor):
+            stored[-1] += tensor.numel()
+            return tensor
 
-    network.grad_checkpoint = checkpointed
-    found = gradients()
-    network.grad_checkpoint = False
-    monkeypatch.setattr(model, "maybe_checkpoint", lambda enabled, block, *inputs: block(*inputs))
-    for here, there in zip(found, gradients()):
-        assert torch.equal(here, there)
-
-
-def test_one_part_is_printed_and_not_written(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "MEDIUM", SMALL)
-    argv = ["evaluate.py", "bench", "--only", "memory", "--out", str(tmp_path), "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", argv)
-    threads = torch.get_num_threads()
-    cli.run(evaluate.main)
-    torch.set_num_threads(threads)
-    assert "checkpointed" in capsys.readouterr().out and not (tmp_path / "bench.json").exists()
-
-
-def test_the_command_writes_json(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "MEDIUM", SMALL)
-    monkeypatch.setattr(bench, "PARTS", {"memory": bench.memory})
-    monkeypatch.setattr(
-        sys, "argv", ["evaluate.py", "bench", "--out", str(tmp_path), "--device", "cpu"]
-    )
-    threads = torch.get_num_threads()
-    cli.run(evaluate.main)
-    torch.set_num_threads(threads)
-    result = json.loads((tmp_path / "bench.json").read_text())
-    assert result["command"].startswith("python evaluate.py bench") and len(result["rows"]) == 2
-    assert "checkpointed" in capsys.readouterr().out
-    monkeypatch.setattr(
-        sys, "argv", ["evaluate.py", "bench", "--only", "speed", "--out", str(tmp_path)]
-    )
-    with pytest.raises(cli.BadInput, match="--only speed: no part of the bench; known: memory"):
-        evaluate.main()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            out = network(x0, torch.tensor([0.3, 0.8]), y)
+        found.append(torch.autograd.grad(out.square().mean(), list(network.parameters())))
+    assert all(torch.equal(one, other) for one, other in zip(*found))
+    assert stored[1] < stored[0] / 3
 
 
 def test_a_slow_round_leaves_ratios_alone(monkeypatch):
-    # a and b take 1 and 2 s, then 10 and 20, then 2 and 4.2, after a round that does not count
-    took = [9.0, 9.0, 1.0, 2.0, 10.0, 20.0, 2.0, 4.2]
-    times = iter([time for seconds in took for time in (0.0, seconds)])
-    monkeypatch.setattr(jobs, "clock", lambda device: next(times))
-    found = jobs.medians(
-        {"a": lambda: None, "b": lambda: None}, torch.device("cpu"), rounds=3, ordered=True
-    )
-    assert found == pytest.approx(
-        {"a": 6.2 / 3, "b": 2 * 6.2 / 3}
-    )  # shares 1/3 and 2/3 of the middle round's time
+    # a takes 1, 10 and 2 s, b 2, 20 and 4.2, after a round that does not count
+    now, calls = [0.0], {"a": iter([9.0, 1.0, 10.0, 2.0]), "b": iter([9.0, 2.0, 20.0, 4.2])}
+
+    def way(name):
+        def run():
+            now[0] += next(calls[name])
+
+        return run
+
+    monkeypatch.setattr(bench, "clock", lambda device: now[0])
+    found = bench.medians({name: way(name) for name in calls}, CPU, rounds=3)
+    third = 6.2 / 3  # of the middle round's time
+    assert found == pytest.approx({"a": third, "b": 2 * third})
+
+
+def test_guidance_is_cheaper_where_the_reward_shares_the_trunk():
+    shared, own = (ratio for name, ratio, _ in bench.sampling(CPU, rounds=1) if "NRG" in name)
+    assert 1 < shared < own
+
+
+def test_the_command_writes_all_parts_or_prints_one(tmp_path, monkeypatch, capsys):
+    def short(device):
+        """A part."""
+        yield "half", 0.5, 1.0
+
+    monkeypatch.setattr(bench, "PARTS", {"short": short, "long": short})
+    monkeypatch.setattr(bench.torch, "set_num_threads", lambda count: None)
+    argv = ["evaluate.py", "bench", f"--out={tmp_path}", "--device=cpu"]
+    monkeypatch.setattr(sys, "argv", [*argv, "--only=short"])
+    evaluate.main()
+    assert capsys.readouterr().out.count("half") == 1 and not list(tmp_path.iterdir())
+    monkeypatch.setattr(sys, "argv", argv)
+    evaluate.main()
+    saved = json.loads((tmp_path / "bench.json").read_text())
+    row = {"name": "half", "value": 0.5, "floor": 1.0}
+    assert saved["rows"] == [row | {"part": "short"}, row | {"part": "long"}]
+    assert saved["command"].startswith("python evaluate.py bench")
+    monkeypatch.setattr(sys, "argv", [*argv, "--only=speed"])
+    with pytest.raises(BadInput, match="--only speed: no part of the bench; known: short, long"):
+        evaluate.main()
+
+
+def test_what_to_do_is_asked_for(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py"])
+    with pytest.raises(BadInput, match="what to do is missing: reward, align"):
+        evaluate.main()
+    for flags, said in (
+        (["--seeds=0"], "--seeds: 0: must be"),
+        (["--rounds=3"], "--rounds: no such"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", "align", *flags])
+        with pytest.raises(BadInput, match=said):
+            evaluate.main()

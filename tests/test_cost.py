@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import attention
+import lora
 import model
 import train
 from flow import flow_error
@@ -114,7 +115,7 @@ def test_flops_are_those_that_torch_counts(monkeypatch, flags):
     args = arguments("--batch=3", *flags)
     network = VideoTransformer(PRESETS["nano"])
     if flags:
-        model.freeze_trunk(network, args.freeze)
+        lora.freeze_trunk(network, args.freeze)
     clips = 3 if not flags else 6
     with FlopCounterMode(display=False) as counter:
         if args.algo == "dpo":

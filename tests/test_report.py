@@ -1,537 +1,250 @@
-"""The report: what it shows of made-up results, and how it behaves in a browser."""
+"""The report page and the charts: what they show, and how the page behaves in a browser."""
 
 import io
-import json
+import math
 import re
 import shutil
-import subprocess
-import urllib.request
 from base64 import b64decode
-from contextlib import redirect_stdout
+from functools import partial
 from html.parser import HTMLParser
-from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
+from wired import CPU
 
-import evaluate
 import world
-from data import DIMENSIONS
 from real_data.video import to_pixels
-from runtime.cli import BadInput
-from studies import align, beta, guidance, online, reward_model, unified
-from studies.jobs import ALIGNED, ATTRIBUTES, CFGS, JUDGES, METHODS, SETS
-from studies.report import clips as report_clips
-from studies.report import page as report
-from studies.report.charts import Chart, figure
+from studies.catalogue import ROOT
+from studies.jobs import Settings
+from studies.report import clips, page
+from studies.report.charts import Chart, Series, picture, ticks
 
-CPU = torch.device("cpu")
-STUDIES = {
-    "reward": reward_model,
-    "align": align,
-    "beta": beta,
-    "nrg": guidance,
-    "online": online,
-    "unified": unified,
-}
-# Win rates of seeds 0 and 1 by the oracle, all others being 0.5: 0.85 ± 0.07 (.1 / sqrt 2), and the extremes
-TRUE_VQ = {"dpo-constant": (0.9, 0.8), "dpo-schedule": (0.0, 0.0), "sft": (1.0, 1.0)}
-
-
-MEASURED = (*DIMENSIONS, *ATTRIBUTES, "quality", "TA_ceiling", "TA_share")  # of a row of align
-LACKING = {
-    "method": "sft",
-    "align": "1:1:1",
-    "set": "hard",
-    "cfg": 1.0,
-    "judge": "oracle",
-    "seed": 0,
-}  # win rates
-
-
-def arguments(folder):
-    return SimpleNamespace(
-        out=folder / "out",
-        work=folder / "work",
-        seeds=2,
-        steps=2,
-        eval_prompts=4,
-        eval_pairs=10,
-        device="cpu",
-    )
-
-
-def align_rows():
-    rows = []
-    for method in ("base", *METHODS):
-        for aligned in ALIGNED if method != "base" else ("",):
-            for seed in (0, 1) if method != "base" else (0,):
-                for name in SETS:
-                    for cfg in CFGS:
-                        for by in JUDGES:
-                            row = {
-                                "method": method,
-                                "align": aligned,
-                                "seed": seed,
-                                "set": name,
-                                "cfg": cfg,
-                            }
-                            row |= {"judge": by, **dict.fromkeys(MEASURED, 0.5)}
-                            row |= {f"{n}_score": 0.25 for n in DIMENSIONS}
-                            if method in TRUE_VQ and by == "oracle":
-                                row["VQ"] = TRUE_VQ[method][seed]
-                            rows.append(row)
-    return rows
-
-
-def beta_rows():
-    facts = {
-        "study": "sweep",
-        "method": "dpo-constant",
-        "beta": 100,
-        "seed": 0,
-        "drift": 0.01,
-        "cfg": 1.0,
-    }
-    scores = dict.fromkeys((*DIMENSIONS, *(f"{n}_score" for n in DIMENSIONS)), 0.625)
-    return [
-        {**facts, "set": name, "judge": by, **scores}
-        for name in ("standard", "hard")
-        for by in JUDGES
-    ]
+SHIPPED = ROOT / "results" / "report.html"
+ROWS = [
+    "base",
+    "sft",
+    "rwr",
+    "dpo-schedule",
+    "dpo-constant",
+    "dpo-refreshed",
+    "nft-refreshed",
+    "nrg-1-1-1",
+]
+SVG = "{http://www.w3.org/2000/svg}"
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory):
-    """Path of a report of a finished align study, one job of beta, nothing of the rest, and two logs; its clips are
-    rendered, and a little brighter with every call of the sampler."""
+def report(tmp_path_factory):
+    """A function: folder of results -> (text, printed lines) of a page whose policies but SFT are
+    missing and whose clips get a little brighter with every call of the sampler."""
     folder = tmp_path_factory.mktemp("report")
-    args = arguments(folder)
-    (args.work / "beta-2-4").mkdir(parents=True)
-    (args.work / "beta-2-4" / "dpo-constant-100-0.json").write_text(json.dumps(beta_rows()))
-    args.out.mkdir()
-    facts = {
-        "command": "python evaluate.py align",
-        "commit": "abc<b>",
-        "torch": "2",
-        "device": "cpu",
-    }
-    (args.out / "align.json").write_text(json.dumps({**facts, "rows": align_rows()}))
-    for seed in (0, 1):
-        run = args.work / "align" / f"dpo-constant-111-{seed}"
-        run.mkdir(parents=True)
-        shutil.copy(report_clips.WEIGHTS / "base.pt", run / "last.pt")
-        lines = [
-            {"step": i, "loss/t0": i + 2 * seed, "accuracy": 0.5, "margin": 0, "drift": i}
-            for i in range(40)
-        ]
-        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    kept = args.work / "online" / "nft-refreshed-0" / "round-5.pt"
-    kept.parent.mkdir(parents=True)
-    shutil.copy(report_clips.WEIGHTS / "base.pt", kept)
+    settings = Settings("report", device=CPU, work=folder / "work")
+    sft = clips.policies(settings)["sft"][2]
+    sft.parent.mkdir(parents=True)
+    shutil.copy(clips.WEIGHTS / "base.pt", sft)
     calls = []
 
     def sampler(model, words, prompts, seed, device):
         calls.append(model)
-        clips = world.draw_clips(
-            prompts, torch.zeros(len(prompts), dtype=torch.int64), torch.Generator(), clean=True
-        )
-        return world.render(clips) * (0.5 + 0.01 * len(calls))
+        generator = torch.zeros(len(prompts), dtype=torch.int64)
+        drawn = world.draw_clips(prompts, generator, torch.Generator(), clean=True)
+        return world.render(drawn) * (0.5 + 0.01 * len(calls))
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report_clips, "sample_prompts", sampler)
-        patch.setattr(report_clips, "progress_bar", lambda *_: lambda items: items)
-        with redirect_stdout(io.StringIO()) as said:
-            report.run(args, CPU)
-    assert (
-        len(calls) == 27 + 3 + 2
-    )  # three values of three weights; base, dpo, nrg, not sft and rwr; base, a round
-    return SimpleNamespace(
-        path=args.out / "report.html", args=args, lines=said.getvalue().splitlines()
-    )
+    def write(out):
+        settings.out = out
+        calls.clear()
+        printed = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(clips, "sample_prompts", sampler)
+            patch.setattr(page, "print", printed.append, raising=False)
+            page.run(settings)
+        assert len(calls) == 2 + 28  # base and SFT; 1:1:1 and three values of three weights
+        return (out / "report.html").read_text(), printed[0].splitlines()
+
+    return write
 
 
 class Outline(HTMLParser):
-    """The page as a list of (tag, attributes) and, of each id, the text inside."""
-
-    VOID = {"meta", "link", "input", "br", "img"}
+    """Tags with their attributes; every tag that opens is closed."""
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.tags, self.text, self.ids = [], [], {}, []
+        self.open, self.tags = [], []
         self.feed(text)
-        self.close()
+        assert not self.open
 
     def handle_starttag(self, tag, attributes):
-        attributes = dict(attributes)
-        self.tags.append((tag, attributes))
-        self.ids += [attributes["id"]] if "id" in attributes else []
-        if tag not in self.VOID:
-            self.open.append((tag, attributes.get("id")))
-
-    def handle_startendtag(self, tag, attributes):
         self.tags.append((tag, dict(attributes)))
+        if tag not in ("meta", "link", "input", "img"):
+            self.open.append(tag)
 
     def handle_endtag(self, tag):
-        assert self.open and self.open[-1][0] == tag, f"</{tag}> closes {self.open[-1:]}"
-        self.open.pop()
-
-    def handle_data(self, data):
-        for _, name in self.open:
-            if name:
-                self.text[name] = self.text.get(name, "") + data
+        assert self.open.pop() == tag
 
 
-def test_the_page_is_whole_and_needs_nothing_else(page):
-    text = page.path.read_text()
-    outline = Outline(text)
-    assert not outline.open and len(set(outline.ids)) == len(outline.ids) > 9
-    wanted = [a["href"][1:] for tag, a in outline.tags if tag == "a"]
-    wanted += [name for tag, a in outline.tags for name in a.get("for", "").split()]
-    wanted += re.findall(r'getElementById\("(\w+)"\)', text)
-    assert len(wanted) > 10 and not set(wanted) - set(outline.ids)
-    pictures = [
-        (tag, a) for tag, a in outline.tags if tag in ("img", "svg") or a.get("role") == "img"
-    ]
-    assert len(pictures) > 30
-    for tag, a in pictures:
-        assert a.get("aria-hidden") == "true" or (
-            a.get("role") == "img" and len(a.get("aria-label", "")) > 10
-        ), (tag, a)
+def rows_of(text):
+    return re.findall(r'<tr id="([\w-]+)">', text.split('id="steer"')[0])
+
+
+def test_the_shipped_page_is_complete_and_needs_nothing_else():
+    text = SHIPPED.read_text()
+    tags = Outline(text).tags
+    assert len(text.encode()) < 3e6 and rows_of(text) == ROWS
+    ids = [attributes["id"] for _, attributes in tags if "id" in attributes]
+    assert len(set(ids)) == len(ids)
+    links = [a["href"][1:] for tag, a in tags if tag == "a"]
+    assert not {*links, *re.findall(r'getElementById\("(\w+)"\)', text)} - set(ids)
     assert not re.search(r"{{|}}|@import|\bnan\b", text)
-    addresses = [
-        a[key] for _, a in outline.tags for key in ("src", "href") if key in a
-    ] + re.findall(r"url\((.*?)\)", text)
-    assert addresses and all(re.match("#|data:", address) for address in addresses)
-
-
-def test_studies_that_are_missing_or_unfinished_are_named(page):
-    text = Outline(page.path.read_text()).text
-    for name in ("nrg", "online", "reward", "unified"):
-        assert "not run yet" in text[name] and f"python evaluate.py {name}" in text[name]
-    assert (
-        "unfinished: 1 of 34 jobs" in text["beta"]
-    )  # two seeds: six betas of two methods, four long runs, best of n
-    assert "2 seeds" in text["align"] and "unfinished" not in text["align"]
-    assert text["clips"].count("Not trained yet") == 2  # SFT and RWR
-    assert text["online"].count("Not trained yet") == 5  # of six, the fifth round of nft is there
-    assert [line.split(maxsplit=1)[1] for line in page.lines[:3]] == [
-        "not run yet",
-        "2 seeds",
-        "unfinished: 1 of 34 jobs",
+    urls = [a[key] for _, a in tags for key in ("src", "href") if key in a]
+    urls += re.findall(r"url\((.*?)\)", text)
+    assert all(url.startswith(("#", "data:")) for url in urls)
+    pictures = [
+        a.get("alt") or a.get("aria-label") for t, a in tags if t == "img" or a.get("role") == "img"
     ]
-    assert "abc&lt;b&gt;" in page.path.read_text()
+    assert len(pictures) > 250 and all(len(label) > 10 for label in pictures)
 
 
-def test_figures_are_the_means_of_the_rows(page):
-    text = page.path.read_text()
-    card = re.search(r"<h3>Flow-DPO, in truth</h3>.*?</dl>", text)[0]
-    assert (
-        re.findall(r"<dd>(.*?)</dd>", card) == ["0.85", "0.50", "0.50"] and "VQ<br>± 0.07" in card
-    )
-    table = re.search(
-        r"<h3>Table 3: 1:1:1, CFG 1, judged by oracle</h3>.*?</table>", text, re.DOTALL
-    )[0]
-    row = re.search(r"dpo-constant</th>(.*?)</tr>", table)[1]
-    cells = [re.sub("<.*?>", "", cell) for cell in re.findall("<td.*?</td>", row)]
-    assert cells == ["0.85 ± 0.07", "0.50 ± 0.00", "0.50 ± 0.00"] * 3
-    # VideoReward finds no difference: the line of VQ goes from .85 to .50
-    assert "dpo-constant: oracle 0.85, VideoReward 0.50" in text
-    # means of three dimensions, (.85 + .5 + .5) / 3 and (1 + .5 + .5) / 3
-    assert (
-        "above rwr" in text
-        and "yes</span>: 0.62 against 0.50" in text
-        and "no</span>: 0.62 against 0.67" in text
-    )
-    part = text[text.index('id="beta"') : text.index('id="nrg"')]
-    assert (
-        part.count("0.62 <small>± 0.00</small>") == 12
-    )  # one beta, two judges, win rate and score of three each
+def test_rows_of_missing_policies_are_taken_from_the_page_before(report, tmp_path):
+    shipped = SHIPPED.read_text()
+    text, lines = report(tmp_path)
+    assert rows_of(text) == ROWS and SHIPPED.read_text() == shipped
+    row = clips.earlier_row(shipped, "dpo-constant")
+    assert len(row) > 1000 and row in text and clips.earlier_row(shipped, "sft") not in text
+    assert any("clips of SFT: sampled from" in line for line in lines)
+    assert sum("as on the page before" in line for line in lines) == 5
+    assert sum("as shipped" in line for line in lines) == 7  # no study was run in this folder
+    (tmp_path / "report.html").write_text("")  # a page without rows
+    text, lines = report(tmp_path)
+    assert rows_of(text) == ["base", "sft", "nrg-1-1-1"]
+    assert sum(": none, since" in line for line in lines) == 5
 
 
-def test_curves_are_medians_of_windows_then_means_of_seeds(page):
-    curve = r"<figure[^>]*><figcaption><span>dpo-constant: loss by time.*?</figure>"
-    drawn = re.search(curve, page.path.read_text())[0]
-    (points,) = json.loads(re.search('data-points="(.*?)"', drawn)[1].replace("&quot;", '"'))
-    # 20 windows of two steps; the first: 0, 1 and 2, 3 have medians 0.5 and 2.5, their mean is 1.5, their sd sqrt 2
-    assert (
-        len(points) == 20
-        and points[0][2:] == ["1", "1.5 ± 1.4"]
-        and points[-1][2:] == ["39", "39.5 ± 1.4"]
-    )
-
-
-def test_a_chart_puts_points_where_their_values_are():
-    chart = Chart(
-        "a<b",
-        [("one", [0, 1, 2], [0.0, 0.5, 1.0], [0.1, 0.0, 0.1]), ("two", [1], [float("nan")], None)],
-        "x",
-        "y",
-    )
-    text = figure(chart)
-    (points,) = json.loads(
-        re.search('data-points="(.*?)"', text)[1].replace("&quot;", '"')
-    )  # none of "two"
-    (left, low, *_), (middle, half, *said), (right, high, *_) = points
-    assert middle == pytest.approx((left + right) / 2, abs=0.1) and half == pytest.approx(
-        (low + high) / 2, abs=0.1
-    )
-    assert left < right and low > high and said == ["1", "0.5"] and points[0][3] == "0 ± 0.1"
-    assert "a&lt;b: y by x. one goes from 0 ± 0.1 to 1 ± 0.1." in text
-    assert figure(Chart("none", [("two", [1], [float("nan")], None)], "x", "y")) == ""
-    assert figure(Chart("none", [], "x", "y")) == ""
-
-
-def test_a_sheet_holds_a_clip_a_row_and_a_frame_a_column():
+def test_a_row_shows_means_of_all_clips_and_scores_of_each():
     videos = torch.rand(3, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    text = report_clips.sheet("name", videos)
-    assert text.startswith(".name { --rows: 3;")
-    picture = imageio.imread(io.BytesIO(b64decode(re.search("base64,(.*?)\\)", text)[1])))
-    assert picture.shape == (3 * 8, 4 * 8, 3)
-    there = picture[16:24, 8:16].astype(int)  # the third clip's second frame
-    assert np.abs(there - to_pixels(videos[2])[1]).max() <= 3  # 6 bits of 8
+    scores = torch.tensor([[0.25, 0.5, 1.0], [0.75, 0.5, 0.0], [0.5, -0.5, 0.5]])
+    row = clips.row_html("x", "<b>", "note", videos, scores)
+    shown = re.findall(r"--v: ([\d.]+)\".*?</span>(−?[\d.]+)<", row)
+    assert shown[:3] == [("0.50", "0.50"), ("0.17", "0.17"), ("0.50", "0.50")]
+    assert shown[10] == ("0.00", "−0.50") and "&lt;b&gt;" in row and "mean of 3" in row
+    last = re.findall(r"base64,(.*?)\)", row)[2]
+    sheet = imageio.imread(io.BytesIO(b64decode(last)))
+    assert sheet.shape == (8, 4 * 8, 3)
+    frame = sheet[:, 8:16].astype(int)
+    assert np.abs(frame - to_pixels(videos[2])[1]).max() <= 3  # 6 bits of 8
 
 
-def test_any_part_of_a_study_can_be_shown(tmp_path):
-    histogram = [0.0] * (len(unified.EDGES) - 1)
-    columns = [
-        f"{n}_{kind}" for n in (*DIMENSIONS, "Overall") for kind in ("with", "without", "ties")
-    ]
-    first = {
-        "reward": {
-            "model": "random",
-            "split": "validation",
-            "fraction": 1.0,
-            **dict.fromkeys(columns, 0.375),
-        },
-        "nrg": {
-            "study": "accuracy",
-            "variant": "clean",
-            "t": 0.2,
-            **dict.fromkeys(DIMENSIONS, 0.375),
-        },
-        "unified": {
-            "method": "rwr",
-            "distance": 0.375,
-            "mean": 0.0,
-            "right": 0.0,
-            "histogram": histogram,
-        },
-    }
-    shown = {
-        "reward": "validation, 77 pairs (ties: VQ –",
-        "nrg": "0.38 <small>",
-        "unified": "0.375 <small>",
-    }
-    facts = {"place": tmp_path, "facts": {"command": "evaluate.py reward --eval-pairs 77"}}
-    for name, row in first.items():
-        found = {"rows": [{**row, "seed": 0}], "done": 1, "jobs": 9, **facts}
-        status, body = report.section(name, STUDIES[name], found, arguments(tmp_path))
-        assert "unfinished: 1 of 9 jobs" in status and shown[name] in body and "nan" not in body
-        assert ">yes<" not in body and ">no<" not in body  # no finding before there are figures
+# ---------------------------------------------------------------------------------------------
+# Charts
 
 
-def test_the_command_names_a_damaged_file(tmp_path, monkeypatch):
-    (tmp_path / "unified.json").write_text("[]")
-    monkeypatch.setattr("sys.argv", ["evaluate.py", "report", "--device=cpu", f"--out={tmp_path}"])
-    with pytest.raises(BadInput, match=r"unified\.json: not written by evaluate\.py"):
-        evaluate.main()
+def drawn(*charts):
+    return ElementTree.fromstring(picture(list(charts)))
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"rows": [1]}', json.dumps({"rows": [LACKING]})])
-def test_damaged_results_are_named_in_one_line(tmp_path, content):
-    args = arguments(tmp_path)
-    args.out.mkdir()
-    (args.out / "align.json").write_text(content)
-    with pytest.raises(BadInput, match=r"align\.json: .*again"):
-        found = report.gather("align", STUDIES["align"], args, CPU)
-        report.section("align", STUDIES["align"], found, args)
+def points(root):
+    return [line.get("points") for line in root.iter(f"{SVG}polyline")]
+
+
+def line(name, xs, ys, spread=0.0):
+    return Series(name, xs, [(y, spread) for y in ys])
+
+
+def test_a_chart_shows_its_points_where_they_belong():
+    series = [line("a", [0, 1, 2], [0.0, 0.0, 1.0]), line("b<c", [0, 2], [0.5, math.nan])]
+    root = drawn(Chart("<t>", series, "x & y", "z", level=0.5))
+    assert root.get("viewBox") == "0 0 360 320"
+    # x from 62 + 10 to 348 - 10; y from 274 up to 30 + 2 x 17 for -.05 to 1.05:
+    # 274 - (y + .05) 210 / 1.1
+    assert points(root) == ["72.0,264.5 205.0,264.5 338.0,73.5", "72.0,169.0"]
+    dots = [dot for dot in root.iter(f"{SVG}circle") if dot.get("class") == "dot"]
+    assert len(dots) == 4  # none for nan
+    texts = {text.text: text for text in root.iter(f"{SVG}text")}
+    assert {"<t>", "x & y", "z", "a", "b<c", "0.5", "1"} <= texts.keys()
+    (level,) = (path for path in root.iter(f"{SVG}path") if path.get("class") == "level")
+    assert level.get("d") == "M62 169.0H348"
+    colours = [line.get("stroke") for line in root.iter(f"{SVG}polyline")]
+    marks = [path.get("stroke") for path in root.iter(f"{SVG}path") if path.get("class") == "mark"]
+    assert colours == marks and len(set(colours)) == 2
+
+
+def test_spreads_are_bars():
+    root = drawn(Chart("t", [line("a", [0, 1], [0.5, 0.5], 0.5)], "x", "y"))
+    bars = [path.get("d") for path in root.iter(f"{SVG}path") if path.get("class") == "spread"]
+    # .5 +- .5 fills the range from 274 up to 47: 274 - (y + .05) 227 / 1.1
+    assert bars == ["M72.0 263.7V57.3", "M338.0 263.7V57.3"]
+
+
+@pytest.mark.parametrize(("axis", "xs"), [("log", [1, 10, 100]), ("root", [0, 1, 4])])
+def test_scales_of_an_axis(axis, xs):
+    root = drawn(Chart("t", [line("a", xs, [0.0, 0.0, 1.0])], "x", "y", axis=axis))
+    assert [place.split(",")[0] for place in points(root)[0].split()] == ["72.0", "205.0", "338.0"]
+
+
+def test_panels_with_one_y_label_share_its_range_and_leave_no_empty_cell():
+    low = Chart("low", [line("a", [0, 1], [0.0, 0.5])], "x", "win rate")
+    high = Chart("high", [line("a", [0, 1], [0.5, 1.0])], "x", "win rate")
+    other = Chart("other", [line("a", [0, 1], [0.0, 9.0])], "x", "score")
+    root = drawn(low, high, other)
+    assert root.get("viewBox") == "0 0 1080 320"
+    first, second, third = points(root)
+    assert first.split(",")[2] == second.split(" ")[0].split(",")[1]  # both at .5
+    assert third.split(" ")[0].split(",")[1] == first.split(" ")[0].split(",")[1]
+    for count, size in ((1, "360 320"), (2, "720 320"), (4, "720 640"), (6, "1080 640")):
+        assert drawn(*[low] * count).get("viewBox") == f"0 0 {size}"
+
+
+def test_ticks_are_round_numbers():
+    assert ticks(0.0, 1.0).tolist() == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    assert ticks(-0.04, 0.11).tolist() == pytest.approx([-0.025, 0, 0.025, 0.05, 0.075, 0.1])
 
 
 # ---------------------------------------------------------------------------------------------
 # In a browser
 
-BROWSER = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-DRIVER = shutil.which("chromedriver")
-FLAGS = (
-    "headless",
-    "no-sandbox",
-    "disable-gpu",
-    "disable-quic",
-    "no-first-run",
-    "disable-background-networking",
-)
-RIGHT, LEFT, HOME = "\ue014", "\ue012", "\ue011"  # keys, as WebDriver writes them
-LOW_CONTRAST = """
-const value = (text) => (text.match(/[\\d.]+/g) || []).map(Number);
-const light = (c) => [.2126, .7152, .0722].reduce((sum, w, i) =>
-  sum + w * ((c[i] /= 255) <= .03928 ? c[i] / 12.92 : ((c[i] + .055) / 1.055) ** 2.4), 0);
-const low = [];
-for (const element of document.querySelectorAll("body *")) {
-  if (![...element.childNodes].some((n) => n.nodeType === 3 && n.data.trim()) || !element.checkVisibility()) continue;
-  const style = getComputedStyle(element), layers = [];
-  for (let e = element; e; e = e.parentElement) layers.push(value(getComputedStyle(e).backgroundColor));
-  let ground = [255, 255, 255];
-  for (const layer of layers.reverse()) {
-    const alpha = layer.length > 3 ? layer[3] : 1;
-    ground = ground.map((g, i) => g * (1 - alpha) + layer[i] * alpha);
-  }
-  const ink = value(element.closest("svg") ? style.fill : style.color).slice(0, 3);
-  const [a, b] = [light(ink), light(ground)].sort((x, y) => y - x);
-  if ((a + .05) / (b + .05) < 4.5) low.push(element.outerHTML.slice(0, 120) + " " + (a + .05) / (b + .05));
-}
-return low;"""
-
-
-class Browser:
-    """A headless Chromium, driven by WebDriver's own protocol: JSON over HTTP."""
-
-    def __init__(self, profile):
-        self.driver = subprocess.Popen([DRIVER, "--port=0"], stdout=subprocess.PIPE, text=True)
-        port = next(
-            match[1]
-            for line in self.driver.stdout
-            if (match := re.search(r"success.* port (\d+)", line))
-        )
-        self.address = f"http://127.0.0.1:{port}/session"
-        options = {
-            "binary": BROWSER,
-            "args": [*(f"--{flag}" for flag in FLAGS), f"--user-data-dir={profile}"],
-        }
-        wanted = {
-            "goog:chromeOptions": options,
-            "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"},
-        }
-        self.address += "/" + self("", capabilities={"alwaysMatch": wanted})["sessionId"]
-
-    def __call__(self, command, **body):
-        headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(self.address + command, json.dumps(body).encode(), headers)
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
-            request, timeout=60
-        ) as answer:
-            return json.load(answer)["value"]
-
-    def run(self, script):
-        return self("/execute/sync", script=script, args=[])
-
-    def tools(self, method, **params):
-        return self("/goog/cdp/execute", cmd=method, params=params)
-
-    def press(self, selector, keys):
-        (element,) = self("/element", using="css selector", value=selector).values()
-        self(f"/element/{element}/value", text=keys)
-
-    def quit(self):
-        request = urllib.request.Request(self.address, method="DELETE")
-        urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
-            request, timeout=60
-        ).close()
-        self.driver.terminate()
-        self.driver.wait()
-
 
 @pytest.fixture(scope="module")
-def browser(page, tmp_path_factory):
-    if not BROWSER or not DRIVER:
-        pytest.skip("no Chromium with its driver on this machine")
-    browser = Browser(tmp_path_factory.mktemp("profile"))
-    try:
-        browser("/url", url="about:blank")
-        browser("/se/log", type="performance")  # what the browser itself did to start
-        browser("/url", url=page.path.as_uri())
-        yield browser
-        said = [entry["message"] for entry in browser("/se/log", type="browser")]
-        log = [
-            json.loads(entry["message"])["message"]
-            for entry in browser("/se/log", type="performance")
-        ]
-    finally:
-        browser.quit()
-    urls = [
-        m["params"]["request"]["url"] for m in log if m["method"] == "Network.requestWillBeSent"
-    ]
-    assert (
-        not said
-        and urls
-        and {url for url in urls if not url.startswith("data:")} == {page.path.as_uri()}
+def browser():
+    webdriver = pytest.importorskip("selenium.webdriver")
+    if not shutil.which("chromedriver"):
+        pytest.skip("no chromedriver")
+    options = webdriver.ChromeOptions()
+    for flag in ("--headless=new", "--no-sandbox"):
+        options.add_argument(flag)
+    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
+    driver.get(SHIPPED.as_uri())
+    yield driver
+    driver.quit()
+
+
+def test_the_sliders_choose_a_row_by_keyboard(browser):
+    find = partial(browser.find_element, "css selector")
+    visible = (
+        "return [...document.querySelectorAll('#choices tr')].filter(r => !r.hidden).map(r => r.id)"
     )
+    assert browser.execute_script(visible) == ["w4,4,4"]
+    find("#wTA").send_keys("\ue012")  # left
+    assert browser.execute_script(visible) == ["w4,4,0"]
+    find("#wVQ").send_keys("\ue011")  # home
+    assert browser.execute_script(visible) == ["w-4,4,0"]
+    assert find("#readout").get_attribute("textContent").startswith("Flow-NRG −4:4:0")
 
 
-GUIDED = """const row = document.querySelector("#guided");
-return [...row.querySelectorAll(".clip")].map((c) => c.style.getPropertyValue("--row")).concat(
-  row.querySelector(".score").textContent, document.getElementById("readout").textContent);"""
-
-
-def test_the_sliders_change_clips_and_figures_by_keyboard(browser):
-    *rows, strong, said = browser.run(GUIDED)
-    assert rows == ["26"] * 6 and "VQ" in said  # 4, 4, 4 is the last of 27 weights
-    browser.press("#wTA", LEFT)
-    *rows, _, _ = browser.run(GUIDED)
-    assert rows == ["25"] * 6
-    assert browser.run("return document.getElementById('wTA').ariaValueText") == "0"
-    for name in ("wVQ", "wMQ", "wTA"):
-        browser.press(f"#{name}", HOME)
-    *rows, weak, now = browser.run(GUIDED)
-    assert (
-        rows == ["0"] * 6 and weak != strong and now != said and weak[3:7] in now
-    )  # "VQ 0.61MQ ..."
-
-
-def test_a_chart_is_read_by_arrow_keys_and_pointer(browser):
-    legend = "return document.querySelector('#align figure[data-points] .legend b').textContent"
-    assert browser.run(legend) == "39.5 ± 1.4"
-    browser.press("#align figure[data-points] > svg", RIGHT)
-    assert browser.run(legend) == "1.5 ± 1.4"
-    browser.run("document.activeElement.blur()")
-    assert browser.run(legend) == "39.5 ± 1.4"
-    left, top = browser.run("""
-        const svg = document.querySelector("#align figure[data-points] > svg");
-        svg.scrollIntoView({block: "center", behavior: "instant"});
-        const box = svg.getBoundingClientRect();
-        return [box.left + 0.15 * box.width, box.top + box.height / 2];""")
-    browser.tools("Input.dispatchMouseEvent", type="mouseMoved", x=left, y=top)
-    assert browser.run(legend) == "1.5 ± 1.4"  # 44 + 8 of 340 wide is the first point
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [400, 1400])
-def test_the_layout_holds(browser, width, scheme):
-    browser.tools(
-        "Emulation.setDeviceMetricsOverride",
-        width=width,
-        height=900,
-        deviceScaleFactor=1,
-        mobile=False,
-    )
-    browser.tools(
-        "Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}]
-    )
-    browser.run("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
-    assert (
-        browser.run("return innerWidth")
-        == width
-        >= browser.run("return document.documentElement.scrollWidth")
-    )
-    ground = browser.run("return getComputedStyle(document.body).backgroundColor")
-    assert (sum(map(int, re.findall(r"\d+", ground))) > 384) == (scheme == "light")
-    assert browser.run(LOW_CONTRAST) == []
+@pytest.mark.parametrize("width", [400, 1280])
+def test_the_page_fits_its_window(browser, width):
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
 
 
 def test_clips_stand_still_for_those_who_ask_for_it(browser):
     state = "return getComputedStyle(document.querySelector('.clip')).animationPlayState"
-    assert browser.run(state) == "running"
-    browser.press("#play", "\ue007")
-    assert browser.run(state) == "paused"
-    browser.tools(
-        "Emulation.setEmulatedMedia",
-        features=[{"name": "prefers-reduced-motion", "value": "reduce"}],
-    )
-    browser("/refresh")
-    assert browser.run(state) == "paused"
-    browser.press("#play", "\ue007")
-    assert browser.run(state) == "running"
+    assert browser.execute_script(state) == "running"
+    browser.find_element("css selector", "#play").click()
+    assert browser.execute_script(state) == "paused"
+    feature = {"name": "prefers-reduced-motion", "value": "reduce"}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+    browser.refresh()
+    assert browser.execute_script(state) == "paused"

@@ -1,175 +1,280 @@
-"""The studies' wires: seeds that vary what they should, caches that tell their contents apart, rows that say what was
-sampled, and tables whose cells are the rows that their titles name.
-"""
+"""The studies: jobs that are each done once, which trainings they hold, and how policies are
+judged."""
 
 import json
-from argparse import Namespace
-from itertools import product
-from zlib import crc32
+import math
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import wired
 from wired import CPU
 
+import evaluate
 import tasks
-import trainer
 import world
 from data import DIMENSIONS, step_rng
-from studies import align, beta, guidance, jobs, observer, online, reward_model, unified
+from model import load_velocity
+from runtime.cli import BadInput
+from studies import catalogue, jobs, nrg, observer, online, policies, reward_model, unified
+from studies.jobs import Settings
 
 tiny = wired.tiny
+settings_for = partial(Settings, device=CPU)
 
 
-def test_scores_of_the_base_are_cached_by_prompt_sets_cfgs_and_number_of_prompts(
-    monkeypatch, tmp_path
-):
+# ---------------------------------------------------------------------------------------------
+# Jobs and caches
+
+
+def test_a_stopped_study_resumes_with_its_rows(tmp_path):
+    done = []
+
+    def job(name, fails=False):
+        def run():
+            if fails:
+                raise KeyboardInterrupt
+            done.append(name)
+            return [{"name": name}]
+
+        return run
+
+    with pytest.raises(KeyboardInterrupt):
+        jobs.work_through({"a": job("a"), "b": job("b", fails=True)}, tmp_path)
+    rows = jobs.work_through({"a": job("a"), "b": job("b")}, tmp_path)
+    assert done == ["a", "b"] and rows == [{"name": "a"}, {"name": "b"}]
+
+
+@pytest.mark.skipif(jobs.fcntl is None, reason="no file locks on this system")
+def test_a_job_of_another_process_is_left_to_it(tmp_path):
+    code = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX)"
+    code += "; print('locked', flush=True); sys.stdin.read()"
+    argv = [sys.executable, "-c", code, str(tmp_path / "a.lock")]
+    other = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    queue = {"a": lambda: [1], "b": lambda: [2]}
+    try:
+        assert other.stdout.readline() == "locked\n"
+        assert jobs.work_through(queue, tmp_path) is None
+        assert not (tmp_path / "a.json").exists()
+        assert json.loads((tmp_path / "b.json").read_text()) == [2]
+    finally:
+        other.kill()
+        other.wait()
+    assert jobs.work_through(queue, tmp_path) == [1, 2]  # a killed process leaves no lock
+
+
+def test_caches_are_told_apart_by_all_that_they_depend_on(monkeypatch, tmp_path):
+    folders = [
+        settings_for("align", work=tmp_path, **facts).folder("align")
+        for facts in ({}, {"steps": 2}, {"eval_prompts": 2}, {"eval_pairs": 2})
+    ]
+    assert len({*folders, settings_for("align", work=tmp_path).folder("beta")}) == 5
     calls = []
-    monkeypatch.setattr(jobs, "judge", lambda *asked: calls.append(asked) or {"call": len(calls)})
+    monkeypatch.setattr(policies, "judge", lambda *a: calls.append(a) or {"call": len(calls)})
     ways = [
         ({"hard": 9}, (1.0,), 3),
         ({"hard": 9}, (1.0,), 4),
+        ({"hard": 5}, (1.0,), None),
         ({"hard": 9}, (2.0,), 3),
         ({"large": 9}, (1.0,), 3),
     ]
     for _ in range(2):
-        found = [
-            jobs.base_scores(Namespace(work=tmp_path, eval_prompts=n), CPU, s, cfgs)
-            for s, cfgs, n in ways
-        ]
-        assert found == [{"call": i + 1} for i in range(4)] and len(calls) == 4
+        for i, (sets, cfgs, count) in enumerate(ways):
+            settings = settings_for("align", work=tmp_path, eval_prompts=count)
+            assert policies.base_scores(settings, sets, cfgs) == {"call": i + 1}
+    assert len(calls) == 5
 
 
-def test_guided_rows_are_of_what_their_columns_say(monkeypatch, tmp_path):
-    args, asked = Namespace(work=tmp_path, steps=1, eval_pairs=4, eval_prompts=4), []
-
-    def judge(checkpoint, args, device, sets, cfgs, steered):
-        assert steered("policy", *cfgs) == ("policy", *cfgs)
-        return {"checkpoint": checkpoint, "sampled_at": cfgs, **asked.pop()}
-
-    def steered_policy(policy, reward, weights, scale, eps, interval, cfg):
-        times = reward(None, torch.tensor([0.7]), None)
-        asked.append({"weights": weights, "eps": eps, "by": (scale, *interval), "times": times})
-        return policy, cfg
-
-    monkeypatch.setattr(guidance, "judge", judge)
-    monkeypatch.setattr(guidance, "SteeredPolicy", steered_policy)
-    monkeypatch.setattr(guidance, "reward_of", lambda *args: lambda x_t, t, y: t.item())
-    monkeypatch.setattr(guidance, "base_scores", lambda *args: {})
-    monkeypatch.setattr(guidance, "accuracy_rows", lambda *args: [])
-    monkeypatch.setattr(guidance, "rows_of", lambda scores, base, **facts: [scores | facts])
-    seeds = []
-    monkeypatch.setattr(trainer, "fit", lambda task, settings, device: seeds.append(settings.seed))
-    monkeypatch.setitem(tasks.TASKS, "dpo", lambda *args: None)
-    rows = guidance.steered_rows("noised", 3, args, CPU)
-    assert seeds == [3]
-    for row in rows:
-        top = row["study"] == "on top"
-        assert row["by"] == (row["scale"], 0.0, row["highest"]) and row["eps"] == guidance.NRG_EPS
-        assert row["times"] == pytest.approx(0.7)
-        assert row["weights"] == ((0, 0, 0) if row["method"] == "dpo" else row["weights"])
-        assert row["method"] == "dpo" or row["method"].endswith(guidance.name_of(row["weights"]))
-        dpo, base = tmp_path / "nrg" / "dpo-3" / "last.pt", jobs.WEIGHTS / "base.pt"
-        assert row["checkpoint"] == (dpo if row["method"].startswith("dpo") else base)
-        assert top or row["sampled_at"] == (1.0,)
-    sampled = {(row["method"], *row["sampled_at"]) for row in rows if row["study"] == "on top"}
-    assert sampled == {
-        ("cfg+nrg-1:1:1", 2.0),
-        *((m, c) for m in ("dpo", "dpo+nrg-1:1:1") for c in (1.0, 2.0)),
-    }
-    assert {row["scale"] for row in rows if row["study"] == "scale"} == {4.0, 8.0, 32.0, 64.0}
-    assert {row["highest"] for row in rows if row["study"] == "interval"} == {0.8, 0.9, 1.0}
-    # a reward that was trained on clean clips is asked at t = 0 whatever the sampler's t is
-    for variant, time in (("labels", 0.7), ("clean", 0.0)):
-        rows = guidance.steered_rows(variant, 3, args, CPU)
-        assert len(rows) == 3 and all(row["times"] == pytest.approx(time) for row in rows)
+@pytest.mark.parametrize("content", ["{", "[]", '{"rows": [1]}', '{"rows": [{"VQ_score": 1}]}'])
+def test_a_damaged_result_is_named_in_one_line(tmp_path, content):
+    (tmp_path / "align.json").write_text(content)
+    with pytest.raises(BadInput, match=r"align\.json: not a result"):
+        jobs.load_result(tmp_path / "align.json")
 
 
-def test_audits_of_other_seeds_read_other_clips_by_other_draws(monkeypatch):
-    read = []
-
-    def reader(x_t, t, rng):
-        read.append((x_t, torch.rand(4, generator=rng)))
-        return lambda prompts: torch.zeros(len(prompts))
-
-    monkeypatch.setattr(observer, "ideal", reader)
-    monkeypatch.setattr(observer, "probe", lambda base, blocks, *noised: reader(*noised))
-    made = guidance.jobs(Namespace(seeds=3, eval_pairs=4), CPU)
-    for seed in (1, 2):
-        assert {row["seed"] for row in made[f"observer-{seed}"]()} == {seed}
-    assert len(read) == 2 * 3 * 6  # seeds, readers, times
-    for (clips, draws), (others, other_draws) in zip(read[:18], read[18:]):
-        assert not torch.equal(clips, others) and not torch.equal(draws, other_draws)
-    monkeypatch.setattr(observer, "told_apart", lambda reader, seed, count: [{"seed": seed}])
-    monkeypatch.setattr(
-        guidance, "load_noisy_reward", lambda path: (torch.nn.Identity(), str(path.parent.name))
+def test_means_over_the_dimensions_by_hand():
+    z = [1.0, 2.0, -0.6]
+    true = (world.TRUE_MEAN + torch.tensor(z) * world.TRUE_STD).tolist()
+    wins = dict(zip(DIMENSIONS, (0.5, 0.6, 1.0)))
+    rows = [{"judge": "oracle", **wins, **{f"{n}_score": v for n, v in zip(DIMENSIONS, true)}}]
+    rows.append(
+        {"judge": "videoreward", **wins, **{f"{n}_score": v for n, v in zip(DIMENSIONS, z)}}
     )
-    (row,) = guidance.jobs(Namespace(seeds=3, eval_pairs=4, work=jobs.WEIGHTS), CPU)["told-2"]()
-    assert row["seed"] == 2
+    by_oracle, learned = jobs.with_means(rows)
+    assert by_oracle["z"] == pytest.approx(0.8, abs=1e-5) and learned["z"] == pytest.approx(0.8)
+    assert learned["score"] == pytest.approx(0.8) and learned["wins"] == pytest.approx(0.7)
+    assert jobs.with_means([{"t": 0.2}]) == [{"t": 0.2}]
 
 
-def test_arms_of_rounds_are_trained_with_their_flags_and_seed(monkeypatch, tmp_path):
+# ---------------------------------------------------------------------------------------------
+# Which trainings a job holds
+
+
+@pytest.fixture
+def trainings(monkeypatch, tmp_path):
+    """Jobs without learning and sampling: (settings, flags of the trainings so far)."""
     seen = []
 
-    def train_and_judge(task, settings, device, steps, judged):
-        seen.append(settings)
-        settings.out.mkdir(parents=True)
-        lines = [
-            {"round": step // 50, "learned": step, "true": -step} for step in range(settings.steps)
+    def fit(task, args, device):
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "last.pt").touch()
+        lines = [{"round": i // 50, "learned": i, "true": -i} for i in range(args.steps)]
+        (args.out / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        for step in range(0, args.steps, 10):
+            task.batch(step, slice(0, 1))
+        seen.append(args)
+
+    def judge(settings, checkpoint, sets, cfgs, steered=None, seed=0):
+        name = f"{Path(checkpoint).parent.name}/{Path(checkpoint).name}"
+        return {"of": name, "sets": sets, "cfgs": cfgs}
+
+    def new_task(args, device):
+        return SimpleNamespace(batch=lambda step, rows: {}, model=None, state_dict=lambda m: {})
+
+    monkeypatch.setattr(policies.trainer, "fit", fit)
+    monkeypatch.setattr(policies, "online_task", new_task)
+    for algo in tasks.TASKS:
+        monkeypatch.setitem(policies.tasks.TASKS, algo, new_task)
+    monkeypatch.setattr(policies.resume, "facts", lambda task, step: {})
+    monkeypatch.setattr(policies, "save_checkpoint", lambda path, state: path.touch())
+    monkeypatch.setattr(policies, "judge", judge)
+    monkeypatch.setattr(policies, "base_scores", lambda *args: {})
+    monkeypatch.setattr(policies, "drift", lambda checkpoint, device: 0.5)
+    monkeypatch.setattr(policies, "rows_of", lambda scores, base, **facts: [facts | scores])
+    monkeypatch.setattr(nrg, "load_noisy_reward", lambda path: (torch.nn.Identity(), []))
+    monkeypatch.setattr(nrg, "accuracy_rows", lambda *args: [])
+    reward = SimpleNamespace(normalised="z-scores", to=lambda d: reward, eval=lambda: reward)
+    monkeypatch.setattr(reward_model, "load_reward", lambda path: (reward, []))
+    monkeypatch.setattr(reward_model, "every_split", lambda settings: {})
+    return settings_for("", seeds=3, work=tmp_path), seen
+
+
+EQUAL, TA = (1.0, 1.0, 1.0), (0.0, 0.0, 1.0)
+OFFLINE = {"algo": "dpo", "schedule": "constant", "beta": 100, "generated": 0, "align": EQUAL}
+TRAININGS = [  # study, job, flags of its trainings
+    ("align", "sft-1:1:1-2", [{"algo": "sft", "align": EQUAL, "generated": 0, "steps": 200}]),
+    ("align", "rwr-TA only-2", [{"algo": "rwr", "align": TA, "pairs": 3200}]),
+    ("align", "dpo-constant-1:1:1-2", [OFFLINE]),
+    ("align", "dpo-schedule-TA only-2", [OFFLINE | {"schedule": "(1-t)^2", "align": TA}]),
+    ("align", "dpo-own-clips-1:1:1-2", [OFFLINE | {"generated": 1}]),
+    ("beta", "dpo-constant-30-2", [OFFLINE | {"beta": 30, "steps": 200}]),
+    ("beta", "dpo-schedule-3000-2", [OFFLINE | {"beta": 3000, "schedule": "(1-t)^2"}]),
+    ("beta", "rwr-long-2", [{"algo": "rwr", "steps": 1000, "pairs": 3200}]),
+    ("rank", "labels-300-2", [{"algo": "dpo", "rank": "labels", "pairs": 300}]),
+    ("rank", "reward-300-2", [
+        {"algo": "reward", "pairs": 300, "steps": 170, "generated": 0},
+        {"algo": "dpo", "rank": "reward", "pairs": 300},
+        {"algo": "dpo", "rank": "reward", "pairs": 3200},
+    ]),
+    ("online", "dpo-2", [{"algo": "dpo", "rounds": None, "steps": 1000}]),
+    ("online", "dpo-rounds-2", [{"algo": "dpo", "rounds": 20, "refresh": None}]),
+    ("online", "nft-refreshed-2", [{"algo": "nft", "rounds": 20, "refresh": 2, "steps": 1000}]),
+    ("nrg", "labels-2", [{"algo": "nrg", "target": "labels", "time_shift": 1}]),
+    ("nrg", "clean-2", [{"algo": "nrg", "target": "reward", "time_shift": 0}]),
+    ("nrg", "noised-2", [{"algo": "nrg", "target": "reward", "time_shift": 1}, OFFLINE]),
+    ("reward", "btt-separate-1-2", [
+        {"loss": "btt", "tokens": "separate", "generated": 0.5, "steps": 1500, "pairs": 24000}
+    ]),
+    ("reward", "btt-rendered-1-2", [{"loss": "btt", "tokens": "separate", "generated": 0}]),
+    ("reward", "regression-0.01-2", [  # a tenth of the steps on a hundredth of the pairs
+        {"loss": "regression", "tokens": "shared", "steps": 150, "pairs": 240}
+    ]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("study", "job", "flags"), TRAININGS)
+def test_a_job_trains_what_its_name_says(trainings, study, job, flags):
+    settings, seen = trainings
+    settings.study = study
+    rows = catalogue.STUDIES[study].jobs(settings)[job]()
+    assert len(seen) == len(flags) and {args.seed for args in seen} == {2}
+    for args, expected in zip(seen, flags):
+        assert expected == {name: getattr(args, name) for name in expected}
+    assert all(row["seed"] == 2 for row in rows)
+    if study == "rank" and "reward" in job:
+        assert [args.reward for args in seen[1:]] == [seen[0].out / "last.pt"] * 2
+    if study in ("align", "rank") or (study == "beta" and "long" not in job):
+        assert [row["of"] for row in rows] == [
+            f"{args.out.name}/last.pt" for args in seen if args.algo != "reward"
         ]
-        (settings.out / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
-        assert steps == [50, 100, 150, 200, 250, 350, 500, 750]
-
-    monkeypatch.setattr(online, "train_and_judge", train_and_judge)
-    monkeypatch.setattr(online, "base_scores", lambda *args: {})
-    args = Namespace(work=tmp_path, steps=None, eval_pairs=4, seeds=2, eval_prompts=None)
-    for algo in ("dpo", "nft"):
-        monkeypatch.setitem(tasks.TASKS, algo, lambda *args: None)
-    made = online.jobs(args, CPU)
-    for arm in online.ARMS:
-        rows = made[f"{arm}-1"]()
-        assert [(row["round"], row["learned"], row["true"]) for row in rows] == [
-            (n, 50 * n, -50 * n) for n in range(20)
-        ]
-    rounds = [(s.algo, s.rounds, s.refresh, s.seed, s.steps) for s in seen]
-    wanted = [
-        ("dpo", None, None),
-        ("dpo", 20, None),
-        ("dpo", 20, 2),
-        ("nft", 20, None),
-        ("nft", 20, 2),
-    ]
-    assert rounds == [(*arm, 1, 1000) for arm in wanted]
+        assert all(row["drift"] == 0.5 for row in rows)
 
 
-def test_a_training_is_judged_by_its_weights_after_so_many_steps(tiny):
-    args, task = tiny("--algo=sft", "--steps=4")
-    before, seen, draw = [], [], task.batch
-
-    def batch(step, rows):
-        before.append((step, task.model.patch_out.weight.clone()))
-        return draw(step, rows)
-
-    task.batch, task.evaluate = batch, lambda final, out: []
-    jobs.train_and_judge(
-        task,
-        args,
-        CPU,
-        [1, 3],
-        lambda *judged: seen.append((judged[0], jobs.load_velocity(judged[1]))),
-    )
-    assert [step for step, _ in before] == [0, 1, 2, 3] and [step for step, _ in seen] == [1, 3, 4]
-    weights = [*(weight for _, weight in before), task.model.patch_out.weight]
-    assert all(torch.equal(model.patch_out.weight, weights[step]) for step, (model, _) in seen)
+def test_long_runs_and_rounds_are_judged_on_the_way(trainings):
+    settings, _ = trainings
+    settings.study = "beta"
+    rows = catalogue.STUDIES["beta"].jobs(settings)["sft-long-1"]()
+    assert [row["steps"] for row in rows] == [50, 100, 200, 400, 600, 800, 1000]
+    assert [row["of"].split("/")[1] for row in rows] == ["judged.pt"] * 6 + ["last.pt"]
+    settings.study = "online"
+    rows = online.jobs(settings)["nft-1"]()
+    judged = [row for row in rows if row["study"] == "judged"]
+    assert [row["round"] for row in judged] == [1, 2, 3, 4, 5, 7, 10, 15, 20]
+    own = [(row["round"], row["learned"], row["true"]) for row in rows if row["study"] == "own"]
+    assert own == [(n, 50 * n, -50 * n) for n in range(20)]
+    assert (settings.folder("online") / "nft-1" / "round-10.pt").exists()  # for the report
 
 
-def test_mean_z_scores_by_hand():
-    level = (world.TRUE_MEAN + torch.tensor([1.0, 2.0, -0.6]) * world.TRUE_STD).tolist()
-    rows = [{"judge": "oracle", **{f"{n}_score": v for n, v in zip(DIMENSIONS, level)}}]
-    rows += [
-        {"judge": "videoreward", **{f"{n}_score": v for n, v in zip(DIMENSIONS, (1.0, 2.0, -0.6))}}
-    ]
-    assert [jobs.mean_z(rows, by) for by in jobs.JUDGES] == pytest.approx([0.8, 0.8], abs=1e-5)
+def test_best_of_n_is_chosen_by_the_weights_of_its_alignment(monkeypatch, trainings):
+    settings, _ = trainings
+    chosen = []
+    monkeypatch.setattr(policies, "best_of", lambda *args: chosen.append(args[1:]) or {4: {}})
+    settings.study = "align"
+    queue = catalogue.STUDIES["align"].jobs(settings)
+    (row,) = queue["best-of-TA only-2"]()
+    assert chosen == [(2, {"standard": 256}, TA)]
+    assert row == {
+        "method": "best-of-4",
+        "align": "TA only",
+        "seed": 2,
+        "drift": math.log(4) - 0.75,
+    }
+    queue["best-of-1:1:1-1"]()
+    assert chosen[1] == (1, {"standard": 256}, EQUAL)
+
+
+def test_guided_rows_are_of_what_their_columns_say(monkeypatch, trainings):
+    settings, _ = trainings
+    settings.study = "nrg"
+
+    def steered_policy(model, reward, weights, scale, eps, interval, cfg):
+        assert model == "policy"
+        time = reward(None, torch.tensor([0.7]), None)
+        return {"weights": weights, "eps": eps, "by": (scale, *interval), "time": time, "at": cfg}
+
+    def judge(settings, checkpoint, sets, cfgs, steered):
+        return {"of": checkpoint, "sampled_at": cfgs, **steered("policy", cfgs[0])}
+
+    monkeypatch.setattr(policies, "judge", judge)
+    monkeypatch.setattr(nrg, "SteeredPolicy", steered_policy)
+    monkeypatch.setattr(nrg, "reward_of", lambda *args: lambda x_t, t, y: round(t.item(), 1))
+    rows = nrg.reward_rows(settings, "noised", 3)
+    dpo = settings.folder("nrg") / "dpo-3" / "last.pt"
+    for row in rows:
+        assert row["by"] == (row["scale"], 0.0, row["highest"]) and row["eps"] == nrg.NRG_EPS
+        assert row["time"] == 0.7 and row["variant"] == "noised"
+        assert (row["at"],) == row["sampled_at"]
+        if row["method"] == "dpo":
+            assert row["weights"] == (0, 0, 0)
+        else:
+            assert row["method"].endswith(nrg.name_of(row["weights"]))
+        is_dpo = row["method"].startswith("dpo")
+        assert row["of"] == (dpo if is_dpo else policies.WEIGHTS / "base.pt")
+        assert row["study"] == "on top" or row["sampled_at"] == (1.0,)
+    top = {(row["method"], *row["sampled_at"]) for row in rows if row["study"] == "on top"}
+    both = {(method, cfg) for method in ("dpo", "dpo+nrg-1:1:1") for cfg in (1.0, 2.0)}
+    assert top == {("cfg+nrg-1:1:1", 2.0), *both}
+    assert {row["scale"] for row in rows if row["study"] == "scale"} == {4.0, 8.0, 32.0, 64.0}
+    assert {row["highest"] for row in rows if row["study"] == "interval"} == {0.8, 0.9, 1.0}
+    # a reward that was trained on clean clips is evaluated at t = 0, whatever the sampler's t is
+    for variant, time in (("labels", 0.7), ("clean", 0.0)):
+        rows = nrg.reward_rows(settings, variant, 3)
+        assert [row["weights"] for row in rows] == [(1, 1, 1), (0, 1, 0), (0, 0, 1)]
+        assert {row["time"] for row in rows} == {time}
 
 
 def test_three_ways_to_p_star_take_their_own_beta_noise_and_seed(monkeypatch):
@@ -180,14 +285,13 @@ def test_three_ways_to_p_star_take_their_own_beta_noise_and_seed(monkeypatch):
         losses[-1]["start"] = network.net[0].weight.clone()
         return network
 
-    zero = torch.zeros(())
+    def record(*args, **settings):
+        losses.append(settings)
+        return torch.zeros(()), {}
+
     monkeypatch.setattr(unified, "fit", fit)
-    monkeypatch.setattr(
-        unified, "flow_dpo_step", lambda *args, **settings: losses.append(settings) or (zero, {})
-    )
-    monkeypatch.setattr(
-        unified, "noisy_pair_step", lambda *args, **settings: losses.append(settings) or (zero, {})
-    )
+    monkeypatch.setattr(unified, "flow_dpo_step", record)
+    monkeypatch.setattr(unified, "noisy_pair_step", record)
     for seed in (0, 1):
         for method in ("dpo-0.3", "dpo-3", "nrg-shared", "nrg-own"):
             unified.model_of(method, seed)
@@ -197,62 +301,75 @@ def test_three_ways_to_p_star_take_their_own_beta_noise_and_seed(monkeypatch):
     assert not torch.equal(losses[3]["x1_b"], losses[3]["x1"])
 
 
+def test_audits_of_other_seeds_read_other_clips(monkeypatch):
+    read = []
+
+    def reader(x_t, t, rng):
+        read.append((x_t, torch.rand(4, generator=rng)))
+        return lambda prompts: torch.zeros(len(prompts))
+
+    monkeypatch.setattr(observer, "ideal", reader)
+    monkeypatch.setattr(observer, "probe", lambda base, blocks, *noised: reader(*noised))
+    queue = nrg.jobs(settings_for("nrg", eval_pairs=4))
+    for seed in (1, 2):
+        assert {row["seed"] for row in queue[f"observer-{seed}"]()} == {seed}
+    assert len(read) == 2 * 3 * 6  # seeds, readers, times
+    for (clips, draws), (others, other_draws) in zip(read[:18], read[18:]):
+        assert not torch.equal(clips, others) and not torch.equal(draws, other_draws)
+
+
 # ---------------------------------------------------------------------------------------------
-# Tables
+# A whole study
 
 
-class Coded(dict):
-    """A row whose every number is a code of its facts and the column's name."""
-
-    def __missing__(self, column):
-        if column.endswith("histogram"):
-            return [0.0] * reward_model.BINS
-        return crc32(repr((column, sorted(self.items()))).encode()) % 1000 / 1000
-
-
-def rows_of(**facts):
-    """One row for each choice of the facts' values."""
-    return [Coded(zip(facts, values)) for values in product(*facts.values())]
-
-
-BOTH = {"judge": jobs.JUDGES, "seed": (0,)}
-METHODS = ("rwr", "best-of-4", "best-of-8")
-SPLITS = (*reward_model.SPLITS, *reward_model.GENERATED)
-ROWS = {
-    align: rows_of(method=METHODS, align=jobs.ALIGNED, set=jobs.SETS, cfg=jobs.CFGS, **BOTH),
-    beta: rows_of(
-        study=("sweep", "best"), method=beta.SCHEDULES, beta=beta.BETAS, set=beta.SETS, **BOTH
-    ),
-    guidance: rows_of(study=("weights", "one"), method=("nrg-1:1:1", "nrg-0:0:1"), **BOTH),
-    reward_model: rows_of(
-        model=("bt-shared", "btt-rendered"), split=SPLITS, fraction=(0.01, 0.1, 1.0), seed=(0,)
-    ),
-}
-CELLS = [  # study, table, row, column; the rows that this cell is of, and their column
-    (align, "Table 3: 1:1:1, CFG 2, judged by oracle", "rwr", "hard MQ", "MQ",
-     dict(method="rwr", align="1:1:1", set="hard", cfg=2.0, judge="oracle")),
-    (align, "Table 4: TA only, CFG 1, judged by videoreward", "rwr", "large TA", "TA",
-     dict(method="rwr", align="TA only", set="large", cfg=1.0, judge="videoreward")),
-    (align, "Best of n, TA only", "4", "oracle VQ score", "VQ_score",
-     dict(method="best-of-4", align="TA only", set="standard", cfg=1.0, judge="oracle")),
-    (beta, "dpo-schedule: sweep", "30", "videoreward TA", "TA",
-     dict(study="sweep", method="dpo-schedule", beta=30, set="standard", judge="videoreward")),
-    (guidance, "Table 5", "nrg-0:0:1", "videoreward TA", "TA",
-     dict(study="weights", method="nrg-0:0:1", judge="videoreward")),
-    (guidance, "Each weight alone", "nrg-0:0:1", "true MQ", "MQ_score",
-     dict(study="one", method="nrg-0:0:1", judge="oracle")),
-    (reward_model, "Tables 2 and 6: benchmark", "bt-shared", "TA with ties", "TA_with",
-     dict(model="bt-shared", split="benchmark", fraction=1.0)),
-    (reward_model, "By the truth", "btt-rendered", "cfg3 MQ", "MQ_true",
-     dict(model="btt-rendered", split="cfg3", fraction=1.0)),
-]  # fmt: skip
+def test_a_tiny_study_from_end_to_end(tmp_path, monkeypatch, capsys):
+    align = catalogue.STUDIES["align"]
+    methods = {name: policies.METHODS[name] for name in ("sft", "dpo-schedule")}
+    for module in (align, policies):
+        monkeypatch.setattr(module, "METHODS", methods)
+        monkeypatch.setattr(module, "BEST_OF", (1, 2))
+    monkeypatch.setattr(align, "CFGS", (1.0,))
+    monkeypatch.setattr(align, "ALIGNED", {"1:1:1": EQUAL})
+    monkeypatch.setattr(policies, "DRIFT_CLIPS", 2)
+    flags = ["align", "--seeds=1", "--steps=2", "--eval-prompts=2", "--device=cpu"]
+    flags += [f"--out={tmp_path / 'results'}", f"--work={tmp_path / 'work'}"]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *flags])
+    evaluate.main()
+    saved = json.loads((tmp_path / "results" / "align.json").read_text())
+    assert {"command", "commit", "torch", "device", "rows"} == saved.keys()
+    rows = saved["rows"]
+    # three prompt sets and two judges for the base and two methods; best of 1 and 2 on one set
+    assert len(rows) == 3 * 2 * 3 + 2 * 2 and not any(math.isnan(row["VQ"]) for row in rows)
+    ties = [row for row in rows if row["method"] in ("base", "best-of-1")]
+    assert all(row[name] == 0.5 for row in ties for name in DIMENSIONS)
+    assert all(row["drift"] > 0 for row in rows if row["method"] in methods)
+    text = (tmp_path / "results" / "align.md").read_text()
+    assert "| SFT |" in text and "| Flow-DPO, (1-t)^2 |" in text and "nan" not in text
+    log = tmp_path / "work" / "align-2-2-2000" / "dpo-schedule-111-0" / "metrics.jsonl"
+    assert len(log.read_text().splitlines()) == 2
+    log.unlink()
+    evaluate.main()  # all jobs are done
+    assert not log.exists() and "wrote" in capsys.readouterr().out.splitlines()[-1]
 
 
-@pytest.mark.parametrize(("study", "title", "name", "head", "column", "facts"), CELLS)
-def test_a_cell_is_of_the_rows_that_its_place_names(study, title, name, head, column, facts):
-    tables = study.report(Namespace(seeds=1, eval_pairs=9), ROWS[study])["tables"]
-    (table,) = (table for table in tables if table.title.startswith(title))
-    (cells,) = (cells for cells in table.rows if cells[0] == name)
-    (wanted,) = (row[column] for row in ROWS[study] if facts.items() <= row.items())
-    shown = cells[table.head.index(head)].split()[0]
-    assert float(shown) == pytest.approx(wanted, abs=0.006)
+def test_a_training_is_judged_by_its_weights_after_each_step(tiny, monkeypatch, tmp_path):
+    args, task = tiny("--algo=sft", "--steps=4")
+    before, seen, draw = [], [], task.batch
+
+    def batch(step, rows):
+        before.append(task.model.patch_out.weight.clone())
+        return draw(step, rows)
+
+    task.batch, task.evaluate = batch, lambda final, out: []
+    monkeypatch.setattr(policies, "settings_of", lambda flags: args)
+    monkeypatch.setitem(policies.tasks.TASKS, "sft", lambda args, device: task)
+
+    def judged(step, checkpoint):
+        seen.append((step, load_velocity(checkpoint)[0].patch_out.weight))
+
+    settings = settings_for("align", work=tmp_path)
+    args.out = settings.folder("align") / "x"
+    policies.train(settings, "x", {"algo": "sft"}, [1, 3], judged)
+    weights = [*before, task.model.patch_out.weight]
+    assert [step for step, _ in seen] == [1, 3, 4]
+    assert all(torch.equal(weight, weights[step]) for step, weight in seen)

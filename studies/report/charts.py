@@ -1,10 +1,5 @@
-"""Line charts as SVG: a file of its own for docs/, or a figure of the report with values to read off.
+"""Line charts as SVG that needs nothing else, one file for the panels of a picture."""
 
-The figure's numbers stand in its data-points, which the script of template.html shows: for each series a list of
-[column, row, x, value], the first two in the picture's own units, the others as text.
-"""
-
-import json
 import math
 from html import escape
 from typing import NamedTuple
@@ -12,15 +7,41 @@ from typing import NamedTuple
 import numpy as np
 
 
+class Series(NamedTuple):
+    """A line: x of each point, and (mean, spread), drawn as a bar of ± the spread. nan is left
+    out."""
+
+    name: str
+    xs: list
+    points: list
+
+
 class Chart(NamedTuple):
-    """What to draw: series [(name, xs, ys, spreads or None)], a spread shown as a bar of +- that much; labels x, y."""
+    """A panel. axis: of x, "linear", "log" with ticks at the points, or "root" for points near
+    0."""
 
     title: str
     series: list
     x: str
     y: str
-    log: bool = False  # a logarithmic x axis, ticks at the points
+    axis: str = "linear"
     level: float | None = None  # a dashed horizontal line
+    note: str = ""  # a line below the legend
+
+
+WIDTH, HEIGHT = 360, 320
+LEFT, RIGHT, BOTTOM = 62, 12, 46
+LINE = 17  # height of a line of text
+MOST_DOTS = 20  # points of a line with a dot each
+SCALES = {"linear": float, "log": math.log10, "root": lambda x: math.sqrt(max(0.0, x))}
+# Okabe and Ito's colours, which most people can tell apart, and dashes for those who cannot
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b07800", "#3a9ad0", "#000000")
+DASHES = ("", "7 3", "2 3", "9 3 2 3", "4 4", "12 3", "1 2")
+STYLE = (
+    "text{font:13px sans-serif;fill:#333}.title{font-weight:bold;font-size:14px}"
+    "path,polyline{fill:none;stroke-width:2}.grid{stroke:#e1e1e1;stroke-width:1}"
+    ".axis{stroke:#333;stroke-width:1}.level{stroke:#333;stroke-width:1;stroke-dasharray:4 3}"
+)
 
 
 def ticks(low, high):
@@ -30,144 +51,105 @@ def ticks(low, high):
     return np.arange(np.ceil(low / step - 1e-9), high / step + 1e-9) * step + 0.0  # no -0
 
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 340, 216, 44, 10, 20, 36
-FEW = 12  # points at most that are marked one by one
+def points_of(chart):
+    """[(x, y, spread)] of each series."""
+    lines = []
+    for series in chart.series:
+        pairs = zip(series.xs, series.points)
+        lines.append([(x, y, spread) for x, (y, spread) in pairs if not math.isnan(y)])
+    return lines
 
 
-def drawn(chart):
-    """(marks, series) of a chart: SVG elements, and for each series with a point (its place, which is its colour, name,
-    points (x, y, spread), their places in the picture)."""
-    series = []
-    for i, (name, xs, ys, spreads) in enumerate(chart.series):
-        points = [
-            point for point in zip(xs, ys, spreads or [0.0] * len(xs)) if not math.isnan(point[1])
-        ]
-        if points:
-            series.append((i, name, points))
-    if not series:
-        return "", []
-    every = [point for _, _, points in series for point in points]
-    level = [] if chart.level is None else [chart.level]
-    low, high = (
-        min([y - sd for _, y, sd in every] + level),
-        max([y + sd for _, y, sd in every] + level),
-    )
-    pad = 0.06 * (high - low) or 0.5
-    low, high = low - pad, high + pad
-    scale = math.log10 if chart.log else float
-    left, right = scale(min(x for x, _, _ in every)), scale(max(x for x, _, _ in every))
-    right = right if right > left else left + 1
+def y_range(charts):
+    """The range that holds all points of charts with one y axis, with their spreads and levels."""
+    values = [chart.level for chart in charts if chart.level is not None]
+    for chart in charts:
+        for _, y, spread in sum(points_of(chart), []):
+            values += [y - spread, y + spread]
+    low, high = min(values, default=0.0), max(values, default=1.0)
+    pad = 0.05 * (high - low) or 0.5
+    return low - pad, high + pad
+
+
+def x_ticks(chart, xs):
+    if chart.axis == "log":
+        return sorted(set(xs))
+    if chart.axis == "root":  # even steps of the root
+        return [float(f"{max(xs) * share:.2g}") for share in (0, 1 / 16, 1 / 4, 9 / 16, 1)]
+    return ticks(min(xs), max(xs))
+
+
+def number(value):
+    return f"{value:z.4g}".replace("-", "−")
+
+
+def text(x, y, content, anchor="start", kind="", turn=""):
+    attributes = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
+    attributes += f' class="{kind}"' if kind else ""
+    attributes += f' transform="{turn}"' if turn else ""
+    return f"<text {attributes}>{escape(content)}</text>"
+
+
+def panel(chart, low, high, top):
+    """SVG elements of a chart whose y axis goes from low to high, below a legend of height top."""
+    lines = points_of(chart)
+    bottom, right = HEIGHT - BOTTOM, WIDTH - RIGHT
+    scale = SCALES[chart.axis]
+    xs = [x for line in lines for x, _, _ in line] or [0.0, 1.0]
+    first, last = scale(min(xs)), scale(max(xs))
 
     def column(x):
-        return LEFT + 8 + (scale(x) - left) / (right - left) * (WIDTH - LEFT - RIGHT - 16)
+        return LEFT + 10 + (scale(x) - first) / ((last - first) or 1) * (right - LEFT - 20)
 
-    def line(y):
-        return HEIGHT - BOTTOM - (y - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
+    def row(y):
+        return bottom - (y - low) / (high - low) * (bottom - top)
 
-    marked = sorted({x for x, _, _ in every}) if chart.log else ticks(left, right)
-    marks = axes(
-        chart,
-        [(column(x), number(x)) for x in marked],
-        [(line(y), number(y)) for y in ticks(low, high)],
-    )
-    marks += "".join(
-        f'<path class="level" d="M{LEFT} {line(y):.1f}H{WIDTH - RIGHT}"/>' for y in level
-    )
-    placed = []
-    for i, name, points in series:
-        places = [(round(column(x), 1), round(line(y), 1)) for x, y, _ in points]
-        edges = [
-            (round(column(x), 1), round(line(y - sd), 1), round(line(y + sd), 1))
-            for x, y, sd in points
-        ]
-        if len(points) <= FEW:
-            marks += "".join(
-                f'<path class="whisker c{i}" d="M{x} {a}V{b}"/>' for x, a, b in edges if a != b
-            )
-            marks += "".join(
-                f'<circle class="dot c{i}" cx="{x}" cy="{y}" r="2.6"/>' for x, y in places
-            )
-        else:
-            around = [f"{x},{a}" for x, a, _ in edges] + [f"{x},{b}" for x, _, b in reversed(edges)]
-            marks += f'<polygon class="band c{i}" points="{" ".join(around)}"/>'
-        marks += f'<polyline class="line c{i}" points="{" ".join(f"{x},{y}" for x, y in places)}"/>'
-        placed.append((i, name, points, places))
-    return marks, placed
-
-
-def figure(chart):
-    """A chart for the page: an SVG whose legend shows values under the pointer; "" without a single point."""
-    marks, series = drawn(chart)
-    if not series:
-        return ""
-    marks += f'<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
-    legend, data, said = "", [], []
-    for i, name, points, places in series:
-        values = [number(y, 3) + (f" ± {number(sd, 2)}" if sd else "") for _, y, sd in points]
-        data.append(
-            [[*place, number(x), value] for place, (x, _, _), value in zip(places, points, values)]
-        )
-        swatch = f'<svg viewBox="0 0 22 8" aria-hidden="true"><path class="line c{i}" d="M0 4H22"/></svg>'
-        legend += f"<li>{swatch}{escape(name)} <b>{values[-1]}</b></li>"
-        said.append(f"{name} goes from {values[0]} to {values[-1]}")
-    marks += "".join(f'<circle class="hover c{i}" r="4"/>' for i, *_ in series)
-    label = escape(f"{chart.title}: {chart.y} by {chart.x}. {'; '.join(said)}.")
-    return (
-        f'<figure data-points="{escape(json.dumps(data, separators=(",", ":")))}">'
-        f"<figcaption><span>{escape(chart.title)}</span>"
-        f'<small>{escape(chart.x)} <b class="at">{data[0][-1][2]}</b></small></figcaption>'
-        f'<ul class="legend">{legend}</ul>'
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" tabindex="0" aria-label="{label}">{marks}</svg></figure>'
-    )
-
-
-# Okabe and Ito's colours, which most people can tell apart
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-STYLE = (
-    "text{font:10px sans-serif;fill:#333}"
-    ".title{font-weight:bold;font-size:12px}.line,.whisker{fill:none;stroke-width:2}"
-    ".whisker{stroke-width:1}.grid{stroke:#e1e1e1}.axis{stroke:#333}.level{stroke:#333;stroke-dasharray:4 3}"
-    ".band{opacity:.2}"
-) + "".join(
-    f".line.c{i},.whisker.c{i}{{stroke:{c}}}.dot.c{i},.band.c{i},.name.c{i}{{fill:{c}}}"
-    for i, c in enumerate(COLOURS)
-)
-HEAD, ACROSS = 36, 3  # room for a chart's title and names; charts side by side
+    marks = [text(8, 16, chart.title, kind="title")]
+    if chart.note:
+        marks.append(text(LEFT, 34 + LINE * len(lines), chart.note))
+    for y in ticks(low, high):
+        marks.append(f'<path class="grid" d="M{LEFT} {row(y):.1f}H{right}"/>')
+        marks.append(text(LEFT - 6, row(y) + 4, number(y), "end"))
+    marks.append(f'<path class="axis" d="M{LEFT} {bottom}H{right}"/>')
+    for x in x_ticks(chart, xs):
+        marks.append(f'<path class="axis" d="M{column(x):.1f} {bottom}v4"/>')
+        marks.append(text(column(x), bottom + 18, number(x), "middle"))
+    marks.append(text((LEFT + right) / 2, HEIGHT - 8, chart.x, "middle"))
+    middle = (top + bottom) / 2
+    marks.append(text(16, middle, chart.y, "middle", turn=f"rotate(-90 16 {middle:.1f})"))
+    if chart.level is not None:
+        marks.append(f'<path class="level" d="M{LEFT} {row(chart.level):.1f}H{right}"/>')
+    for i, (series, line) in enumerate(zip(chart.series, lines)):
+        colour = f'stroke="{COLOURS[i]}"'
+        dashed = f'{colour} stroke-dasharray="{DASHES[i]}"'
+        places = [f"{column(x):.1f},{row(y):.1f}" for x, y, _ in line]
+        marks.append(f'<polyline class="line" {dashed} points="{" ".join(places)}"/>')
+        for x, y, spread in line if len(line) <= MOST_DOTS else []:
+            if spread:
+                bar = f"M{column(x):.1f} {row(y - spread):.1f}V{row(y + spread):.1f}"
+                marks.append(f'<path class="spread" {colour} d="{bar}"/>')
+            dot = f'cx="{column(x):.1f}" cy="{row(y):.1f}" r="3"'
+            marks.append(f'<circle class="dot" {dot} fill="{COLOURS[i]}"/>')
+        y = 30 + LINE * i
+        marks.append(f'<path class="mark" {dashed} d="M{LEFT} {y}h26"/>')
+        marks.append(f'<circle cx="{LEFT + 13}" cy="{y}" r="3" fill="{COLOURS[i]}"/>')
+        marks.append(text(LEFT + 34, y + 4, series.name, kind="name"))
+    return "\n".join(marks)
 
 
 def picture(charts):
-    """Charts as one SVG file that needs nothing else, ACROSS of them side by side."""
-    rows = -(-len(charts) // ACROSS)
-    width, height = min(len(charts), ACROSS) * WIDTH, rows * (HEIGHT + HEAD)
-    body = ""
-    for n, chart in enumerate(charts):
-        marks, series = drawn(chart)
-        names, x = "", LEFT
-        for i, name, *_ in series:
-            names += f'<text class="name c{i}" x="{x}" y="30">{escape(name)}</text>'
-            x += 6 * len(name) + 14
-        title = f'<text class="title" x="{LEFT}" y="15">{escape(chart.title)}</text>'
-        place = f"translate({n % ACROSS * WIDTH} {n // ACROSS * (HEIGHT + HEAD)})"
-        body += f'<g transform="{place}">{title}{names}<g transform="translate(0 {HEAD})">{marks}</g></g>\n'
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}">'
-        f'<style>{STYLE}</style><rect width="100%" height="100%" fill="#fff"/>\n{body}</svg>\n'
-    )
-
-
-def number(value, digits=4):
-    return f"{value:z.{digits}g}".replace("-", "−")
-
-
-def axes(chart, columns, rows):
-    """The grid and what is written at it: columns and rows are lists of (place, text)."""
-    bottom = HEIGHT - BOTTOM
-    marks = f'<path class="axis" d="M{LEFT} {bottom}H{WIDTH - RIGHT}"/>'
-    for y, text in rows:
-        marks += f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>'
-        marks += f'<text x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{text}</text>'
-    for x, text in columns:
-        marks += f'<text x="{x:.1f}" y="{bottom + 15}" text-anchor="middle">{text}</text>'
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    marks += f'<text x="{middle}" y="{HEIGHT - 5}" text-anchor="middle">{escape(chart.x)}</text>'
-    return marks + f'<text x="{LEFT}" y="8">{escape(chart.y)}</text>'
+    """Charts as one SVG, two or three side by side. Those with the same y label share its range."""
+    across = 3 if len(charts) % 3 == 0 else min(2, len(charts))
+    height = HEIGHT * (len(charts) // across)
+    legend = max(len(chart.series) + bool(chart.note) for chart in charts)
+    panels = []
+    for i, chart in enumerate(charts):
+        low, high = y_range([other for other in charts if other.y == chart.y])
+        place = f"translate({i % across * WIDTH} {i // across * HEIGHT})"
+        panels.append(
+            f'<g transform="{place}">\n{panel(chart, low, high, 30 + LINE * legend)}\n</g>'
+        )
+    size = f'viewBox="0 0 {across * WIDTH} {height}" width="{across * WIDTH}"'
+    ground = f'<style>{STYLE}</style><rect width="100%" height="100%" fill="#fff"/>'
+    body = "\n".join([ground, *panels])
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>\n{body}\n</svg>\n'

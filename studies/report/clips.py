@@ -1,13 +1,13 @@
-"""Clips for the report: a gallery of methods on the same noise, and sliders that choose among steered clips.
+"""Rows of clips for the report: the same prompts and noise, another model or other weights in each.
 
-Every clip is a row of a sprite sheet, its frames from left to right, that CSS plays; below it stand its true scores.
-"""
+A row holds its own pictures. Where the checkpoint of a row is missing, the row of an earlier page
+is taken over as it is."""
 
-import itertools
-import json
-import math
+import io
+import re
 from base64 import b64encode
 from html import escape
+from itertools import product
 
 import imageio.v3 as imageio
 import torch
@@ -21,166 +21,111 @@ from real_data.video import to_pixels
 from runtime.checkpoint import WEIGHTS
 from runtime.cli import progress_bar
 from sample import NRG_EPS, NRG_INTERVAL, NRG_SCALE
+from studies import align, online
+from studies.policies import NAMES
 
-MEANING = dict(zip(DIMENSIONS, ("visual quality", "motion quality", "text alignment")))
-# The first eight have every colour, shape and direction; the seventh is of the validation split, the eighth held out
+# The first eight have every colour, shape and direction; the base model has not seen the eighth
 PROMPTS = world.split_prompts(*world.SPLIT_NAMES)[(11 * torch.arange(24) + 7) % 96]
-GALLERY_COLUMNS, SLIDER_COLUMNS = 8, 6  # of these are shown, averages are over all
-STEERED = "base model, steered"
-BASE = ("Base model", "no feedback", WEIGHTS / "base.pt")
-REFRESHED = ("Flow-DPO", "dpo-refreshed"), ("DiffusionNFT", "nft-refreshed")
-MAKERS = {  # what the clips of a row come from: its words, and a checkpoint that a study made or a shipped file
-    "align": [
-        BASE,
-        ("SFT", "trained on winners", "align/sft-111-0/last.pt"),
-        ("Flow-RWR", "all clips, weighted by reward", "align/rwr-111-0/last.pt"),
-        ("Flow-DPO", "winner against loser", "align/dpo-constant-111-0/last.pt"),
-        ("Flow-NRG 1:1:1", STEERED, WEIGHTS / "base.pt"),
-    ],
-    "online": [
-        BASE,
-        *(
-            (f"{name}, round {n}", "VideoReward refreshed", f"online/{arm}-0/round-{n}.pt")
-            for name, arm in REFRESHED
-            for n in (2, 5, 10)
-        ),
-    ],
-}
-VALUES = (-4, 0, 4)  # of each slider
+COLUMNS, SLIDER_COLUMNS = 8, 6  # of these are shown; means are over all
+STEPS = (-4, 0, 4)  # weights of the sliders
+EQUAL = (1, 1, 1)
 
 
-def two_digits(value):
-    """A number as the page shows it."""
-    return "–" if math.isnan(value) else f"{value:z.2f}".replace("-", "−")
-
-
-def sheet(name, videos):
-    """The CSS that shows clips (N, 3, T, H, W) as class `name`: a PNG, a row a clip, its frames from left to right.
-
-    6 bits a channel: little more than half the size, and the eye sees no difference."""
-    pixels = to_pixels(videos) >> 2  # (N, T, H, W, 3)
-    pixels = (pixels << 2 | pixels >> 4).transpose(0, 2, 1, 3, 4)  # (N, H, T, W, 3)
-    count, height, frames, width, _ = pixels.shape
-    png = imageio.imwrite(
-        "<bytes>",
-        pixels.reshape(count * height, frames * width, 3),
-        extension=".png",
-        optimize=True,
-    )
-    return f".{name} {{ --rows: {count}; background-image: url(data:image/png;base64,{b64encode(png).decode()}) }}\n"
+def policies(settings):
+    """{row: (title, note, checkpoint)} of the policies that the studies trained with seed 0."""
+    rows = {"base": (NAMES["base"], "no feedback", WEIGHTS / "base.pt")}
+    for method in ("sft", "rwr", "dpo-schedule", "dpo-constant"):
+        name = align.checkpoint_name(method, "1:1:1", 0)
+        path = settings.folder("align") / name / "last.pt"
+        rows[method] = NAMES[method], "aligned 1:1:1", path
+    for arm, title in {"dpo-refreshed": "Flow-DPO online", "nft-refreshed": "DiffusionNFT"}.items():
+        path = settings.folder("online") / f"{arm}-0" / f"round-{online.SAVED}.pt"
+        rows[arm] = title, f"{online.SAVED} rounds, VideoReward refreshed", path
+    return rows
 
 
 def bars(scores):
     """Three true scores, each a number and a bar."""
-    text = ""
-    for n, v in zip(DIMENSIONS, scores):
-        text += f'<span class="{n.lower()}" style="--v: {min(1, max(0, v)):.2f}">'
-        text += f'<span class="hidden">{n} </span>{two_digits(v)}</span>'
-    return f'<div class="score">{text}</div>'
+    parts = []
+    for name, score in zip(DIMENSIONS, scores.tolist()):
+        width = min(1.0, max(0.0, score))
+        number = f"{score:z.2f}".replace("-", "−")
+        label = f'<span class="hidden">{name} </span>{number}'
+        parts.append(f'<span class="{name.lower()}" style="--v: {width:.2f}">{label}</span>')
+    return f'<div class="score">{"".join(parts)}</div>'
 
 
-def average(scores):
-    """Mean true scores, for the head of a row: (N, 3)."""
-    return f"<small>mean of {len(scores)}</small>{bars(scores.mean(0).tolist())}"
-
-
-def clip(name, row, label, scores):
-    """A clip of a sheet with its true scores (3,) under it."""
-    picture = f'<div class="clip {name}" style="--row: {row}" role="img" aria-label="{escape(label)}"></div>'
-    return f"<td>{picture}{bars(scores)}</td>"
-
-
-def clip_table(label, prompts, rows):
-    """A table of clips, a column a prompt; rows: [(attributes of the row, its head, cells)]."""
-    heads = "".join(f'<th scope="col">{world.prompt_text(prompt)}</th>' for prompt in prompts)
-    body = "".join(
-        f'<tr{kind}><th scope="row">{head}</th>{cells}</tr>' for kind, head, cells in rows
+def png(video):
+    """A clip (3, T, H, W) as the text of a data URL: its frames side by side, 6 bits a channel,
+    which is half the size and looks the same."""
+    pixels = to_pixels(video) >> 2  # (T, H, W, 3)
+    pixels = (pixels << 2 | pixels >> 4).transpose(1, 0, 2, 3)  # (H, T, W, 3)
+    height, frames, width, _ = pixels.shape
+    file = io.BytesIO()
+    imageio.imwrite(
+        file, pixels.reshape(height, frames * width, 3), extension=".png", optimize=True
     )
-    return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{label}">'
-        f'<table class="clips" style="--n: {len(prompts)}">'
-        f"<thead><tr><td></td>{heads}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
+    return f"data:image/png;base64,{b64encode(file.getvalue()).decode()}"
 
 
-def steered(weights, model, reward):
-    return SteeredPolicy(model, reward, weights, NRG_SCALE, NRG_EPS, NRG_INTERVAL)
+def row_html(name, title, note, videos, scores, columns=COLUMNS, hidden=False):
+    """A table row: mean scores (N, 3) of all clips, then the first clips with their own."""
+    cells = []
+    for video, score, prompt in zip(videos[:columns], scores, PROMPTS):
+        label = escape(f"{title}: {world.prompt_text(prompt)}")
+        style = f"background-image: url({png(video)})"
+        clip = f'<div class="clip" role="img" aria-label="{label}" style="{style}"></div>'
+        cells.append(f"<td>{clip}{bars(score)}</td>")
+    head = f"{escape(title)}<small>{escape(note)}</small><small>mean of {len(scores)}</small>"
+    head = f'<th scope="row">{head}{bars(scores.mean(0))}</th>'
+    return f'<tr id="{name}"{" hidden" if hidden else ""}>{head}{"".join(cells)}</tr>'
 
 
-def gallery(study, args, device):
-    """(table, CSS): a row for each of a study's MAKERS, all on the same noise."""
-    videos, rows = [], []
-    prompts = PROMPTS[:GALLERY_COLUMNS]
-    for title, said, source in MAKERS[study]:
-        path, head = args.work / source, f"{title}<small>{said}</small>"
-        if not path.exists():
-            text = f"Not trained yet: <code>python evaluate.py {study}</code> does."
-            rows.append(("", head, f'<td colspan="{len(prompts)}" class="soft">{text}</td>'))
-            continue
-        model, words = load_velocity(path)
-        model = model.to(device)
-        if said == STEERED:
-            reward, _ = load_noisy_reward(WEIGHTS / "nrg.pt")
-            model = steered((1, 1, 1), model, reward.to(device))
-        video = sample_prompts(model, words, PROMPTS, NOISE_SEED, device)
-        scores, cells = world.oracle(video, PROMPTS), ""
-        for i, prompt in enumerate(prompts):
-            label = f"{title}: {world.prompt_text(prompt)}"
-            cells += clip(
-                f"shown-{study}", len(videos) * len(prompts) + i, label, scores[i].tolist()
-            )
-        videos.append(video[: len(prompts)])
-        rows.append(("", head + average(scores), cells))
-    return clip_table(f"Clips of {study}, a column a prompt", prompts, rows), sheet(
-        f"shown-{study}", torch.cat(videos)
-    )
+def sampled(model, words, device):
+    """Videos (N, 3, T, H, W) and true scores (N, 3) for PROMPTS."""
+    videos = sample_prompts(model, words, PROMPTS, NOISE_SEED, device)
+    return videos, world.oracle(videos, PROMPTS)
 
 
-def sliders(device):
-    """Parts of the page: three sliders, the clips that they choose among, sampled here, and their true scores."""
+def earlier_row(page, name):
+    match = re.search(rf'<tr id="{name}".*?</tr>', page, re.DOTALL)
+    return match[0] if match else ""
+
+
+def gallery(settings, page):
+    """(rows of all policies and of Flow-NRG as HTML, lines that say where they are from). page: the
+    text of an earlier report, or ""."""
+    rows, lines = [], []
+    for name, (title, note, path) in policies(settings).items():
+        if path.exists():
+            model, words = load_velocity(path)
+            clips = sampled(model.to(settings.device), words, settings.device)
+            rows.append(row_html(name, title, note, *clips))
+            lines.append(f"clips of {title}: sampled from {path}")
+        elif row := earlier_row(page, name):
+            rows.append(row)
+            lines.append(f"clips of {title}: as on the page before, since {path} is missing")
+        else:
+            lines.append(f"clips of {title}: none, since {path} is missing")
+    return rows, lines
+
+
+def steered_rows(settings):
+    """(the row of Flow-NRG 1:1:1, a row for each setting of the sliders)."""
     base, words = load_velocity(WEIGHTS / "base.pt")
     reward, _ = load_noisy_reward(WEIGHTS / "nrg.pt")
-    base, reward = base.to(device), reward.to(device)
-    prompts, every = PROMPTS[:SLIDER_COLUMNS], list(itertools.product(VALUES, repeat=3))
-    videos, scores = [], []
-    for weights in progress_bar("sampling for the sliders", "weights")(every):
-        model = steered(weights, base, reward)
-        video = sample_prompts(model, words, PROMPTS, NOISE_SEED, device)
-        videos.append(video[: len(prompts)])
-        scores.append(world.oracle(video, PROMPTS))
-    rows, names, plain = (
-        [],
-        [world.prompt_text(prompt) for prompt in prompts],
-        every.index((0, 0, 0)),
-    )
-    for kind, head, at in (
-        ("", "Without guidance", plain),
-        (' id="guided"', "With these weights", len(every) - 1),
-    ):
-        clips = (
-            clip(f"p{i}", at, f"{head}: {name}", scores[at][i].tolist())
-            for i, name in enumerate(names)
-        )
-        rows.append((kind, head + average(scores[at]), "".join(clips)))
-    marks = "".join(f"<span>{value}</span>".replace("-", "−") for value in VALUES)
-    controls = "".join(
-        f'<div class="{n.lower()}"><label for="w{n}"><span>{n} <small>{MEANING[n]}</small></span> '
-        f'<b aria-hidden="true">{VALUES[-1]}</b></label><input id="w{n}" type="range" max="{len(VALUES) - 1}" '
-        f'value="{len(VALUES) - 1}" aria-valuetext="{VALUES[-1]}">'
-        f'<div class="marks" aria-hidden="true">{marks}</div></div>'
-        for n in DIMENSIONS
-    )
-    shown = [
-        [[round(v, 3) for v in clip] for clip in table[: len(prompts)].tolist()] for table in scores
-    ]
-    means = [[round(v, 3) for v in table.mean(0).tolist()] for table in scores]
-    return {
-        "sliders": controls,
-        "grid": clip_table(
-            "Clips without guidance and with the weights chosen above", prompts, rows
-        ),
-        "data": json.dumps({"values": VALUES, "plain": plain, "shown": shown, "means": means}),
-        "sheets": "".join(
-            sheet(f"p{i}", torch.stack([v[i] for v in videos])) for i in range(len(prompts))
-        ),
-    }
+    base, reward = base.to(settings.device), reward.to(settings.device)
+    rows = []
+    choices = [EQUAL, *product(STEPS, repeat=3)]
+    for weights in progress_bar("sampling with guidance", "weights")(choices):
+        model = SteeredPolicy(base, reward, weights, NRG_SCALE, NRG_EPS, NRG_INTERVAL)
+        clips = sampled(model, words, settings.device)
+        title = "Flow-NRG " + ":".join(map(str, weights)).replace("-", "−")
+        note = "base model, steered"
+        if weights == EQUAL:
+            equal = row_html("nrg-1-1-1", title, note, *clips)
+            continue
+        name = "w" + ",".join(map(str, weights))
+        hidden = weights != choices[-1]
+        rows.append(row_html(name, title, note, *clips, SLIDER_COLUMNS, hidden))
+    return equal, rows

@@ -1,0 +1,225 @@
+"""What the studies of policies share: trainings, prompt sets, judges, and the rows that come of
+them."""
+
+import math
+import os
+from itertools import product
+
+import torch
+
+import tasks
+import trainer
+import world
+from data import DIMENSIONS, Vocabulary, draw_noise, step_rng
+from flow import TIME_SHIFT, interpolate
+from judge import NOISE_SEED, learned_scores, prompt_set, sample_prompts, static_quality, win_rate
+from model import load_velocity
+from online.rounds import online_task
+from real_data.toy_pairs import draw_clips
+from reward import load_reward
+from runtime import resume
+from runtime.checkpoint import WEIGHTS, save_checkpoint
+from sample import CFG
+from settings import ALGORITHMS, settings_of
+from studies.report.tables import Column
+
+# ---------------------------------------------------------------------------------------------
+# Trainings
+
+
+METHODS = {
+    "sft": {"algo": "sft"},
+    "rwr": {"algo": "rwr"},
+    "dpo-schedule": {"algo": "dpo", "schedule": "(1-t)^2"},
+    "dpo-constant": {"algo": "dpo"},
+    "dpo-own-clips": {"algo": "dpo", "generated": 1},
+}
+NAMES = {  # in tables and charts
+    "base": "base model",
+    "sft": "SFT",
+    "rwr": "Flow-RWR",
+    "dpo-schedule": "Flow-DPO, (1-t)^2",
+    "dpo-constant": "Flow-DPO, constant beta",
+    "dpo-own-clips": "Flow-DPO, own clips",
+}
+
+
+def steps_of(settings, algo):
+    return settings.steps or ALGORITHMS[algo].steps
+
+
+def train(settings, name, flags, steps=(), judged=None):
+    """A training by `flags` of train.py, {name: value}, in the folder of its study -> path of its
+    checkpoint. judged(step, checkpoint) is called after each of `steps` and at the end."""
+    short = {"eval-pairs": min(1000, settings.eval_pairs)}
+    if flags["algo"] not in ("reward", "nrg"):
+        short = {"eval-prompts": 2}
+    out = settings.folder(settings.study) / name
+    flags = {"steps": steps_of(settings, flags["algo"])} | flags | short
+    flags |= {"save-every": 10**9, "out": out}
+    args = settings_of([f"--{flag}={value}" for flag, value in flags.items()])
+    new_task = online_task if getattr(args, "rounds", None) else tasks.TASKS[args.algo]
+    task = new_task(args, settings.device)
+    draw_batch = task.batch
+
+    def batch(step, rows):
+        if step in steps:
+            state = {**resume.facts(task, step), "model": task.state_dict(task.model)}
+            save_checkpoint(out / "judged.pt", state)
+            judged(step, out / "judged.pt")
+        return draw_batch(step, rows)
+
+    task.batch = batch
+    trainer.fit(task, args, settings.device)
+    if judged:
+        judged(args.steps, out / "last.pt")
+    return out / "last.pt"
+
+
+def policy_rows(settings, name, flags, sets, cfgs, **facts):
+    """Trains a policy and judges it: its rows."""
+    checkpoint = train(settings, name, flags)
+    return checkpoint_rows(settings, checkpoint, sets, cfgs, **facts)
+
+
+def checkpoint_rows(settings, checkpoint, sets, cfgs, **facts):
+    """Rows of a policy on each set and CFG, with its drift from the base model."""
+    facts["drift"] = drift(checkpoint, settings.device)
+    scores = judge(settings, checkpoint, sets, cfgs)
+    return rows_of(scores, base_scores(settings, sets, cfgs), **facts)
+
+
+# ---------------------------------------------------------------------------------------------
+# Judges
+
+
+SETS = {"standard": 256, "hard": 96, "large": 512}  # prompt sets, and their number of prompts
+CFGS = (1.0, CFG)
+JUDGES = ("oracle", "videoreward")
+ATTRIBUTES = tuple(world.MARGIN)
+BEST_OF = (1, 2, 4, 8, 16)
+DRIFT_CLIPS = 256
+ALL_RIGHT = 0.999  # of a true TA
+
+
+def prompts_of(name, count):
+    """Attributes (count, 3) of a prompt set."""
+    if name == "large":
+        every = world.split_prompts("train", "validation", "hard")
+        return every[torch.randint(len(every), (count,), generator=step_rng(NOISE_SEED, 0))]
+    splits = {"standard": ("train", "validation"), "hard": ("hard",)}
+    return prompt_set(count, *splits[name])
+
+
+def judge(settings, checkpoint, sets, cfgs, steered=None, seed=NOISE_SEED):
+    """Scores of a checkpoint's samples: {"set cfg": {"oracle" (N, 3), "videoreward" (N, 3), "right"
+    (N, 3), "quality" (N,)}}. steered: (model, cfg) -> a velocity model with CFG to sample with
+    instead; seed: of the noise."""
+    device = settings.device
+    model, words = load_velocity(checkpoint)
+    reward, reward_words = load_reward(WEIGHTS / "reward.pt")
+    model, reward = model.to(device), reward.to(device)
+    scores = {}
+    for i, (name, count) in enumerate(sets.items()):
+        prompts = prompts_of(name, min(count, settings.eval_prompts or count))
+        for cfg in cfgs:
+            if steered:
+                videos = sample_prompts(steered(model, cfg), words, prompts, seed + i, device)
+            else:
+                videos = sample_prompts(model, words, prompts, seed + i, device, cfg=cfg)
+            scores[f"{name} {cfg:g}"] = {
+                "oracle": world.oracle(videos, prompts),
+                "videoreward": learned_scores(reward, reward_words, videos, prompts, device),
+                "right": (world.attributes_right(videos, prompts) > 0.5).float(),
+                "quality": static_quality(videos),
+            }
+    return scores
+
+
+def base_scores(settings, sets, cfgs):
+    """`judge` of the base model, cached in --work."""
+    counts = [f"{name}{min(n, settings.eval_prompts or n)}" for name, n in sets.items()]
+    path = settings.work / f"base-{'-'.join([*counts, *map(str, cfgs)])}.pt"
+    if not path.exists():
+        scores = judge(settings, WEIGHTS / "base.pt", sets, cfgs)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}")
+        torch.save(scores, temporary)
+        os.replace(temporary, path)
+    return torch.load(path, weights_only=True)
+
+
+def best_of(settings, seed, sets, weights):
+    """{n: scores as from `judge`}: of n clips of the base model at CFG 1 for each prompt, the one
+    that VideoReward likes best by `weights` of VQ, MQ and TA. The first clip is the one that all
+    methods are compared with."""
+    draws = [base_scores(settings, sets, (1.0,))]
+    for i in range(1, max(BEST_OF)):
+        noise = 100_000 * (seed + 1) + 100 * i  # far from all other noise
+        draws.append(judge(settings, WEIGHTS / "base.pt", sets, (1.0,), seed=noise))
+    picked = {n: {} for n in BEST_OF}
+    for n, key in product(BEST_OF, draws[0]):
+        scores = {}  # (n, N, ...) each
+        for name in draws[0][key]:
+            scores[name] = torch.stack([draw[key][name] for draw in draws[:n]])
+        best = (scores["videoreward"] @ torch.tensor(weights)).argmax(0)  # (N,)
+        clip = torch.arange(len(best))
+        picked[n][key] = {name: value[best, clip] for name, value in scores.items()}
+    return picked
+
+
+def nats(n):
+    """KL divergence of best of n from its model, an upper bound."""
+    return math.log(n) - (n - 1) / n
+
+
+@torch.no_grad()
+def drift(path, device):
+    """Mean |v - v_ref|^2 between a checkpoint and the base model, on rendered clips at the times of
+    training."""
+    policy, words = load_velocity(path)
+    base, _ = load_velocity(WEIGHTS / "base.pt")
+    config = base.config
+    rng = step_rng(NOISE_SEED, 1)
+    clips, y = draw_clips(DRIFT_CLIPS, config, Vocabulary(words), rng)
+    noise = draw_noise(DRIFT_CLIPS, config.video_shape, TIME_SHIFT, rng)
+    x_t = interpolate(world.render(clips, config.size), noise["x1"], noise["t"])
+    inputs = [value.to(device) for value in (x_t, noise["t"], y)]
+    return (policy.to(device)(*inputs) - base.to(device)(*inputs)).square().mean().item()
+
+
+def rows_of(scores, base, **facts):
+    """Rows, one for each set, CFG and judge, of the scores of a model and of the base model.
+
+    TA_ceiling is the highest true win rate in TA, since base clips with a full score can only be
+    tied. TA_share is the way from one half to the ceiling, as a share."""
+    rows = []
+    for key, model in scores.items():
+        name, cfg = key.split()
+        perfect = (
+            (base[key]["oracle"][:, DIMENSIONS.index("TA")] >= ALL_RIGHT).float().mean().item()
+        )
+        ceiling = 1 - perfect / 2
+        for judge in JUDGES:
+            row = {**facts, "set": name, "cfg": float(cfg), "judge": judge}
+            row |= zip(DIMENSIONS, win_rate(model[judge], base[key][judge]).tolist())
+            for dimension, mean in zip(DIMENSIONS, model[judge].mean(0).tolist()):
+                row[f"{dimension}_score"] = mean
+            row["TA_ceiling"] = ceiling
+            row["TA_share"] = (row["TA"] - 0.5) / max(ceiling - 0.5, 1e-6)
+            row |= zip(ATTRIBUTES, model["right"].mean(0).tolist())
+            row["quality"] = model["quality"].mean().item()
+            rows.append(row)
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------
+# Columns of tables
+
+TRUE = {"judge": "oracle"}
+TRUE_WINS = [Column(name, name, TRUE) for name in DIMENSIONS]
+TRUE_SCORES = [Column(f"true {name}", f"{name}_score", TRUE, spread=False) for name in DIMENSIONS]
+WINS_BY_JUDGE = [Column(f"{name}, truth", name, TRUE) for name in DIMENSIONS]
+WINS_BY_JUDGE += [
+    Column(f"{name}, VideoReward", name, {"judge": "videoreward"}) for name in DIMENSIONS
+]
