@@ -22,7 +22,7 @@ MEAN, STD = 0.8, 0.3  # of Gaussian data
 
 
 def exact_velocity(x_t, t, y):
-    """E[x1 - x0 | x_t] for data N(MEAN, STD^2), by the conditional mean of jointly Gaussian variables."""
+    """E[x1 - x0 | x_t] for data N(MEAN, STD^2): x0, x1 and x_t are jointly Gaussian."""
     t = t[:, None]
     variance = (1 - t) ** 2 * STD**2 + t**2
     centred = x_t - (1 - t) * MEAN
@@ -49,7 +49,8 @@ def test_the_sde_keeps_the_marginals_of_the_flow(noise_level):
 
 
 def test_a_step_by_hand():
-    # t .5 -> .4, a = 1: sigma = 1; drift = 2 + 1 / (2 * .5) * (3 + .5 * 2) = 6; mean 3 - .6, std sqrt(.1)
+    # t .5 -> .4, a = 1: sigma = 1; drift = 2 + 1 / (2 * .5) * (3 + .5 * 2) = 6;
+    # mean 3 - .1 * 6, standard deviation sqrt(.1)
     one = torch.ones(1, 1)
     mean, std = step_distribution(2 * one, 3 * one, torch.tensor([0.5]), torch.tensor([0.4]), 1.0)
     assert mean.item() == pytest.approx(2.4) and std.item() == pytest.approx(0.1**0.5)
@@ -66,7 +67,7 @@ def test_advantages_by_hand():
 
 
 def steps_of(model, advantage):
-    """Arguments of flow_grpo_step, behind the models, for the second step of four clips of two numbers."""
+    """Arguments of flow_grpo_step, after the models: a second step of clips of two numbers."""
     x1, y = torch.randn(4, 2, generator=rng(2)), torch.zeros(4, 1)
     states, times = sample_sde(model, x1, y, 5, rng(3))
     t, t_next = times[1].expand(4), times[2].expand(4)
@@ -143,7 +144,7 @@ def test_clipping_by_hand():
 
 
 def test_rounds_train_on_the_steps_that_sampled_their_clips(tiny):
-    """A batch holds neighbours on one path of the SDE, and before the first update the ratio is 1."""
+    """A batch holds neighbours on one path of the SDE; before the first update the ratio is 1."""
     flags = ["--clips=4", "--steps=4", "--rounds=2", "--sde-steps=5", "--freeze=0"]
     _, task = tiny("--algo=grpo", *flags)
     batch = task.batch(0, slice(0, 8))
