@@ -130,7 +130,7 @@ def alignment_task(wan, pairs, settings, device):
             return flow_dpo_step(policy, reference, **batch, beta=settings.beta)
         return flow_rwr_step(policy, **batch)
 
-    def evaluate(policy, out):
+    def evaluate(_, out):
         path = out.with_suffix(".safetensors")
         wan_model.write_adapters(wan, initial, path)
         return [f"wrote {path}"]
@@ -155,7 +155,7 @@ def reward_task(wan, pairs, settings, device):
         return noisy_pair_step(reward, **batch)
 
     @torch.no_grad()
-    def evaluate(reward, out):
+    def evaluate(_, out):
         """Scores are divided by their spread: guidance takes rewards of unit spread."""
         scores = []
         for step in range(64):
@@ -219,7 +219,6 @@ def draw(wan, pairs, settings, device):
         check_fit(reward, state["model"], path)
         reward.load_state_dict(state["model"])
         guidances["guided"] = guide(reward, settings.nrg, settings.nrg_scale, NRG_EPS, NRG_INTERVAL)
-    cli.check_writable(settings.out, "--out")
     for name, guidance in guidances.items():
         steps, cfg, shift = settings.steps, settings.cfg, settings.shift
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -235,6 +234,7 @@ def draw(wan, pairs, settings, device):
 def main():
     settings = settings_of(sys.argv[1:])
     device = distributed.start_process(settings.device)
+    cli.check_writable(settings.out, "--out")
     with distributed.process_0_first():
         if settings.tiny and distributed.rank() == 0:
             wan_model.write_tiny(settings.model)

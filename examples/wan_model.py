@@ -39,9 +39,7 @@ def load_transformer(path):
         )
     except Exception as error:  # the library raises errors of many kinds
         fault = str(error).partition("\n")[0]
-        raise BadInput(
-            f"--model {folder}: cannot be loaded as Wan's transformer ({fault})"
-        ) from None
+        raise BadInput(f"--model {folder}: cannot be loaded as Wan ({fault})") from None
     if boundary or (pipeline / "transformer_2").exists():
         raise BadInput(
             f"--model {path}: has two experts, transformer and transformer_2, each for a part of "
