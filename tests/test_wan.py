@@ -10,6 +10,7 @@ import runpy
 import socket
 import sys
 from pathlib import Path
+from unittest import mock
 
 import imageio.v2 as imageio
 import numpy as np
@@ -81,21 +82,12 @@ def command(tiny, monkeypatch, capsys):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """{function: its arguments in each call} of what the commands hand to losses and sampler."""
-    found = {}
-
-    def watch(name):
-        honest = getattr(wan, name)
-
-        def watched(*args, **settings):
-            found.setdefault(name, []).append((args, settings))
-            return honest(*args, **settings)
-
-        monkeypatch.setattr(wan, name, watched)
-
-    for name in ("flow_dpo_step", "flow_rwr_step", "noisy_pair_step", "sample", "guide"):
-        watch(name)
-    return found
+    """{name: mock} of the losses and the sampler, which record what the commands hand to them."""
+    names = ("flow_dpo_step", "flow_rwr_step", "noisy_pair_step", "sample", "guide")
+    mocks = {name: mock.Mock(wraps=getattr(wan, name)) for name in names}
+    for name in names:
+        monkeypatch.setattr(wan, name, mocks[name])
+    return mocks
 
 
 def losses(folder, algo):
@@ -119,6 +111,7 @@ def adapted(folder, rank=3):
     wan_model.add_adapters(model, rank)
     for layer in model.modules():
         if isinstance(layer, LoRALinear):
+            assert layer.scale == 2  # alpha is twice the rank (Table 10)
             layer.up.data.normal_(std=0.3)
     return model
 
@@ -148,10 +141,9 @@ def test_sampling_and_noise_are_the_librarys(tiny):
             x = scheduler.step(v_null + 5.0 * (v - v_null), t, x, return_dict=False)[0]
         ours = sample(wan.Velocity(model), x1, y, 4, cfg=5.0, null=null, shift=shift)
         assert (ours - x).abs().max() <= 1e-5 and (ours - x1).abs().max() > 0.1
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
-    times = scheduler.timesteps[[100, 900]]
-    noised = scheduler.scale_noise(x0, times, x1)
-    assert torch.allclose(noised, interpolate(x0, x1, times / 1000), atol=1e-6)
+    noised = scheduler.scale_noise(x0, scheduler.timesteps[1:3], x1)
+    times = scheduler.timesteps[1:3] / 1000
+    assert torch.allclose(noised, interpolate(x0, x1, times), atol=1e-6)
 
 
 def test_the_reward_reads_the_first_of_four_blocks(tiny):
@@ -186,9 +178,9 @@ def test_losses_get_each_clip_with_its_text_and_what_its_scores_say(command, cal
     command(algo, *flags)
     before, *_, after = losses(tiny, algo)
     assert after < 0.9 * before
-    (batches,) = calls.values()
+    batches = [call.kwargs for each in calls.values() for call in each.call_args_list]
     places = set()
-    for _, batch in batches[-2:]:  # a whole epoch with 16 pairs or 32 clips
+    for batch in batches[-2:]:  # a whole epoch with 16 pairs or 32 clips
         for i, text in enumerate(batch["y"]):
             (pair, side), *other = (find(batch[name][i], clips) for name in SIDES[algo])
             places.add((pair, side))
@@ -217,14 +209,13 @@ def test_shift_and_seed_reach_noise_order_and_start(command, calls, tiny):
     found = []
     for flags in (["--shift=1"], ["--shift=3"], ["--shift=1", "--seed=1"]):
         command("dpo", "--steps=1", "--batch=4", "--rank=2", *flags)
-        _, batch = calls["flow_dpo_step"][-1]
+        batch = calls["flow_dpo_step"].call_args.kwargs
         order = [find(clip, clips)[0] for clip in batch["x0_w"]]
         down = start_of(tiny / "out" / "dpo" / "last.pt", "trained.0")
         command("nrg", "--steps=1", "--batch=4", *flags)
-        _, nrg_batch = calls["noisy_pair_step"][0]
-        calls.clear()
+        nrg_t = calls["noisy_pair_step"].call_args.kwargs["t"]
         head = start_of(tiny / "out" / "nrg" / "last.pt", "cells.weight")
-        found.append((batch["t"], batch["x1"], order, down, nrg_batch["t"], head))
+        found.append((batch["t"], batch["x1"], order, down, nrg_t, head))
     (t, x1, order, down, nrg_t, head), (shifted, *same), other = found
     assert torch.allclose(shifted, 3 * t / (1 + 2 * t)) and torch.equal(x1, same[0])
     assert torch.equal(nrg_t, t) and torch.equal(nrg_t, same[3])  # a reward's times: no shift
@@ -254,23 +245,33 @@ def test_the_reward_learns_brightness_and_guides_to_it(command, calls, tiny):
         spread = reward(x_t, t, texts.repeat_interleave(2, 0)).std(0)
     assert ((spread > 0.6) & (spread < 1.6)).all()  # scores in units of the pairs' spread
 
-    flags = [*"--n=5 --steps=4 --cfg=3 --shift=2 --nrg-scale=30".split(), f"--reward={path}"]
-    text = command("sample", *flags, "--nrg=1,1,1")
-    ((_, weights, scale, eps, interval), _) = calls["guide"][0]
+    lora = tiny / "lora.safetensors"
+    wan_model.write_adapters(adapted(tiny), {}, lora)
+    flags = "--n=5 --steps=4 --cfg=3 --shift=2 --nrg=1,1,1 --nrg-scale=30".split()
+    flags += [f"--reward={path}", f"--lora={lora}"]
+    text = command("sample", *flags)
+    _, weights, scale, eps, interval = calls["guide"].call_args.args
     assert (weights, scale, eps, interval) == ((1, 1, 1), 30, NRG_EPS, NRG_INTERVAL)
     null = torch.from_numpy(np.load(tiny / "pairs" / "null.npy")).float().expand(5, -1, -1)
-    for args, _ in calls["sample"]:
-        _, x1, prompts, steps, cfg, no_prompt, guidance, shift = args
+    first = calls["sample"].call_args_list[0].args[1]
+    for call in calls["sample"].call_args_list:
+        _, x1, prompts, steps, cfg, no_prompt, _, shift = call.args
         assert (steps, cfg, shift) == (4, 3.0, 2.0) and torch.equal(no_prompt, null)
-        assert torch.equal(prompts, texts[:5])
-        assert torch.equal(x1, calls["sample"][0][0][1])
+        assert torch.equal(prompts, texts[:5]) and torch.equal(x1, first)
+    model, read = calls["sample"].call_args.args[0].wan[0], calls["guide"].call_args.args[0].wan[0]
+    assert torch.equal(
+        prediction(model, first, prompts), prediction(merged(tiny, lora), first, prompts)
+    )
+    assert torch.equal(prediction(read, first, prompts), prediction(bare(tiny), first, prompts))
     plain, guided = (np.load(tiny / "out" / f"{name}.npy") for name in ("plain", "guided"))
     assert plain.shape == (5, 4, 2, 8, 8) and guided[:, 0].mean() > plain[:, 0].mean() + 0.1
     low, high = (line.split()[3::2] for line in text.splitlines() if line.startswith("learned"))
     assert len(low) == 3 and all(float(b) > float(a) for a, b in zip(low, high))
     command("sample", "--n=5", "--steps=1", "--seed=1")
-    (_, other, *_), _ = calls["sample"][-1]
-    assert not torch.equal(other, x1)
+    assert not torch.equal(calls["sample"].call_args.args[1], first)
+    checkpoint.save_checkpoint(path, checkpoint.load_checkpoint(path) | {"evaluated": False})
+    with pytest.raises(BadInput, match="its training has not ended"):
+        command("sample", *flags)
 
 
 def test_dpo_after_sft_starts_at_its_reference(command, tiny):
@@ -288,8 +289,10 @@ def test_dpo_after_sft_starts_at_its_reference(command, tiny):
         assert losses(tiny, "dpo")[0] == pytest.approx(math.log(2), abs=1e-6)
     # what is written holds both adapters: it belongs on the bare model, with rank 4 + 64
     assert torch.allclose(prediction(merged(tiny, dpo), x, y), start, atol=1e-5)
-    ranks = {len(a) for a, _ in wan_model.merge_adapters(bare(tiny), dpo).values()}
-    assert ranks == {68}
+    adapters = wan_model.merge_adapters(bare(tiny), dpo)
+    assert len(adapters) == 32 and {len(a) for a, _ in adapters.values()} == {
+        68
+    }  # 4 x 2 x q, k, v, out
 
 
 def test_a_first_loss_that_is_not_ln_2_is_said(command, monkeypatch):
@@ -406,9 +409,9 @@ def test_adapters_are_the_librarys(tiny):
     assert (prediction(ours, x, y) - plain).abs().max() > 0.01
 
 
-def put(*shape, kind=np.float16):
+def put(*shape):
     """A fault: the array in a file, replaced by one of this shape."""
-    return lambda path: np.save(path, np.zeros(shape, kind))
+    return lambda path: np.save(path, np.zeros(shape, np.float16))
 
 
 def clips(shape):
@@ -432,15 +435,14 @@ def edit(old, new):
 
 
 LATENT, PROMPT, TABLE = "pairs/3-latent_A.npy", "pairs/2-text.npy", "pairs/pairs.csv"
-OTHER_SHAPES = [(3, 2, 8, 8), (4, 2, 7, 8), (4, 33, 8, 8), (4, 0, 8, 8), (4, 8, 8)]
+OTHER_SHAPES = [(3, 2, 8, 8), (4, 2, 7, 8), (4, 33, 8, 8), (4, 0, 8, 8)]
 CONFIG, WEIGHTS = "model/config.json", "model/diffusion_pytorch_model.safetensors"
 FAULTS = [
     *((LATENT, clips(shape), "this model takes .4, T, H, W") for shape in OTHER_SHAPES),
     (LATENT, put(4, 2, 8, 6), r"line 5, column latent_A: shape \(4, 2, 8, 6\), but the first clip"),
-    (LATENT, put(4, 2, 8, 8, kind=int), "line 5, column latent_A: .* holds int64"),
+    (LATENT, lambda path: np.save(path, [1]), "line 5, column latent_A: .* holds int64"),
     (LATENT, not_finite, r"line 5, column latent_A: .* holds nan at index \(1, 0, 2, 3\)"),
     (PROMPT, Path.unlink, "line 4, column text: .*2-text.npy is missing"),
-    (PROMPT, lambda path: path.write_text("hello"), "line 4, column text: .*not a .npy file"),
     (PROMPT, put(5, 8), r"line 4, column text: shape \(5, 8\), but the first text has \(6, 8\)"),
     ("pairs/null.npy", put(5, 8), r"null.npy: shape \(5, 8\), but the texts have \(6, 8\)"),
     (TABLE, Path.unlink, "pairs.csv: cannot be read"),
@@ -448,7 +450,6 @@ FAULTS = [
     (TABLE, lambda path: write_scores(path, np.ones((16, 2, 3))), "no pair has a better clip"),
     (TABLE, lambda path: write_scores(path, np.full((16, 2, 3), np.nan)), "line 2: its scores"),
     (CONFIG, edit('"in_channels": 4', '"in_channels": 8'), "cannot be loaded.*shape"),
-    (CONFIG, edit('"text_dim": 8', '"text_dim": "x"'), "cannot be loaded as Wan"),
     (CONFIG, Path.unlink, "cannot be loaded as Wan .*config.json"),
     (WEIGHTS, Path.unlink, "holds no weights in .safetensors files"),
     (WEIGHTS, lambda path: path.rename(path.with_suffix(".bin")), "its .bin files are pickles"),
@@ -473,8 +474,8 @@ def test_adapters_of_another_model_are_refused(command, tiny):
     layer = "blocks.1.attn2.to_k"
     a, b = good[layer]
     for name, change, message in (
-        (layer, (a[:, :23].contiguous(), b), f"adapter of {layer} has the shape of another"),
-        (layer, (a[:2].contiguous(), b), f"adapter of {layer} has the shape of another"),
+        (layer, (a[:, 1:] + 0, b), f"adapter of {layer} has the shape of another"),
+        (layer, (a[1:] + 0, b), f"adapter of {layer} has the shape of another"),
         (layer, (a * math.nan, b), f"adapter of {layer} holds numbers that are not finite"),
         ("blocks.9.to_k", (a + 1, b + 1), "tensor 'blocks.9.to_k.lora_A.weight' is no adapter"),
     ):
