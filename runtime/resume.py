@@ -62,10 +62,6 @@ def commit():
         return ""
 
 
-# ---------------------------------------------------------------------------------------------
-# Opening a run
-
-
 def last_state(out):
     """Where the last good state of a run is, for messages."""
     last = out / "last.pt"
@@ -117,18 +113,12 @@ def warmup_steps(steps):
 def check_longer(settings, done, steps):
     """BadInput unless a run of `steps` steps, of which some are done, can go on to settings.steps:
     what is left must be at the constant learning rate in both."""
-    why = None
-    if settings.steps < steps:
-        why = "a run can only get longer"
-    elif getattr(settings, "rounds", None):
-        why = "a round is --steps / --rounds long"
-    elif settings.decay:
-        why = f"with --decay {settings.decay:g} the learning rate depends on the end of the run"
-    elif done + 1 < warmup_steps(settings.steps):
-        why = f"the warm-up is not over after {done} steps"
-    if why:
+    rate_rises = done + 1 < warmup_steps(settings.steps)
+    rounds = getattr(settings, "rounds", None)
+    if settings.steps < steps or settings.decay or rounds or rate_rises:
         change = f"--steps was {steps}, now {settings.steps}"
-        raise BadInput(f"--resume: {change}, but {why}; use the same")
+        rule = "a run can only get longer, after its warm-up, without --decay and --rounds"
+        raise BadInput(f"--resume: {change}, but {rule}")
 
 
 def read_own(path, settings):
@@ -138,10 +128,6 @@ def read_own(path, settings):
         return state if state["settings"] == settled(settings) else None
     except Exception:  # missing, or damaged: torch can raise anything
         return None
-
-
-# ---------------------------------------------------------------------------------------------
-# While it runs
 
 
 @contextmanager
@@ -219,10 +205,6 @@ def until_stopped(items, out):
             print(f"stopped; {last_state(out)}")
             sys.exit(130)
         yield item
-
-
-# ---------------------------------------------------------------------------------------------
-# Saving and restoring
 
 
 def run_tensors(trained, ema, optimizer):

@@ -30,23 +30,14 @@ TINY = model.ModelConfig(dim=32, depth=3, heads=2, vocab=len(Vocabulary().words)
 def tiny_checkpoints(folder):
     """Flags that name a tiny random base model and reward in `folder`."""
     torch.manual_seed(0)
-    sizes = {"dim": 24, "depth": 2, "heads": 2, "vocab": TINY.vocab}
-    made = {
-        "velocity": model.VideoTransformer(TINY),
-        "reward": reward.VideoReward(reward.RewardConfig(**sizes)),
-    }
-    for kind, network in made.items():
-        for value in (
-            network.parameters()
-        ):  # new blocks do nothing, as their gates are 0; after this they do
+    config = reward.RewardConfig(dim=24, depth=2, heads=2, vocab=TINY.vocab)
+    networks = {"velocity": model.VideoTransformer(TINY), "reward": reward.VideoReward(config)}
+    for kind, network in networks.items():
+        for value in network.parameters():  # new blocks do nothing, as their gates are 0
             value.data += 0.05 * torch.randn(value.shape)
-        facts = {
-            "kind": kind,
-            "config": asdict(network.config),
-            "vocabulary": Vocabulary().words,
-            "step": 0,
-        }
-        checkpoint.save_checkpoint(folder / f"{kind}.pt", {**facts, "model": network.state_dict()})
+        state = {"kind": kind, "config": asdict(network.config), "model": network.state_dict()}
+        state |= {"vocabulary": Vocabulary().words, "step": 0}
+        checkpoint.save_checkpoint(folder / f"{kind}.pt", state)
     return [f"--init={folder / 'velocity.pt'}", f"--reward={folder / 'reward.pt'}"]
 
 
@@ -175,10 +166,10 @@ def together(function, cases, output=os.devnull, ranks=2):
             function(*case)
 
     shared = {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(ranks)}
-    children = [
-        fork(all_cases, output=output, **shared, RANK=str(i), LOCAL_RANK=str(i))
-        for i in range(ranks)
-    ]
+    children = []
+    for i in range(ranks):
+        own = {"RANK": str(i), "LOCAL_RANK": str(i)}
+        children.append(fork(all_cases, output=output, **shared, **own))
     return [ended(child) for child in children]
 
 

@@ -1,4 +1,4 @@
-"""train.py with narrow and shallow presets, of the same clips and patches: python tests/narrow.py --preset large ..."""
+"""train.py with narrow and shallow presets: python tests/narrow.py --preset large ..."""
 
 import runpy
 import sys

@@ -1,4 +1,4 @@
-"""Reading the Markdown files: sections, what stands in backticks, and commands; and which modules there are."""
+"""Reading the Markdown files: sections, backticks and commands; and which modules there are."""
 
 import re
 import shlex
@@ -7,17 +7,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 WINGS = ("kernels", "runtime", "real_data", "online", "studies", "examples", "pages")
+# The files that people write; results/*.md are written by the studies
+FOLDERS = [ROOT / part for part in ("", "docs", "weights", "examples")]
+DOCS = [str(path.relative_to(ROOT)) for folder in FOLDERS for path in sorted(folder.glob("*.md"))]
 
-
-def documents(root=ROOT):
-    """The Markdown files that people write, from the root; results/*.md are written by the studies."""
-    folders = [root / part for part in ("", "docs", "weights", "examples")]
-    return [
-        str(path.relative_to(root)) for folder in folders for path in sorted(folder.glob("*.md"))
-    ]
-
-
-DOCS = documents()
+FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.M | re.S)
+COMMAND = re.compile(r" *(?:\$ )?((?:\w+=\S* +)*(?:python|torchrun|pip) .*)")
 
 
 def modules(root=ROOT):
@@ -25,10 +20,6 @@ def modules(root=ROOT):
     paths = [*root.glob("*.py"), *(path for wing in WINGS for path in (root / wing).rglob("*.py"))]
     names = {path: path.relative_to(root).with_suffix("").parts for path in sorted(paths)}
     return {".".join(parts): path for path, parts in names.items() if parts[-1] != "__init__"}
-
-
-FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.M | re.S)
-COMMAND = re.compile(r" *(?:\$ )?((?:\w+=\S* +)*(?:python|torchrun|pip) .*|for \w+ in .*)")
 
 
 def prose(doc):
@@ -47,27 +38,20 @@ def sections(text):
 
 
 def commands(text):
-    """[(words of a command, lines of output below it)] without pip's; a loop is run once, with its first value."""
-    found, values = [], {}
+    """[(words of a command, lines of output below it)], without pip's."""
+    found = []
     for line in text.replace("\\\n", " ").splitlines():
         if not (match := COMMAND.fullmatch(line)):
             for _, output in found[-1:]:
                 output.append(line)
             continue
-        lexer = shlex.shlex(
-            match[1], posix=True, punctuation_chars=";&|"
-        )  # which leaves comments out
+        lexer = shlex.shlex(match[1], posix=True, punctuation_chars=";&|")  # leaves out comments
         lexer.whitespace_split = True
-        for between, words in groupby(lexer, {";", "&&", "&", "|", "do", "done"}.__contains__):
-            words = [
-                re.sub(r"\$\{?(\w+)\}?", lambda name: values.get(name[1], name[0]), word)
-                for word in words
-            ]
-            while words and re.match(r"\w+=", words[0]):
+        for between, words in groupby(lexer, {";", "&&", "&", "|"}.__contains__):
+            words = list(words)
+            while re.match(r"\w+=", words[0]):
                 del words[0]  # a variable of the environment
-            if words[0] == "for":
-                values[words[1]] = words[3]
-            elif not between and words[0] != "pip":
+            if not between and words[0] != "pip":
                 found.append((words, []))
     return found
 
@@ -84,8 +68,7 @@ def fenced(doc):
 
 def all_commands(doc):
     """Every command of a file once, as text."""
-    found = [
-        *sum(fenced(doc).values(), []),
-        *(one for span in spans(prose(doc)) for one in commands(span)),
-    ]
+    found = sum(fenced(doc).values(), [])
+    for span in spans(prose(doc)):
+        found += commands(span)
     return dict.fromkeys(shlex.join(words) for words, _ in found)

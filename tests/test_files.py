@@ -1,4 +1,4 @@
-"""Files by hand: what becomes of a video's frames, which clips a cache tells apart, pictures, latents of the toy."""
+"""Files by hand: frames of videos, clips in a cache, pictures, and latents of the toy."""
 
 import sys
 
@@ -33,14 +33,13 @@ def test_a_portrait_clip_is_its_middle_square_averaged_down():
 
 @pytest.mark.parametrize(("count", "first"), [(4, 0), (5, 0), (7, 1), (8, 2)])
 def test_the_middle_frames_of_a_longer_clip(count, first):
-    frames = (
-        np.arange(count, dtype=np.uint8)[:, None, None, None].repeat(2, 1).repeat(2, 2).repeat(3, 3)
-    )
+    frames = np.arange(count, dtype=np.uint8)[:, None, None, None].repeat(2, 1)
+    frames = frames.repeat(2, 2).repeat(3, 3)
     assert video.fit(frames, 4, 2)[0, :, 0, 0].tolist() == list(range(first, first + 4))
 
 
 def test_two_frames_a_second_to_the_next_even_number(tmp_path):
-    # 22 frames at 4 a second are 5.5 s, 11 frames at 2 a second, so 12: places 0, 21 / 11, 42 / 11, ...
+    # 22 frames at 4 a second are 5.5 s: 11 frames at 2 a second, so 12, at 0, 21 / 11, 42 / 11 ...
     frames = video.sample_frames(write(tmp_path / "a.mp4", 22, 4))
     places = [round(21 / 11 * i) for i in range(12)]
     assert [frame.mean() for frame in frames] == pytest.approx(

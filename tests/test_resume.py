@@ -281,12 +281,13 @@ def test_a_longer_run_goes_on_at_the_constant_rate_on_the_same_pairs(tmp_path):
 
 def test_a_change_that_changes_the_result_is_refused(refused, tmp_path):
     models, rounds = tiny_checkpoints(tmp_path), ["--rounds=2", "--clips=2"]
+    rule = "a run can only get longer, after its warm-up, without --decay and --rounds"
     cases = [
-        ([], ["--steps=3"], "--steps was 4, now 3, but a run can only get longer"),
-        ([], ["--steps=100"], "the warm-up is not over after 4 steps"),  # it takes 10
+        ([], ["--steps=3"], f"--steps was 4, now 3, but {rule}"),
+        ([], ["--steps=100"], rule),  # its warm-up takes 10
         ([], ["--precision=bfloat16"], "--precision was float32"),
-        (["--decay=0.5"], ["--steps=8"], "with --decay 0.5"),
-        (rounds, ["--steps=8"], "--steps / --rounds"),
+        (["--decay=0.5"], ["--steps=8"], rule),
+        (rounds, ["--steps=8"], rule),
     ]
     for i, (begun, more, why) in enumerate(cases):
         out = f"--out={tmp_path / '-'.join(begun)}"
