@@ -50,13 +50,14 @@ class Accepted(Exception):
 
 def parser_of(script, *flags):
     """The parser of a script, which has accepted the flags."""
-    parse = Parser.parse_args
+    parse = Parser.parse_known_args
 
     def stop(parser, argv=None, namespace=None):
-        parse(parser, argv, namespace)
+        _, unknown = parse(parser, argv, namespace)
+        assert not unknown, f"{script}: {unknown}"
         raise Accepted(parser)
 
-    patched = mock.patch.object(Parser, "parse_args", stop)
+    patched = mock.patch.object(Parser, "parse_known_args", stop)
     with patched, mock.patch.object(sys, "argv", [script, *flags]):
         with pytest.raises(Accepted) as accepted:
             runpy.run_path(str(ROOT / script), run_name="__main__")
