@@ -1,19 +1,20 @@
-"""Data: words to ids, clips to train a generator on, preference pairs, and the batches made of them (section 3.1).
+"""Data: prompts to ids, preference pairs, and the batches made of them (section 3.1).
 
-    python data.py export DIR           toy pairs as mp4 and CSV in the public format of VideoAlign
-    python data.py table                what the annotators said of them: ties, agreement, ratings of each generator
-    python train.py --algo reward --data DIR/train.csv          trains on any data set in that format (real_data/)
+    python -m real_data.export_toy DIR                        toy pairs as mp4 and CSV (VideoAlign)
+    python train.py --algo reward --data DIR/train.csv        trains on any data set in that format
 
-A batch is a dict of tensors, fixed by (seed, step) alone; its names are the arguments of the loss that takes it. All
-that is random in a step is in it: dropped prompts, times t (B,) and noise x1 like the clips. These are drawn for the
-whole batch, of which a process or a micro-batch takes its rows: clip 17's noise is the same on one GPU and on eight.
+A batch is a dict of tensors that (seed, step) alone determine; its names are the arguments of the
+loss that takes it. It holds all that is random in a step: dropped prompts, times t (B,), noise x1
+like the clips. These are drawn for the whole batch, and a process or a micro-batch takes its rows,
+so that clip 17 has the same noise on one GPU and on eight.
 
     label (B, 3)     VQ, MQ, TA. 1: A is better, -1: B, 0: tie, INVALID: no label
     mos (B, 2, 3)    ratings of A and B from 1 to 5, 0: none
-    weight           what counts how much, of mean one over the whole batch (mean_one)
+    weight           of each label or rating, with mean one over the whole batch (mean_one)
 
-A worked pair: the prompt "a red circle moving left" is `y = [1, 3, 9, 2, 13, 0, 0, 0]`; generator early-2 renders A
-(sharp, shaky), modern-5 renders B (hazy, steady); three annotators compare them, and the label is (1, -1, 0).
+An example: the prompt "a red circle moving left" is `y = [1, 3, 9, 2, 13, 0, 0, 0]`. Generator
+early-2 renders clip A (sharp, shaky) and modern-5 renders B (hazy, steady). Three annotators
+compare them, and the label is (1, -1, 0).
 """
 
 from collections import Counter
@@ -24,34 +25,33 @@ import torch
 
 import world
 from flow import draw_time
-from runtime.cli import run
 from words import split_words
 
 DIMENSIONS = ("VQ", "MQ", "TA")
-INVALID = -100  # a label that counts for nothing
+INVALID = -100  # a missing label
 
 PAD, UNKNOWN = "<pad>", "<unk>"
 TOY_WORDS = [PAD, "a", "moving", *world.COLOURS, *world.SHAPES, *world.DIRECTIONS]
 
 
 def vocabulary_of(prompts, most=4096):
-    """A vocabulary of the words in real prompts, the `most` frequent ones where there are more."""
+    """A Vocabulary of the words in real prompts, the most frequent ones if there are too many."""
     counts = Counter(word for prompt in prompts for word in split_words(prompt))
     return Vocabulary([PAD, UNKNOWN, *(word for word, _ in counts.most_common(most - 2))])
 
 
 class Vocabulary:
-    """Words and their ids, stored in every checkpoint. Id 0 is padding; a prompt of nothing else is "no prompt"."""
+    """Words and their ids, stored in every checkpoint. Id 0 is padding, and padding alone is no
+    prompt. With UNKNOWN among the words (`open`) strange words are read as UNKNOWN and long prompts
+    are cut; without it both are errors."""
 
     def __init__(self, words=TOY_WORDS):
         self.words = list(words)
         self.ids = {word: i for i, word in enumerate(self.words)}
-        self.open = (
-            UNKNOWN in self.ids
-        )  # made from real prompts: strange words are read as UNKNOWN, long prompts cut
+        self.open = UNKNOWN in self.ids
 
     def encode(self, prompts, length):
-        """Prompts (list of B str) -> ids (B, length) int64. ValueError: an unknown word, none or too many."""
+        """Prompts (B str) -> ids (B, length). ValueError for an unknown word, none or too many."""
         y = torch.zeros(len(prompts), length, dtype=torch.int64)
         for i, prompt in enumerate(prompts):
             words = split_words(prompt)
@@ -59,14 +59,11 @@ class Vocabulary:
                 words = [word if word in self.ids else UNKNOWN for word in words][:length]
             unknown = [word for word in words if word not in self.ids]
             if unknown:
-                known = ", ".join(self.words[1:])
-                raise ValueError(
-                    f"unknown word {unknown[0]!r} in prompt {prompt!r}; words known: {known}"
-                )
+                fault = f"unknown word {unknown[0]!r} in prompt {prompt!r}"
+                raise ValueError(f"{fault}; words known: {', '.join(self.words[1:])}")
             if not 0 < len(words) <= length:
-                raise ValueError(
-                    f"prompt {prompt!r} has {len(words)} words; 1 to {length} can be used"
-                )
+                fault = f"prompt {prompt!r} has {len(words)} words"
+                raise ValueError(f"{fault}; 1 to {length} can be used")
             y[i, : len(words)] = torch.tensor([self.ids[word] for word in words])
         return y
 
@@ -88,37 +85,34 @@ class Vocabulary:
 
 
 def step_rng(seed, step):
-    """The generator for everything random in one training step (batch, t, noise, label dropout). No
-    two pairs of seed and step share one; negative steps are epochs and rounds."""
+    """The generator of all that is random in one training step. No two pairs of seed and step share
+    one; negative steps are epochs and rounds."""
     if -750_003 <= step < 250_000:
         return torch.Generator().manual_seed((seed * 1_000_003 + step) * 2 + 1)
     return torch.Generator().manual_seed((seed * 2**31 + step + 2**30) * 2)
 
 
 def epoch_index(count, batch, step, seed):
-    """Indices (batch,) of step `step` in epochs that are each a new permutation of `count` items."""
+    """Indices (batch,) of step `step`; each epoch is a new permutation of `count` items."""
     position = torch.arange(step * batch, (step + 1) * batch)
     index = torch.empty_like(position)
     for epoch in (position // count).unique().tolist():
-        here = position // count == epoch
-        index[here] = torch.randperm(count, generator=step_rng(seed, -1 - epoch))[
-            position[here] % count
-        ]
+        in_epoch = position // count == epoch
+        order = torch.randperm(count, generator=step_rng(seed, -1 - epoch))
+        index[in_epoch] = order[position[in_epoch] % count]
     return index
 
 
 def drop_prompts(y, probability, rng):
-    """Replaces whole prompts by "no prompt" for classifier-free guidance; outside the model, so that a policy and its
-    reference always drop the same ones."""
+    """Replaces whole prompts by no prompt, for CFG; outside the model, so that a policy and its
+    reference drop the same ones."""
     return torch.where(torch.rand(len(y), 1, generator=rng) < probability, torch.zeros_like(y), y)
 
 
 def draw_noise(count, shape, shift, rng, normal=False):
-    """Times t (count,), as flow.draw_time has them, and noise x1 (count, *shape) of a batch."""
-    return {
-        "t": draw_time(count, rng, shift, normal),
-        "x1": torch.randn(count, *shape, generator=rng),
-    }
+    """{"t": times (count,) of flow.draw_time, "x1": noise (count, *shape)} of a batch."""
+    t = draw_time(count, rng, shift, normal)
+    return {"t": t, "x1": torch.randn(count, *shape, generator=rng)}
 
 
 def take(batch, rows):
@@ -127,13 +121,13 @@ def take(batch, rows):
 
 
 def mean_one(mask):
-    """Weights that make a mean over all entries, or over equal parts, the mean over those where `mask` is true."""
+    """Weights that turn a mean over all entries, or over equal parts, into one over `mask`."""
     return mask / mask.float().mean().clamp(min=1 / max(1, mask.numel()))
 
 
 @dataclass
 class Pairs:
-    """N preference pairs. Clips are made or read when they are asked for, never all at once."""
+    """N preference pairs, whose clips are rendered or read on demand."""
 
     y: torch.Tensor  # (N, S) ids of the prompts
     clips: Callable  # (index (B,), side (B,), 0: A, 1: B) -> videos (B, C, T, H, W)
@@ -155,9 +149,3 @@ class Pairs:
     def sides(self, index):
         """Videos A and B of pairs `index` (B,)."""
         return self.clips(index.repeat(2), torch.arange(2).repeat_interleave(len(index))).chunk(2)
-
-
-if __name__ == "__main__":
-    from real_data.export_toy import main
-
-    run(main)

@@ -1,13 +1,13 @@
-"""Flow matching: the path from data to noise, its error, and training times (paper, section 4.1, appendices B to D).
+"""Flow matching: the path from data to noise, its error, training times (section 4.1, app. B to D).
 
-Conventions: x0 data at t = 0, x1 standard normal noise at t = 1, v = x1 - x0. Nothing here knows a model: a velocity
-model is any callable v = model(x_t, t, y). All errors are means over everything but the batch, in float32, so that a
-beta, a reward temperature or a learning rate means the same at every video size.
+Conventions: x0 data at t = 0, x1 standard normal noise at t = 1, v = x1 - x0. A velocity model is
+any callable v = model(x_t, t, y). Errors are means over everything but the batch, in float32, so
+that a beta, a reward temperature or a learning rate means the same at every video size.
 """
 
 import torch
 
-TIME_SHIFT = 4.0  # of training times and of the sampler's steps, towards noise: where the layout of a clip is decided
+TIME_SHIFT = 4.0  # of training times and sampling steps, to noise, where a clip's layout is decided
 TIME_BINS = 4  # for the logs
 
 
@@ -23,7 +23,7 @@ def interpolate(x0, x1, t):
 
 
 def flow_error(model, x0, x1, t, y):
-    """||v - v_model(x_t, t, y)||^2 of each sample (section 4.1), as a mean over its elements: (B,) float32."""
+    """||v - v_model(x_t, t, y)||^2 of each sample (section 4.1), a mean over its elements: (B,)."""
     return mean_square(model(interpolate(x0, x1, t), t, y), x1 - x0)
 
 
@@ -33,15 +33,15 @@ def mean_square(a, b):
 
 
 def shift_time(t, shift):
-    """Moves times in [0, 1] towards noise: t -> s t / (1 + (s - 1) t). shift 1 changes nothing; 0 and 1 stay."""
+    """Moves times in [0, 1] to noise: t -> s t / (1 + (s - 1) t). 0 and 1 stay; shift 1 is none."""
     return shift * t / (1 + (shift - 1) * t)
 
 
 def draw_time(count, rng, shift=TIME_SHIFT, normal=False):
-    """Training times (count,): uniform (the paper's appendix C), then shifted; or, `normal`, logit-normal(0, 1), then
-    shifted, but one in ten uniform on (0.9, 1), where a clip's brightness is decided and a logit-normal seldom draws.
+    """Training times (count,) from the CPU torch.Generator `rng`, so that devices agree.
 
-    rng: a torch.Generator on the CPU, so that one seed gives one batch on every device."""
+    Uniform (appendix C), then shifted. With `normal` logit-normal(0, 1), then shifted, but one in
+    ten is uniform on (0.9, 1): there a clip's brightness is decided, and a logit-normal is rare."""
     if not normal:
         return shift_time(torch.rand(count, generator=rng), shift)
     t = shift_time(torch.sigmoid(torch.randn(count, generator=rng)), shift)
@@ -50,5 +50,5 @@ def draw_time(count, rng, shift=TIME_SHIFT, normal=False):
 
 
 def time_bin(t):
-    """Which of TIME_BINS parts of [0, 1], of equal width, each t (B,) lies in: 0, the cleanest, to TIME_BINS - 1."""
+    """Which of TIME_BINS equal parts of [0, 1] each t (B,) lies in; 0 is the cleanest."""
     return (t * TIME_BINS).long().clamp(max=TIME_BINS - 1)

@@ -1,17 +1,18 @@
-"""Flow-DPO: preference optimisation of a flow-matching model (paper, section 4.2, Eq. 4-6, appendix C).
+"""Flow-DPO: preference optimisation of a flow-matching model (section 4.2, Eq. 4-6, appendix C).
 
     L = -E log sigma( -beta_t / 2 [ (|v^w - v(x_t^w)|^2 - |v^w - v_ref(x_t^w)|^2)
-                                  - (|v^l - v(x_t^l)|^2 - |v^l - v_ref(x_t^l)|^2) ] )                            Eq. 6
+                                  - (|v^l - v(x_t^l)|^2 - |v^l - v_ref(x_t^l)|^2) ] )        Eq. 6
 
-Winner w and loser l share the noise and t, and pass the policy in one forward; the reference is frozen. The derivation
-from Diffusion-DPO (Eq. 4) gives beta_t = beta (1 - t)^2, since a noise error is (1 - t)^2 times a velocity error
-(Eq. 5); the paper recommends beta_t = beta. With (1 - t)^2 both the gradient and the pull to the reference are weak at
-high noise, where the layout of a clip is decided: the policy first learns textures at small t, later it drifts away at
-large t (docs/alignment.md).
+Winner w and loser l share noise and t and go through the policy in one forward; the reference is
+frozen. The derivation from Diffusion-DPO (Eq. 4) gives beta_t = beta (1 - t)^2, since a noise error
+is (1 - t)^2 times a velocity error (Eq. 5). The paper recommends beta_t = beta. With (1 - t)^2 both
+the gradient and the pull to the reference are weak at high noise, where a clip's layout is decided:
+the policy first learns textures at small t, and later drifts away at large t (docs/alignment.md).
 
-beta multiplies errors that are means over a clip's elements (the paper's pseudo-code writes sums, its beta = 500 only
-makes sense for means). A larger beta keeps the policy closer to the reference: a smaller difference of errors then
-satisfies the loss. Nothing here knows a model class: policy and reference are any v = model(x_t, t, y).
+beta multiplies errors that are means over a clip's elements. (The paper's pseudo-code writes sums,
+but its beta = 500 only makes sense for means.) A larger beta keeps the policy closer to the
+reference, because a smaller difference of errors then satisfies the loss. Policy and reference are
+any v = model(x_t, t, y).
 """
 
 import torch
@@ -23,11 +24,11 @@ SCHEDULES = ("constant", "(1-t)^2")
 
 
 def flow_dpo_terms(err_w, err_l, ref_err_w, ref_err_l, t, beta, schedule="constant"):
-    """Eq. 6 sample by sample, from errors (B,) of policy and reference on winner and loser and
-    t (B,): a dict of (B,) tensors. ValueError for an unknown schedule.
+    """Eq. 6 pair by pair, from errors (B,) of policy and reference on winner and loser and times
+    t (B,) -> a dict of (B,) tensors. ValueError for an unknown schedule.
 
-    loss; accuracy, the implicit one: 1 where a pair moved the right way, one half for a draw;
-    margin, the bracket of Eq. 6 with its sign turned; and the four errors."""
+    margin is the bracket of Eq. 6 with its sign turned; accuracy is 1 where a pair moved the right
+    way, and one half for a draw."""
     if schedule not in SCHEDULES:
         raise ValueError(f"unknown schedule {schedule!r}; known: {', '.join(SCHEDULES)}")
     beta_t = beta * (1 - t) ** 2 if schedule == "(1-t)^2" else beta  # by Eq. 5, or constant
@@ -46,8 +47,7 @@ def flow_dpo_terms(err_w, err_l, ref_err_w, ref_err_l, t, beta, schedule="consta
 
 
 def flow_dpo_loss(err_w, err_l, ref_err_w, ref_err_l, t, beta, schedule="constant"):
-    """Eq. 6, the mean over the batch -> (loss, logs). The arguments and the names of the logs are
-    those of flow_dpo_terms."""
+    """Eq. 6, the mean over the batch -> (loss, logs); arguments and logs as in flow_dpo_terms."""
     terms = flow_dpo_terms(err_w, err_l, ref_err_w, ref_err_l, t, beta, schedule)
     logs = {name: values.mean().item() for name, values in terms.items()}
     return terms["loss"].mean(), logs
@@ -58,12 +58,10 @@ def flow_dpo_step(
 ):
     """One step on winners and losers x0_w, x0_l (B, ...) of prompts y (B, S) -> (loss, logs).
 
-    t (B,) and the noise x1 (B, ...) are common to winner and loser (appendix C). `shared_forward`,
-    if given, is called in place of policy and reference: (x_t, t, y) -> their two velocities, for
-    models that share their first blocks.
-
-    The logs also hold the drift |v - v_ref|^2, a mean over both clips: how far the policy has
-    moved; and everything once more for each quarter of t that the batch met, as "name/t0" (the
+    t (B,) and the noise x1 (B, ...) are common to winner and loser (appendix C). Policy and
+    reference may share their first blocks: then shared_forward(x_t, t, y), called in their place,
+    returns their two velocities. The logs also hold the drift |v - v_ref|^2, which says how far the
+    policy has moved, and again all means over each quarter of t in the batch, as "name/t0" (the
     cleanest) to "name/t3"."""
     x0 = torch.cat((x0_w, x0_l))  # (2B, ...)
     x1 = torch.cat((x1, x1))

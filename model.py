@@ -145,7 +145,7 @@ def rope(grid, head_dim, theta=100.0):
     return torch.stack((torch.cat((cos, cos), 1), torch.cat((-sin, sin), 1)))
 
 
-def identity_rope(count, head_dim):
+def no_rope(count, head_dim):
     """The same (2, count, head_dim) for tokens without a place: they do not turn."""
     return torch.stack((torch.ones(count, head_dim), torch.zeros(count, head_dim)))
 
@@ -259,7 +259,7 @@ class VideoTransformer(nn.Module):
         self.patch_out = nn.Linear(dim, volume)
         self.tiles = SlidingTiles(config.attention, config.grid, config.max_text)
         head_dim = dim // config.heads
-        words, video = identity_rope(config.max_text, head_dim), rope(config.grid, head_dim)
+        words, video = no_rope(config.max_text, head_dim), rope(config.grid, head_dim)
         self.register_buffer(
             "rope", torch.cat((words, self.tiles.sort(video)), 1), persistent=False
         )

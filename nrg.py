@@ -1,19 +1,21 @@
-"""Flow-NRG: steering a sample by the gradient of a noise-aware reward (paper, section 4.4, Eq. 10-11, appendix B).
+"""Flow-NRG: steering a sample by the gradient of a noise-aware reward (section 4.4, Eq. 10-11).
 
-    v~(x_t) = v(x_t) - w t / (1 - t) grad_x r(x_t, t, y)                                                         Eq. 11
+    v~(x_t) = v(x_t) - w t / (1 - t) grad_x r(x_t, t, y)                                    Eq. 11
 
-aims at p_ref exp(r)^w (Eq. 10) without any training of the generator. The minus is right: a step goes against v, so it
-climbs r. Guidance comes after classifier-free guidance, and its gradient passes through the reward alone. The form of
-appendix B that replaces p_ref in part (Eq. 21) is left out; the paper's experiments do not use it either.
+This aims at p_ref exp(r)^w (Eq. 10) without training the generator. The minus is right: a step goes
+against v, so it climbs r. Guidance comes after classifier-free guidance (CFG), and its gradient
+passes through the reward alone. We leave out the form of appendix B that replaces p_ref in part
+(Eq. 21); the paper's experiments do not use it either.
 
-The reward reads what the sampler sees, a clip with noise on it, so it is trained on such clips. It is the base model's
-embedding and first blocks, frozen, under a small head; a policy that kept these blocks runs them once for both
-(`SteeredPolicy`). The paper trains "a few early layers" (Table 11) on people's pairs; head, number of blocks and, by
-default, the target are our choice. Guidance and losses take any r = reward(x_t, t, y).
+The reward reads what the sampler sees, a clip with noise on it, so it is trained on such clips. It
+is a small head on the base model's embedding and first blocks, which stay frozen; a policy with the
+same blocks runs them once for both (`SteeredPolicy`). The paper trains "a few early layers" (Table
+11) on people's pairs. The head, the number of blocks and, by default, the target are our choice.
+Guidance and losses take any r = reward(x_t, t, y).
 
-For exactly the tilted density, r(x_t, t) must be the value of what is still to come, log E[exp(w r(x0)) | x_t] / w; its
-gradient falls to 0 like 1 - t at the noise, so that t / (1 - t) times it stays finite. A learned reward need not, hence
-`eps` and `interval`.
+The density is exactly the tilted one if r(x_t, t) is the value log E[exp(w r(x0)) | x_t] / w. The
+gradient of this value falls to 0 like 1 - t at the noise, so t / (1 - t) times it stays finite. A
+learned reward's gradient need not, hence `eps` and `interval`.
 """
 
 import math
@@ -25,8 +27,8 @@ import torch.nn.functional as F
 
 from data import DIMENSIONS
 from flow import TIME_BINS, expand_like, interpolate, time_bin
-from model import ModelConfig, VideoTransformer
-from reward import accuracies_without_ties, bt_loss
+from model import ModelConfig, VideoTransformer, modulate
+from reward import accuracy_logs, bt_loss
 from runtime.checkpoint import load_network
 
 # ---------------------------------------------------------------------------------------------
@@ -34,13 +36,13 @@ from runtime.checkpoint import load_network
 
 
 def guidance_factor(t, scale, eps, interval):
-    """Eq. 11's w t / (1 - t + eps) for times t (B,); 0 outside `interval`, and where it is infinite."""
+    """Eq. 11's w t / (1 - t + eps) for t (B,); 0 outside `interval` and where it is infinite."""
     active = (t >= interval[0]) & (t <= interval[1]) & (1 - t + eps > 0)
     return torch.where(active, scale * t / (1 - t + eps), 0.0)
 
 
 def reward_gradient(scores, weights, x):
-    """grad_x sum_k weights_k scores_k for scores (B, K) that were computed from x; has x's shape."""
+    """grad_x sum_k weights_k scores_k for scores (B, K) computed from x; of x's shape."""
     total = (scores * torch.tensor(weights, device=x.device)).sum()
     return torch.autograd.grad(total, x)[0]
 
@@ -74,6 +76,16 @@ def guide(reward, weights, scale=1.0, eps=0.0, interval=(0.0, 1.0)):
 # ---------------------------------------------------------------------------------------------
 # The noise-aware reward
 
+TA = DIMENSIONS.index("TA")
+PLACES = (2, 4, 4)  # cells of a clip in time, height and width that a head tells apart
+# Names of a head's layers in older checkpoints, the shipped one among them
+OLD_NAMES = {
+    "shown.weight": "video_proj.weight",
+    "shown.bias": "video_proj.bias",
+    "asked.weight": "text_proj.weight",
+    "asked.bias": "text_proj.bias",
+}
+
 
 @dataclass(frozen=True)
 class NoisyRewardConfig(ModelConfig):
@@ -84,34 +96,18 @@ class NoisyRewardConfig(ModelConfig):
     def __post_init__(self):
         super().__post_init__()
         if not 1 <= self.read <= self.depth:
-            raise ValueError(
-                f"read {self.read}: this base model has {self.depth} blocks, so 1 to {self.depth}"
-            )
-
-
-def trunk_tensors(model, blocks):
-    """{name: tensor} of all that a VideoTransformer computes its first `blocks` hidden states from."""
-    parts = (
-        "patch_in.",
-        "words.",
-        "places",
-        "time.",
-        "pooled.",
-        *(f"blocks.{i}." for i in range(blocks)),
-    )
-    return {name: value for name, value in model.state_dict().items() if name.startswith(parts)}
-
-
-PLACES = (2, 4, 4)  # cells of a clip in time, height and width that a head tells apart
+            blocks = f"this base model has {self.depth} blocks, so 1 to {self.depth}"
+            raise ValueError(f"read {self.read}: {blocks}")
 
 
 class RewardHead(nn.Module):
-    """What a noise-aware reward adds to a velocity model's first blocks; a subclass's forward(x_t, t, y) runs these.
+    """What a noise-aware reward adds to a velocity model's first blocks, which a subclass runs.
 
-    Video tokens do not say where they are, as RoPE acts inside attention alone. So they are read by place: each gives a
-    few numbers, averaged over the cells of PLACES, and all cells make one description of the clip, in which VQ and MQ
-    are linear; TA also matches it with the prompt. Scores are divided by `std`, their spread over validation pairs, 1
-    until the training ends: otherwise the dimension that is easy to tell drowns the others' gradients."""
+    Video tokens do not say where they are, because RoPE acts inside attention alone. So the head
+    reads them by place: each token gives a few numbers, which are averaged over each cell of
+    PLACES, and all cells together describe the clip. VQ and MQ are linear in this description; TA
+    also matches it with the prompt. Scores are divided by `std`, their spread over validation
+    pairs (1 until training ends); otherwise the easiest dimension dominates the gradient."""
 
     def __init__(self, dim, numbers=24, width=256, match=64):
         super().__init__()
@@ -122,40 +118,38 @@ class RewardHead(nn.Module):
         self.condition = nn.Linear(dim, width)
         self.describe = nn.Sequential(nn.GELU(), nn.Linear(width, width), nn.GELU())
         self.scores = nn.Linear(width, len(DIMENSIONS))
-        self.shown, self.asked = nn.Linear(width, match), nn.Linear(dim, match)
+        self.video_proj = nn.Linear(width, match)
+        self.text_proj = nn.Linear(dim, match)
         self.register_buffer("std", torch.ones(len(DIMENSIONS)))
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
 
     def head(self, video, grid, words, condition):
-        """Hidden states of video tokens (B, N, d) in (t, h, w) order on `grid`, of the prompt's words (B, S, d), and
-        the trunk's condition (B, d) -> scores (B, 3) in the order VQ, MQ, TA."""
-        with torch.autocast(
-            video.device.type, enabled=False
-        ):  # near scores would be equal in bfloat16
+        """Hidden states of video tokens (B, N, d) in (t, h, w) order on `grid` and of the prompt's
+        words (B, S, d), and the trunk's condition (B, d) -> scores (B, 3): VQ, MQ, TA."""
+        with torch.autocast(video.device.type, enabled=False):  # bfloat16 would round scores alike
             video, words, condition = video.float(), words.float(), condition.float()
             shift, scale = self.modulation(condition)[:, None].chunk(2, -1)  # (B, 1, d) each
-            video = self.numbers(self.norm(video) * (1 + scale) + shift)  # (B, N, n)
-            video = F.adaptive_avg_pool3d(
-                video.transpose(1, 2).unflatten(2, grid), PLACES
-            )  # (B, n, *PLACES)
-            clip = self.describe(
-                self.cells(video.flatten(1)) + self.condition(condition)
-            )  # (B, width)
-            asked = self.asked(self.norm(words)).mean(1)  # (B, match)
-            match = (self.shown(clip) * asked).sum(1, keepdim=True) / asked.shape[
-                1
-            ] ** 0.5  # (B, 1)
-            return (self.scores(clip) + F.pad(match, (2, 0))) / self.std  # VQ and MQ know no prompt
+            video = self.numbers(modulate(self.norm(video), shift, scale))  # (B, N, numbers)
+            video = video.transpose(1, 2).unflatten(2, grid)  # (B, numbers, T, H, W)
+            cells = F.adaptive_avg_pool3d(video, PLACES).flatten(1)  # (B, numbers * cells)
+            clip = self.describe(self.cells(cells) + self.condition(condition))  # (B, width)
+            scores = self.scores(clip)  # (B, 3)
+            video_proj = self.video_proj(clip)  # (B, match)
+            text_proj = self.text_proj(self.norm(words)).mean(1)  # (B, match)
+            match = (video_proj * text_proj).sum(1) / text_proj.shape[1] ** 0.5  # (B,)
+            scores[:, TA] += match  # VQ and MQ do not depend on the words
+            return scores / self.std
 
 
 class NoisyReward(RewardHead):
-    """forward(x_t (B, C, T, H, W), t (B,), y (B, S)) -> scores (B, 3) in the order VQ, MQ, TA."""
+    """forward(x_t (B, C, T, H, W), t (B,), y (B, S)) -> scores (B, 3): VQ, MQ, TA."""
 
     def __init__(self, config):
         trunk = VideoTransformer(config)
         super().__init__(config.dim)
-        self.config, self.trunk = config, trunk
+        self.config = config
+        self.trunk = trunk
         self.trunk.blocks = self.trunk.blocks[: config.read]
         del self.trunk.patch_out, self.trunk.modulation  # what follows the last block
 
@@ -164,13 +158,22 @@ class NoisyReward(RewardHead):
         return self.read(self.trunk.run(hidden, condition, 0, self.config.read), condition)
 
     def read(self, hidden, condition):
-        """The trunk's hidden states (B, S + N, d) and condition -> scores (B, 3)."""
+        """The trunk's hidden states (B, S + N, d) and condition (B, d) -> scores (B, 3)."""
         words, video = self.trunk.split(hidden)
         return self.head(video, self.config.grid, words, condition)
 
 
+def trunk_tensors(model, blocks):
+    """{name: tensor} of all that computes a VideoTransformer's first `blocks` hidden states."""
+    parts = ["patch_in.", "words.", "places", "time.", "pooled."]
+    parts += [f"blocks.{i}." for i in range(blocks)]
+    state = model.state_dict()
+    return {name: value for name, value in state.items() if name.startswith(tuple(parts))}
+
+
 def noisy_reward_on(base, read, frozen=True):
-    """A new NoisyReward on a copy of the first `read` blocks of `base`; frozen: the head alone will be trained."""
+    """A new NoisyReward on a copy of the first `read` blocks of `base`. With `frozen` the head
+    alone is trained. ValueError unless there are so many blocks."""
     reward = NoisyReward(NoisyRewardConfig(**asdict(base.config), read=read))
     reward.trunk.load_state_dict(trunk_tensors(base, read))
     reward.trunk.requires_grad_(not frozen)
@@ -179,58 +182,49 @@ def noisy_reward_on(base, read, frozen=True):
 
 def load_noisy_reward(path):
     """(NoisyReward, words) of a checkpoint."""
-    return load_network(path, "noisy reward", NoisyReward, NoisyRewardConfig)
+    return load_network(path, "noisy reward", NoisyReward, NoisyRewardConfig, OLD_NAMES)
 
 
 def noisy_value_step(reward, x0, y, target, t, x1, other_y, other_target):
-    """One step on clips x0 (B, ...) with prompts y (B, S) at times t (B,) with noise x1 -> (loss, logs): squared error
-    against what a reward of clean clips says of x0: target (B, 3), and in TA for prompts other_y other_target (B, 3).
+    """One step on clips x0 (B, ...) of prompts y (B, S), times t (B,), noise x1 -> (loss, logs).
 
-    Not in the paper. The least error is at E[r(x0) | x_t], which is Eq. 10's value log E[exp(w r(x0)) | x_t] / w up to
-    terms in w. Its gradient vanishes where noise hides all information."""
-    x_t, ta = interpolate(x0, x1, t), DIMENSIONS.index("TA")
-    own, other = reward(torch.cat((x_t, x_t)), torch.cat((t, t)), torch.cat((y, other_y))).chunk(
-        2
-    )  # (B, 3) each
+    The loss is the squared error against a clean-clip reward's scores of x0: target (B, 3), and in
+    TA other_target (B, 3) for the prompts other_y. Not in the paper. The least error is at
+    E[r(x0) | x_t], which is Eq. 10's value log E[exp(w r(x0)) | x_t] / w up to terms in w. Its
+    gradient vanishes where noise hides all information."""
+    x_t = interpolate(x0, x1, t)
+    scores = reward(torch.cat((x_t, x_t)), torch.cat((t, t)), torch.cat((y, other_y)))
+    own, other = scores.chunk(2)  # (B, 3) each
     error = (own - target).square().mean(0)  # (3,)
-    other_error = (other - other_target)[:, ta].square().mean()
+    other_error = (other - other_target)[:, TA].square().mean()
     loss = error.sum() + other_error
-    return loss, {
-        "loss": loss.item(),
-        **dict(zip(DIMENSIONS, error.tolist())),
-        "other": other_error.item(),
-    }
+    logs = {"loss": loss.item(), **dict(zip(DIMENSIONS, error.tolist()))}
+    return loss, logs | {"other": other_error.item()}
 
 
 def noisy_pair_step(reward, x0_a, x0_b, y, label, t, x1, x1_b=None, weight=None):
-    """One step on pairs x0_a, x0_b (B, ...) with prompts y (B, S), labels (B, 3), times t (B,) -> (loss, logs).
+    """One step on pairs x0_a, x0_b (B, ...) of prompts y (B, S), labels (B, 3) -> (loss, logs).
 
-    Both clips of a pair get the same noise x1 and t, assuming that noise keeps their order (section 4.4); with x1_b
-    clip B has a noise of its own. The loss is Bradley-Terry, which leaves ties out; weight (B, 3) as bt_loss takes it.
-    The logs hold the accuracy in each dimension, and once more for each quarter of t, as "VQ/t0" (the cleanest) to
-    "VQ/t3"."""
-    x_t = torch.cat((interpolate(x0_a, x1, t), interpolate(x0_b, x1 if x1_b is None else x1_b, t)))
+    Both clips of a pair get the same t (B,) and noise x1, assuming that noise keeps their order
+    (section 4.4); with x1_b clip B has noise of its own. The loss is Bradley-Terry, which leaves
+    out ties; weight (B, 3) as in bt_loss. The logs hold the accuracy in each dimension, and again
+    for each quarter of t, as "VQ/t0" (the cleanest) to "VQ/t3"."""
+    x1_b = x1 if x1_b is None else x1_b
+    x_t = torch.cat((interpolate(x0_a, x1, t), interpolate(x0_b, x1_b, t)))
     a, b = reward(x_t, torch.cat((t, t)), torch.cat((y, y))).chunk(2)  # (B, 3) each
     loss = bt_loss(a, b, label, weight)
-    delta, label, t = (
-        (a - b).detach().cpu(),
-        label.cpu(),
-        t.cpu(),
-    )  # so that the logs wait for the device but once
-    logs = {"loss": loss.item(), **accuracies_without_ties(delta, label)}
+
+    delta, label, bins = (a - b).detach().cpu(), label.cpu(), time_bin(t).cpu()
+    logs = {"loss": loss.item(), **accuracy_logs(delta, label)}
     for i in range(TIME_BINS):
-        in_bin = time_bin(t) == i
-        logs |= {
-            f"{name}/t{i}": value
-            for name, value in accuracies_without_ties(delta[in_bin], label[in_bin]).items()
-        }
-    return loss, {
-        name: value for name, value in logs.items() if value == value
-    }  # nan: no such pair
+        in_bin = bins == i
+        for name, value in accuracy_logs(delta[in_bin], label[in_bin]).items():
+            logs[f"{name}/t{i}"] = value
+    return loss, logs
 
 
 # ---------------------------------------------------------------------------------------------
-# One trunk for policy and reward
+# A policy and its reward in one velocity model
 
 
 class SteeredPolicy:

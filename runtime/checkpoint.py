@@ -104,15 +104,17 @@ def check_same_data(name, config, words, other_name, other_config, other_words):
         raise BadInput(f"{name} and {other_name} know other words; train both on the same data")
 
 
-def load_network(path, kind, network, config_of):
+def load_network(path, kind, network, config_of, old_names={}):
     """(network, vocabulary) of a checkpoint: network(config_of(**config)), in eval mode and
-    float32. BadInput says what does not fit."""
+    float32. old_names: {name of a tensor in older files: name now}. BadInput says what does not
+    fit."""
     state = load_checkpoint(path, kind)
     if kind != "velocity" and state.get("evaluated") is False:
         fault = "its scores get their unit at the end of the training; --resume it to the end first"
         raise BadInput(f"{path}: {fault}")
     try:
-        weights, words = dict(state["model"]), state["vocabulary"]
+        words = state["vocabulary"]
+        weights = {old_names.get(name, name): value for name, value in state["model"].items()}
         config = config_of(**state["config"])
         with torch.device("meta"):  # allocates nothing before the file has proved its size
             blank = network(config)

@@ -13,7 +13,7 @@ from model import (
     ModelConfig,
     VideoTransformer,
     apply_rope,
-    identity_rope,
+    no_rope,
     low_pass,
     patchify,
     rope,
@@ -72,7 +72,7 @@ def test_attention_by_hand_has_a_norm_for_q_and_another_for_k():
     layer = Attention(8, 2).requires_grad_(False)
     layer.q_norm.copy_(torch.tensor([3.0, 0.1, 1.0, 2.0]))
     layer.k_norm.copy_(torch.tensor([0.2, 5.0, 1.0, -1.0]))
-    x, still = torch.randn(1, 5, 8), identity_rope(5, 4)
+    x, still = torch.randn(1, 5, 8), no_rope(5, 4)
     q, k, v = (x[0] @ layer.qkv.weight.T + layer.qkv.bias).split(8, 1)
     mixed = torch.zeros(5, 8)
     for part in (slice(0, 4), slice(4, 8)):
