@@ -157,7 +157,7 @@ def print_scores(prompt, scores):
 
 
 def write_clips(path, videos, labels, is_latent):
-    """Writes the clips of each run -> the names of the files. Latents go to .npy, (runs, n, ...)."""
+    """Writes the clips of each run and returns the names of the files; latents go to one .npy."""
     labels = labels if len(labels) > 1 else []
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -163,8 +163,8 @@ def test_under_autocast_scores_and_losses_are_float32():
     reward, read = noisy_reward_on(small_model(), read=2), []
     reward.scores.weight.data.mul_(0.01)
     reward.scores.bias.data.fill_(1.0)
-    reward.shown.weight.data.zero_()
-    reward.shown.bias.data.zero_()
+    reward.video_proj.weight.data.zero_()
+    reward.video_proj.bias.data.zero_()
     reward.scores.register_forward_pre_hook(lambda layer, inputs: read.append(inputs[0].detach()))
     a, t, y = inputs(1)
     label = torch.ones(1, 3)
