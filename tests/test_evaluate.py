@@ -69,9 +69,11 @@ def test_the_ceiling_in_ta_leaves_out_what_the_base_has_right():
 
 
 def test_best_of_n_is_what_videoreward_likes_best_of_the_first_n(monkeypatch):
-    # clip k of the one prompt has VideoReward's VQ k and MQ -3 k; the oracle's scores are k
+    # clip k of the first prompt has VideoReward's VQ k and MQ -3 k, of the second one VQ -k and
+    # MQ 3 k; the oracle's scores are k
     def clip(k):
-        return {"standard 1": scores([[float(k)] * 3], [[float(k), -3.0 * k, 0.0]])}
+        learned = [[1.0 * k, -3.0 * k, 0.0], [-1.0 * k, 3.0 * k, 0.0]]
+        return {"standard 1": scores([[float(k)] * 3] * 2, learned)}
 
     seeds = []
 
@@ -83,8 +85,8 @@ def test_best_of_n_is_what_videoreward_likes_best_of_the_first_n(monkeypatch):
     monkeypatch.setattr(policies, "judge", judge)
     monkeypatch.setattr(policies, "base_scores", lambda *args: clip(0))
     picked = policies.best_of(None, 2, {"standard": 1}, [1.0, 0.0, 0.0])
-    best = {n: by_set["standard 1"]["oracle"][0, 0].item() for n, by_set in picked.items()}
-    assert best == {1: 0, 2: 1, 4: 3, 8: 7, 16: 15}
+    best = {n: by_set["standard 1"]["oracle"][:, 0].tolist() for n, by_set in picked.items()}
+    assert best == {1: [0, 0], 2: [1, 0], 4: [3, 0], 8: [7, 0], 16: [15, 0]}
     assert len(set(seeds)) == 15 and min(seeds) > 10_000
     picked = policies.best_of(None, 3, {"standard": 1}, [1.0, 1.0, 0.0])
     assert len(set(seeds)) == 30  # another seed draws other clips

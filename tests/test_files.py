@@ -1,5 +1,6 @@
 """Files by hand: frames of videos, clips in a cache, pictures, and latents of the toy."""
 
+import os
 import sys
 
 import imageio.v2 as imageio
@@ -54,6 +55,11 @@ def test_a_cache_tells_lengths_and_sizes_of_one_video_apart(tmp_path):
             clip = video.cached_clip(path, tmp_path / "cache", length, size)
             assert clip.shape == (3, length, size, size)
             assert clip[0, 0].float().mean().item() == pytest.approx(10 * (8 - length) / 2, abs=3)
+    slower = video.cached_clip(path, tmp_path / "cache", 4, 32, fps=1.0)  # the whole clip
+    assert slower[0, [0, 3]].float().mean((1, 2)).tolist() == pytest.approx([0, 70], abs=3)
+    before = video.cached_file(path, tmp_path / "cache", 8, 32, 32)
+    os.utime(path, ns=(0, 0))  # as if it had been written anew, with as many bytes
+    assert video.cached_file(path, tmp_path / "cache", 8, 32, 32) != before
 
 
 def test_pixels_are_rounded_and_cut():

@@ -109,8 +109,10 @@ def colours(x1):
 
 
 @pytest.mark.parametrize("algo", ["dpo", "nft"])
-def test_a_batch_has_clips_of_its_prompts_by_their_reward(online, algo):
+def test_a_batch_has_clips_of_its_prompts_by_their_reward(online, algo, monkeypatch):
     make, calls = online
+    scored, z_scores = [], rounds.z_scores
+    monkeypatch.setattr(rounds, "z_scores", lambda *args: scored.append(args) or z_scores(*args))
     settings, task = make(f"--algo={algo}", "--label-dropout=0", "--align=1,0,0")
     for step in range(2):
         batch = task.batch(step, EVERY)
@@ -118,6 +120,7 @@ def test_a_batch_has_clips_of_its_prompts_by_their_reward(online, algo):
         for name, value in batch.items():  # a process takes its rows
             assert torch.equal(torch.cat([half[name] for half in halves]), value)
         ((_, x1, y),) = calls  # a round is sampled once
+        assert torch.equal(scored[0][2], y)  # each clip is scored with its own prompt
         assert len(y) == 72 * 4 and len(y.unique(dim=0)) == 72 and wired.splits_of(y) == {"train"}
         names = ("x0_w", "x0_l") if algo == "dpo" else ("x0",)
         assert len(batch[names[0]]) == (8 if algo == "dpo" else 16)

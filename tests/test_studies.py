@@ -286,11 +286,12 @@ def test_three_ways_to_p_star_take_their_own_beta_noise_and_seed(monkeypatch):
         return network
 
     def record(*args, **settings):
-        losses.append(settings)
+        losses.append(settings | {"args": args})
         return torch.zeros(()), {}
 
     monkeypatch.setattr(unified, "fit", fit)
     monkeypatch.setattr(unified, "flow_dpo_step", record)
+    monkeypatch.setattr(unified, "flow_rwr_step", record)
     monkeypatch.setattr(unified, "noisy_pair_step", record)
     for seed in (0, 1):
         for method in ("dpo-0.3", "dpo-3", "nrg-shared", "nrg-own"):
@@ -299,6 +300,11 @@ def test_three_ways_to_p_star_take_their_own_beta_noise_and_seed(monkeypatch):
     assert ["x1_b" in settings for settings in losses] == [False, False, False, True] * 2
     assert not any(torch.equal(a["start"], b["start"]) for a, b in zip(losses[:4], losses[4:]))
     assert not torch.equal(losses[3]["x1_b"], losses[3]["x1"])
+    _, _, winner, loser, *_ = losses[0]["args"]  # the reward is x0 itself
+    assert winner.mean() > loser.mean() + 0.5
+    unified.model_of("rwr", 0)
+    _, x0, _, weight = losses[-1]["args"]
+    assert torch.allclose(weight[1:] / weight[0], (x0[1:, 0] - x0[0]).exp(), rtol=1e-3)
 
 
 def test_audits_of_other_seeds_read_other_clips(monkeypatch):
