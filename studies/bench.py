@@ -8,7 +8,6 @@ slows all alike. On a CPU the clock is the process's own time on one thread; on 
 wall's, once the device is idle. Times depend on the machine; ratios should carry over.
 """
 
-import json
 import math
 import random
 import statistics
@@ -32,7 +31,6 @@ from sample import CFG, NRG_EPS, sample
 from settings import settings_of
 from studies.cost import step_flops
 from studies.jobs import facts, save_json
-from tasks import TASKS
 
 # Between the presets: 256 video tokens, width 256
 MEDIUM = ModelConfig(frames=4, size=32, channels=16, patch=(1, 4, 4), dim=256, depth=4, heads=4)
@@ -160,29 +158,6 @@ def alignment(device):
         yield f"{name} / SFT on both clips", seconds[name] / seconds["SFT"], best
 
 
-def outside(device):
-    """What a step spends outside forward, backward and optimiser, for each default batch."""
-    for algo in ("pretrain", "reward", "nrg", "rwr", "dpo"):
-        flags = [f"--algo={algo}"] + ["--pairs=256"] * (algo != "pretrain")
-        args = settings_of(flags + ["--eval-pairs=8"] * (algo in ("reward", "nrg")))
-        task = TASKS[algo](args, device)
-        trained = [value for value in task.model.parameters() if value.requires_grad]
-
-        def data(task=task, args=args):
-            batch = task.batch(0, slice(0, args.batch))
-            return {name: value.to(device) for name, value in batch.items()}
-
-        def log(trained=trained):
-            json.dumps({"grad_norm": torch.nn.utils.clip_grad_norm_(trained, 1.0).item()})
-
-        batch = data()
-        step = stepper(task.model, partial(task.loss, batch))
-        task.loss(batch)[0].backward()  # gradients to clip
-        seconds = medians({"data": data, "log": log, "step": step}, device)
-        share = (seconds["data"] + seconds["log"]) / sum(seconds.values())
-        yield f"{algo}: data, clipping, logs / step", share, 0.0
-
-
 def forward_backward(q, k, v, **settings):
     def both():
         x = [tensor.detach().requires_grad_(True) for tensor in (q, k, v)]
@@ -235,7 +210,7 @@ def sampling(device, rounds=9):
         yield f"{name} / plain", seconds[name] / seconds["plain"], best
 
 
-PARTS = {part.__name__: part for part in (training, alignment, outside, tiles, sampling)}
+PARTS = {part.__name__: part for part in (training, alignment, tiles, sampling)}
 
 
 def run(settings):
