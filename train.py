@@ -12,7 +12,7 @@ torchrun --nproc_per_node 8 train.py --algo pretrain --preset large --fsdp --dat
 
 import time
 
-from online.rounds import online_task
+from online.tasks import online_task
 from runtime import distributed, resume
 from runtime.cli import run
 from runtime.distributed import rank, world_size

@@ -10,7 +10,7 @@ from wired import CONFIG, Brightness, find
 
 import world
 from data import DIMENSIONS, Vocabulary
-from online import rounds
+from online import tasks as online_tasks
 
 tiny = wired.tiny
 PROMPTS = [world.prompt_text(row) for row in world.split_prompts("train")[::6]]  # twelve
@@ -54,7 +54,7 @@ def batches(task, count=9):
 
 
 def test_rounds_ask_for_every_prompt(tiny, data, monkeypatch):
-    monkeypatch.setattr(rounds, "load_judge", lambda *args: Brightness())
+    monkeypatch.setattr(online_tasks, "load_judge", lambda *args: Brightness())
     _, task = tiny("--algo=nft", "--steps=4", "--rounds=2", f"--data={data('pairs', 0)[0]}")
     vocabulary = Vocabulary(task.words)
     assert sorted(vocabulary.decode(y) for y in task.pairs.y) == sorted(
