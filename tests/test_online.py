@@ -23,6 +23,7 @@ import world
 from data import Vocabulary
 from model import VideoTransformer, load_velocity
 from online import refresh, rounds
+from online import tasks as online_tasks
 from real_data import export_toy
 from real_data.pairs_csv import read_pairs
 from reward import RewardConfig, VideoReward, load_reward
@@ -171,7 +172,7 @@ def test_a_round_is_sampled_by_the_policy_or_its_old_model(online, monkeypatch, 
     start = state_of(task.model)
     policies, olds, references = [], [], []
     name = "flow_nft_step" if nft else "flow_dpo_step"
-    step = getattr(rounds, name)
+    step = getattr(online_tasks, name)
 
     def watched(policy, *models, **batch):
         *old, reference = models
@@ -181,7 +182,7 @@ def test_a_round_is_sampled_by_the_policy_or_its_old_model(online, monkeypatch, 
         assert (batch["beta"], batch["kl" if nft else "schedule"]) == (beta, other)
         return step(policy, *models, **batch)
 
-    monkeypatch.setattr(rounds, name, watched)
+    monkeypatch.setattr(online_tasks, name, watched)
     wired.trained(settings, task)
     (first, noise, _), (second, other_noise, _) = calls
     assert same(first, start) and not same(second, start) and not torch.equal(noise, other_noise)
@@ -238,14 +239,14 @@ class Turned(Brightness):
 
 def test_a_rounds_clips_are_scored_after_its_refresh(online, monkeypatch):
     monkeypatch.setattr(rounds, "Refresh", Turning)
-    monkeypatch.setattr(rounds, "load_judge", lambda *_: Turned())
+    monkeypatch.setattr(online_tasks, "load_judge", lambda *_: Turned())
     _, task = online[0]("--algo=dpo", "--refresh=1", "--align=1,0,0")
     for step, sign in ((0, 1), (2, -1)):
         batch = task.batch(step, EVERY)
         red_w, red_l = (batch[name][:, 0].mean((1, 2, 3)) for name in ("x0_w", "x0_l"))
         assert (sign * (red_w - red_l) > 0).all()
     judges = []
-    monkeypatch.setattr(rounds, "alignment_table", lambda *args: judges.append(args[3]))
+    monkeypatch.setattr(online_tasks, "alignment_table", lambda *args: judges.append(args[3]))
     task.evaluate(task.model, None)
     assert judges[0].sign == -1
 
@@ -257,7 +258,7 @@ class Broken(Brightness):
 
 
 def test_a_reward_or_clip_that_is_not_finite_ends_the_run_with_its_name(online, monkeypatch):
-    monkeypatch.setattr(rounds, "load_judge", lambda *_: Broken())
+    monkeypatch.setattr(online_tasks, "load_judge", lambda *_: Broken())
     _, task = online[0]("--algo=nft")
     with pytest.raises(BadInput, match="scores of clip 3 of 4 of prompt 'a [a-z]+ .* are not"):
         task.batch(0, EVERY)
@@ -404,10 +405,11 @@ def small_rounds(*flags, dies=None, by=signal.SIGKILL):
         torch.save(reward.state_dict(), out / "judge.pt")
         return []
 
-    rounds.alignment_table = alignment_table
+    online_tasks.alignment_table = alignment_table
     if dies:
         name, last = dies
-        function, calls = getattr(rounds, name), []
+        module = rounds if hasattr(rounds, name) else online_tasks
+        function, calls = getattr(module, name), []
 
         def dying(*args, **settings):
             calls.append(1)
@@ -415,7 +417,7 @@ def small_rounds(*flags, dies=None, by=signal.SIGKILL):
                 os.kill(os.getpid(), by)
             return function(*args, **settings)
 
-        setattr(rounds, name, dying)
+        setattr(module, name, dying)
     command("--rounds=3", "--steps=6", "--batch=4", "--clips=2", "--lr=1e-3", *flags)
 
 

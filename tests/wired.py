@@ -17,7 +17,7 @@ import train
 import trainer
 import world
 from data import TOY_WORDS, Vocabulary
-from online import rounds
+from online import tasks as online_tasks
 from real_data.toy_pairs import toy_pairs
 from runtime.checkpoint import save_checkpoint
 from settings import settings_of
@@ -67,7 +67,7 @@ def tiny(tmp_path, monkeypatch):
     torch.manual_seed(1)
     base = save(noticeable(model.VideoTransformer(CONFIG)), "velocity", tmp_path / "base.pt")
     monkeypatch.setitem(model.PRESETS, "nano", CONFIG)
-    for module in (tasks, rounds):
+    for module in (tasks, online_tasks):
         monkeypatch.setattr(module, "load_judge", lambda path, config, words: Brightness())
     tasks.scored_toy_pairs.cache_clear()
     found = {}
