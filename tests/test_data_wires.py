@@ -55,11 +55,11 @@ def batches(task, count=9):
 
 def test_rounds_ask_for_every_prompt(tiny, data, monkeypatch):
     monkeypatch.setattr(online_tasks, "load_judge", lambda *args: Brightness())
+    found, honest = [], online_tasks.Rounds
+    monkeypatch.setattr(online_tasks, "Rounds", lambda *args: found.append(honest(*args)) or found[0])
     _, task = tiny("--algo=nft", "--steps=4", "--rounds=2", f"--data={data('pairs', 0)[0]}")
     vocabulary = Vocabulary(task.words)
-    assert sorted(vocabulary.decode(y) for y in task.pairs.y) == sorted(
-        PROMPTS
-    )
+    assert sorted(vocabulary.decode(y) for y in found[0].y) == sorted(PROMPTS)
 
 
 def test_pretraining_takes_every_clip_with_its_own_prompt(tiny, data):
