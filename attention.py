@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.tiles import boolean_mask, dense_tiles, gather, tile_attention
-from runtime.cli import has_bf16
+from runtime.device import has_bf16
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 BACKENDS = ("auto", "naive", "sdpa", "sdpa32", "tiled", "gather", "triton")

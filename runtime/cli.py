@@ -119,14 +119,6 @@ def pick_device(name="auto"):
     return torch.device(name)
 
 
-def has_bf16(device):
-    """Whether the device multiplies bfloat16 matrices in hardware."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    features = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    return any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-
-
 def check_writable(folder, flag):
     """Creates a folder. BadInput, which names the flag, if no file can be written there."""
     try:

@@ -22,7 +22,8 @@ from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from runtime.cli import BadInput, has_bf16, pick_device
+from runtime.cli import BadInput, pick_device
+from runtime.device import has_bf16
 
 _patient = None  # a group of all processes, whose barrier waits as long as it takes
 _in_block = False  # of process_0_first

@@ -26,7 +26,8 @@ from lora import freeze_trunk
 from model import PRESETS, ModelConfig, VideoTransformer, load_velocity, share_trunk
 from nrg import SteeredPolicy, guide, noisy_reward_on
 from runtime.checkpoint import WEIGHTS
-from runtime.cli import BadInput, has_bf16
+from runtime.cli import BadInput
+from runtime.device import has_bf16
 from sample import CFG, NRG_EPS, sample
 from settings import settings_of
 from studies.cost import step_flops

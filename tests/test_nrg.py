@@ -84,17 +84,12 @@ def test_nothing_is_guided_with_zeros_or_outside_the_interval():
     assert guided.flatten().tolist() == [False, True, True, False]
 
 
-@pytest.mark.parametrize("eps", [0.0, 0.1])
-def test_no_step_count_makes_a_nan(eps):
-    k = torch.tensor([1.0, -3.0])
+def test_few_or_many_steps_make_no_nan():
     x1 = torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
-    y = torch.zeros(4, 1, dtype=torch.int64)
-    for steps in range(1, 101):
-        assert (
-            sample(velocity, x1, y, steps=steps, guidance=guide(value_of(k), [1.0], eps=eps))
-            .isfinite()
-            .all()
-        )
+    guidance = guide(value_of(torch.tensor([1.0, -3.0])), [1.0])  # eps 0, the paper's form
+    for steps in (1, 2, 3, 7, 100):
+        y = torch.zeros(4, 1, dtype=torch.int64)
+        assert sample(velocity, x1, y, steps=steps, guidance=guidance).isfinite().all()
 
 
 def test_the_gradient_reaches_the_clip_alone():
@@ -202,34 +197,6 @@ def test_both_clips_of_a_pair_share_noise_and_time():
     expected = (torch.log1p(torch.exp(-delta)) + torch.log1p(torch.exp(delta))).mean() / 2
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert logs["VQ"] == 0.0 and logs["MQ"] == 1.0 and "TA" not in logs
-
-
-def test_shared_noise_cancels_from_a_linear_score_and_own_noise_does_not():
-    # Bradley-Terry labels on r(x0) = x0: the likelihood of w - l is reached at every t by the score x_t / (1 - t),
-    # whose gradient grows towards the noise; so guidance by it diverges (studies/unified.py)
-    a, _, y = inputs()
-    a, b, label = a.flatten(1)[:, :1], a.flatten(1)[:, 1:2], torch.ones(4, 3, dtype=torch.int64)
-
-    def score(x_t, t, y):
-        return (x_t / (1 - t[:, None])).expand(-1, 3)
-
-    clean = torch.log1p(torch.exp(b - a)).mean().item()
-    noise = draw_noise(4, (1,), 1.0, step_rng(0, 0))
-    shared, _ = noisy_pair_step(score, a, b, y, label, **noise)
-    assert shared.item() == pytest.approx(clean, rel=1e-4)
-    own, _ = noisy_pair_step(
-        score, a, b, y, label, **noise, x1_b=draw_noise(4, (1,), 1.0, step_rng(0, 1))["x1"]
-    )
-    assert abs(own.item() - clean) > 0.1
-
-
-def test_shift_0_leaves_the_clips_clean():
-    noise = draw_noise(4, CONFIG.video_shape, 0.0, step_rng(0, 0))
-    a, _, y = inputs()
-    seen = []
-    reward = lambda x_t, t, y: (seen.append((x_t, t)), x_t.flatten(1)[:, :3])[1]  # noqa: E731
-    noisy_pair_step(reward, a, -a, y, torch.ones(4, 3, dtype=torch.int64), **noise)
-    assert torch.equal(seen[0][0], torch.cat((a, -a))) and not seen[0][1].any()
 
 
 def test_values_are_drawn_to_what_is_said_of_the_clean_clip_for_its_prompt_and_for_another():
