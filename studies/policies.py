@@ -14,7 +14,7 @@ from data import DIMENSIONS, Vocabulary, draw_noise, step_rng
 from flow import TIME_SHIFT, interpolate
 from judge import NOISE_SEED, learned_scores, prompt_set, sample_prompts, static_quality, win_rate
 from model import load_velocity
-from online.rounds import online_task
+from online.tasks import online_task
 from real_data.toy_pairs import draw_clips
 from reward import load_reward
 from runtime import resume
