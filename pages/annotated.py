@@ -171,9 +171,8 @@ def page():
                 rows.append(f"<h3>{escape(heading)}</h3>")
             left = prose_html(prose, formulas)
             right = f"<pre><code>{code_html(code)}</code></pre>" if code else ""
-            rows.append(
-                f'<div class="row"><div class="prose">{left}</div><div class="code">{right}</div></div>'
-            )
+            cells = f'<div class="prose">{left}</div><div class="code">{right}</div>'
+            rows.append(f'<div class="row">{cells}</div>')
         body = "\n".join(rows)
         sections.append(
             f'<section id="{name}"><h2>{file} <small>{title}</small></h2>\n{body}\n</section>'

@@ -139,7 +139,7 @@ def test_parameters_of_the_presets_and_shares_by_hand():
     network = cost.planned_model(args)
     assert all(value.is_meta for value in network.parameters())
     every = sum(p.numel() for p in network.parameters())
-    # a block of d = 1536: 18 d^2 weights, biases 3 d + d + 4 d + d + 6 d, and two norms of a head's 64 channels
+    # a block of d = 1536: 18 d^2 weights, biases 3 d + d + 4 d + d + 6 d, two norms of 64 channels
     block = 18 * 1536**2 + 15 * 1536 + 2 * 64
     assert (
         sum(p.numel() for p in network.blocks[0].parameters()) == block

@@ -338,6 +338,7 @@ class Blocks(torch.nn.Module):
 
 def test_a_probe_reads_the_tokens_of_the_blocks_of_its_name(drawn, monkeypatch):
     monkeypatch.setattr(observer, "LEARNED", 400)
+    monkeypatch.setattr(observer, "TIMES", (0.0, 0.8))
     told, model = {}, Blocks()
     for blocks in (2, 3):
         reader = partial(observer.probe, model, blocks)
