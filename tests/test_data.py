@@ -172,7 +172,8 @@ def test_losses_of_equal_parts_have_the_whole_batchs_for_their_mean(unlabelled, 
                 len({(piece["weight"] > 0).sum().item() for piece in pieces if "weight" in piece})
                 > 1
             )
-    # parts with more and with fewer valid labels were among them: each one's own mean would have been another
+    # parts with more and with fewer valid labels were among them: each one's own mean would have
+    # been another
     assert (uneven > 3) == (algo.startswith("reward") or algo == "nrg, labels")
 
 

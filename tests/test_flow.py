@@ -19,7 +19,8 @@ def test_path_runs_from_data_to_noise(t, expected):
 
 
 def test_error_is_the_mean_over_elements_of_the_velocity_error():
-    # v = x1 - x0 = (4, 12); a model that says 0 errs by (16 + 144) / 2 = 80, one that says (4, 12) not at all
+    # v = x1 - x0 = (4, 12); a model that says 0 errs by (16 + 144) / 2 = 80, one that says (4, 12)
+    # not at all
     t, y = torch.tensor([0.3]), None
     assert flow_error(lambda x, t, y: torch.zeros_like(x), X0, X1, t, y).tolist() == [80.0]
     assert flow_error(lambda x, t, y: X1 - X0, X0, X1, t, y).tolist() == [0.0]
@@ -58,7 +59,8 @@ def test_sampler_turns_noise_into_a_known_gaussian(steps, shift):
     mean, std = 1.5, 0.4
 
     def velocity(x, t, y):
-        # x_t = (1 - t) x0 + t x1 with x0 ~ N(mean, std^2): E[x1 - x0 | x_t] by the formula for joint Gaussians
+        # x_t = (1 - t) x0 + t x1 with x0 ~ N(mean, std^2): E[x1 - x0 | x_t] by the formula for
+        # joint Gaussians
         t = t[:, None]
         variance = (1 - t) ** 2 * std**2 + t**2
         surplus = (x - (1 - t) * mean) / variance

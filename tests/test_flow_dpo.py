@@ -15,7 +15,8 @@ HALF = torch.tensor([0.5, 0.5])
 
 
 def test_loss_of_a_hand_computed_pair():
-    # (err - ref): winner .2 - .5 = -.3, loser .7 - .6 = +.1; bracket -.4; logit = beta / 2 * .4 = 2 at beta 10
+    # (err - ref): winner .2 - .5 = -.3, loser .7 - .6 = +.1; bracket -.4; logit = beta / 2 * .4 = 2
+    # at beta 10
     one = [torch.tensor([v]) for v in (0.2, 0.7, 0.5, 0.6)]
     loss, logs = flow_dpo_loss(*one, torch.tensor([0.5]), beta=10.0)
     assert loss.item() == pytest.approx(math.log(1 + math.exp(-2.0)), rel=1e-5)
@@ -164,7 +165,8 @@ def test_logs_hold_every_figure_by_quarter_of_t(models):
     for name in ("drift", "margin", "accuracy", "error_w", "ref_error_l"):
         parts = torch.tensor([logs[f"{name}/t{i}"] for i in range(4)])
         assert (parts * counts).sum().item() / 16 == pytest.approx(logs[name], rel=1e-4, abs=1e-6)
-    # v = (x_t - x0_hat) / t: a constant 0.1 in x0_hat is a drift of (0.1 / t)^2, with t at least the floor .05
+    # v = (x_t - x0_hat) / t: a constant 0.1 in x0_hat is a drift of (0.1 / t)^2, with t at least
+    # the floor .05
     late = t[t >= 0.75]
     assert logs["drift/t3"] == pytest.approx((0.1 / late).square().mean().item(), rel=1e-3)
 
@@ -207,7 +209,8 @@ class Small(torch.nn.Module):
 
 
 def drift_after_training(beta, schedule):
-    """Drift in the four quarters of t, after DPO on pairs of which a quarter is labelled the wrong way."""
+    """Drift in the four quarters of t, after DPO on pairs of which a quarter is labelled the wrong
+    way."""
     reference = Small().requires_grad_(False)
     policy = copy.deepcopy(reference).requires_grad_(True)
     one, other = torch.randn(2, 4, 4, generator=torch.Generator().manual_seed(1))
@@ -234,14 +237,16 @@ def drift_after_training(beta, schedule):
 
 @pytest.mark.parametrize("schedule", ["constant", "(1-t)^2"])
 def test_a_larger_beta_stays_closer_to_the_reference(schedule):
-    # with a quarter of the labels wrong the best logit is log 3 = beta_t / 2 * margin, whatever beta is: ten times the
-    # beta is a tenth of the margin, and a margin that is linear in a small change of v is a hundredth of the drift
+    # with a quarter of the labels wrong the best logit is log 3 = beta_t / 2 * margin, whatever
+    # beta is: ten times the beta is a tenth of the margin, and a margin that is linear in a small
+    # change of v is a hundredth of the drift
     low, middle, high = (sum(drift_after_training(beta, schedule)) for beta in (10.0, 31.6, 100.0))
     assert low > 4 * middle > 4 * 4 * high
 
 
 def test_one_minus_t_squared_lets_the_policy_go_where_the_noise_is():
-    # the same best logit needs the margin 2 log 3 / (beta (1 - t)^2): much at high noise, little at low
+    # the same best logit needs the margin 2 log 3 / (beta (1 - t)^2): much at high noise, little at
+    # low
     constant, scheduled = (
         drift_after_training(30.0, "constant"),
         drift_after_training(30.0, "(1-t)^2"),

@@ -53,7 +53,8 @@ def test_equal_rewards_make_it_the_plain_flow_loss_to_the_last_bit(count):
 
 
 def test_each_clip_counts_by_its_own_weight():
-    # v = 0, x1 = 0: a clip's error is the mean square of x0, 1 and 4; weights 1.5 and 0.5: (1.5 * 1 + .5 * 4) / 2
+    # v = 0, x1 = 0: a clip's error is the mean square of x0, 1 and 4; weights 1.5 and 0.5: (1.5 * 1
+    # + .5 * 4) / 2
     x0 = torch.tensor([1.0, 2.0]).reshape(2, 1, 1, 1, 1).expand(2, 3, 2, 4, 4)
     batch = (
         x0,
@@ -68,8 +69,9 @@ def test_each_clip_counts_by_its_own_weight():
 
 
 def test_the_optimum_on_two_modes_is_the_tilted_mixture():
-    # Data: half at -1, half at +1. Reward ln 3 at +1, so p* has 3/4 there, mean 1/2. At t = 1, x_t is pure noise, and
-    # the best velocity for the weighted loss is x1 - E*[x0] = x1 - 1/2. A model with one number c, v = x_t - c:
+    # Data: half at -1, half at +1. Reward ln 3 at +1, so p* has 3/4 there, mean 1/2. At t = 1, x_t
+    # is pure noise, and the best velocity for the weighted loss is x1 - E*[x0] = x1 - 1/2. A model
+    # with one number c, v = x_t - c:
     x0 = torch.where(torch.arange(4000) % 2 == 0, 1.0, -1.0)[:, None]
     weight = rwr_weights(torch.where(x0[:, 0] > 0, math.log(3.0), 0.0))
     c = torch.zeros(1, requires_grad=True)

@@ -154,7 +154,8 @@ def inputs(count=4, seed=1):
 
 
 def test_under_autocast_scores_and_losses_are_float32():
-    """Scores just above 1, where bfloat16 has steps of 1/128: the last layer adds a little of what it reads."""
+    """Scores just above 1, where bfloat16 has steps of 1/128: the last layer adds a little of what
+    it reads."""
     reward, read = noisy_reward_on(small_model(), read=2), []
     reward.scores.weight.data.mul_(0.01)
     reward.scores.bias.data.fill_(1.0)
@@ -192,7 +193,8 @@ def test_both_clips_of_a_pair_share_noise_and_time():
     # x_t of b minus x_t of a is (1 - t) (b - a) = 1 - t: the noise cancels
     difference = (x_t[half:] - x_t[:half]).flatten(1)
     assert torch.allclose(difference, (1 - times[:half, None]).expand_as(difference), atol=1e-6)
-    # so r_a - r_b = -(1 - t): wrong where A is better, right where B is, and the ties count for nothing
+    # so r_a - r_b = -(1 - t): wrong where A is better, right where B is, and the ties count for
+    # nothing
     delta = -(1 - times[:half])
     expected = (torch.log1p(torch.exp(-delta)) + torch.log1p(torch.exp(delta))).mean() / 2
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -226,7 +228,8 @@ def test_values_are_drawn_to_what_is_said_of_the_clean_clip_for_its_prompt_and_f
 
 
 def test_the_least_error_of_values_is_their_mean_given_the_noised_clip():
-    # x0 = +1 or -1, r = x0: E[x0 | x_t] = tanh((1 - t) x_t / t^2), and its gradient falls to 0 at the noise
+    # x0 = +1 or -1, r = x0: E[x0 | x_t] = tanh((1 - t) x_t / t^2), and its gradient falls to 0 at
+    # the noise
     rng = torch.Generator().manual_seed(0)
     x0 = torch.where(torch.rand(200_000, 1, generator=rng) < 0.5, 1.0, -1.0)
     x1, t = torch.randn(x0.shape, generator=rng), torch.full((len(x0),), 0.7)

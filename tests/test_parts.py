@@ -1,6 +1,4 @@
-"""Small parts that everything stands on, each by hand: times and their shift, the floor of t, qk-norm, the split of
-rotary axes, what each defect costs in the oracle's scores, the regression's weights, the sampler's defaults.
-"""
+"""Drawn times, the sampler's defaults, and what each defect costs in the oracle's scores."""
 
 import math
 
@@ -22,7 +20,8 @@ from judge import static_quality
 def test_drawn_times_are_shifted(shift, normal, mean):
     rng = torch.Generator().manual_seed(0)
     t = draw_time(40_000, rng, shift, normal)
-    # the mean of s u / (1 + (s - 1) u) over u in [0, 1] is s / (s - 1) (1 - log s / (s - 1)): .717 for s = 4
+    # the mean of s u / (1 + (s - 1) u) over u in [0, 1] is s / (s - 1) (1 - log s / (s - 1)): .717
+    # for s = 4
     mean = mean or 4 / 3 * (1 - math.log(4) / 3)
     assert t.mean().item() == pytest.approx(mean, abs=0.01) and 0 <= t.min() and t.max() <= 1
     # half of the times lie below the shifted middle: 1/2 stays, or becomes 4/2 / (1 + 3/2) = .8
@@ -75,7 +74,8 @@ DEFECTS = {"blur": (0, 0), "fade": (1, 0), "haze": (2, 0), "jitter": (3, 1), "fl
 
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_each_defect_costs_its_own_dimension(scenes, defect):
-    # a third of VQ for each of three defects, half of MQ for each of two; the other dimensions hardly notice
+    # a third of VQ for each of three defects, half of MQ for each of two; the other dimensions
+    # hardly notice
     prompts, clips = scenes
     where, dimension = DEFECTS[defect]
     scores = []

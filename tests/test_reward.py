@@ -70,7 +70,8 @@ def test_losses_by_hand():
     assert bt_loss(a, b, label).item() == pytest.approx(
         (math.log(1 + math.exp(-1)) + math.log(1 + math.exp(2))) / 2
     )
-    # BTT: -log .3522 (delta 1), -log .0264 (delta -2, A said to be better), -log 2/3 (a tie at delta 0)
+    # BTT: -log .3522 (delta 1), -log .0264 (delta -2, A said to be better), -log 2/3 (a tie at
+    # delta 0)
     first = math.log(1 + 5 * math.exp(-1))
     second = math.log(1 + 5 * math.exp(2))
     assert btt_loss(a, b, label).item() == pytest.approx(
@@ -169,7 +170,8 @@ def test_a_random_scorer_gets_a_third_or_the_share_of_ties(tie_share):
     label = torch.where(torch.rand(count, generator=rng) < 0.5, 1, -1)
     label = torch.where(torch.rand(count, generator=rng) < tie_share, 0, label)
     value, _ = accuracy_with_ties(torch.randn(count, generator=rng), label)
-    # all ties: p; no ties: (1 - p) / 2. The better of the two, up to the standard error (and the search's optimism)
+    # all ties: p; no ties: (1 - p) / 2. The better of the two, up to the standard error (and the
+    # search's optimism)
     expected = max(tie_share, (1 - tie_share) / 2)
     assert value == pytest.approx(expected, abs=4 * math.sqrt(0.25 / count))
 
@@ -243,7 +245,8 @@ def test_every_score_sees_the_video(network):
 
 
 def test_under_autocast_scores_and_losses_are_float32():
-    """Scores just above 1, where bfloat16 has steps of 1/128: the head adds a little of what it reads."""
+    """Scores just above 1, where bfloat16 has steps of 1/128: the head adds a little of what it
+    reads."""
     torch.manual_seed(0)
     model, read = VideoReward(RewardConfig(vocab=20, dim=64, depth=3, heads=4)), []
     model.head.weight.data.mul_(0.01)

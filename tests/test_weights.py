@@ -1,4 +1,4 @@
-"""The shipped weights do what weights/README.md says of them (bounds leave room for the smaller samples here)."""
+"""The shipped weights do what weights/README.md says; bounds leave room for small samples."""
 
 import subprocess
 

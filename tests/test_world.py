@@ -149,8 +149,9 @@ def test_annotators_agree_on_clear_pairs_and_call_small_differences_ties():
     assert (label == 1).all() and unanimous.all()
     assert (world.annotate(low, high, rng)[0] == -1).all()
     label, unanimous = world.annotate(low, low, rng)
-    # A reviewer's difference has standard deviation .15 sqrt 2 = .212 and ties below .5: 98 %; three annotators with
-    # .3 sqrt 2 = .424 each tie with P(|z| < 1.179) = .76: unanimous ties .76^3 = .44. TA ties below .7: more still.
+    # A reviewer's difference has standard deviation .15 sqrt 2 = .212 and ties below .5: 98 %;
+    # three annotators with .3 sqrt 2 = .424 each tie with P(|z| < 1.179) = .76: unanimous ties
+    # .76^3 = .44. TA ties below .7: more still.
     ties = (label == 0).float().mean(0)
     assert (ties[:2] > 0.95).all() and ties[2] > 0.98
     assert unanimous.float().mean(0)[0].item() == pytest.approx(0.44, abs=0.05)
