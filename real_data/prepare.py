@@ -15,8 +15,7 @@ from data import DIMENSIONS
 from model import PRESETS, load_velocity
 from real_data.disk_pairs import check_videos, preset, row_videos, words_and_sizes
 from real_data.pairs_csv import read_pairs
-from runtime.cli import BadInput, Parser, check_writable, frame_size, progress_bar, run
-from runtime.flags import video_flags
+from runtime.cli import BadInput, Parser, check_writable, frame_size, positive, progress_bar, run
 
 
 def arguments(argv=None):
@@ -32,7 +31,11 @@ def arguments(argv=None):
         type=frame_size,
         help="without --init: height x width of a clip, for example 32x56",
     )
-    video_flags(add)
+    add("--data-dir", type=Path, help="where the CSV's paths start from (default: its own folder)")
+    add("--cache", type=Path, default=Path("out/clips"), help="folder of decoded clips")
+    add("--fps", type=positive, default=2.0, help="frames a second of a video that are read (5.1)")
+    text = "videos too short for the model's frames at --fps: spread the frames, or refuse"
+    add("--short", choices=("spread", "refuse"), default="spread", help=text)
     return parser.parse_args(argv)
 
 

@@ -21,11 +21,15 @@ class BadInput(ValueError):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are BadInput."""
+    """An argument parser whose errors are BadInput, and whose help shows defaults."""
+
+    class Help(argparse.ArgumentDefaultsHelpFormatter):
+        def _get_help_string(self, action):
+            is_silent = action.default is None or action.default is False
+            return action.help if is_silent else super()._get_help_string(action)
 
     def __init__(self, description, **options):
-        options["formatter_class"] = argparse.ArgumentDefaultsHelpFormatter
-        super().__init__(description=description, **options)
+        super().__init__(description=description, formatter_class=self.Help, **options)
         self._negative_number_matcher = re.compile(r"-[.\d]")  # -1,0,1 is a value, as -1 is
 
     def error(self, message):
