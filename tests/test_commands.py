@@ -99,6 +99,7 @@ def test_guided_clips_come_with_those_without(done, tmp_path):
         """{run: lines of scores}, and the pictures' bytes."""
         folder = tmp_path / " ".join(["run", *flags])
         places = ["--nrg-ckpt", tmp_path / "nrg" / "last.pt", "--out", folder]
+        places += ["--prompt", "a red circle moving left"]
         out = done(sample, "--n", 2, "--steps", 3, *places, *flags)
         runs = {}
         for line in out.splitlines()[2:-1]:
