@@ -47,7 +47,7 @@ def sampled(model, x1, y, cfg):
 
 @pytest.mark.parametrize("flags", ["dpo --freeze=0", "dpo", "dpo --lora-rank=2", "sft --freeze=0"])
 def test_the_reference_is_the_start_before_and_after_and_has_no_gradient(tiny, flags):
-    settings, task = tiny(*f"--algo={flags}".split())
+    settings, task = tiny(flags)
     base, start = task.base, load_velocity(settings.init)[0].state_dict()
 
     def unchanged():
@@ -75,7 +75,7 @@ def test_the_reference_is_the_start_before_and_after_and_has_no_gradient(tiny, f
 
 
 def test_closing_rows_are_the_base_and_the_policy_by_hand(tiny):
-    settings, task = tiny("--algo=dpo", "--eval-prompts=3", "--eval-seed=77", "--freeze=0")
+    settings, task = tiny("dpo", "--eval-prompts=3", "--eval-seed=77", "--freeze=0")
     noticeable(task.model, 0.1)
     tables = tables_of(trainer.fit(task, settings, CPU))
     prompts = world.split_prompts("train")[:3]
@@ -129,7 +129,7 @@ class Contrary(Brightness):
 def test_who_paints_the_right_answer_wins_by_the_oracle(
     tiny, tmp_path, monkeypatch, policy, base, oracle, learned
 ):
-    settings, _ = tiny("--algo=dpo", "--eval-prompts=8")
+    settings, _ = tiny("dpo", "--eval-prompts=8")
     written = {}
     monkeypatch.setattr(judge, "write_gif", lambda path, rows: written.update(gif=rows))
     monkeypatch.setattr(judge, "write_sheet", lambda path, clips: written.update(sheet=clips))
@@ -147,10 +147,12 @@ def test_who_paints_the_right_answer_wins_by_the_oracle(
 
 
 def test_pretraining_ends_with_the_share_of_right_attributes(tiny, tmp_path):
-    settings, _ = tiny("--algo=pretrain", "--eval-prompts=6")
+    settings, _ = tiny("pretrain", "--eval-prompts=6")
     for right in (True, False):
         lines = judge.pretrain_table(Painter(right), tmp_path, WORDS, settings, CPU)
         probe = next(line for line in lines if line.startswith("x0_hat of clean clips at t 0.8"))
+        at_cfg_1, at_cfg_2 = (line.partition(":")[2] for line in lines[:2])
+        assert at_cfg_1 != at_cfg_2  # CFG leads away from the clip without a prompt
         for line in (lines[0], probe):
             names, shares = zip(*zip(*[iter(line.partition("right ")[2].split())] * 2))
             assert names == ("colour", "shape", "direction")
@@ -195,7 +197,7 @@ class Level(torch.nn.Module):
 
 
 def test_real_data_is_judged_by_videoreward_alone(tiny, tmp_path):
-    settings, _ = tiny("--algo=dpo", "--eval-prompts=8", "--eval-seed=9")
+    settings, _ = tiny("dpo", "--eval-prompts=8", "--eval-seed=9")
     settings.data = tmp_path / "x.csv"
     y = Vocabulary().encode_attributes(world.split_prompts("train")[:4], CONFIG.max_text)
 

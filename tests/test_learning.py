@@ -25,7 +25,7 @@ TA = 2
 
 @pytest.mark.parametrize("flags", ["reward", "nrg --target=labels"])
 def test_labels_are_those_of_the_very_clips_and_name_the_better(tiny, flags):
-    settings, task = tiny(*f"--algo={flags}".split(), "--pairs=30")
+    settings, task = tiny(flags, "--pairs=30")
     y, clips, _ = same_pairs(settings)
     prompts = wired.attributes_of(y)
     truth = torch.stack([world.oracle(clips[:, side], prompts) for side in (0, 1)], 1)
@@ -58,7 +58,7 @@ def test_annotated_pairs_hold_the_truth_and_the_overall_choice_of_their_sides():
 
 
 def test_held_out_pairs_are_other_clips(drawn, tiny):
-    tiny("--algo=reward", "--pairs=40", "--eval-pairs=40")
+    tiny("reward --pairs=40 --eval-pairs=40")
     assert len(drawn) == 4 and not torch.equal(drawn[0].generator, drawn[2].generator)
 
 
@@ -106,7 +106,7 @@ def preference_by_hand(kind, r, label, mos):
     ],
 )
 def test_videorewards_loss_is_what_the_flags_say(tiny, flags, kind, tokens, caption):
-    _, task = tiny("--algo=reward", "--pairs=30", *flags.split())
+    _, task = tiny("reward", "--pairs=30", flags)
     noticeable(task.model)
     assert len(task.model.tokens) == tokens
     batch = task.batch(0, EVERY)
@@ -127,9 +127,7 @@ def test_videorewards_loss_is_what_the_flags_say(tiny, flags, kind, tokens, capt
 
 
 def test_a_saved_videoreward_gives_z_scores_of_all_pairs_held_out(tiny, tmp_path):
-    settings, task = tiny(
-        "--algo=reward", "--eval-pairs=40", "--generated=0.5", f"--cache={tmp_path}"
-    )
+    settings, task = tiny("reward", "--eval-pairs=40", "--generated=0.5", f"--cache={tmp_path}")
     held, generated = task.held.values()
     lines = trainer.fit(task, settings, CPU)
     model, _ = load_reward(settings.out / "last.pt")
@@ -158,7 +156,7 @@ def test_a_saved_videoreward_gives_z_scores_of_all_pairs_held_out(tiny, tmp_path
 
 
 def test_the_noise_aware_loss_on_labels_is_bradley_terry(tiny):
-    _, task = tiny("--algo=nrg", "--pairs=30", "--target=labels")
+    _, task = tiny("nrg", "--pairs=30", "--target=labels")
     noticeable(task.model)
     batch = task.batch(0, EVERY)
     x1, t, label = batch["x1"], batch["t"], batch["label"]
@@ -170,7 +168,7 @@ def test_the_noise_aware_loss_on_labels_is_bradley_terry(tiny):
 
 
 def test_the_noise_aware_reward_learns_videorewards_scores_of_the_clean_clip(tiny):
-    settings, task = tiny("--algo=nrg", "--pairs=30")
+    settings, task = tiny("nrg", "--pairs=30")
     noticeable(task.model)
     y, clips, z = same_pairs(settings)
     places = []
@@ -192,7 +190,7 @@ def test_the_noise_aware_reward_learns_videorewards_scores_of_the_clean_clip(tin
 
 
 def test_the_other_prompt_differs_in_one_attribute(tiny):
-    _, task = tiny("--algo=nrg", "--pairs=30", "--batch=64")
+    _, task = tiny("nrg", "--pairs=30", "--batch=64")
     batch = task.batch(0, slice(0, 64))
     own, other = (wired.attributes_of(batch[name]) for name in ("y", "other_y"))
     changed = own != other
@@ -204,7 +202,7 @@ def test_the_other_prompt_differs_in_one_attribute(tiny):
 
 @pytest.mark.parametrize(("read", "trunk"), [(1, "frozen"), (2, "trained")])
 def test_a_noise_aware_reward_reads_the_first_blocks_of_the_base(tiny, read, trunk):
-    settings, task = tiny("--algo=nrg", f"--read={read}", f"--trunk={trunk}")
+    settings, task = tiny("nrg", f"--read={read}", f"--trunk={trunk}")
     base = load_velocity(settings.init)[0].state_dict()
     assert len(task.model.trunk.blocks) == read
     assert all(v.equal(base[name]) for name, v in task.model.trunk.state_dict().items())
@@ -215,7 +213,7 @@ def test_a_noise_aware_reward_reads_the_first_blocks_of_the_base(tiny, read, tru
 
 
 def test_a_noise_aware_rewards_unit_is_the_spread_over_all_clips_and_times(tiny, tmp_path):
-    settings, task = tiny("--algo=nrg", "--eval-pairs=20", "--generated=0.5", f"--cache={tmp_path}")
+    settings, task = tiny("nrg", "--eval-pairs=20", "--generated=0.5", f"--cache={tmp_path}")
     held, generated = task.held.values()
     lines = trainer.fit(task, settings, CPU)
     assert not task.model.std.equal(torch.ones(3)) and wired.splits_of(held.y) == {"validation"}
@@ -244,7 +242,7 @@ def test_a_noise_aware_rewards_unit_is_the_spread_over_all_clips_and_times(tiny,
 
 
 def test_pretraining_takes_clips_of_its_prompts_and_the_flow_error(tiny, drawn):
-    _, task = tiny("--algo=pretrain", "--label-dropout=0")
+    _, task = tiny("pretrain", "--label-dropout=0")
     drawn.clear()
     batch = task.batch(0, EVERY)
     (clips,) = drawn
@@ -262,7 +260,7 @@ def test_pretraining_takes_clips_of_its_prompts_and_the_flow_error(tiny, drawn):
     [("pretrain", 0.9 * 0.728, 0.1 + 0.9 * 0.014), ("dpo", 0.5, 0.1), ("nrg", 0.5, 0.1)],
 )
 def test_times_are_uniform_and_in_pretraining_logit_normal(tiny, algo, middle, top):
-    _, task = tiny(f"--algo={algo}", "--time-shift=1", "--batch=600")
+    _, task = tiny(algo, "--time-shift=1", "--batch=600")
     t = torch.cat([task.batch(step, slice(0, 600))["t"] for step in range(2)])
     assert ((t > 0.25) & (t < 0.75)).float().mean().item() == pytest.approx(middle, abs=0.06)
     assert (t > 0.9).float().mean().item() == pytest.approx(top, abs=0.03)

@@ -25,7 +25,7 @@ tiny = wired.tiny
 @pytest.mark.parametrize("algo", ["dpo", "sft"])
 @pytest.mark.parametrize("align", ["1,1,1", "-1,0,0", "1,-3,0.5"])
 def test_the_clip_of_higher_reward_wins(tiny, algo, align):
-    settings, task = tiny(f"--algo={algo}", f"--align={align}", "--label-dropout=0")
+    settings, task = tiny(algo, f"--align={align}", "--label-dropout=0")
     y, clips, scores = same_pairs(settings)
     reward = scores @ torch.tensor([float(w) for w in align.split(",")])
     for step in range(3):
@@ -46,7 +46,7 @@ def test_the_clip_of_higher_reward_wins(tiny, algo, align):
 )
 def test_rwr_weighs_both_clips_by_their_own_rewards(tiny, align, temperature):
     settings, task = tiny(
-        "--algo=rwr", f"--align={align}", f"--temperature={temperature}", "--label-dropout=0"
+        "rwr", f"--align={align}", f"--temperature={temperature}", "--label-dropout=0"
     )
     y, clips, scores = same_pairs(settings)
     weights = torch.tensor([float(w) for w in align.split(",")])
@@ -70,8 +70,8 @@ def test_rwr_weighs_both_clips_by_their_own_rewards(tiny, align, temperature):
 def test_a_seed_varies_start_pairs_order_and_noise(tiny, flags):
     runs = []
     for seed in (1, 2, 2):
-        settings, task = tiny(*f"--algo={flags}".split(), f"--seed={seed}")
-        batch = task.batch(0, EVERY)
+        settings, task = tiny(flags, f"--seed={seed}")
+        batch, later = task.batch(0, EVERY), task.batch(1, EVERY)
         clips = next(batch[name] for name in ("x0", "x0_w", "x0_a", "video_a") if name in batch)
         run = {"clips": clips, "weights": torch.cat([v.flatten() for v in task.model.parameters()])}
         if settings.algo != "pretrain":
@@ -79,6 +79,7 @@ def test_a_seed_varies_start_pairs_order_and_noise(tiny, flags):
             run["order"] = torch.tensor([find(clip, pairs)[0] for clip in clips])
         if settings.algo != "reward":
             run |= {"noise": batch["x1"], "times": batch["t"]}
+            assert not batch["x1"].equal(later["x1"]) and not batch["t"].equal(later["t"])
         runs.append(run)
     first, second, again = runs
     assert all(torch.equal(second[name], again[name]) for name in second)
@@ -90,16 +91,14 @@ def test_a_seed_varies_start_pairs_order_and_noise(tiny, flags):
 def test_times_are_shifted_and_prompts_dropped_as_the_flags_say(tiny, algo):
     times = {}
     for shift, dropout in ((1, 0), (4, 0.5), (7, 1)):
-        flags = [f"--algo={algo}", f"--time-shift={shift}", "--batch=32"]
-        if algo != "nrg":
-            flags += [f"--label-dropout={dropout}"]
-        _, task = tiny(*flags)
+        drop = "" if algo == "nrg" else f"--label-dropout={dropout}"
+        _, task = tiny(algo, f"--time-shift={shift}", "--batch=32", drop)
         batch = task.batch(0, slice(0, 32))
         times[shift], y = batch["t"], batch["y"]
         assert (y[y.any(1)][:, :5] > 0).all()  # a whole prompt of five words is dropped, or none
-        if algo != "nrg":
-            assert (~y.any(1)).float().mean().item() == pytest.approx(dropout, abs=0.25)
-            assert dropout == 0.5 or y.any() == (dropout == 0)
+        if drop:
+            margin = 0.25 if dropout == 0.5 else 0
+            assert (~y.any(1)).float().mean().item() == pytest.approx(dropout, abs=margin)
     moved = torch.ones(len(times[1]), dtype=torch.bool)
     if algo == "pretrain":  # a tenth of its times lie near the noise whatever the shift is
         moved = times[4] != times[1]
@@ -109,7 +108,7 @@ def test_times_are_shifted_and_prompts_dropped_as_the_flags_say(tiny, algo):
         assert torch.allclose(times[shift][moved], wanted[moved], atol=1e-6)
         assert torch.equal(times[shift][~moved], times[1][~moved])
     # by default 4 for a generator and 1 for a reward that guides
-    default = tiny(f"--algo={algo}", "--batch=32")[1].batch(0, slice(0, 32))["t"]
+    default = tiny(algo, "--batch=32")[1].batch(0, slice(0, 32))["t"]
     assert torch.equal(default, times[1 if algo == "nrg" else 4])
 
 
@@ -133,7 +132,7 @@ def test_dpo_loss_is_equation_6_of_policy_and_reference(
     monkeypatch.chdir(tmp_path)
     other = noticeable(load_velocity(tmp_path / "base.pt")[0], 0.1)
     wired.save(other, "velocity", tmp_path / "other.pt")
-    settings, task = tiny("--algo=dpo", *flags.split())
+    settings, task = tiny("dpo", flags)
     reference = other if "other" in flags else load_velocity(settings.init)[0]
     batch = task.batch(0, EVERY)
     at_start = task.loss(batch)[0].item()
@@ -154,19 +153,19 @@ def test_a_reference_of_other_prompts_is_refused(tiny, tmp_path):
     long = VideoTransformer(replace(CONFIG, max_text=9))
     path = wired.save(long, "velocity", tmp_path / "other.pt")
     with pytest.raises(BadInput, match="prompts of different lengths: 9 and 8"):
-        tiny("--algo=dpo", f"--reference={path}")
+        tiny("dpo", f"--reference={path}")
 
 
-@pytest.mark.parametrize("flags", [["--algo=sft"], ["--algo=rwr", "--temperature=0.3"]])
+@pytest.mark.parametrize("flags", ["sft", "rwr --temperature=0.3"])
 def test_a_regressions_loss_is_the_weighted_flow_error(tiny, flags):
-    _, task = tiny(*flags)
+    _, task = tiny(flags)
     noticeable(task.model)
     batch = task.batch(1, EVERY)
     with torch.no_grad():
         each = error(task.model, batch["x0"], batch)
     loss = task.loss(batch)[0].item()
     assert loss == pytest.approx((batch["weight"] * each).mean().item(), rel=1e-4)
-    assert (abs(loss - each.mean().item()) > 1e-3) == ("--algo=rwr" in flags)
+    assert (abs(loss - each.mean().item()) > 1e-3) == ("rwr" in flags)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -178,7 +177,7 @@ def test_a_regressions_loss_is_the_weighted_flow_error(tiny, flags):
     [("dpo", 2), ("dpo --freeze=0", 0), ("sft --freeze=1", 1), ("rwr", 2)],  # 2 is the default
 )
 def test_freeze_leaves_the_first_blocks_as_they_were(tiny, flags, freeze):
-    settings, task = tiny(*f"--algo={flags}".split())
+    settings, task = tiny(flags)
     before, _ = load_velocity(settings.init)
     policy = dict(wired.trained(settings, task).named_parameters())
     moved = {name for name, value in before.named_parameters() if not value.equal(policy[name])}
@@ -190,7 +189,7 @@ def test_freeze_leaves_the_first_blocks_as_they_were(tiny, flags, freeze):
 
 @pytest.mark.parametrize(("rank", "freeze"), [(1, 0), (4, 2)])
 def test_lora_trains_adapters_of_its_rank_behind_the_frozen_blocks(tiny, rank, freeze):
-    settings, task = tiny("--algo=dpo", f"--lora-rank={rank}", f"--freeze={freeze}")
+    settings, task = tiny("dpo", f"--lora-rank={rank}", f"--freeze={freeze}")
     trained = {name: v for name, v in task.model.named_parameters() if v.requires_grad}
     adapters = {f"blocks.{i}.attn.{part}." for i in range(freeze, 3) for part in ("qkv", "out")}
     assert trained.keys() == {name + part for name in adapters for part in ("up", "down")}
@@ -208,7 +207,7 @@ def test_training_follows_the_reward_up_and_its_mirror_image_down(tiny, flags):
     ends = {}
     for align in ("1,1,1", "-1,-1,-1"):
         more = [f"--align={align}", "--freeze=0", "--steps=30", "--lr=0.003"]
-        settings, task = tiny(*f"--algo={flags}".split(), *more)
+        settings, task = tiny(flags, *more)
         start = wired.brightness(task.model)
         ends[align] = wired.brightness(wired.trained(settings, task))
     assert ends["1,1,1"] > ends["-1,-1,-1"] + 0.02

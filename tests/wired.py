@@ -61,7 +61,7 @@ def save(network, kind, path):
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
-    """A function: flags of train.py -> settings and Task, on a tiny base model and Brightness.
+    """A function: an algorithm and flags -> settings and Task, on a tiny base model and Brightness.
 
     The Task also has the base model, its pairs and the pairs held out, where it has any."""
     torch.manual_seed(1)
@@ -88,9 +88,9 @@ def tiny(tmp_path, monkeypatch):
     watch("base_and_policy", lambda models: {"base": models[0]})
 
     def task(*flags):
-        settings = settings_of(
-            with_read(flags, *SHORT.split(), f"--init={base}", f"--out={tmp_path / 'out'}")
-        )
+        flags = [f if f.startswith("-") else f"--algo={f}" for f in " ".join(flags).split()]
+        short = [*SHORT.split(), f"--init={base}", f"--out={tmp_path / 'out'}"]
+        settings = settings_of(with_read(flags, *short))
         settings.init = base
         found.clear()
         task = train.task_of(settings, CPU)
