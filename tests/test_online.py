@@ -60,13 +60,13 @@ def test_nft_learns_from_every_clip_by_how_good_it_is():
 
 def test_logs_hold_all_three_scores_and_true_scores_for_each_clips_own_prompt():
     drawn = world.draw_clips(
-        TRAIN[:2].repeat_interleave(2, 0),
+        TRAIN[[0, -1]].repeat_interleave(2, 0),
         torch.zeros(4, dtype=int),
         torch.Generator().manual_seed(0),
         clean=True,
     )
     clips = rounds.to_bytes(world.render(drawn)).unflatten(0, (2, 2))
-    state = {"number": 3, "prompts": list(map(world.prompt_text, TRAIN[:2])), "clips": clips}
+    state = {"number": 3, "prompts": list(map(world.prompt_text, TRAIN[[0, -1]])), "clips": clips}
     state["scores"] = torch.arange(12.0).reshape(2, 2, 3)
     logs = rounds.Rounds.logs(Namespace(settings=Namespace(data=None, clips=2)), state)
     assert logs["round"] == 3 and logs["learned"] == pytest.approx(5.5)
