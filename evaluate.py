@@ -11,15 +11,22 @@ python evaluate.py bench        every performance ratio beside the best possible
 python evaluate.py report       report.html: all results and clips of every method
 python evaluate.py tables       every generated table, excerpt and link in README.md and docs/
 python evaluate.py read         docs/annotated.html, the core files beside their equations
+python evaluate.py picture      the picture of README.md, after python train.py --algo dpo
 """
 
 from pages import annotated
 from runtime.cli import pick_device, run
-from studies import bench, jobs, tables
+from studies import bench, jobs, picture, tables
 from studies.catalogue import STUDIES
 from studies.report import page
 
-PAGES = {"bench": bench, "report": page, "tables": tables, "read": annotated}
+PAGES = {
+    "bench": bench,
+    "report": page,
+    "tables": tables,
+    "read": annotated,
+    "picture": picture,
+}
 
 
 def main():

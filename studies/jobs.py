@@ -34,7 +34,7 @@ except ImportError:  # Windows: a study then runs in one terminal
     fcntl = None
 
 STUDIES = ("reward", "align", "beta", "nrg", "rank", "online", "unified")
-PAGES = ("bench", "report", "tables", "read")
+PAGES = ("bench", "report", "tables", "read", "picture")
 
 
 @dataclass
