@@ -1,9 +1,10 @@
 """The picture of README.md: clips that miss their prompt, before and after alignment.
 
-    python evaluate.py picture      writes results/base_above_aligned.gif, after python train.py --algo dpo
+    python evaluate.py picture      writes base_above_aligned.gif to --out
 
-The prompts are the first eight of the standard set whose base clip has a wrong colour, shape or
-direction. Printed is how often such a clip stays wrong over the whole set, and the true win rates."""
+It needs the policy of `python train.py --algo dpo`. The prompts are the first eight of the standard
+set whose base clip has a wrong colour, shape or direction. The command also prints how often such a
+clip stays wrong over the whole set, and the true win rates."""
 
 from pathlib import Path
 
