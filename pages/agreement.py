@@ -1,8 +1,6 @@
-"""The journal of answers, labels of several people as one, and how far labels agree: with second
-answers, with other people's, and on the toy with oracle, annotators and VideoReward."""
+"""Labels of several people as one, and how far labels agree: with second answers, with other
+people's, and on the toy with oracle, annotators and VideoReward."""
 
-import json
-from contextlib import suppress
 from dataclasses import replace
 from hashlib import sha256
 from statistics import median
@@ -17,7 +15,6 @@ from real_data.pairs_csv import LABELS, read_pairs, write_pairs
 from real_data.toy_pairs import annotate_pairs
 from reward import btt_probabilities, load_reward
 from runtime.checkpoint import WEIGHTS
-from runtime.cli import BadInput
 
 CACHE = "out/clips"  # of decoded clips
 AGAIN = "-2"  # ends the name of a question that is a pair's second
@@ -26,38 +23,12 @@ NO_LABEL = (None, None, None)
 
 def identity(pair):
     """A pair's name, which tells nothing of its files and stays when rows move."""
-    facts = (pair.path_a, pair.path_b, pair.prompt)
-    return sha256("\0".join(facts).encode()).hexdigest()[:16]
-
-
-def add_record(records, record):
-    """Adds an answer to {question: {dimension: record}}, at the end; label None takes one back."""
-    answers = records.pop(record["question"], {})
-    answers.pop(record["dimension"], None)
-    if record["label"]:
-        answers[record["dimension"]] = record
-    records[record["question"]] = answers
-
-
-def read_journal(path):
-    """{question: {dimension: record}}. A line that is no JSON was cut off by a crash, before the
-    page was told that the answer was saved."""
-    records = {}
-    for line in path.read_bytes().splitlines() if path.exists() else []:
-        with suppress(ValueError):
-            add_record(records, json.loads(line))
-    return records
+    return sha256("\0".join((*pair.paths, pair.prompt)).encode()).hexdigest()[:16]
 
 
 def label_of(answers):
     """VQ, MQ and TA of {dimension: record}, None where there is no answer."""
     return tuple(LABELS[answers[d]["label"]] if d in answers else None for d in DIMENSIONS)
-
-
-def seconds_a_pair(records):
-    """Median over the questions, 0 without any."""
-    seconds = [answers["TA"]["seconds"] for answers in records.values() if "TA" in answers]
-    return median(seconds) if seconds else 0.0
 
 
 def labels_of(path, rows):
@@ -74,13 +45,14 @@ def merge(csv, files, reviewer, out):
     decided = labels_of(reviewer, rows) if reviewer else [NO_LABEL] * len(rows)
     for i, row in enumerate(rows):
         label = list(decided[i])
-        for k, votes in enumerate(zip(*(labels[i] for labels in people))):
-            if len(set(votes)) == 1:
-                label[k] = votes[0]
+        for k in range(len(DIMENSIONS)):
+            votes = {labels[i][k] for labels in people}
+            if len(votes) == 1:
+                label[k] = votes.pop()
         rows[i] = replace(row, label=tuple(label))
     write_pairs(rows, out)
-    open_pairs = sum(None in row.label for row in rows)
-    return f"wrote {out}: {len(rows)} pairs, {open_pairs} of them with a label left to a reviewer"
+    missing = sum(None in row.label for row in rows)
+    return f"wrote {out}: {len(rows)} pairs, {missing} of them with a label left to a reviewer"
 
 
 def agreement(label, other):
@@ -111,27 +83,25 @@ def toy_judges(rows, csv):
     return {"oracle": oracle, "toy annotators": annotated.label, "VideoReward": learned}
 
 
-def report(csv, others):
-    """Lines on the labels of a CSV and its journal, beside other CSV files and the toy's judges."""
+def report(csv, records, others):
+    """Lines on the labels of a CSV and the answers {question: {dimension: record}} behind them,
+    beside other CSV files and the toy's judges."""
     rows = [row for row in read_pairs(csv, unlabelled=True) if None not in row.label]
     if not rows:
-        raise BadInput(f"{csv}: no pair has all its labels yet")
-    records = read_journal(csv.with_suffix(".jsonl"))
+        raise ValueError(f"{csv}: no pair has all its labels yet")
     judges = {"asked again": [label_of(records.get(identity(row) + AGAIN, {})) for row in rows]}
     judges |= {other.name: labels_of(other, rows) for other in others}
     for name, labels in judges.items():
         labels = [[INVALID if x is None else x for x in label] for label in labels]
         judges[name] = torch.tensor(labels)
-    judges |= toy_judges(rows, csv)
-
     table = {"left, of left and right": [], "same": []}
     for dimension in DIMENSIONS:
         seen = [answers[dimension]["seen"] for answers in records.values() if dimension in answers]
-        left = [side == "left" for side in seen if side in ("left", "right")]
-        table["left, of left and right"].append(sum(left) / max(1, len(left)))
+        left, right = seen.count("left"), seen.count("right")
+        table["left, of left and right"].append(left / max(1, left + right))
         table["same"].append(seen.count("same") / max(1, len(seen)))
     label = torch.tensor([row.label for row in rows])
-    for name, other in judges.items():
+    for name, other in (judges | toy_judges(rows, csv)).items():
         columns = [agreement(label[:, i], other[:, i]) for i in range(len(DIMENSIONS))]
         table[f"{name}, equal"], table[f"{name}, kappa"] = zip(*columns)
     lines = [f"{csv.name}: {len(rows)} pairs, {seconds_a_pair(records):.1f} seconds a pair"]
@@ -139,3 +109,9 @@ def report(csv, others):
     for name, values in table.items():
         lines.append(f"{name:26}" + "".join(f"{value:7.2f}" for value in values))
     return lines
+
+
+def seconds_a_pair(records):
+    """Median over the questions, 0 without any."""
+    seconds = [answers["TA"]["seconds"] for answers in records.values() if "TA" in answers]
+    return median(seconds) if seconds else 0.0

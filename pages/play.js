@@ -1,32 +1,16 @@
 "use strict";
-const DIMENSIONS = ["VQ", "MQ", "TA"];
 const form = $("form");
 let frames; // of a clip
 let running = new AbortController(); // ends the request that is under way
-let drift = {}; // of one prompt, noise and CFG: {strength: scores}
+let drift = {points: []}; // {of: prompt, noise and CFG, points: scores at the strengths seen}
 
 const settings = () => Object.fromEntries(new FormData(form));
 const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;
 
-/** Shows the form's settings, and samples the clips they ask for. */
+/** Shows the form's settings, and samples the clips that they ask for. */
 async function start() {
   running.abort();
   running = new AbortController();
-  showSettings();
-  alarm("");
-  document.querySelectorAll("progress").forEach((bar) => bar.removeAttribute("value"));
-  try {
-    const response = await call("sample", settings(), running.signal);
-    for await (const line of lines(response)) {
-      if (line.error) throw Error(line.error);
-      show(line);
-    }
-  } catch (error) {
-    if (error.name !== "AbortError") alarm(error.message);
-  }
-}
-
-function showSettings() {
   const {tab, prompt, seed, cfg} = settings();
   $("link").href = `#${new URLSearchParams(settings())}`;
   history.replaceState(null, "", $("link").href);
@@ -34,41 +18,52 @@ function showSettings() {
   $("drift").hidden = tab !== "drift";
   if ($("clips").dataset.tab !== tab) $("clips").replaceChildren();
   $("clips").dataset.tab = tab;
-  if (drift.of !== [prompt, seed, cfg].join()) drift = {of: [prompt, seed, cfg].join(), points: []};
-}
-
-/** The JSON objects of a response, one a line, as they come. */
-async function* lines(response) {
-  let rest = "";
-  for await (const part of response.body.pipeThrough(new TextDecoderStream())) {
-    const parts = (rest + part).split("\n");
-    rest = parts.pop();
-    for (const line of parts) yield JSON.parse(line);
+  if (drift.of !== prompt + seed + cfg) drift = {of: prompt + seed + cfg, points: []};
+  document.querySelectorAll("progress").forEach((bar) => bar.removeAttribute("value"));
+  alarm("");
+  try {
+    await read(await call("sample", settings(), running.signal));
+  } catch (error) {
+    if (error.name !== "AbortError") alarm(error.message);
   }
 }
 
-/** Shows a step of a clip. */
-function show(line) {
-  const figure = $(line.name) || newFigure(line.name);
-  if (line.done === 0) figure.points = [];
-  figure.querySelector("progress").value = line.done;
-  if (!line.film) return;
-  figure.querySelector(".film").style.backgroundImage = `url(${line.film})`;
-  figure.querySelector(".bars").innerHTML = DIMENSIONS.map((name, i) => `<b>${name}</b>`
-    + bar("true", 0, 1, line.true?.[i]) + bar("learned", -3, 3, line.learned[i])).join("");
-  const point = {x: 1 - line.t, learned: (mean(line.learned) + 3) / 6};
-  if (line.true) point.true = mean(line.true);
+/** Shows the lines of a response, a step of a clip each, as they come. */
+async function read(response) {
+  let rest = "";
+  for await (const part of response.body.pipeThrough(new TextDecoderStream())) {
+    const lines = (rest + part).split("\n");
+    rest = lines.pop();
+    for (const line of lines) show(JSON.parse(line));
+  }
+}
+
+function show(step) {
+  if (step.error) throw Error(step.error);
+  const figure = $(step.name) || newFigure(step.name);
+  if (step.done === 0) figure.points = [];
+  figure.querySelector("progress").value = step.done;
+  if (!step.film) return;
+  figure.querySelector(".film").style.backgroundImage = `url(${step.film})`;
+  figure.querySelector(".bars").innerHTML = ["VQ", "MQ", "TA"].map((name, i) => `<b>${name}</b>`
+    + bar("true", 0, 1, step.true?.[i]) + bar("learned", -3, 3, step.learned[i])).join("");
+  const point = {x: 1 - step.t, learned: (mean(step.learned) + 3) / 6};
+  if (step.true) point.true = mean(step.true);
   figure.points.push(point);
-  plot(figure, figure.points);
-  if (line.name !== "drift" || line.done < 1) return;
-  drift.points.push({...point, x: form.elements.strength.value / 2});
-  plot($("drift"), drift.points.sort((a, b) => a.x - b.x));
+  if (step.name === "drifted" && step.done === 1) {
+    drift.points.push({...point, x: form.elements.strength.value / 2});
+    figure.points = drift.points.sort((a, b) => a.x - b.x);
+  }
+  for (const kind of ["true", "learned"]) {
+    const places = figure.points.filter((point) => kind in point);
+    const path = places.map((point) => `${point.x} ${1 - point[kind]}`).join("L");
+    figure.querySelector(`path.${kind}`).setAttribute("d", path && `M${path}h.01`);
+  }
 }
 
 function newFigure(name) {
-  const figure = $("clip").content.cloneNode(true).firstElementChild;
-  figure.id = name;
-  figure.querySelector("figcaption").textContent = name;
+  const figure = document.querySelector("template").content.firstElementChild.cloneNode(true);
+  figure.id = figure.firstElementChild.textContent = name;
   figure.querySelector(".film").style.setProperty("--frames", frames);
   $("clips")[name === "base" ? "prepend" : "append"](figure);
   return figure;
@@ -76,23 +71,14 @@ function newFigure(name) {
 
 function bar(kind, min, max, value) {
   if (value === undefined) return "<i></i><i></i>";
-  const meter = `<meter class="${kind}" min="${min}" max="${max}" value="${value}"></meter>`;
-  return `${meter}<span>${value.toFixed(2)}</span>`;
-}
-
-/** Draws the curves of points {x, true, learned}, each from 0 to 1. */
-function plot(parent, points) {
-  for (const kind of ["true", "learned"]) {
-    const places = points.filter((point) => kind in point);
-    const path = places.map((point) => `${100 * point.x} ${40 - 40 * point[kind]}`).join("L");
-    parent.querySelector(`path.${kind}`).setAttribute("d", path && `M${path}h0`);
-  }
+  const range = `min="${min}" max="${max}" value="${value}"`;
+  return `<meter class="${kind}" ${range}></meter><span>${value.toFixed(2)}</span>`;
 }
 
 function showValues() {
-  for (const slider of form.querySelectorAll("[type=range]")) {
+  form.querySelectorAll("[type=range]").forEach((slider) => {
     slider.parentElement.dataset.value = slider.value;
-  }
+  });
 }
 
 function restore() {
@@ -109,7 +95,7 @@ form.addEventListener("submit", (event) => event.preventDefault());
 addEventListener("hashchange", restore);
 $("save").addEventListener("click", async () => {
   $("saved").hidden = false;
-  $("saved").textContent = "sample.py is writing the files";
+  $("saved").textContent = "sample.py writes the files";
   const answer = await ask("save", settings()).catch((error) => ({lines: [error.message]}));
   $("saved").textContent = answer.lines.join("\n");
 });
@@ -117,4 +103,4 @@ ask("about", {}).then((about) => {
   frames = about.frames;
   $("prompts").append(...about.prompts.map((prompt) => new Option(prompt)));
   restore();
-}, (error) => alarm(error.message));
+}).catch((error) => alarm(error.message));

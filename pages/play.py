@@ -84,7 +84,7 @@ class Play:
         rng = torch.Generator().manual_seed(args.seed)
         x1 = torch.randn(1, *self.base.config.video_shape, generator=rng).to(self.device)
         if data.get("tab") == "drift":
-            models = {"drift": self.drifted(data.get("strength")), "base": self.base}
+            models = {"drifted": self.drifted(data.get("strength")), "base": self.base}
         else:
             models = {"steered": self.base, "base": self.base, **self.aligned}
 

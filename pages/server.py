@@ -11,16 +11,12 @@ import secrets
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Lock
 
 MOST_BYTES = 4096  # of a request's body
 SUFFIXES = (".html", ".css", ".js")
 FILES = {path.name: path for path in Path(__file__).parent.iterdir() if path.suffix in SUFFIXES}
-HEADERS = {
-    "Cache-Control": "no-store",
-    "Content-Security-Policy": "default-src 'self'; img-src data:; media-src blob:",
-    "Referrer-Policy": "no-referrer",  # the address holds the token
-    "X-Frame-Options": "DENY",
-}
+POLICY = "default-src 'self'; img-src data:; media-src blob:; frame-ancestors 'none'"
 
 
 class Server(ThreadingHTTPServer):
@@ -31,7 +27,8 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, page, calls):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.calls, self.token = calls, secrets.token_urlsafe(16)
+        self.calls, self.lock = calls, Lock()  # one call at a time
+        self.token = secrets.token_urlsafe(16)
         self.hosts = [f"127.0.0.1:{self.server_port}", f"localhost:{self.server_port}"]
         self.address = f"http://{self.hosts[0]}/{self.token}/{page}"
         print(f"open {self.address} in a browser; Ctrl-C ends", flush=True)
@@ -48,12 +45,11 @@ class Handler(BaseHTTPRequestHandler):
         token, _, name = self.path[1:].partition("/")
         host, origin = self.headers.get("Host"), self.headers.get("Origin")
         length = self.headers.get("Content-Length", "0")
-        names = FILES if self.command == "GET" else self.server.calls
         if host not in self.server.hosts or origin not in (None, f"http://{host}"):
             self.send({"error": "requests of other sites are refused"}, 403)
         elif not hmac.compare_digest(token.encode(), self.server.token.encode()):
             self.send({"error": "open the address that the command printed"}, 403)
-        elif name not in names:
+        elif name not in (FILES if self.command == "GET" else self.server.calls):
             self.send({"error": "there is nothing at this address"}, 404)
         elif not (length.isascii() and length.isdigit()) or float(length) > MOST_BYTES:
             self.send({"error": f"a body must have at most {MOST_BYTES} bytes"}, 413)
@@ -69,22 +65,24 @@ class Handler(BaseHTTPRequestHandler):
             data = json.loads(body)
             if not isinstance(data, dict):
                 raise ValueError("the body must be a JSON object")
-            answer = function(data)
+            with self.server.lock:
+                answer = function(data)
         except (ValueError, RecursionError, OSError) as error:
             return self.send({"error": str(error)}, 400)
         self.send(answer)
 
     def send(self, answer, status=200, kind="application/json"):
-        content = json.dumps(answer).encode() if isinstance(answer, dict) else answer
         self.send_response(status)
         self.send_header("Content-Type", kind)
-        for name, value in HEADERS.items():
-            self.send_header(name, value)
+        self.send_header("Content-Security-Policy", POLICY)
+        self.send_header("Referrer-Policy", "no-referrer")  # the address holds the token
         self.end_headers()
+        if isinstance(answer, dict):
+            answer = json.dumps(answer).encode()
         if callable(answer):
             answer(lambda line: self.wfile.write(json.dumps(line).encode() + b"\n"))
         else:
-            self.wfile.write(content)
+            self.wfile.write(answer)
 
     def log_message(self, *args):
         pass

@@ -155,7 +155,8 @@ def test_the_oracle_agrees_with_itself_and_guesses_do_not(toy, tmp_path, monkeyp
         while state.get("id"):
             guesses = torch.randint(3, (3,), generator=rng)
             state = page.answer(state, [("left", "same", "right")[guess] for guess in guesses])
-    guesser = table(agreement.report(toy / "guesser.csv", [toy / "seer.csv"]))
+    records = label.read_journal(toy / "guesser.csv")
+    guesser = table(agreement.report(toy / "guesser.csv", records, [toy / "seer.csv"]))
     assert all(abs(kappa) < 0.3 for kappa in guesser["oracle, kappa"])  # 0.09 is one sigma
     assert guesser["seer.csv, kappa"] == guesser["oracle, kappa"]
     assert all(0.2 < same < 0.47 for same in guesser["same"])
