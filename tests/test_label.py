@@ -19,7 +19,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_report import BROWSER, DRIVER, FLAGS, LOW_CONTRAST
 
 import world
 from data import DIMENSIONS
@@ -31,6 +30,27 @@ from real_data.video import fit, sample_frames, to_video, write_video
 from runtime.cli import BadInput
 
 ROOT = Path(__file__).resolve().parents[1]
+BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+FLAGS = ("headless", "no-sandbox", "disable-gpu", "no-first-run", "disable-background-networking")
+LOW_CONTRAST = """
+const value = (text) => (text.match(/[\\d.]+/g) || []).map(Number);
+const light = (c) => [.2126, .7152, .0722].reduce((sum, w, i) =>
+  sum + w * ((c[i] /= 255) <= .03928 ? c[i] / 12.92 : ((c[i] + .055) / 1.055) ** 2.4), 0);
+const low = [];
+for (const element of document.querySelectorAll("body *")) {
+  if (![...element.childNodes].some((n) => n.nodeType === 3 && n.data.trim()) || !element.checkVisibility()) continue;
+  const style = getComputedStyle(element), layers = [];
+  for (let e = element; e; e = e.parentElement) layers.push(value(getComputedStyle(e).backgroundColor));
+  let ground = [255, 255, 255];
+  for (const layer of layers.reverse()) {
+    const alpha = layer.length > 3 ? layer[3] : 1;
+    ground = ground.map((g, i) => g * (1 - alpha) + layer[i] * alpha);
+  }
+  const ink = value(element.closest("svg") ? style.fill : style.color).slice(0, 3);
+  const [a, b] = [light(ink), light(ground)].sort((x, y) => y - x);
+  if ((a + .05) / (b + .05) < 4.5) low.push(element.outerHTML.slice(0, 120) + " " + (a + .05) / (b + .05));
+}
+return low;"""
 TAB, BACKSPACE, ESCAPE = "\ue004", "\ue003", "\ue00c"  # keys, as WebDriver writes them
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
