@@ -4,6 +4,7 @@ Every method starts from the base model and takes the same number of clips of th
 VideoReward relabels once: by the mean of its three z-scores (1:1:1, Table 3), or by TA alone (Table
 4). Flow-DPO on own clips takes pairs of the base model's clips at CFG 1 in place of rendered ones.
 Best of n trains nothing: of n clips of the base model it shows the one that VideoReward likes best.
+Flow-NRG trains no generator: a noise-aware reward steers the base model, equal weights, CFG 1.
 All are judged by VideoReward, the paper's judge, which they are trained to please, and by the
 oracle, which stands for the paper's human evaluation (Fig. 5).
 
@@ -18,7 +19,9 @@ All models see the same prompts and noise. Win rates are over the base model; a 
 from functools import partial
 from itertools import product
 
-from sample import CFG
+from nrg import SteeredPolicy, load_noisy_reward
+from runtime.checkpoint import WEIGHTS
+from sample import CFG, NRG_EPS, NRG_INTERVAL, NRG_SCALE
 from studies import policies
 from studies.policies import BEST_OF, CFGS, METHODS, NAMES, SETS, TRUE_SCORES, WINS_BY_JUDGE
 from studies.report.tables import Column, matching, tabulate
@@ -32,6 +35,8 @@ def jobs(settings):
         for method in METHODS:
             queue[f"{method}-{align}-{seed}"] = partial(trained, settings, method, align, seed)
         queue[f"best-of-{align}-{seed}"] = partial(picked, settings, align, seed)
+    for seed in range(settings.seeds):
+        queue[f"nrg-{seed}"] = partial(guided, settings, seed)
     return queue
 
 
@@ -61,6 +66,20 @@ def picked(settings, align, seed):
         facts = {"method": f"best-of-{n}", "align": align, "seed": seed, "drift": policies.nats(n)}
         rows += policies.rows_of(scores, base, **facts)
     return rows
+
+
+def guided(settings, seed):
+    """Rows of Flow-NRG by a noise-aware reward of this seed."""
+    path = policies.train(settings, f"nrg-{seed}", {"algo": "nrg", "seed": seed})
+    reward = load_noisy_reward(path)[0].to(settings.device)
+
+    def steered(model, cfg):
+        return SteeredPolicy(model, reward, (1, 1, 1), NRG_SCALE, NRG_EPS, NRG_INTERVAL, cfg)
+
+    sets = {"standard": SETS["standard"]}
+    scores = policies.judge(settings, WEIGHTS / "base.pt", sets, (1.0,), steered)
+    base = policies.base_scores(settings, sets, (1.0,))
+    return policies.rows_of(scores, base, method="nrg-1:1:1", align="1:1:1", seed=seed)
 
 
 # ---------------------------------------------------------------------------------------------

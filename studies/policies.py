@@ -41,6 +41,7 @@ NAMES = {  # in tables and charts
     "dpo-schedule": "Flow-DPO, (1-t)^2",
     "dpo-constant": "Flow-DPO, constant beta",
     "dpo-own-clips": "Flow-DPO, own clips",
+    "nrg-1:1:1": "Flow-NRG, 1:1:1",
 }
 
 

@@ -59,13 +59,11 @@ def tables():
 def summary():
     """Win rates of the main methods over the base model, CFG 1, by both judges."""
     rows = matching(load("align")["rows"], align="1:1:1", set="standard", cfg=1.0)
-    methods = ("sft", "rwr", "dpo-schedule", "dpo-constant")
+    methods = ("sft", "rwr", "dpo-schedule", "dpo-constant", "nrg-1:1:1")
     lines = {NAMES[method]: {"method": method} for method in methods}
     table = tabulate("", [""], rows, lines, WINS_BY_JUDGE)
-    rows = matching(load("nrg")["rows"], study="weights", method="nrg-1:1:1")
-    guided = tabulate("", [""], rows, {"Flow-NRG, 1:1:1": {}}, WINS_BY_JUDGE)
     base = [NAMES["base"], *["0.50"] * 6]
-    return Table("", table.head, [base, *table.rows, *guided.rows])
+    return Table("", table.head, [base, *table.rows])
 
 
 def costs(name):
