@@ -25,9 +25,8 @@ from judge import (
 from lora import add_lora, freeze_trunk, merged_state_dict
 from model import VideoTransformer, load_velocity, share_trunk
 from nrg import noisy_pair_step, noisy_reward_on, noisy_value_step
-from real_data.disk_pairs import disk_data, preset, resized
+from real_data.dataset import disk_data, label_rewards, preset, resized
 from real_data.generated import ON_POLICY, held_pairs, mixed_pairs, training_pairs
-from real_data.labels import label_rewards
 from real_data.toy_pairs import check_toy, draw_clips, other_prompts
 from reward import VideoReward, counted, decided, reward_config, reward_step
 from runtime.checkpoint import check_same_data
@@ -79,6 +78,9 @@ def reward_task(settings, device):
     config = preset(settings.preset, settings.size)
     if settings.data:
         vocabulary, config, pairs, held = disk_data(settings, config)
+        if settings.loss == "regression" and not pairs.mos.any():
+            columns = "the columns MOS_A_VQ to MOS_B_TA"
+            raise BadInput(f"{settings.data}: --loss regression needs ratings, {columns}")
     else:
         vocabulary = Vocabulary()
         config = replace(config, vocab=len(vocabulary.words))

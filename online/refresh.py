@@ -19,7 +19,7 @@ import torch
 import world
 from data import INVALID, Pairs, mean_one, step_rng
 from judge import pair_scores
-from real_data.disk_pairs import disk_data
+from real_data.dataset import disk_data
 from real_data.pairs_csv import Pair, read_pairs, write_pairs
 from real_data.toy_pairs import annotate_pairs, annotated_pairs
 from real_data.video import FPS, to_video, write_video

@@ -25,7 +25,7 @@ from judge import z_scores
 from online.flow_grpo import group_advantage, sample_sde
 from online.flow_nft import move_old, optimality
 from online.refresh import Refresh
-from real_data.disk_pairs import disk_prompts
+from real_data.dataset import disk_prompts
 from real_data.toy_pairs import check_toy
 from real_data.video import to_bytes, to_video
 from runtime.checkpoint import save_checkpoint

@@ -3,6 +3,7 @@ people's, and on the toy with oracle, annotators and VideoReward."""
 
 from dataclasses import replace
 from hashlib import sha256
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -10,13 +11,14 @@ import torch
 import world
 from data import DIMENSIONS, INVALID, Vocabulary
 from judge import pair_scores
-from real_data.disk_pairs import disk_pairs
-from real_data.pairs_csv import LABELS, read_pairs, write_pairs
+from real_data.dataset import pairs_of
+from real_data.pairs_csv import LABELS, read_pairs, usable_rows, write_pairs
 from real_data.toy_pairs import annotate_pairs
 from reward import btt_probabilities, load_reward
 from runtime.checkpoint import WEIGHTS
+from settings import Data
 
-CACHE = "out/clips"  # of decoded clips
+CACHE = Path("out/clips")  # of decoded clips
 AGAIN = "-2"  # ends the name of a question that is a pair's second
 NO_LABEL = (None, None, None)
 
@@ -72,7 +74,9 @@ def toy_judges(rows, csv):
     except ValueError:
         return {}
     reward, words = load_reward(WEIGHTS / "reward.pt")
-    pairs = disk_pairs(rows, csv, reward.config, Vocabulary(words), CACHE)
+    settings = Data(cache=CACHE)
+    rows, _ = usable_rows(rows, csv, reward.config, settings)
+    pairs = pairs_of(rows, csv, reward.config, Vocabulary(words), settings)
     annotated = annotate_pairs(pairs, attributes, seed=0)
     a, b = annotated.truth.unbind(1)
     difference = (a - b) / world.TRUE_STD

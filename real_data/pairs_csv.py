@@ -1,227 +1,296 @@
-"""Preference pairs on disk: the public CSV schema of VideoAlign, one row a pair, its videos beside it (section 3.1).
+"""Preference pairs on disk: VideoAlign's CSV format, and checks of its clips (section 3.1).
 
-    path_A, path_B                              video files or latents (video.py), relative to the data folder
-    prompt                                      text
-    VQ, MQ, TA                                  A, B, same (or tie) or invalid, in any case
-    fps_A, num_frames_A, fps_B, num_frames_B    numbers; the videos' own are used, and a video with fewer frames refused
-    MOS_A_VQ, MOS_A_MQ, ... MOS_B_TA            optional: ratings from 1 to 5; empty or 0 where there is none
-    A_model, B_model, Overall                   in benchmark files only
+    path_A, path_B          video files or latents (video.py), relative to the data folder
+    prompt                  text
+    VQ, MQ, TA              A, B, same (or tie) or invalid, in any case
+    fps_A, num_frames_A, fps_B, num_frames_B    numbers; a video with fewer frames is refused
+    MOS_A_VQ, MOS_A_MQ, ... MOS_B_TA            optional ratings from 1 to 5; empty or 0 for none
 
 The data folder is the CSV's own or --data-dir. A path is judged as it is written: an absolute one,
-or one with "..", must not leave the folder. Links are followed, wherever they lead: they were put
-there by whoever owns the folder, as the Hugging Face client does.
+or one with "..", must not leave the folder. Links are followed wherever they lead, as the Hugging
+Face client stores a data set in links.
 
-Commas, semicolons or tabs separate the columns, whose order is free; blank lines are passed over.
-Every fault in a file is a BadInput of one line that names file, line and column.
+Commas, semicolons or tabs separate the columns. Their order is free, and other columns may stand
+among them. Blank lines are ignored. Every fault is one line that names file, line and column.
 """
 
 import csv
 import io
 import math
 import os
-import stat
+import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from data import DIMENSIONS, INVALID
-from real_data.video import latent_file
-from runtime.cli import BadInput
+from real_data import video
+from runtime.cli import BadInput, progress_bar
+from runtime.distributed import process_0_first, rank
 
-LABELS = {"A": 1, "B": -1, "same": 0, "tie": 0, "invalid": INVALID}  # read in any case
-NAMES = {1: "A", -1: "B", 0: "same", INVALID: "invalid", None: ""}  # None: nobody has looked yet
+LABELS = {"A": 1, "B": -1, "same": 0, "tie": 0, "invalid": INVALID}  # in any case
+NAMES = {1: "A", -1: "B", 0: "same", INVALID: "invalid", None: ""}
 PATHS = ("path_A", "path_B")
 NUMBERS = ("fps_A", "num_frames_A", "fps_B", "num_frames_B")
 COLUMNS = (*PATHS, "prompt", *DIMENSIONS, *NUMBERS)
 RATINGS = tuple(f"MOS_{side}_{name}" for side in "AB" for name in DIMENSIONS)
-MODELS = ("A_model", "B_model")
 NO_PROMPT = ("nan", "none", "null")  # what programs write for an empty cell
+NOT_UTF8 = re.compile("[\udc80-\udcff]")  # a byte that could not be decoded
+
+
+class RowFault(BadInput):
+    """A fault in a row of a CSV, by file, line and column."""
+
+    def __init__(self, csv_path, line, column, text):
+        super().__init__(f"{csv_path}, line {line}, column {column}: {text}")
+        self.line = line
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One row. Labels are 1 (A better), -1 (B), 0 (same) or INVALID."""
+    """One row. Labels are 1 (A is better), -1 (B), 0 (same), INVALID, or None for an empty cell."""
 
-    path_a: str  # as written, relative to the data folder; without ".."
+    path_a: str  # relative to the data folder, without ".."
     path_b: str
     prompt: str
-    label: tuple  # VQ, MQ, TA; None to write an empty cell
+    label: tuple  # VQ, MQ, TA
     fps_a: float
     frames_a: float
     fps_b: float
     frames_b: float
-    mos: tuple = ()  # six ratings in the order of RATINGS, 0 where missing; empty without these columns
-    models: tuple = ()  # of A and B; empty but in benchmarks
-    overall: int = INVALID
-    line: int = field(default=0, compare=False)  # where it stands in its file
+    mos: tuple = ()  # six ratings in the order of RATINGS, 0 for none; empty without these columns
+    other: dict = field(default_factory=dict)  # text of the other columns
+    line: int = field(default=0, compare=False)  # where the row begins in its file
 
     @property
     def paths(self):
         return self.path_a, self.path_b
 
+    @property
+    def clips(self):
+        """(path, number of frames in the CSV) of A and B."""
+        return (self.path_a, self.frames_a), (self.path_b, self.frames_b)
+
+
+# ---------------------------------------------------------------------------------------------
+# The format
+
 
 def read_pairs(csv_path, skipped=None, folder=None, unlabelled=False):
-    """The pairs of a CSV, whose paths start from `folder`, by default its own. BadInput names file, line and column of
-    the first fault; with a list `skipped`, rows with a fault are left out and the fault's text is appended to it.
-    With `unlabelled`, an empty label is no fault but None.
-    Whether the videos can be decoded is seen later."""
+    """The pairs of a CSV whose paths start from `folder`, by default its own. Videos are not read.
+
+    BadInput for the first fault. With a list `skipped`, rows that have a fault are left out and
+    their RowFaults appended to it. With `unlabelled`, a label may be empty."""
     csv_path = Path(csv_path)
+    folder = Path(folder or csv_path.parent)
     try:
-        content = csv_path.read_bytes()
-        text = content.decode("utf-8-sig")
+        with open(csv_path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            text = file.read()
     except OSError as error:
         raise BadInput(f"{csv_path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        before = content[: error.start].decode("utf-8-sig").split("\n")
-        try:
-            header, field_number = (
-                before[0].split(","),
-                len(next(csv.reader([before[-1].strip("\r") + "?"]))),
-            )
-        except csv.Error:  # no row at all
-            header, field_number = [""], 1
-        where = (
-            f"line {len(before)}, column {header[min(field_number, len(header)) - 1].strip() or 1}"
-        )
-        byte = content[error.start]
-        raise BadInput(
-            f"{csv_path}, {where}: byte {byte:#x} is not UTF-8; save the file as UTF-8"
-        ) from None
-    folder = Path(folder or csv_path.parent)
     separator = max(",;\t", key=text.partition("\n")[0].count)
     reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=separator)
-    pairs, line = [], 1
+    pairs, last_line = [], 1
     try:
         header = [name.strip() for name in next(reader, [])]
         _check_header(csv_path, header)
         for row in reader:
-            line += 1
+            line = last_line + 1  # a quoted prompt may span lines
+            last_line = reader.line_num
+            if not any(cell.strip() for cell in row):
+                continue
             try:
-                if any(text.strip() for text in row):
-                    pairs.append(_parse(csv_path, line, header, row, folder, unlabelled))
-            except BadInput as fault:
+                pairs.append(_read_row(csv_path, line, header, row, folder, unlabelled))
+            except RowFault as fault:
                 if skipped is None:
                     raise
-                skipped.append(str(fault))
-            line = reader.line_num  # a quoted prompt may span lines: a row is named by its first
+                skipped.append(fault)
     except csv.Error as error:
         raise BadInput(f"{csv_path}, line {reader.line_num}: not a CSV row ({error})") from None
     if not pairs:
-        raise BadInput(
-            f"{csv_path}: holds no pair" + (f"; the first fault: {skipped[0]}" if skipped else "")
-        )
+        first = f"; the first fault: {skipped[0]}" if skipped else ""
+        raise BadInput(f"{csv_path}: holds no pair{first}")
     return pairs
 
 
 def _check_header(path, header):
+    for number, name in enumerate(header, 1):
+        _check_utf8(path, 1, number, name)
+    columns = ", ".join(COLUMNS)
     if not set(header) & set(COLUMNS):
-        raise BadInput(f"{path}: has no header; line 1 must name the columns {', '.join(COLUMNS)}")
-    for name in header:
-        if header.count(name) > 1:
-            raise BadInput(f"{path}, line 1, column {name}: stands there twice")
+        raise BadInput(f"{path}: has no header; line 1 must name the columns {columns}")
     for name in COLUMNS:
         if name not in header:
-            raise BadInput(
-                f"{path}, line 1, column {name}: is missing; needed: {', '.join(COLUMNS)}"
-            )
+            raise RowFault(path, 1, name, f"is missing; needed: {columns}")
+    for name in header:
+        if header.count(name) > 1:
+            raise RowFault(path, 1, name, "stands there twice")
 
 
-def _parse(csv_path, line, header, row, folder, unlabelled):
-    where = f"{csv_path}, line {line}"
+def _check_utf8(csv_path, line, column, text):
+    wrong = NOT_UTF8.search(text)
+    if wrong:
+        byte = ord(wrong[0]) - 0xDC00
+        text = f"byte {byte:#x} is not UTF-8; save the file as UTF-8"
+        raise RowFault(csv_path, line, column, text)
+
+
+def _read_row(csv_path, line, header, row, folder, unlabelled):
     if len(row) != len(header):
         last = header[min(len(row), len(header)) - 1]
-        raise BadInput(
-            f"{where}, column {last}: the row has {len(row)} fields, the header {len(header)}"
-        )
-    cell = dict(zip(header, (text.strip() for text in row)))
+        text = f"the row has {len(row)} fields, the header {len(header)}"
+        raise RowFault(csv_path, line, last, text)
+    cells = {name: cell.strip() for name, cell in zip(header, row)}
+    for name, cell in cells.items():
+        _check_utf8(csv_path, line, name, cell)
 
-    def label(name):
-        if unlabelled and not cell[name]:
-            return None
-        for known, value in LABELS.items():
-            if cell[name].lower() == known.lower():
-                return value
-        raise BadInput(
-            f"{where}, column {name}: unknown label {cell[name]!r}; known: {', '.join(LABELS)}"
-        )
-
-    def number(name, low, high, empty=None):
+    def read(name, convert, *limits):
         try:
-            value = float(cell[name]) if cell[name] or empty is None else empty
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high and value != empty:
-            raise BadInput(
-                f"{where}, column {name}: {cell[name]!r} is no number from {low:g} to {high:g}"
-            )
-        return value
+            return convert(cells[name], *limits)
+        except ValueError as error:
+            raise RowFault(csv_path, line, name, error) from None
 
-    def video(name):
-        path = cell[name]
-        if ".." in Path(path).parts:
-            path = os.path.normpath(path)  # not by way of a link
-        file = folder / latent_file(path)[0]
-        try:
-            found = stat.S_ISREG(file.stat().st_mode)
-        except (FileNotFoundError, NotADirectoryError):
-            found = False
-        except (
-            OSError,
-            ValueError,
-        ) as error:  # a name too long or with a zero byte; links in a circle
-            fault = getattr(error, "strerror", None) or error
-            raise BadInput(f"{where}, column {name}: {path[:40]!r} is no path ({fault})") from None
-        if not path or not Path(os.path.abspath(file)).is_relative_to(os.path.abspath(folder)):
-            raise BadInput(
-                f"{where}, column {name}: path {cell[name]!r} does not lie in the data folder {folder}"
-            )
-        if not found:
-            raise BadInput(f"{where}, column {name}: no video {cell[name]!r} in {folder}")
-        return path
+    prompt = read("prompt", _prompt)
+    path_a, path_b = (read(name, _path, folder) for name in PATHS)
+    if _same_clip(folder, path_a, path_b):
+        text = f"{path_b!r} is the clip of path_A; a pair is of two clips"
+        raise RowFault(csv_path, line, "path_B", text)
+    label = tuple(read(name, _label, unlabelled) for name in DIMENSIONS)
+    numbers = [read(name, _number, 1e-3, 1e6) for name in NUMBERS]
+    rated = set(RATINGS) <= set(header)
+    mos = tuple(read(name, _rating) for name in RATINGS) if rated else ()
+    known = (*COLUMNS, *RATINGS) if rated else COLUMNS
+    other = {name: cell for name, cell in cells.items() if name not in known}
+    return Pair(path_a, path_b, prompt, label, *numbers, mos=mos, other=other, line=line)
 
-    if not any(letter.isalnum() for letter in cell["prompt"]):
-        raise BadInput(f"{where}, column prompt: {cell['prompt']!r} has no words")
-    if cell["prompt"].lower() in NO_PROMPT:
-        raise BadInput(
-            f"{where}, column prompt: {cell['prompt']!r} stands for an empty cell; write the prompt"
-        )
-    path_a, path_b = (video(name) for name in PATHS)
-    (file_a, row_a), (file_b, row_b) = (latent_file(path) for path in (path_a, path_b))
-    if row_a == row_b and os.path.samefile(folder / file_a, folder / file_b):
-        raise BadInput(
-            f"{where}, column path_B: {path_b!r} is the clip of path_A; a pair is of two clips"
-        )
-    return Pair(
-        path_a,
-        path_b,
-        cell["prompt"],
-        tuple(label(name) for name in DIMENSIONS),
-        *(number(name, 1e-3, 1e6) for name in NUMBERS),
-        mos=tuple(number(name, 1, 5, empty=0.0) for name in RATINGS)
-        if set(RATINGS) <= set(header)
-        else (),
-        models=tuple(cell[name] for name in MODELS) if set(MODELS) <= set(header) else (),
-        overall=label("Overall") if "Overall" in header else INVALID,
-        line=line,
-    )
+
+def _prompt(text):
+    if not any(letter.isalnum() for letter in text):
+        raise ValueError(f"{text!r} has no words")
+    if text.lower() in NO_PROMPT:
+        raise ValueError(f"{text!r} stands for an empty cell; write the prompt")
+    return text
+
+
+def _path(text, folder):
+    path = os.path.normpath(text) if ".." in Path(text).parts else text
+    file = folder / video.latent_file(path)[0]
+    if not Path(os.path.abspath(file)).is_relative_to(os.path.abspath(folder)):
+        raise ValueError(f"path {text!r} does not lie in the data folder {folder}")
+    if not os.path.isfile(file):
+        raise ValueError(f"no video {text!r} in {folder}")
+    return path
+
+
+def _same_clip(folder, path_a, path_b):
+    file_a, row_a = video.latent_file(path_a)
+    file_b, row_b = video.latent_file(path_b)
+    return row_a == row_b and os.path.samefile(folder / file_a, folder / file_b)
+
+
+def _label(text, unlabelled):
+    if unlabelled and not text:
+        return None
+    for name, value in LABELS.items():
+        if text.lower() == name.lower():
+            return value
+    raise ValueError(f"unknown label {text!r}; known: {', '.join(LABELS)}")
+
+
+def _number(text, low, high):
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not low <= value <= high:
+        raise ValueError(f"{text!r} is no number from {low:g} to {high:g}")
+    return value
+
+
+def _rating(text):
+    return 0.0 if text in ("", "0", "0.0") else _number(text, 1, 5)
 
 
 def write_pairs(pairs, csv_path):
-    """Writes pairs so that read_pairs gives them back; rating and benchmark columns only where the pairs have them."""
-    header = list(COLUMNS)
-    header += RATINGS if any(pair.mos for pair in pairs) else ()
-    header += (*MODELS, "Overall") if any(pair.models for pair in pairs) else ()
-    path = Path(csv_path)
-    temporary = path.with_suffix(".tmp")
+    """Writes pairs so that read_pairs gives them back."""
+    rows = []
+    for pair in pairs:
+        labels = [NAMES[value] for value in pair.label]
+        numbers = pair.fps_a, pair.frames_a, pair.fps_b, pair.frames_b
+        row = dict(zip(COLUMNS, (*pair.paths, pair.prompt, *labels, *numbers)))
+        rows.append(row | dict(zip(RATINGS, pair.mos)) | pair.other)
+    header = dict.fromkeys(name for row in rows for name in row)
+    temporary = Path(csv_path).with_suffix(".tmp")
     with open(temporary, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, header, extrasaction="ignore")
+        writer = csv.DictWriter(file, header)
         writer.writeheader()
-        for pair in pairs:
-            cells = dict(zip(PATHS, pair.paths)) | {
-                "prompt": pair.prompt,
-                "Overall": NAMES[pair.overall],
-            }
-            cells |= dict(zip(DIMENSIONS, (NAMES[value] for value in pair.label)))
-            cells |= dict(zip(NUMBERS, (pair.fps_a, pair.frames_a, pair.fps_b, pair.frames_b)))
-            cells |= dict(zip(RATINGS, pair.mos)) | dict(zip(MODELS, pair.models))
-            writer.writerow(cells)
-    temporary.replace(path)
+        writer.writerows(rows)
+    temporary.replace(csv_path)
+
+
+# ---------------------------------------------------------------------------------------------
+# Clips of the rows. `settings` has the attributes of settings.Data
+
+
+def usable_rows(rows, csv_path, config, settings, skipped=None):
+    """Decodes all clips of the rows into the folder settings.cache and checks them.
+
+    -> (the rows whose clips can be used, {clip: facts}), a clip as in Pair.clips. RowFault for the
+    first row that cannot be used; with a list `skipped` the faults are appended to it."""
+    root = settings.data_dir or csv_path.parent
+    clips = dict.fromkeys(clip for row in rows for clip in row.clips)  # each once
+
+    def check(clip):
+        path, num_frames = clip
+        sizes = (*config.video_shape[1:], settings.fps)
+        try:
+            facts = video.clip_facts(root / path, settings.cache, *sizes)
+            check_facts(facts, num_frames, config, settings)
+            return facts, None
+        except ValueError as error:
+            kind = "latent" if video.is_latent(path) else "video"
+            return None, f"{kind} {path} {error}"
+        except OSError as error:
+            where = f"{error.filename or settings.cache}: {error.strerror}"
+            raise BadInput(f"{where}; clips are cached in --cache {settings.cache}") from None
+
+    facts, faults, good = {}, {}, []
+    bar = progress_bar(f"decoding {csv_path.name}", "video")
+    with process_0_first():
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for clip, (found, fault) in zip(clips, bar(pool.map(check, clips), len(clips))):
+                if fault:
+                    faults[clip] = fault
+                else:
+                    facts[clip] = found
+                if fault and skipped is None:
+                    pool.shutdown(cancel_futures=True)
+                    break
+        for row in rows:
+            bad = [i for i, clip in enumerate(row.clips) if clip in faults]
+            if not bad:
+                good.append(row)
+                continue
+            fault = RowFault(csv_path, row.line, PATHS[bad[0]], faults[row.clips[bad[0]]])
+            if skipped is None:
+                raise fault
+            skipped.append(fault)
+    if not good:
+        raise BadInput(f"{csv_path}: no pair is left, all were skipped; the first: {skipped[0]}")
+    num_short = sum(each["short"] for each in facts.values())
+    if num_short and rank() == 0:
+        short = f"{num_short} of {len(facts)} videos are too short for {config.frames} frames"
+        print(f"{csv_path}: {short}, which are spread over them; see --fps and --short")
+    return good, facts
+
+
+def check_facts(facts, num_frames, config, settings):
+    """ValueError for a clip of another shape, a video that breaks off, or one that is too short."""
+    shape = tuple(facts["shape"])
+    if shape != config.video_shape:
+        raise ValueError(f"has shape {shape}; the model takes {config.video_shape}")
+    if "seconds" in facts:  # not those of a latent
+        video.check_length(facts, num_frames)
+    if facts["short"] and settings.short == "refuse":
+        needed = f"{config.frames} frames at {settings.fps:g} a second"
+        raise ValueError(f"lasts {facts['seconds']:.2f} s, too short for {needed}")

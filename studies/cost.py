@@ -25,7 +25,7 @@ import torch
 
 from lora import add_lora, freeze_trunk
 from model import VideoTransformer, load_velocity
-from real_data.disk_pairs import preset
+from real_data.dataset import preset
 from runtime.cli import BadInput
 
 # inputs and outputs of two norms; modulated inputs of the linear layers; q, k, v; q and k normed;

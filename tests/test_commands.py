@@ -278,17 +278,6 @@ def test_help_shows_the_flags_of_the_algorithm_with_their_defaults(done):
     assert "--loss" in reward and "default: btt" in reward and "--beta" not in reward
 
 
-def test_the_table_of_the_preference_data(done):
-    out = done(export_toy, "table", "--pairs", "50", "--generated", "0")
-    assert "## train: 50 pairs" in out and "## benchmark: 10 pairs" in out
-    row = next(line for line in out.splitlines() if line.startswith("| VQ"))
-    shares = [float(cell) for cell in row.split("|")[2:6]]  # A, tie, B; unanimous
-    assert sum(shares[:3]) == pytest.approx(1, abs=0.002) and 0 < shares[3] <= 1
-    rows = [line for line in out.splitlines() if line.startswith(("| early", "| modern"))]
-    counts = [int(row.split("|")[2]) for row in rows]
-    assert sum(counts) == 2 * (50 + 10 + 10)  # every pair is in two generators' rows
-
-
 # ---------------------------------------------------------------------------------------------
 # Bad input
 
@@ -400,7 +389,7 @@ BAD_FLAGS = {
         "--rounds=2 --caption=1": "--caption: has no effect without --refresh",
         "--flops=1": "--flops: has no effect without --plan",
     },
-    export_toy: {"export": "needs a new folder"},
+    export_toy: {"": "the following arguments are required: folder"},
     evaluate: {
         "everything": "choose from 'reward', 'align', 'beta'",
         "align --eval-prompts=0": "argument --eval-prompts: 0: must be a whole number from 1",

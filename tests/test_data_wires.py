@@ -1,4 +1,4 @@
-"""--data through train.py's own tasks: each clip with its own prompt, what is held out, what ranks the pairs."""
+"""--data through train.py's own tasks: which clips, prompts and labels each algorithm takes."""
 
 import csv
 
@@ -9,27 +9,18 @@ import wired
 from wired import CONFIG, Brightness, find
 
 import world
-from data import DIMENSIONS, Vocabulary
+from data import Vocabulary
 from online import tasks as online_tasks
+from real_data.pairs_csv import COLUMNS
 
 tiny = wired.tiny
 PROMPTS = [world.prompt_text(row) for row in world.split_prompts("train")[::6]]  # twelve
-COLUMNS = [
-    "path_A",
-    "path_B",
-    "prompt",
-    *DIMENSIONS,
-    "fps_A",
-    "num_frames_A",
-    "fps_B",
-    "num_frames_B",
-]
 
 
 @pytest.fixture
 def data(tmp_path):
-    """A function: (name, seed, prompts) -> a CSV of 24 pairs of latents, its clips (24, 2, C, T, H, W), prompts, of
-    which each has two pairs, and labels (24, 3)."""
+    """A function: (name, seed, prompts) -> a CSV of 24 pairs of latents, two of each prompt, their
+    clips (24, 2, C, T, H, W), prompts and labels (24, 3)."""
 
     def write(name, seed, prompts=PROMPTS):
         rng = np.random.default_rng(seed)
@@ -53,20 +44,19 @@ def batches(task, count=9):
     return [task.batch(step, slice(0, wired.BATCH)) for step in range(count)]
 
 
-def test_rounds_ask_for_every_prompt(tiny, data, monkeypatch):
+def test_rounds_sample_every_prompt(tiny, data, monkeypatch):
     monkeypatch.setattr(online_tasks, "load_judge", lambda *args: Brightness())
-    found, honest = [], online_tasks.Rounds
-    monkeypatch.setattr(online_tasks, "Rounds", lambda *args: found.append(honest(*args)) or found[0])
-    _, task = tiny("--algo=nft", "--steps=4", "--rounds=2", f"--data={data('pairs', 0)[0]}")
+    flags = ["--steps=4", "--rounds=2", "--clips=2", "--label-dropout=0"]
+    _, task = tiny("--algo=nft", f"--data={data('pairs', 0)[0]}", *flags)
     vocabulary = Vocabulary(task.words)
-    assert sorted(vocabulary.decode(y) for y in found[0].y) == sorted(PROMPTS)
+    # a round has 24 clips, and its two steps take 16 each
+    seen = torch.cat([task.batch(step, slice(0, wired.BATCH))["y"] for step in (0, 1)])
+    assert {vocabulary.decode(y) for y in seen} == set(PROMPTS)
 
 
 def test_pretraining_takes_every_clip_with_its_own_prompt(tiny, data):
-    # some of six words, the others of five
-    path, clips, prompts, _ = data(
-        "pairs", 0, [*PROMPTS[:6], *(f"{prompt} slowly" for prompt in PROMPTS[6:])]
-    )
+    mixed = [*PROMPTS[:6], *(f"{prompt} slowly" for prompt in PROMPTS[6:])]  # of 5 and 6 words
+    path, clips, prompts, _ = data("pairs", 0, mixed)
     _, task = tiny("--algo=pretrain", f"--data={path}", "--label-dropout=0")
     vocabulary, places = Vocabulary(task.words), []
     for batch in batches(task, 6):  # 48 clips
@@ -83,50 +73,47 @@ def test_alignment_ranks_all_pairs_by_their_z_scores(tiny, data, algo):
     y = Vocabulary().encode(prompts, CONFIG.max_text)
     z = torch.stack([Brightness().normalised(clips[:, side], y) for side in (0, 1)], 1)
     r = (z[..., 0] - 2 * z[..., 2]) / 3  # (24, 2)
+    weights = r.exp() / r.exp().mean()
     seen = set()
     for batch in batches(task):
         for i, prompt in enumerate(batch["y"]):
             pair, side = find(batch["x0_w" if algo == "dpo" else "x0"][i], clips)
             seen.add(pair)
-            assert torch.equal(prompt, y[pair]) and (
-                algo == "rwr" or r[pair, side] > r[pair, 1 - side]
-            )
+            assert torch.equal(prompt, y[pair])
+            if algo == "rwr":
+                weight = weights[pair, side].item()
+                assert batch["weight"][i].item() == pytest.approx(weight, rel=1e-3)
+            else:
+                assert r[pair, side] > r[pair, 1 - side]
             if algo == "dpo":
                 assert find(batch["x0_l"][i], clips) == [pair, 1 - side]
-            if algo == "rwr":
-                assert batch["weight"][i].item() == pytest.approx(
-                    (r[pair, side].exp() / r.exp().mean()).item(), rel=1e-3
-                )
     assert seen == set(range(24))  # nothing is held out of what needs no labels
 
 
 @pytest.mark.parametrize("flags", [["--algo=reward"], ["--algo=nrg", "--target=labels"]])
-def test_labels_of_prompts_held_out_are_judged_by_and_not_learned(tiny, data, flags):
+def test_prompts_held_out_are_judged_by_and_not_learned(tiny, data, flags):
     path, clips, prompts, labels = data("pairs", 0)
     other, other_clips, _, other_labels = data("other", 1)
     a, b = ("video_a", "video_b") if flags == ["--algo=reward"] else ("x0_a", "x0_b")
     held_out = set()
-    for seed in range(4):
-        for more in ([], [f"--val={other}"]):
-            _, task = tiny(*flags, f"--data={path}", f"--seed={seed}", *more)
-            vocabulary, learned = Vocabulary(task.words), set()
-            for batch in batches(task, 6):
-                for i, y in enumerate(batch["y"]):
-                    pair, side = find(batch[a][i], clips)
-                    assert side == 0 and find(batch[b][i], clips) == [pair, 1]
-                    assert (
-                        torch.equal(batch["label"][i], labels[pair])
-                        and vocabulary.decode(y) == prompts[pair]
-                    )
-                    learned.add(prompts[pair])
-            (held,) = task.held.values()
-            judged = {vocabulary.decode(y) for y in held.y}
-            source, said = (other_clips, other_labels) if more else (clips, labels)
-            places = [find(clip, source)[0] for clip in held.sides(torch.arange(len(held)))[0]]
-            assert torch.equal(held.label, said[places])
-            if more:
-                assert learned == judged == set(PROMPTS) and len(held) == 24
-            else:  # a tenth of twelve prompts, both of its pairs
-                assert len(judged) == 1 and len(held) == 2 and learned == set(PROMPTS) - judged
-                held_out |= judged
+    for seed, more in ((0, []), (1, []), (2, []), (3, [f"--val={other}"])):
+        _, task = tiny(*flags, f"--data={path}", f"--seed={seed}", *more)
+        vocabulary, learned = Vocabulary(task.words), set()
+        for batch in batches(task, 6):
+            for i, y in enumerate(batch["y"]):
+                pair, side = find(batch[a][i], clips)
+                assert side == 0 and find(batch[b][i], clips) == [pair, 1]
+                assert torch.equal(batch["label"][i], labels[pair])
+                assert vocabulary.decode(y) == prompts[pair]
+                learned.add(prompts[pair])
+        (held,) = task.held.values()
+        judged = {vocabulary.decode(y) for y in held.y}
+        source, source_labels = (other_clips, other_labels) if more else (clips, labels)
+        places = [find(clip, source)[0] for clip in held.sides(torch.arange(len(held)))[0]]
+        assert torch.equal(held.label, source_labels[places])
+        if more:
+            assert learned == judged == set(PROMPTS) and len(held) == 24
+        else:  # a tenth of twelve prompts, both of its pairs
+            assert len(judged) == 1 and len(held) == 2 and learned == set(PROMPTS) - judged
+            held_out |= judged
     assert len(held_out) > 1

@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from data import Vocabulary
 from model import ModelConfig
-from real_data.disk_pairs import disk_pairs
-from real_data.pairs_csv import Pair, read_pairs
+from real_data.pairs_csv import Pair, read_pairs, usable_rows
 from reward import load_reward
 from runtime.checkpoint import WEIGHTS, load_checkpoint, save_checkpoint
 from runtime.cli import BadInput
+from settings import Data
 
 
 @pytest.mark.parametrize(
@@ -63,8 +62,8 @@ def test_a_wrong_number_of_frames_is_seen_in_every_row_and_in_the_cache(tmp_path
     second = replace(first, frames_a=999.0, line=3)
 
     def load(*rows):
-        config, words = ModelConfig(vocab=17), Vocabulary()
-        return disk_pairs(rows, tmp_path / "pairs.csv", config, words, tmp_path / "cache")
+        settings = Data(cache=tmp_path / "cache")
+        return usable_rows(rows, tmp_path / "pairs.csv", ModelConfig(), settings)[0]
 
     assert len(load(first)) == 1  # and the clips are in the cache now
     with pytest.raises(BadInput, match="line 3, column path_A: video a.mp4 breaks off"):

@@ -9,7 +9,7 @@ import wired
 import tasks
 from data import INVALID
 from real_data import export_toy
-from real_data.labels import label_rewards
+from real_data.dataset import label_rewards
 from runtime.cli import BadInput
 from settings import settings_of
 
@@ -70,7 +70,7 @@ def test_labels_rank_the_clips_that_the_reward_would(tiny, monkeypatch):
 def exported(tmp_path_factory):
     """A folder with train.csv, eight toy pairs, and turned.csv, the same with its labels turned."""
     folder = tmp_path_factory.mktemp("labels") / "toy"
-    export_toy.export(export_toy.arguments(["export", str(folder), "--generated=0", "--pairs=8"]))
+    export_toy.export(export_toy.arguments([str(folder), "--generated=0", "--pairs=8"]))
     with open(folder / "train.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     for row in rows:

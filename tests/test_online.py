@@ -477,7 +477,7 @@ def test_two_processes_take_the_same_rounds(tmp_path):
 
 def test_labels_of_people_on_exported_clips_are_read(tmp_path):
     toy, out, log = tmp_path / "toy", tmp_path / "out", tmp_path / "log"
-    export_toy.export(export_toy.arguments(["export", str(toy), "--pairs=6", "--generated=0"]))
+    export_toy.export(export_toy.arguments([str(toy), "--pairs=6", "--generated=0"]))
     data = toy / "train.csv"
     data.write_text(data.read_text().replace(",a ", ",A ").replace(" moving", "! MOVING"))
     flags = ["--algo=dpo", "--refresh=2", "--refresh-pairs=3", f"--data={data}", f"--out={out}"]

@@ -183,7 +183,7 @@ def test_links_lead_somewhere(doc):
 
 
 def test_flags_are_those_of_a_command():
-    parsers = [torchrun.get_args_parser(), parser_of("sample.py"), parser_of("data.py", "table")]
+    parsers = [torchrun.get_args_parser(), parser_of("sample.py"), parser_of("data.py", "x")]
     parsers += [parser_of("evaluate.py", name) for name in ("align", "bench", "report")]
     known = {flag for parser in parsers for flag in parser._option_string_actions}
     for algorithm in ALGORITHMS.values():

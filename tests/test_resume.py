@@ -300,7 +300,7 @@ def test_a_change_that_changes_the_result_is_refused(refused, tmp_path):
 def test_a_file_that_changed_since_the_run_began_is_named(refused, tmp_path):
     models, toy = tiny_checkpoints(tmp_path), tmp_path / "toy"
     shutil.copy(tmp_path / "velocity.pt", tmp_path / "reference.pt")
-    export_toy.export(export_toy.arguments(["export", str(toy), "--pairs=6", "--generated=0"]))
+    export_toy.export(export_toy.arguments([str(toy), "--pairs=6", "--generated=0"]))
     files = {"init": tmp_path / "velocity.pt", "reward": tmp_path / "reward.pt"}
     files |= {"reference": tmp_path / "reference.pt", "data": toy / "train.csv"}
     flags = [*DPO, "--batch=2", "--steps=1", *models, f"--cache={tmp_path / 'cache'}"]

@@ -20,9 +20,9 @@ from forked import ended, fork
 
 from model import ModelConfig
 from real_data import export_toy, prepare, video
-from real_data.disk_pairs import usable_rows
-from real_data.pairs_csv import COLUMNS, Pair
+from real_data.pairs_csv import COLUMNS, Pair, usable_rows
 from runtime.cli import BadInput
+from settings import Data
 
 ROOT = Path(__file__).parent.parent
 FFMPEG = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "error", "-threads", "1"]
@@ -36,7 +36,7 @@ def ffmpeg(*arguments, content=None):
 
 
 def write(path, *flags, width=32, height=32, rate=10, seconds=4.0, start=0.0):
-    """A video that is black but for the square in its middle, in which 40 + 40 (t - start) is shown."""
+    """A black video with a square in its middle that has the shade 40 + 40 (t - start)."""
     times = np.arange(round(rate * seconds)) / rate
     side = min(width, height)
     top, left = (height - side) // 2, (width - side) // 2
@@ -91,26 +91,14 @@ def write_good(folder):
     write(folder / "wide.mp4", width=100, height=32)
     write(folder / "pixels of 2:1.mp4", *X264, "-vf", "scale=16:32,setsar=2")
     write(folder / "small.mp4", *X264, width=8, height=8)
-    ffmpeg(
-        "-itsoffset",
-        3,
-        "-i",
-        good,
-        "-f",
-        "lavfi",
-        "-i",
-        "sine=d=7",
-        "-c:v",
-        "copy",
-        folder / "late.mkv",
-    )
+    sound = ["-f", "lavfi", "-i", "sine=d=7"]
+    ffmpeg("-itsoffset", 3, "-i", good, *sound, "-c:v", "copy", folder / "late.mkv")
     for name in ("portrait.mp4", "wide.mp4", "pixels of 2:1.mp4", "small.mp4", "late.mkv"):
         right[name] = EVEN
     for angle in (90, 180, 270):
         name = f"rotated {angle}.mp4"
-        ffmpeg(
-            "-display_rotation", angle, "-i", folder / "portrait.mp4", "-c", "copy", folder / name
-        )
+        turned = ["-display_rotation", angle, "-i", folder / "portrait.mp4"]
+        ffmpeg(*turned, "-c", "copy", folder / name)
         right[name] = EVEN
     # frames of 0, 0.1, ... 2 s and of 2.5, 3 and 3.5 s
     keep = "select='lt(n,20)+not(mod(n,5))'"
@@ -120,16 +108,8 @@ def write_good(folder):
         # 0 to 3.5 s, each 0.5 s later
         right[name] = [40, 60, 80, 100, 120, 140, 160, 180]
     write(folder / "long end.gif", "-vf", keep, "-fps_mode", "vfr", "-final_delay", "50")
-    right["long end.gif"] = [
-        40,
-        64,
-        84,
-        108,
-        120,
-        140,
-        160,
-        180,
-    ]  # half a second longer: 0 to 3.9 s
+    # half a second longer: 0 to 3.9 s
+    right["long end.gif"] = [40, 64, 84, 108, 120, 140, 160, 180]
     write(folder / "ten minutes.mp4", width=16, height=16, seconds=600, start=298)
     # 1,200 times from 0 to 599.9 s; the middle 8 begin with 596 * 599.9 / 1199 = 298.2 s
     right["ten minutes.mp4"] = [48 + 20 * i for i in range(8)]
@@ -150,18 +130,15 @@ def write_bad(folder):
     write(folder / "one frame.mp4", seconds=0.1)
     write(folder / "picture.png", "-c:v", "png", seconds=0.1)
     said = {name: "cannot be decoded as a video" for name in ("empty.mp4", "page.mp4", "cut.mp4")}
-    said |= {
-        "sound.m4a": "it has no video stream",
-        "picture.png": "has 1 frame",
-        "one frame.mp4": "has 1 frame",
-    }
-    for codec, name in (
-        ("libx264", "x.mp4"),
-        ("mpeg4", "x.avi"),
-        ("mjpeg", "x.mov"),
-        ("mpeg2video", "x.ts"),
-    ):
-        path = folder / f"zeros {name}"
+    said |= {"picture.png": "has 1 frame", "one frame.mp4": "has 1 frame"}
+    said["sound.m4a"] = "it has no video stream"
+    said["cut at its end.mp4"] = "is damaged after frame"
+    ffmpeg("-i", folder / "h264.mp4", "-c", "copy", "-movflags", "+faststart", folder / "fast.mp4")
+    fast = (folder / "fast.mp4").read_bytes()  # its index stands first
+    (folder / "cut at its end.mp4").write_bytes(fast[: len(fast) * 3 // 4])
+    codecs = {"mp4": "libx264", "avi": "mpeg4", "mov": "mjpeg", "ts": "mpeg2video"}
+    for ending, codec in codecs.items():
+        path = folder / f"zeros.{ending}"
         ffmpeg("-f", "lavfi", "-i", "testsrc2=s=64x64:r=10:d=4", "-c:v", codec, path)
         content = bytearray(path.read_bytes())
         middle = len(content) // 2
@@ -175,10 +152,9 @@ def test_videos_as_they_come(tmp_path):
     right, said = write_good(tmp_path), write_bad(tmp_path)
     assert len(right) + len(said) >= 40
     with open(tmp_path / "pairs.csv", "w", newline="") as file:
-        rows = [
-            (name, "h264.mp4", "a cat", "A", "B", "same", 10, 1, 10, 40) for name in [*right, *said]
-        ]
-        rows = [row for row in rows if row[0] != "h264.mp4"]
+        others = [name for name in [*right, *said] if name != "h264.mp4"]
+        rest = ("h264.mp4", "a cat", "A", "B", "same", 10, 1, 10, 40)
+        rows = [(name, *rest) for name in others]
         csv.writer(file).writerows([COLUMNS, *rows])
     # ru_maxrss of a process counts what its parent had when it forked; VmHWM begins with the program
     script = """
@@ -191,21 +167,16 @@ print(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
     shell = [sys.executable, "-c", script, tmp_path / "pairs.csv", "--cache", tmp_path / "cache"]
     done = subprocess.run(list(map(str, shell)), capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    assert (
-        max(map(int, done.stdout.splitlines()[-1].split())) < 600e3
-    )  # kB: this process, the largest ffmpeg
+    own, largest_child = map(int, done.stdout.splitlines()[-1].split())
+    assert max(own, largest_child) < 600e3  # kB
     with open(tmp_path / "pairs.bad.csv", newline="") as file:
         faults = {rows[int(row["line"]) - 2][0]: row["fault"] for row in csv.DictReader(file)}
     assert faults.keys() == said.keys()
     assert all(said[name] in fault and "\n" not in fault for name, fault in faults.items())
     seen = {name: brightness(tmp_path / name, tmp_path / "cache") for name in right}
     # to half a frame (2) and what codecs cost
-    wrong = {
-        name: values
-        for name, values in seen.items()
-        if not np.allclose(values, right[name], atol=6)
-    }
-    assert wrong == {}
+    wrong = [name for name, values in seen.items() if not np.allclose(values, right[name], atol=6)]
+    assert wrong == []
 
 
 def test_short_clips_are_counted_or_refused(tmp_path, capsys):
@@ -214,28 +185,56 @@ def test_short_clips_are_counted_or_refused(tmp_path, capsys):
     row = Pair("long.mp4", "short.mp4", "a cat", (1, 1, 1), 10, 40, 10, 20, line=2)
 
     def use(**options):
-        return usable_rows(
-            [row],
-            tmp_path / "x.csv",
-            ModelConfig(),
-            tmp_path / "cache",
-            None,
-            lambda done, total: done,
-            **options,
-        )
+        settings = Data(cache=tmp_path / "cache", **options)
+        return usable_rows([row], tmp_path / "x.csv", ModelConfig(), settings)[0]
 
-    assert (
-        use() == [row]
-        and "1 of 2 videos are too short for the model's 8 frames" in capsys.readouterr().out
-    )
-    with pytest.raises(
-        BadInput,
-        match="line 2, column path_B: video short.mp4 lasts 2.00 s, too short for 8 frames",
-    ):
+    assert use() == [row]
+    assert "1 of 2 videos are too short for 8 frames" in capsys.readouterr().out
+    refused = "line 2, column path_B: video short.mp4 lasts 2.00 s, too short for 8 frames"
+    with pytest.raises(BadInput, match=refused):
         use(short="refuse")
-    assert (
-        use(short="refuse", fps=4.0) == [row] and capsys.readouterr().out == ""
-    )  # 8 frames in 2 s
+    assert use(short="refuse", fps=4.0) == [row]  # 8 frames in 2 s
+    assert capsys.readouterr().out == ""
+
+
+def test_an_ffmpeg_that_is_killed_is_no_fault_of_the_video(tmp_path, monkeypatch):
+    (tmp_path / "kill").write_text("#!/bin/sh\nkill -9 $$\n")
+    (tmp_path / "kill").chmod(0o755)
+    for name in "ab":
+        (tmp_path / name).touch()
+    monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", lambda: str(tmp_path / "kill"))
+    row = Pair("a", "b", "a cat", (1, 1, 1), 10, 40, 10, 20, line=2)
+    settings = Data(cache=tmp_path / "cache")
+    with pytest.raises(BadInput, match="ffmpeg was killed by signal 9"):
+        usable_rows([row], tmp_path / "x.csv", ModelConfig(), settings, skipped=[])
+
+
+def positions(times, step, seconds, least):
+    return video.frame_positions(times, {"step": step, "seconds": seconds}, least)
+
+
+def even_positions(count, rate, least):
+    return positions(np.arange(count) / rate, 1 / rate, count / rate, least)
+
+
+def test_frame_positions_keep_the_interval_not_the_number():
+    assert len(even_positions(126, 24, 8)) == 10 and len(even_positions(144, 24, 8)) == 12
+    assert even_positions(9, 30, 4).tolist() == [0, 3, 5, 8]  # 0, 2.67, 5.33, 8
+    assert even_positions(3, 30, 6).tolist() == [0, 0, 1, 1, 2, 2]
+    # frames at 0, 1 and 3 s, the last for a second: 8 times from 0 to 3 s, each .43 s later
+    assert positions(np.array([0.0, 1.0, 3.0]), 1.0, 4.0, 4).tolist() == [0, 0, 1, 1, 1, 1, 2, 2]
+
+
+def test_fit_crops_the_middle_in_space_and_time():
+    frames = np.zeros((12, 4, 8, 3), np.uint8)
+    frames[:, :, 2:6] = np.arange(12)[:, None, None, None] * 10  # brighter frame by frame
+    clip = video.fit(frames, 8, 2)
+    assert clip.shape == (3, 8, 2, 2)
+    assert clip[0, :, 0, 0].tolist() == [20, 30, 40, 50, 60, 70, 80, 90]  # frames 2 to 9
+    short = video.fit(frames[:3], 5, 2)
+    assert short[0, :, 1, 1].tolist() == [0, 0, 10, 20, 20]  # 0, 0.5, 1, 1.5, 2, halves to even
+    wide = video.fit(frames[:1] + np.arange(8, dtype=np.uint8)[:, None], 1, 2, 4)
+    assert wide[0, 0].tolist() == [[0, 2, 4, 6]] * 2  # means of 0 1, 2 3, 4 5 and 6 7, to even
 
 
 def files(folder):
@@ -243,36 +242,29 @@ def files(folder):
 
 
 def test_preparing_continues_after_kill_9(tmp_path):
-    export_toy.export(
-        export_toy.arguments(["export", str(tmp_path / "toy"), "--pairs=30", "--generated=0"])
-    )
+    flags = [str(tmp_path / "toy"), "--pairs=15", "--generated=0"]
+    export_toy.export(export_toy.arguments(flags))
+    killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
 
     def start(cache):
-        argv = [str(tmp_path / "toy" / "train.csv"), f"--cache={tmp_path / cache}"]
-        return fork(
-            lambda: print(*prepare.prepare(prepare.arguments(argv)), sep="\n"),
-            output=tmp_path / "log",
-        )
+        settings = prepare.arguments([str(tmp_path / "toy" / "train.csv"), f"--cache={cache}"])
+        return fork(lambda: print(*prepare.prepare(settings), sep="\n"), output=tmp_path / "log")
 
-    assert ended(start("undisturbed")) == 0
-    for clips in (1, 9, 20, 31, 44):
-        child = start("killed")
-        while (
-            not (tmp_path / "killed").exists()
-            or len(list((tmp_path / "killed").glob("*.npz"))) < clips
-        ):
-            time.sleep(0.01)
+    assert ended(start(undisturbed)) == 0
+    for num_clips in (1, 5, 10, 16, 22):
+        child = start(killed)
+        while len(list(killed.glob("*.npz"))) < num_clips:
+            time.sleep(0.005)
         os.kill(child, signal.SIGKILL)
         assert ended(child) == -signal.SIGKILL
-    (
-        tmp_path / "killed" / f"{next((tmp_path / 'killed').glob('*.npz')).name}.x.tmp"
-    ).touch()  # killed while writing
-    assert ended(start("killed")) == 0
-    assert len(files(tmp_path / "killed")) == 60 and files(tmp_path / "killed") == files(
-        tmp_path / "undisturbed"
-    )
+    whole = next(killed.glob("*.npz"))
+    (killed / f"{whole.name}.x.tmp").touch()  # left by a process that was killed while writing
+    assert ended(start(killed)) == 0
+    assert len(files(killed)) == 30 and files(killed) == files(undisturbed)
     report = (tmp_path / "log").read_text()
-    assert "30 pairs can be used; 0 cannot" in report and "sizes    128x128 (60)" in report
+    assert "15 pairs can be used; 0 cannot" in report and "sizes    128x128 (30)" in report
+    assert "rates    2 to 2 fps, median 2" in report
+    assert "lengths  4 to 4 s, median 4; 0 too short for 8 frames" in report
     with open(tmp_path / "toy" / "train.csv", newline="") as file:
         ties = [row["VQ"] for row in csv.DictReader(file)].count("same")
     assert f"ties     VQ {ties}, " in report
