@@ -308,7 +308,7 @@ def test_training_lists_what_it_skips(exported, tmp_path, capsys, monkeypatch):
     assert "validation prompts: 0.0% of the words unknown, 0 cut to 3 words; 1 of 1 are also" in out
     # two clips are too few: the checkpoint is there, and nothing accepts its z-scores
     assert "z-scores stand on 2 distinct clips; at least 8 are needed" in out
-    with pytest.raises(BadInput, match="std.*more clips to validate on"):
+    with pytest.raises(BadInput, match="std.*more clips to validate"):
         load_reward(tmp_path / "run" / "last.pt")
     with pytest.raises(BadInput, match="no pair is left, all were skipped; the first: .*line 4"):
         load(path, read_pairs(path, [])[1:2], [])
