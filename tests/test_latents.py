@@ -118,13 +118,16 @@ def test_every_algorithm_trains_on_latents(latents, tmp_path, monkeypatch, capsy
     """From nothing to an aligned model: pretrain and reward, then the others on these."""
     path, _ = latents
     log = tmp_path / "log"
-    monkeypatch.setattr(forked, "TINY", replace(forked.TINY, patch=(2, 2, 2)))  # fits 4 x 6 x 8
+
+    def train_tiny(*flags):
+        forked.model.PRESETS["nano"] = replace(forked.TINY, patch=(2, 2, 2))  # fits 4 x 6 x 8
+        command(*flags)
 
     def run(algo, *flags):
         flags = [f"--algo={algo}", f"--data={path}", f"--out={tmp_path / algo}", *flags]
         flags = with_read([*flags, "--steps=3", "--batch=4"], "--freeze=1")
         log.unlink(missing_ok=True)
-        assert ended(fork(command, *flags, output=log)) == 0, log.read_text()
+        assert ended(fork(train_tiny, *flags, output=log)) == 0, log.read_text()
         lines = (tmp_path / algo / "metrics.jsonl").read_text().splitlines()
         assert len(lines) == 3 and all(np.isfinite(json.loads(line)["loss"]) for line in lines)
         return log.read_text()
