@@ -11,7 +11,7 @@ import torch
 import world
 from data import DIMENSIONS, INVALID, Vocabulary
 from flow import interpolate
-from real_data.video import write_gif, write_sheet
+from pictures import write_gif, write_sheet
 from reward import accuracies_without_ties, accuracy_with_ties, accuracy_without_ties, load_reward
 from runtime.checkpoint import check_same_data
 from runtime.cli import progress_bar

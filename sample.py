@@ -18,7 +18,7 @@ from data import Vocabulary
 from flow import TIME_SHIFT, shift_time
 from model import load_velocity
 from nrg import SteeredPolicy, load_noisy_reward
-from real_data.video import write_gif, write_sheet
+from pictures import write_gif, write_sheet
 from runtime import cli
 from runtime.checkpoint import WEIGHTS, check_same_data
 from runtime.cli import BadInput

@@ -13,7 +13,7 @@ from data import DIMENSIONS
 from judge import NOISE_SEED, sample_prompts, win_rate
 from model import load_velocity
 from nrg import SteeredPolicy, load_noisy_reward
-from real_data.video import write_gif
+from pictures import write_gif
 from runtime.checkpoint import WEIGHTS
 from runtime.cli import BadInput, check_writable
 from sample import NRG_EPS, NRG_INTERVAL, NRG_SCALE

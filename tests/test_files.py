@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import pictures
 from data import INVALID, Vocabulary
 from examples import toy_latents
 from model import ModelConfig
@@ -70,9 +71,9 @@ def test_pixels_are_rounded_and_cut():
 
 def test_pictures_have_a_row_for_each_batch_or_clip_and_a_column_for_each_clip_or_frame(tmp_path):
     values = torch.tensor([-1.0, 0.0, 0.5, 1.0]).reshape(2, 2, 1, 1, 1, 1)
-    video.write_gif(tmp_path / "x.gif", list(values.expand(2, 2, 3, 4, 8, 8)), zoom=1)
+    pictures.write_gif(tmp_path / "x.gif", list(values.expand(2, 2, 3, 4, 8, 8)), zoom=1)
     sheet = values[..., 0].transpose(1, 2).expand(2, 3, 2, 8, 8)
-    video.write_sheet(tmp_path / "x.png", sheet, zoom=1)
+    pictures.write_sheet(tmp_path / "x.png", sheet, zoom=1)
     for picture in imageio.mimread(tmp_path / "x.gif")[0], imageio.imread(tmp_path / "x.png"):
         # two lines of grey around each picture of 8 x 8
         shown = [picture[6 + 12 * row, 6 + 12 * column, 0] for row in (0, 1) for column in (0, 1)]

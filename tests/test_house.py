@@ -14,7 +14,7 @@ CORE = ("flow", "flow_dpo", "flow_rwr", "nrg", "reward", "model", "data", "sampl
 FLOORS = (
     {"world", "flow", "words", "runtime", "kernels"},
     {"attention", "lora", "flow_dpo", "flow_rwr", "online.flow_nft", "online.flow_grpo", "data"},
-    {"real_data.pairs_csv", "real_data.video"},
+    {"real_data.pairs_csv", "real_data.video", "pictures"},
     {"model"},
     {"reward", "nrg"},
     {"settings"},

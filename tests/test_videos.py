@@ -18,6 +18,7 @@ import pytest
 import torch
 from forked import ended, fork
 
+import pictures
 from model import ModelConfig
 from real_data import export_toy, prepare, video
 from real_data.pairs_csv import COLUMNS, Pair, usable_rows
@@ -273,8 +274,8 @@ def test_preparing_continues_after_kill_9(tmp_path):
 def test_pictures_name_their_rows_and_columns(tmp_path):
     rows = [torch.full((3, 3, 2, 32, 32), shade) for shade in (-1.0, 1.0)]
     texts = {"labels": ["base", "dpo"], "captions": ["a red circle", "", "a red circle"]}
-    video.write_gif(tmp_path / "x.gif", rows, **texts)
-    video.write_sheet(tmp_path / "x.png", torch.cat(rows)[1:4], labels=["a", "bc", ""])
+    pictures.write_gif(tmp_path / "x.gif", rows, **texts)
+    pictures.write_sheet(tmp_path / "x.png", torch.cat(rows)[1:4], labels=["a", "bc", ""])
     gif, sheet = iio.imread(tmp_path / "x.gif"), iio.imread(tmp_path / "x.png")
     # clips of 4 x 32 pixels and lines of 2 around each, below three lines of 18 pixels
     width = gif.shape[2] - 3 * (4 * 32 + 4)
