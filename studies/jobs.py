@@ -109,13 +109,13 @@ def locked(file):
 
 def run(study, settings):
     """Does the jobs of a study, and writes its tables and pictures once all are done."""
+    check_writable(settings.out, "--out")
     rows = work_through(study.jobs(settings), settings.folder(settings.study))
     if rows is None:
         print("another process works on the other jobs; run this command again when it has ended")
         return
     saved = {**facts(settings.device), "rows": rows}
     result = study.report(settings, with_means(rows))
-    check_writable(settings.out, "--out")
     save_json(settings.out / f"{settings.study}.json", saved)
     for name, text in rendered(settings.study, result, saved).items():
         (settings.out / name).write_text(text)

@@ -163,7 +163,7 @@ def test_models_of_other_words_or_sizes_are_refused(latents, tmp_path):
     state = load_checkpoint(tmp_path / "reward.pt")
     state["vocabulary"][-1] = "elsewhere"
     save_checkpoint(tmp_path / "reward.pt", state)
-    with pytest.raises(BadInput, match="--reward and --init know different words"):
+    with pytest.raises(BadInput, match="--reward and --init know other words"):
         tasks.TASKS["dpo"](settings_of(["--algo=dpo", "--pairs=2", *flags]), CPU)
 
 

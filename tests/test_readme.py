@@ -160,7 +160,7 @@ def resolved(span, folder):
     path, name, known = match[1], match[2], modules()
     found = [module for module in known if module == path or module.split(".")[-1] == path]
     if found:
-        return hasattr(importlib.import_module(found[0]), name)
+        return any(hasattr(importlib.import_module(module), name) for module in found)
     return None if path.split(".")[0] not in WINGS else f"{path}.{name}" in known
 
 

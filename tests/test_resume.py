@@ -19,6 +19,7 @@ from forked import command, ended, fork, same, tiny_checkpoints, weights
 import sample
 import tasks
 from model import load_velocity
+from online import rounds
 from real_data import export_toy
 from runtime import checkpoint, cli, distributed, resume
 from runtime.cli import BadInput
@@ -279,21 +280,26 @@ def test_a_longer_run_goes_on_at_the_constant_rate_on_the_same_pairs(tmp_path):
     assert lines.startswith(shorter) and len(lines.splitlines()) == 40
 
 
+def few_prompts(*flags):
+    rounds.MOST_PROMPTS = 2
+    command(*flags)
+
+
 def test_a_change_that_changes_the_result_is_refused(refused, tmp_path):
-    models, rounds = tiny_checkpoints(tmp_path), ["--rounds=2", "--clips=2"]
+    models, in_rounds = tiny_checkpoints(tmp_path), ["--rounds=2", "--clips=2"]
     rule = "a run can only get longer, after its warm-up, without --decay and --rounds"
     cases = [
         ([], ["--steps=3"], f"--steps was 4, now 3, but {rule}"),
         ([], ["--steps=100"], rule),  # its warm-up takes 10
         ([], ["--precision=bfloat16"], "--precision was float32"),
         (["--decay=0.5"], ["--steps=8"], rule),
-        (rounds, ["--steps=8"], rule),
+        (in_rounds, ["--steps=8"], rule),
     ]
     for i, (begun, more, why) in enumerate(cases):
         out = f"--out={tmp_path / '-'.join(begun)}"
         flags = [*DPO, *models, "--steps=4", out, *begun]
         if i in (0, 3, 4):
-            assert ended(fork(command, *flags)) == 0
+            assert ended(fork(few_prompts, *flags)) == 0
         assert why in refused(out, *more, "--resume", first=flags)
 
 

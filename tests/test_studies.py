@@ -338,20 +338,20 @@ def test_a_tiny_study_from_end_to_end(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(align, "ALIGNED", {"1:1:1": EQUAL})
     monkeypatch.setattr(policies, "DRIFT_CLIPS", 2)
     flags = ["align", "--seeds=1", "--steps=2", "--eval-prompts=2", "--device=cpu"]
-    flags += [f"--out={tmp_path / 'results'}", f"--work={tmp_path / 'work'}"]
+    flags += ["--eval-pairs=20", f"--out={tmp_path / 'results'}", f"--work={tmp_path / 'work'}"]
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *flags])
     evaluate.main()
     saved = json.loads((tmp_path / "results" / "align.json").read_text())
     assert {"command", "commit", "torch", "device", "rows"} == saved.keys()
     rows = saved["rows"]
-    # three prompt sets and two judges for the base and two methods; best of 1 and 2 on one set
-    assert len(rows) == 3 * 2 * 3 + 2 * 2 and not any(math.isnan(row["VQ"]) for row in rows)
+    # three prompt sets and two judges for the base and two methods; best of 1 and 2 and Flow-NRG on one
+    assert len(rows) == 3 * 2 * 3 + 2 * 2 + 2 and not any(math.isnan(row["VQ"]) for row in rows)
     ties = [row for row in rows if row["method"] in ("base", "best-of-1")]
     assert all(row[name] == 0.5 for row in ties for name in DIMENSIONS)
     assert all(row["drift"] > 0 for row in rows if row["method"] in methods)
     text = (tmp_path / "results" / "align.md").read_text()
     assert "| SFT |" in text and "| Flow-DPO, (1-t)^2 |" in text and "nan" not in text
-    log = tmp_path / "work" / "align-2-2-2000" / "dpo-schedule-111-0" / "metrics.jsonl"
+    log = tmp_path / "work" / "align-2-2-20" / "dpo-schedule-111-0" / "metrics.jsonl"
     assert len(log.read_text().splitlines()) == 2
     log.unlink()
     evaluate.main()  # all jobs are done
