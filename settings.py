@@ -28,6 +28,7 @@ from runtime.config import flag, flags_of, option, parse
 
 DATA = ("data",)
 DATA_OR_ROUNDS = ("data", "rounds")
+STARTED = ("init_reward",)  # from a trained VideoReward, which has sizes of its own
 PRECISIONS = ("auto", "float32", "bfloat16")
 
 
@@ -42,7 +43,7 @@ class Training:
     algo: str = flag("dpo", "pretrain, reward, nrg, sft, rwr, dpo, nft or grpo; each has own flags")
     steps: int = flag(200, "optimiser steps", positive_int)
     batch: int = flag(
-        16, "clips (pretrain) or pairs a step; sft, rwr: two clips a pair", positive_int
+        16, "clips (pretrain) or pairs a step; sft, rwr: 2 clips a pair", positive_int
     )
     lr: float = flag(1e-4, "peak learning rate of AdamW", positive)
     decay: float = flag(0.0, "last share of the run, over which the rate falls to 0", fraction)
@@ -71,7 +72,7 @@ class Data:
     data: Path = flag(None, "CSV of videos or latents in VideoAlign's format", Path, file=True)
     data_dir: Path = flag(None, "folder of the CSV's paths (default: its own)", Path, needs=DATA)
     cache: Path = flag(
-        Path("out/clips"), "folder of decoded and sampled clips", Path, resumable=True
+        Path("out/clips"), "folder of clips, decoded or sampled", Path, resumable=True
     )
     fps: float = flag(2.0, "frames a second of a video that are read (5.1)", positive, needs=DATA)
     short: str = flag(
@@ -87,10 +88,8 @@ class Data:
 class FromNothing:
     """a model trained from nothing"""
 
-    preset: str = flag("nano", "size of the model", choices=PRESETS)
-    size: tuple = flag(
-        None, "height x width of a clip, as 32x56 (default: as in --data)", frame_size
-    )
+    preset: str = flag("nano", "size of the model", choices=PRESETS, without=STARTED)
+    size: tuple = flag(None, "height x width of a clip, as 32x56", frame_size, without=STARTED)
 
 
 @dataclass
@@ -207,13 +206,12 @@ class Reward(FromNothing, Labelled, Data, Training):
     decay: float = 0.4
     generated: float = 0.5
     init: Path = flag(WEIGHTS / "base.pt", "model of the --generated clips", Path, file=True)
+    init_reward: Path = flag(None, "VideoReward to start from (default: none)", Path, file=True)
     loss: str = flag("btt", "Bradley-Terry with ties, without, or on ratings", choices=LOSSES)
     tokens: str = flag(
         "separate", "tokens that scores are read from", choices=("separate", "shared")
     )
-    caption: float = flag(
-        None, "weight of the captioning loss (default: 1; --data 0)", non_negative
-    )
+    caption: float = flag(None, "weight of the captioning loss (default: 1; data 0)", non_negative)
 
 
 @dataclass

@@ -28,6 +28,7 @@ from flow_dpo import flow_dpo_step
 from flow_rwr import flow_rwr_step, rwr_weights
 from lora import lora_disabled
 from nrg import guide, noisy_pair_step
+from ranking import winners
 from reward import decided
 from runtime import cli, distributed, resume
 from runtime.checkpoint import check_fit, load_checkpoint
@@ -35,7 +36,6 @@ from runtime.cli import BadInput, finite, positive, positive_int
 from runtime.config import flag, parse
 from sample import NRG_EPS, NRG_INTERVAL, sample
 from settings import Training
-from tasks import winners
 from trainer import Task, fit
 
 try:

@@ -75,8 +75,9 @@ class Refresh:
             new = {"y": new["y"][index], "clips": new["clips"][index], "label": label}
         else:
             self.write_pairs(self.folder(number), pair_prompts, new["clips"], sampled)
-            print(f"wrote {self.folder(number) / 'pairs.csv'} and its videos: ", end="")
-            print("label VQ, MQ and TA as A, B, same or invalid, then --resume")
+            csv = self.folder(number) / "pairs.csv"
+            print(f"wrote {csv} and its videos: label it by `python -m pages.label {csv}`,")
+            print("or VQ, MQ and TA by hand as A, B, same or invalid; then --resume")
             sys.exit(130)
         if self.labelled:
             new = {name: torch.cat((self.labelled[name], value)) for name, value in new.items()}

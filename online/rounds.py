@@ -25,6 +25,7 @@ from judge import z_scores
 from online.flow_grpo import group_advantage, sample_sde
 from online.flow_nft import move_old, optimality
 from online.refresh import Refresh
+from ranking import total_reward
 from real_data.dataset import disk_prompts
 from real_data.toy_pairs import check_toy
 from real_data.video import to_bytes, to_video
@@ -33,7 +34,6 @@ from runtime.cli import BadInput, progress_bar
 from runtime.distributed import process_0_first
 from runtime.resume import last_state, read_own, resumes, settled, until_stopped
 from sample import sample_many
-from tasks import total_reward
 
 MOST_PROMPTS = 72  # in a round: as many as the toy has to train on
 ROUND_SEED = -500_000  # of a round's prompts and noise; no step has it

@@ -1,4 +1,4 @@
-"""What each online algorithm trains on: Flow-DPO, DiffusionNFT and Flow-GRPO in rounds (rounds.py)."""
+"""What each online algorithm trains on: Flow-DPO, DiffusionNFT and Flow-GRPO in rounds."""
 
 from data import take
 from flow_dpo import flow_dpo_step

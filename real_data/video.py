@@ -6,7 +6,7 @@ clip too short for the model's frames has its frames spread. The paper keeps a f
 at up to 448 x 448 pixels; we crop the middle to the model's proportions.
 
     probe                   when each frame of a video is shown
-    sample_frames, fit      a video's frames, and the model's clip of them
+    read_frames, fit_frame  a video's frames, and the model's picture of one
     cached_clip             the clip of a file, decoded once, with one frame in memory at a time
     read_latent             a clip that an autoencoder has encoded
     write_video             a clip as mp4
@@ -124,13 +124,6 @@ def read_frames(path, facts, positions):
                 yield np.frombuffer(content, np.uint8).reshape(height, width, 3)
 
 
-def sample_frames(path, num_frames=0, least=8, fps=FPS):
-    """Frames of a video at `fps`, at least `least`: uint8 (n, H, W, 3). ValueError as in probe."""
-    times, facts = probe(path)
-    check_length(facts, num_frames)
-    return np.stack(list(read_frames(path, facts, frame_positions(times, facts, least, fps))))
-
-
 def check_length(facts, num_frames):
     """ValueError for less than 95 % of `num_frames`: a file cut off may decode without an error.
 
@@ -161,12 +154,6 @@ def fit_frame(frame, height, width):
         values = F.interpolate(values, (height, width), mode="area")
         channels.append(values[0, 0].round().byte())
     return torch.stack(channels)
-
-
-def fit(frames, length, height, width=None):
-    """The middle of frames: uint8 (n, H, W, 3) -> uint8 (3, length, height, width)."""
-    chosen = frames[middle(len(frames), length)]
-    return torch.stack([fit_frame(frame, height, width or height) for frame in chosen], 1)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -50,11 +50,6 @@ def test_a_slow_round_leaves_ratios_alone(monkeypatch):
     assert found == pytest.approx({"a": third, "b": 2 * third})
 
 
-def test_guidance_is_cheaper_where_the_reward_shares_the_trunk():
-    shared, own = (ratio for name, ratio, _ in bench.sampling(CPU, rounds=1) if "NRG" in name)
-    assert 1 < shared < own
-
-
 def test_the_command_writes_all_parts_or_prints_one(tmp_path, monkeypatch, capsys):
     def short(device):
         """A part."""

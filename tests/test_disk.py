@@ -8,6 +8,7 @@ import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch
+from frames import sample_frames
 
 import train
 import world
@@ -192,7 +193,7 @@ def test_the_public_example_pairs(tmp_path, monkeypatch, capsys):
     paths = dict.fromkeys(path for pair in pairs[:3] for path in pair.paths)
     # 126 frames at 24 fps are 5.25 s, 10.5 frames at 2 fps, so 10; 152/30 -> 10.1; 144/24 -> 12;
     # 128/24 -> 10.7; 60/16 -> 7.5, so 8
-    counts = [len(video.sample_frames(EXAMPLE.parent / path)) for path in paths]
+    counts = [len(sample_frames(EXAMPLE.parent / path)) for path in paths]
     assert counts == [10, 10, 12, 10, 10, 8]
     flags = ["--algo=reward", "--steps=2", "--batch=2", "--device=cpu", f"--data={EXAMPLE}"]
     flags += [f"--cache={tmp_path / 'cache'}", f"--out={tmp_path / 'run'}"]

@@ -7,6 +7,7 @@ import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch
+from frames import fit, sample_frames
 
 import pictures
 from data import INVALID, Vocabulary
@@ -28,21 +29,21 @@ def test_a_portrait_clip_is_its_middle_square_averaged_down():
     # of 16 rows and 8 columns rows 4 to 11 are seen, four to a pixel: 200 / 4 and (60 + 40) / 4
     frames = np.zeros((2, 16, 8, 3), np.uint8)
     frames[:, [0, 15]], frames[:, 4], frames[:, 8], frames[:, 11] = 255, 200, 60, 40
-    assert video.fit(frames, 2, 2)[0, 0].tolist() == [[50, 50], [25, 25]]
+    assert fit(frames, 2, 2)[0, 0].tolist() == [[50, 50], [25, 25]]
     turned = frames.transpose(0, 2, 1, 3)
-    assert video.fit(turned, 2, 2)[0, 0].tolist() == [[50, 25], [50, 25]]
+    assert fit(turned, 2, 2)[0, 0].tolist() == [[50, 25], [50, 25]]
 
 
 @pytest.mark.parametrize(("count", "first"), [(4, 0), (5, 0), (7, 1), (8, 2)])
 def test_the_middle_frames_of_a_longer_clip(count, first):
     frames = np.arange(count, dtype=np.uint8)[:, None, None, None].repeat(2, 1)
     frames = frames.repeat(2, 2).repeat(3, 3)
-    assert video.fit(frames, 4, 2)[0, :, 0, 0].tolist() == list(range(first, first + 4))
+    assert fit(frames, 4, 2)[0, :, 0, 0].tolist() == list(range(first, first + 4))
 
 
 def test_two_frames_a_second_to_the_next_even_number(tmp_path):
     # 22 frames at 4 a second are 5.5 s: 11 frames at 2 a second, so 12, at 0, 21 / 11, 42 / 11 ...
-    frames = video.sample_frames(write(tmp_path / "a.mp4", 22, 4))
+    frames = sample_frames(write(tmp_path / "a.mp4", 22, 4))
     places = [round(21 / 11 * i) for i in range(12)]
     assert [frame.mean() for frame in frames] == pytest.approx(
         [10 * place for place in places], abs=3

@@ -20,6 +20,7 @@ FLOORS = (
     {"settings"},
     {"sample", "real_data"},
     {"judge", "trainer"},
+    {"ranking"},
     {"tasks"},
     {"online"},
     {"studies", "examples", "pages"},

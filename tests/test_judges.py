@@ -8,7 +8,7 @@ import wired
 from wired import CONFIG, CPU, Brightness, noticeable
 
 import judge
-import tasks
+import ranking
 import trainer
 import world
 from data import Pairs, Vocabulary
@@ -232,10 +232,10 @@ def test_win_rates_by_hand():
 
 def test_ranking_by_hand():
     total = torch.tensor([[0.0, 1.0], [5.0, 1.0], [2.0, 2.0], [3.0, 0.0]])
-    pair, side = tasks.winners(total)
+    pair, side = ranking.winners(total)
     assert pair.tolist() == [0, 1, 3] and side.tolist() == [1, 0, 0]  # a draw is no pair
     with pytest.raises(BadInput, match="no pair has a better clip"):
-        tasks.winners(torch.ones(4, 2))
+        ranking.winners(torch.ones(4, 2))
 
 
 def test_pairs_and_samples_are_scored_by_the_checkpoints_z_scores(tiny, tmp_path, monkeypatch):
@@ -248,7 +248,7 @@ def test_pairs_and_samples_are_scored_by_the_checkpoints_z_scores(tiny, tmp_path
     path = wired.save(reward, "reward", tmp_path / "reward.pt")
     init = wired.save(VideoTransformer(CONFIG), "velocity", tmp_path / "base.pt")
     settings = settings_of([f"--init={init}", f"--reward={path}", "--pairs=70", "--align=1,-1,2"])
-    pairs, r, loaded = tasks.ranked_clips(settings, CONFIG, WORDS, CPU)
+    pairs, r, loaded = ranking.ranked_clips(settings, CONFIG, WORDS, CPU)
     y, clips, _ = wired.same_pairs(settings)
     with torch.no_grad():
         z = torch.stack([(reward(clips[:, s], y) - reward.mean) / reward.std for s in (0, 1)], 1)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from frames import fit, sample_frames
 
 import world
 from data import DIMENSIONS
@@ -26,7 +27,7 @@ from pages import agreement, label
 from pages.agreement import NO_LABEL
 from pages.server import Server
 from real_data.pairs_csv import LABELS, Pair, read_pairs, write_pairs
-from real_data.video import fit, sample_frames, to_video, write_video
+from real_data.video import to_video, write_video
 from runtime.cli import BadInput
 
 ROOT = Path(__file__).resolve().parents[1]

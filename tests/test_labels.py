@@ -6,6 +6,7 @@ import pytest
 import torch
 import wired
 
+import ranking
 import tasks
 from data import INVALID
 from real_data import export_toy
@@ -38,9 +39,9 @@ def test_the_winner_of_a_pair_by_hand(label, align, reward_of_a):
         assert torch.allclose(r, torch.tensor([[1.0, -1.0]]) * reward_of_a)
     if not reward_of_a:  # a tie or nothing: no pair
         with pytest.raises(BadInput, match="no pair has a better clip"):
-            tasks.winners(r)
+            ranking.winners(r)
     else:
-        pair, side = tasks.winners(r)
+        pair, side = ranking.winners(r)
         assert pair.tolist() == [0] and side.tolist() == [0 if reward_of_a > 0 else 1]
 
 
@@ -57,9 +58,9 @@ def test_ratings_stand_in_for_labels_where_there_are_any():
 
 def test_labels_rank_the_clips_that_the_reward_would(tiny, monkeypatch):
     _, by_reward = tiny("--algo=sft", "--align=0,1,0")
-    monkeypatch.setattr(tasks, "load_judge", None)  # no reward model is loaded
+    monkeypatch.setattr(ranking, "load_judge", None)  # no reward model is loaded
     args, _ = tiny("--algo=sft", "--rank=labels", "--align=0,1,0")
-    pairs, r, _ = tasks.ranked_clips(args, wired.CONFIG, tasks.Vocabulary().words, wired.CPU)
+    pairs, r, _ = ranking.ranked_clips(args, wired.CONFIG, wired.Vocabulary().words, wired.CPU)
     y, clips, _ = wired.same_pairs(args)
     assert torch.equal(pairs.y, y)
     assert torch.equal(torch.stack(pairs.sides(torch.arange(len(y))), 1), clips)

@@ -17,7 +17,8 @@ import world
 from data import DIMENSIONS, Vocabulary
 from model import load_velocity
 from real_data.toy_pairs import annotated_pairs, other_prompts
-from reward import load_reward
+from reward import RewardConfig, VideoReward, load_reward
+from runtime.cli import BadInput
 
 drawn, tiny = wired.drawn, wired.tiny
 TA = 2
@@ -79,6 +80,19 @@ def test_ratings_labels_and_choices_follow_the_better_clip():
 
 # ---------------------------------------------------------------------------------------------
 # VideoReward
+
+
+def test_a_reward_starts_from_a_trained_one(tiny, tmp_path):
+    sizes = {"frames": 4, "size": 16, "dim": 24, "depth": 2, "heads": 2, "vocab": CONFIG.vocab}
+    path = wired.save(
+        wired.noticeable(VideoReward(RewardConfig(**sizes))), "reward", tmp_path / "r.pt"
+    )
+    _, task = tiny(f"reward --init-reward={path}")
+    saved = load_reward(path)[0].state_dict()
+    assert all(torch.equal(value, saved[name]) for name, value in task.model.state_dict().items())
+    assert task.loss(task.batch(0, EVERY))[0].requires_grad
+    with pytest.raises(BadInput, match="--preset: has no effect with --init-reward"):
+        tiny(f"reward --init-reward={path} --preset=nano")
 
 
 def preference_by_hand(kind, r, label, mos):

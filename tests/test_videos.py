@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from forked import ended, fork
+from frames import fit
 
 import pictures
 from model import ModelConfig
@@ -229,12 +230,12 @@ def test_frame_positions_keep_the_interval_not_the_number():
 def test_fit_crops_the_middle_in_space_and_time():
     frames = np.zeros((12, 4, 8, 3), np.uint8)
     frames[:, :, 2:6] = np.arange(12)[:, None, None, None] * 10  # brighter frame by frame
-    clip = video.fit(frames, 8, 2)
+    clip = fit(frames, 8, 2)
     assert clip.shape == (3, 8, 2, 2)
     assert clip[0, :, 0, 0].tolist() == [20, 30, 40, 50, 60, 70, 80, 90]  # frames 2 to 9
-    short = video.fit(frames[:3], 5, 2)
+    short = fit(frames[:3], 5, 2)
     assert short[0, :, 1, 1].tolist() == [0, 0, 10, 20, 20]  # 0, 0.5, 1, 1.5, 2, halves to even
-    wide = video.fit(frames[:1] + np.arange(8, dtype=np.uint8)[:, None], 1, 2, 4)
+    wide = fit(frames[:1] + np.arange(8, dtype=np.uint8)[:, None], 1, 2, 4)
     assert wide[0, 0].tolist() == [[0, 2, 4, 6]] * 2  # means of 0 1, 2 3, 4 5 and 6 7, to even
 
 

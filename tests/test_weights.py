@@ -92,7 +92,7 @@ def test_an_exported_file_says_where_it_comes_from(tmp_path, monkeypatch):
         "batch": "1",
         "seed": "5",
         "lr": "0.0025",
-        "init": "weights/base.pt",
+        "decay": "0.4",
     }
     assert wanted.items() <= state["settings"].items() and "optimizer" not in state
     git = ["git", "-C", str(checkpoint.WEIGHTS.parent), "rev-parse", "--short", "HEAD"]

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from forked import with_read
 
 import model
+import ranking
 import tasks
 import train
 import trainer
@@ -67,9 +68,9 @@ def tiny(tmp_path, monkeypatch):
     torch.manual_seed(1)
     base = save(noticeable(model.VideoTransformer(CONFIG)), "velocity", tmp_path / "base.pt")
     monkeypatch.setitem(model.PRESETS, "nano", CONFIG)
-    for module in (tasks, online_tasks):
+    for module in (tasks, ranking, online_tasks):
         monkeypatch.setattr(module, "load_judge", lambda path, config, words: Brightness())
-    tasks.scored_toy_pairs.cache_clear()
+    ranking.scored_toy_pairs.cache_clear()
     found = {}
 
     def watch(name, facts):
@@ -98,7 +99,7 @@ def tiny(tmp_path, monkeypatch):
         return settings, task
 
     yield task
-    tasks.scored_toy_pairs.cache_clear()
+    ranking.scored_toy_pairs.cache_clear()
 
 
 @pytest.fixture
@@ -111,9 +112,9 @@ def drawn(monkeypatch):
         return clips[-1]
 
     monkeypatch.setattr(world, "draw_clips", watched)
-    tasks.scored_toy_pairs.cache_clear()
+    ranking.scored_toy_pairs.cache_clear()
     yield clips
-    tasks.scored_toy_pairs.cache_clear()
+    ranking.scored_toy_pairs.cache_clear()
 
 
 def split_of(attributes):
