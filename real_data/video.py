@@ -9,7 +9,6 @@ at up to 448 x 448 pixels; we crop the middle to the model's proportions.
     read_frames, fit_frame  a video's frames, and the model's picture of one
     cached_clip             the clip of a file, decoded once, with one frame in memory at a time
     read_latent             a clip that an autoencoder has encoded
-    write_video             a clip as mp4
 
 A latent is a .npy or .npz file with one float array (C, T, H, W), or "shard.npy:12": row 12 of an
 .npy file with (N, C, T, H, W). An .npy is mapped into memory, so only the rows of a batch are read.
