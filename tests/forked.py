@@ -105,6 +105,7 @@ def serve():
 
 def run(function, args, folder, output, environment):
     status = 1
+    signal.alarm(150)  # a test that hangs fails
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

@@ -106,7 +106,7 @@ def run_by_two_processes(words):
     launcher += ["--standalone", "--nproc_per_node", "2", str(ROOT / "tests" / "narrow.py")]
     flags = words[script + 1 :]
     flags += [*shrunk_flags("train.py", flags), "--batch", "16"]  # one clip for each of 2 x --accum
-    done = subprocess.run([*launcher, *flags], capture_output=True, text=True)
+    done = subprocess.run([*launcher, *flags], capture_output=True, text=True, timeout=150)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("2 processes on cpu") == done.stdout.count("last.pt") == 1
 
