@@ -12,20 +12,13 @@ torchrun --nproc_per_node 8 train.py --algo pretrain --preset large --fsdp --dat
 
 import time
 
-from online.tasks import online_task
+from online.tasks import task_of
 from runtime import distributed, resume
 from runtime.cli import run
 from runtime.distributed import rank, world_size
 from settings import settings_of
 from studies import cost
-from tasks import TASKS
 from trainer import fit
-
-
-def task_of(settings, device):
-    if getattr(settings, "rounds", None):
-        return online_task(settings, device)
-    return TASKS[settings.algo](settings, device)
 
 
 def headline(model, settings, device):

@@ -10,8 +10,15 @@ from online.flow_nft import flow_nft_step
 from online.rounds import Rounds
 from real_data.video import to_video
 from runtime.cli import BadInput
-from tasks import base_and_policy, reference_for
+from tasks import TASKS, base_and_policy, reference_for
 from trainer import Task
+
+
+def task_of(settings, device):
+    """The task of an algorithm: in rounds where it has any, else on the pairs of tasks.py."""
+    if getattr(settings, "rounds", None):
+        return online_task(settings, device)
+    return TASKS[settings.algo](settings, device)
 
 
 def online_task(settings, device, judge=None):

@@ -7,14 +7,13 @@ from itertools import product
 
 import torch
 
-import tasks
 import trainer
 import world
 from data import DIMENSIONS, Vocabulary, draw_noise, step_rng
 from flow import TIME_SHIFT, interpolate
 from judge import NOISE_SEED, learned_scores, prompt_set, sample_prompts, static_quality, win_rate
 from model import load_velocity
-from online.tasks import online_task
+from online.tasks import task_of
 from real_data.toy_pairs import draw_clips
 from reward import load_reward
 from runtime import resume
@@ -59,8 +58,7 @@ def train(settings, name, flags, steps=(), judged=None):
     flags = {"steps": steps_of(settings, flags["algo"])} | flags | short
     flags |= {"save-every": 10**9, "out": out}
     args = settings_of([f"--{flag}={value}" for flag, value in flags.items()])
-    new_task = online_task if getattr(args, "rounds", None) else tasks.TASKS[args.algo]
-    task = new_task(args, settings.device)
+    task = task_of(args, settings.device)
     draw_batch = task.batch
 
     def batch(step, rows):

@@ -19,6 +19,7 @@ import tasks
 import world
 from data import DIMENSIONS, step_rng
 from model import load_velocity
+from online import tasks as online_tasks
 from runtime.cli import BadInput
 from studies import catalogue, jobs, nrg, observer, online, policies, reward_model, unified
 from studies.jobs import Settings
@@ -136,9 +137,9 @@ def trainings(monkeypatch, tmp_path):
         return SimpleNamespace(batch=lambda step, rows: {}, model=None, state_dict=lambda m: {})
 
     monkeypatch.setattr(policies.trainer, "fit", fit)
-    monkeypatch.setattr(policies, "online_task", new_task)
+    monkeypatch.setattr(online_tasks, "online_task", new_task)
     for algo in tasks.TASKS:
-        monkeypatch.setitem(policies.tasks.TASKS, algo, new_task)
+        monkeypatch.setitem(tasks.TASKS, algo, new_task)
     monkeypatch.setattr(policies.resume, "facts", lambda task, step: {})
     monkeypatch.setattr(policies, "save_checkpoint", lambda path, state: path.touch())
     monkeypatch.setattr(policies, "judge", judge)
@@ -368,7 +369,7 @@ def test_a_training_is_judged_by_its_weights_after_each_step(tiny, monkeypatch, 
 
     task.batch, task.evaluate = batch, lambda final, out: []
     monkeypatch.setattr(policies, "settings_of", lambda flags: args)
-    monkeypatch.setitem(policies.tasks.TASKS, "sft", lambda args, device: task)
+    monkeypatch.setitem(tasks.TASKS, "sft", lambda args, device: task)
 
     def judged(step, checkpoint):
         seen.append((step, load_velocity(checkpoint)[0].patch_out.weight))
