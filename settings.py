@@ -171,6 +171,9 @@ class Rounds:
         needs=("rounds",),
     )
     refresh_pairs: int = flag(256, "pairs to label each time", positive_int, needs=("refresh",))
+    ask: bool = flag(
+        False, "label these pairs yourself, as with --data", needs=("refresh",), without=DATA
+    )
     caption: float = flag(
         None,
         "weight of the captioning loss (default: 1; --data 0)",

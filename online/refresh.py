@@ -5,9 +5,10 @@ model is wrong where it matters. Every --refresh rounds people compare pairs of 
 clips and VideoReward is trained on them: half of a batch are new pairs and half old ones, so that
 it forgets nothing. reward.pt in --out is VideoReward as the last refresh left it, for --reward.
 
-The toy's annotators answer at once. With --data the clips are written to labels-ROUND/ in --out, as
-mp4 and as pairs.csv in the public format with empty labels, and the run stops; once each cell of
-VQ, MQ and TA says A, B, same or invalid, --resume reads them and goes on.
+The toy's annotators answer at once. With --data, and on the toy with --ask, the clips are written
+to labels-ROUND/ in --out, as mp4 and as pairs.csv in the public format with empty labels, and the
+run stops; once each cell of VQ, MQ and TA says A, B, same or invalid, --resume reads them and goes
+on.
 """
 
 import shutil
@@ -49,15 +50,17 @@ class Refresh:
             raise BadInput(
                 f"--reward {settings.reward}: --refresh writes there; give another --out"
             )
-        if not settings.data:
-            self.old = annotated_pairs(OLD, ["train"], settings.seed + 2, config, vocabulary)
-            return
         if config.channels != 3:
             fault = "people cannot look at latents; use --data with videos, or leave --refresh out"
             raise BadInput(f"--refresh: {fault}")
-        for folder in settings.out.glob("labels-*"):
-            self.read_clips(folder)  # or they belong to another run
-        self.old = disk_data(settings, config, vocabulary.words, held_out=False)[2]
+        self.by_people = bool(settings.data or settings.ask)
+        if self.by_people:
+            for folder in settings.out.glob("labels-*"):
+                self.read_clips(folder)  # or they belong to another run
+        if settings.data:
+            self.old = disk_data(settings, config, vocabulary.words, held_out=False)[2]
+        else:
+            self.old = annotated_pairs(OLD, ["train"], settings.seed + 2, config, vocabulary)
 
     def __call__(self, number, sampled):
         """sampled: a round's prompts (P texts), y (P, S), clips (P, n, C, T, H, W) as uint8."""
@@ -68,7 +71,7 @@ class Refresh:
         prompt, a, b = draw_pairs(*clips.shape[:2], self.settings.refresh_pairs, rng).T
         pair_prompts = [prompts[i] for i in prompt.tolist()]
         new = {"y": y[prompt], "clips": torch.stack((clips[prompt, a], clips[prompt, b]), 1)}
-        if not self.settings.data:
+        if not self.by_people:
             new["label"] = self.annotate(number, pair_prompts, **new)
         elif self.folder(number).exists():
             index, label = read_labels(self.folder(number) / "pairs.csv", len(prompt))
@@ -90,7 +93,7 @@ class Refresh:
     def labelled_round(self, number):
         """A round whose pairs people have; None if it was not sampled yet."""
         folder = self.folder(number)
-        return self.read_clips(folder) if self.settings.data and folder.exists() else None
+        return self.read_clips(folder) if self.by_people and folder.exists() else None
 
     def read_clips(self, folder):
         state = read_own(folder / "clips.pt", self.settings)

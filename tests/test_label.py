@@ -19,7 +19,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import ended, fork, tiny_checkpoints
 from frames import fit, sample_frames
+from test_online import small_rounds
 
 import world
 from data import DIMENSIONS
@@ -28,6 +30,7 @@ from pages.agreement import NO_LABEL
 from pages.server import Server
 from real_data.pairs_csv import LABELS, Pair, read_pairs, write_pairs
 from real_data.video import to_video, write_video
+from reward import load_reward
 from runtime.cli import BadInput
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -285,6 +288,32 @@ def test_odd_names_and_a_path_outside(tmp_path):
     write_pairs([replace(rows[0], path_a="../a b#1%41.mp4")], tmp_path / "in" / "pairs.csv")
     with pytest.raises(BadInput, match="does not lie in the data folder"):
         Page(tmp_path / "in" / "pairs.csv")
+
+
+# ---------------------------------------------------------------------------------------------
+# train.py --ask
+
+
+def test_a_run_asks_the_person_at_the_keyboard_and_learns_the_answers(tmp_path):
+    log, asked, margins = tmp_path / "log", tmp_path / "asked", {}
+    flags = ["--algo=dpo", "--refresh=2", "--refresh-pairs=3", "--ask", *tiny_checkpoints(tmp_path)]
+    assert ended(fork(small_rounds, *flags, f"--out={asked}", output=log)) == 130, log.read_text()
+    csv = re.search(r"`python -m pages.label (\S+)`", log.read_text())[1]
+    for better in "AB":
+        out = shutil.copytree(asked, tmp_path / better)
+        with Page(out / Path(csv).relative_to(asked)) as page:
+            state = page.ask()
+            while state.get("id"):
+                side = "left" if state["left"] == better else "right"
+                state = page.answer(state, [side] * 3)
+        resumed = fork(small_rounds, *flags, f"--out={out}", "--resume", output=log)
+        assert ended(resumed) == 0, log.read_text()
+        labelled = torch.load(out / "round.pt", weights_only=True)["labelled"]
+        assert labelled["label"].tolist() == [[LABELS[better]] * 3] * 3
+        reward, _ = load_reward(out / "reward.pt")
+        a, b = to_video(labelled["clips"]).unbind(1)
+        margins[better] = (reward(a, labelled["y"]) - reward(b, labelled["y"])).mean(0)
+    assert (margins["A"] > margins["B"] + 0.1).all()  # VideoReward follows the person
 
 
 # ---------------------------------------------------------------------------------------------

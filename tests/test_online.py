@@ -337,7 +337,7 @@ def test_new_labels_are_the_annotators_of_pairs_of_the_rounds_own_clips(monkeypa
 
     def make(seed):
         settings = Namespace(refresh=2, refresh_pairs=24, data=None, seed=seed, caption=1.0)
-        settings.reward, settings.out = tmp_path / "reward.pt", tmp_path / "out"
+        settings.ask, settings.reward, settings.out = False, tmp_path / "reward.pt", tmp_path / "out"
         return refresh.Refresh(settings, judge, Vocabulary(), CPU)
 
     prompts = TRAIN[:4]
