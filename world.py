@@ -238,8 +238,8 @@ def measure(video):
     """Measurements of videos (B, 3, T, H, W), free of the prompt: a dict of per-clip numbers.
 
     contrast, haze, softness (in heights), stray (share of the object's mass far from its centre),
-    jitter, flicker, travel (B, 2), present (share of frames that show an object), and the match in
-    [-1, 1] with each colour (B, 6), shape (B, 4) and direction (B, 4)."""
+    jitter, flicker, travel (B, 2), start (B, 2), radius, present (share of frames that show an
+    object), and the match in [-1, 1] with each colour (B, 6), shape (B, 4) and direction (B, 4)."""
     video = video.float().clamp(-1, 1) * 0.5 + 0.5
     count, _, frames, height, width = video.shape
     ground = video.flatten(2).median(-1).values  # (B, 3)
@@ -314,6 +314,8 @@ def measure(video):
         "jitter": jitter,
         "flicker": flicker,
         "travel": travel,
+        "start": centre[:, 0],
+        "radius": radius.mean(1),
         "present": present.float().mean(1),
         "colour": match_colour,
         "shape": torch.stack(match_shape, 1),

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from studies import align, beta, nrg, online, rank, reward_model, unified
+from studies import align, beta, hacking, nrg, online, rank, reward_model, unified
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDIES = {
@@ -12,5 +12,6 @@ STUDIES = {
     "nrg": nrg,
     "rank": rank,
     "online": online,
+    "hacking": hacking,
     "unified": unified,
 }

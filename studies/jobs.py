@@ -33,7 +33,7 @@ try:
 except ImportError:  # Windows: a study then runs in one terminal
     fcntl = None
 
-STUDIES = ("reward", "align", "beta", "nrg", "rank", "online", "unified")
+STUDIES = ("reward", "align", "beta", "nrg", "rank", "online", "hacking", "unified")
 PAGES = ("bench", "report", "tables", "read", "picture")
 
 

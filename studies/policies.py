@@ -13,7 +13,7 @@ from data import DIMENSIONS, Vocabulary, draw_noise, step_rng
 from flow import TIME_SHIFT, interpolate
 from judge import NOISE_SEED, learned_scores, prompt_set, sample_prompts, static_quality, win_rate
 from model import load_velocity
-from online.tasks import task_of
+from online.tasks import online_task, task_of
 from real_data.toy_pairs import draw_clips
 from reward import load_reward
 from runtime import resume
@@ -48,9 +48,10 @@ def steps_of(settings, algo):
     return settings.steps or ALGORITHMS[algo].steps
 
 
-def train(settings, name, flags, steps=(), judged=None):
+def train(settings, name, flags, steps=(), judged=None, judge=None, change_batch=None):
     """A training by `flags` of train.py, {name: value}, in the folder of its study -> path of its
-    checkpoint. judged(step, checkpoint) is called after each of `steps` and at the end."""
+    checkpoint. judged(step, checkpoint) is called after each of `steps` and at the end. judge
+    replaces --reward of a run in rounds. change_batch(batch) -> the batch to train on."""
     short = {"eval-pairs": min(1000, settings.eval_pairs)}
     if flags["algo"] not in ("reward", "nrg"):
         short = {"eval-prompts": 2}
@@ -58,7 +59,10 @@ def train(settings, name, flags, steps=(), judged=None):
     flags = {"steps": steps_of(settings, flags["algo"])} | flags | short
     flags |= {"save-every": 10**9, "out": out}
     args = settings_of([f"--{flag}={value}" for flag, value in flags.items()])
-    task = task_of(args, settings.device)
+    if judge:
+        task = online_task(args, settings.device, judge)
+    else:
+        task = task_of(args, settings.device)
     draw_batch = task.batch
 
     def batch(step, rows):
@@ -66,7 +70,8 @@ def train(settings, name, flags, steps=(), judged=None):
             state = {**resume.facts(task, step), "model": task.state_dict(task.model)}
             save_checkpoint(out / "judged.pt", state)
             judged(step, out / "judged.pt")
-        return draw_batch(step, rows)
+        drawn = draw_batch(step, rows)
+        return change_batch(drawn) if change_batch else drawn
 
     task.batch = batch
     trainer.fit(task, args, settings.device)
@@ -185,6 +190,25 @@ def drift(path, device):
     x_t = interpolate(world.render(clips, config.size), noise["x1"], noise["t"])
     inputs = [value.to(device) for value in (x_t, noise["t"], y)]
     return (policy.to(device)(*inputs) - base.to(device)(*inputs)).square().mean().item()
+
+
+def diversity(videos, prompts):
+    """How much clips (N, ...) of the same attributes (N, 3) differ: standard deviations within a
+    prompt of the object's start and path (both in frame heights) and size (as its log), and of
+    pixels."""
+    seen = world.measure(videos)
+    places = {
+        "start": seen["start"],
+        "path": seen["travel"],
+        "size": seen["radius"].log()[:, None],
+        "pixels": videos.flatten(1),
+    }
+    _, group = prompts.unique(dim=0, return_inverse=True)
+    spread = {}
+    for name, value in places.items():
+        variances = [value[group == i].var(0) for i in group.unique() if (group == i).sum() > 1]
+        spread[f"spread_{name}"] = torch.stack(variances).mean().sqrt().item()
+    return spread
 
 
 def rows_of(scores, base, **facts):
