@@ -18,7 +18,6 @@ R(d) = d (alpha - beta log d) for training, where d is the square root of the KL
 the drift |v - v_ref|^2."""
 
 from functools import partial
-from itertools import product
 
 import numpy as np
 import torch
