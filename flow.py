@@ -37,6 +37,11 @@ def shift_time(t, shift):
     return shift * t / (1 + (shift - 1) * t)
 
 
+def sampling_times(steps, shift=TIME_SHIFT):
+    """The times (steps + 1,) of a sampler, from 1 to 0."""
+    return shift_time(torch.linspace(1, 0, steps + 1), shift)
+
+
 def draw_time(count, rng, shift=TIME_SHIFT, normal=False):
     """Training times (count,) from the CPU torch.Generator `rng`, so that devices agree.
 

@@ -61,27 +61,25 @@ def prompt_set(count, *splits):
 def sample_prompts(model, words, prompts, seed, device="cpu", **settings):
     """Clips (N, C, T, H, W) on the CPU for attributes (N, 3); noise depends on the seed alone."""
     y = Vocabulary(words).encode_attributes(prompts, model.config.max_text)
-    x1 = torch.randn(
-        len(prompts), *model.config.video_shape, generator=torch.Generator().manual_seed(seed)
-    )
-    return sample_many(model, x1.to(device), y.to(device), **settings).cpu()
+    rng = torch.Generator().manual_seed(seed)
+    x1 = torch.randn(len(prompts), *model.config.video_shape, generator=rng)
+    return sample_many(model, x1.to(device), y.to(device), **settings)
 
 
 @torch.no_grad()
 def z_scores(reward, videos, y, device="cpu"):
     """VideoReward's z-scores (N, 3) on the CPU of clips for prompts y (N, S)."""
-    parts = [
-        reward.normalised(v.to(device), w.to(device))
-        for v, w in zip(videos.split(128), y.split(128))
-    ]
-    return torch.cat(parts).cpu()
+    parts = []
+    for start in range(0, len(y), 128):
+        part = slice(start, start + 128)
+        parts.append(reward.normalised(videos[part].to(device), y[part].to(device)).cpu())
+    return torch.cat(parts)
 
 
 def learned_scores(reward, words, videos, prompts, device="cpu"):
     """The same for attributes (N, 3)."""
-    return z_scores(
-        reward, videos, Vocabulary(words).encode_attributes(prompts, reward.config.max_text), device
-    )
+    y = Vocabulary(words).encode_attributes(prompts, reward.config.max_text)
+    return z_scores(reward, videos, y, device)
 
 
 def score_table(true, learned):
@@ -113,9 +111,8 @@ def pair_scores(model, pairs, device, progress=lambda chunks: chunks):
     scores = []
     for index in progress(torch.arange(len(pairs)).split(64)):
         y = pairs.y[index].to(device)
-        scores.append(
-            torch.stack([model(video.to(device), y).cpu() for video in pairs.sides(index)], 1)
-        )
+        sides = [model(video.to(device), y).cpu() for video in pairs.sides(index)]
+        scores.append(torch.stack(sides, 1))
     return torch.cat(scores)
 
 
@@ -124,13 +121,13 @@ def noisy_scores(reward, pairs, device, seed, times=(0.0, 0.2, 0.4, 0.6, 0.8, 0.
     """{t: scores (N, 2, 3)} of a noise-aware reward; the two clips of a pair share their noise."""
     rng, scores = torch.Generator().manual_seed(seed), {t: [] for t in times}
     for index in torch.arange(len(pairs)).split(64):
-        y, x0 = pairs.y[index].repeat(2, 1).to(device), torch.cat(pairs.sides(index)).to(device)
-        x1 = torch.randn(len(index), *x0.shape[1:], generator=rng).to(device).repeat(2, 1, 1, 1, 1)
-        for t in times:
-            t_all = torch.full((len(x0),), t, device=device)
-            scores[t].append(
-                torch.stack(reward(interpolate(x0, x1, t_all), t_all, y).cpu().chunk(2), 1)
-            )
+        y = pairs.y[index].repeat(2, 1).to(device)
+        x0 = torch.cat(pairs.sides(index)).to(device)
+        x1 = torch.randn(len(index), *x0.shape[1:], generator=rng).repeat(2, 1, 1, 1, 1).to(device)
+        for now in times:
+            t = torch.full((len(x0),), now, device=device)
+            a, b = reward(interpolate(x0, x1, t), t, y).cpu().chunk(2)
+            scores[now].append(torch.stack((a, b), 1))
     return {t: torch.cat(parts) for t, parts in scores.items()}
 
 
@@ -143,6 +140,13 @@ def load_judge(path, config, words):
 
 # ---------------------------------------------------------------------------------------------
 # The unit of a reward's scores
+
+
+def set_unit(model, scores):
+    """Makes the mean and standard deviation of scores (N, 2, 3) a reward's zero and unit."""
+    if hasattr(model, "mean"):
+        model.mean.copy_(scores.mean((0, 1)))
+    model.std.copy_(scores.std((0, 1)).clamp(min=1e-6))
 
 
 def distinct_clips(parts):
@@ -159,14 +163,10 @@ def calibration_pairs(held, train_pairs=None):
     return held | {"training pairs": replace(train_pairs, y=y, clip_id=clip_id)}
 
 
-def set_unit(model, scores, parts):
-    """Makes the mean and standard deviation of scores (N, 2, 3) a reward's zero and unit, and says
-    in a line on how many distinct clips of `parts`, {name: Pairs}, they stand.
-
-    With fewer than LEAST_CLIPS the unit becomes 0, and no command loads such a checkpoint."""
-    if hasattr(model, "mean"):
-        model.mean.copy_(scores.mean((0, 1)))
-    model.std.copy_(scores.std((0, 1)).clamp(min=1e-6))
+def calibrate(model, scores, parts):
+    """set_unit, and a line that says on how many distinct clips of `parts`, {name: Pairs}, the unit
+    stands. Below LEAST_CLIPS it becomes 0, and no command loads such a checkpoint."""
+    set_unit(model, scores)
     count = distinct_clips(parts)
     line = f"z-scores stand on {count} distinct clips"
     if count < LEAST_CLIPS:
@@ -182,7 +182,7 @@ def calibrate_reward(model, held, device, train_pairs=None):
     """Sets the unit of a VideoReward; lines: that, and accuracies on `held`, {name: Pairs}."""
     parts = calibration_pairs(held, train_pairs)
     scores = {name: pair_scores(model, pairs, device) for name, pairs in parts.items()}
-    lines = [set_unit(model, torch.cat(list(scores.values())), parts)]
+    lines = [calibrate(model, torch.cat(list(scores.values())), parts)]
     for name, pairs in held.items():
         lines.append(f"{len(pairs)} {name} (accuracy without ties, with ties; share of ties):")
         for dimension, accuracies in pair_accuracies(scores[name], pairs.label).items():
@@ -202,12 +202,12 @@ def pair_accuracies(scores, label):
     return accuracies
 
 
-def calibrate_noisy_reward(model, held, seed, device, train_pairs=None):
+def calibrate_noisy(model, held, seed, device, train_pairs=None):
     """The same for a noise-aware reward: its unit is the spread over clips and times."""
     parts = calibration_pairs(held, train_pairs)
     scores = {name: noisy_scores(model, pairs, device, seed) for name, pairs in parts.items()}
     together = [at_t for by_time in scores.values() for at_t in by_time.values()]
-    lines = [set_unit(model, torch.cat(together), parts)]
+    lines = [calibrate(model, torch.cat(together), parts)]
     for name, pairs in held.items():
         lines.append(f"{len(pairs)} {name}, accuracy without ties at each t:")
         for t, at_t in scores[name].items():
@@ -228,10 +228,8 @@ def denoised_right(model, words, prompts, now, seed, device):
     generator = torch.zeros_like(prompts[:, 0])
     clips = world.draw_clips(prompts, generator, rng, model.config.frames, clean=True)
     x0 = world.render(clips, model.config.size).to(device)
-    t, x1 = (
-        torch.full((len(x0),), now, device=device),
-        torch.randn(x0.shape, generator=rng).to(device),
-    )
+    t = torch.full((len(x0),), now, device=device)
+    x1 = torch.randn(x0.shape, generator=rng).to(device)
     x_t = interpolate(x0, x1, t)
     y = Vocabulary(words).encode_attributes(prompts, model.config.max_text).to(device)
     x0_hat = x_t - now * model(x_t, t, y)
@@ -289,7 +287,7 @@ def alignment_table(policy, out, base, reward, words, pairs, settings, device):
     for cfg in (1.0, CFG):  # the pictures are of clips with guidance, as people sample
         bar = progress_bar(f"sampling at CFG {cfg:g}", "batch")
         videos = {
-            name: sample_many(model, x1.to(device), y.to(device), bar, cfg=cfg).cpu()
+            name: sample_many(model, x1.to(device), y.to(device), bar, cfg=cfg)
             for name, model in models.items()
         }
         true = learned = None

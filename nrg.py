@@ -26,7 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import DIMENSIONS
-from flow import TIME_BINS, expand_like, interpolate, time_bin
+from flow import expand_like, interpolate
 from model import ModelConfig, VideoTransformer, modulate
 from reward import accuracy_logs, bt_loss
 from runtime.checkpoint import load_network
@@ -54,12 +54,7 @@ def guide(reward, weights, scale=1.0, eps=0.0, interval=(0.0, 1.0)):
 
     reward: (x_t, t, y) -> scores (B, K). weights: K numbers of any sign, for VQ, MQ and TA.
     eps = 0 is the paper's form, which leaves out t = 1 alone. Where nothing is guided (t outside
-    `interval` = (lowest, highest), or all weights or the scale 0), v itself is returned.
-    ValueError for an eps below 0."""
-    if eps < 0:
-        raise ValueError(f"eps must not be negative, not {eps}")
-    if not any(weights):
-        scale = 0.0
+    `interval` = (lowest, highest), or a scale of 0), v itself is returned."""
 
     def guidance(v, x_t, t, y):
         factor = guidance_factor(t, scale, eps, interval)  # (B,)
@@ -167,8 +162,8 @@ def trunk_tensors(model, blocks):
     """{name: tensor} of all that computes a VideoTransformer's first `blocks` hidden states."""
     parts = ["patch_in.", "words.", "places", "time.", "pooled."]
     parts += [f"blocks.{i}." for i in range(blocks)]
-    state = model.state_dict()
-    return {name: value for name, value in state.items() if name.startswith(tuple(parts))}
+    tensors = model.state_dict().items()
+    return {name: value for name, value in tensors if name.startswith(tuple(parts))}
 
 
 def noisy_reward_on(base, read, frozen=True):
@@ -207,20 +202,12 @@ def noisy_pair_step(reward, x0_a, x0_b, y, label, t, x1, x1_b=None, weight=None)
 
     Both clips of a pair get the same t (B,) and noise x1, assuming that noise keeps their order
     (section 4.4); with x1_b clip B has noise of its own. The loss is Bradley-Terry, which leaves
-    out ties; weight (B, 3) as in bt_loss. The logs hold the accuracy in each dimension, and again
-    for each quarter of t, as "VQ/t0" (the cleanest) to "VQ/t3"."""
+    out ties; weight (B, 3) as in bt_loss. The logs hold the accuracy in each dimension."""
     x1_b = x1 if x1_b is None else x1_b
     x_t = torch.cat((interpolate(x0_a, x1, t), interpolate(x0_b, x1_b, t)))
     a, b = reward(x_t, torch.cat((t, t)), torch.cat((y, y))).chunk(2)  # (B, 3) each
     loss = bt_loss(a, b, label, weight)
-
-    delta, label, bins = (a - b).detach().cpu(), label.cpu(), time_bin(t).cpu()
-    logs = {"loss": loss.item(), **accuracy_logs(delta, label)}
-    for i in range(TIME_BINS):
-        in_bin = bins == i
-        for name, value in accuracy_logs(delta[in_bin], label[in_bin]).items():
-            logs[f"{name}/t{i}"] = value
-    return loss, logs
+    return loss, {"loss": loss.item(), **accuracy_logs(a - b, label)}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -279,7 +266,6 @@ def shared_blocks(policy, reward):
         return 0
     own = trunk_tensors(reward.trunk, reward.config.read)
     others = trunk_tensors(policy, reward.config.read)
-    if own.keys() != others.keys():
-        return 0
-    equal = all(torch.equal(own[name], others[name]) for name in own)
+    equal = own.keys() == others.keys()
+    equal = equal and all(torch.equal(own[name], others[name]) for name in own)
     return reward.config.read if equal else 0

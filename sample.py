@@ -15,7 +15,7 @@ import torch
 
 import world
 from data import Vocabulary
-from flow import TIME_SHIFT, shift_time
+from flow import TIME_SHIFT, sampling_times
 from model import load_velocity
 from nrg import SteeredPolicy, load_noisy_reward
 from pictures import write_gif, write_sheet
@@ -42,7 +42,7 @@ def sample(model, x1, y, steps=STEPS, cfg=1.0, null=None, guidance=None, shift=T
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
     null = torch.zeros_like(y) if null is None else null
-    times = shift_time(torch.linspace(1, 0, steps + 1), shift).tolist()  # 1 ... 0
+    times = sampling_times(steps, shift).tolist()  # 1 ... 0
     x = x1
     for t_now, t_next in zip(times[:-1], times[1:]):
         t = torch.full((len(x),), t_now, device=x.device)
@@ -56,12 +56,12 @@ def sample(model, x1, y, steps=STEPS, cfg=1.0, null=None, guidance=None, shift=T
     return x
 
 
-def sample_many(model, x1, y, progress=lambda starts: starts, batch=64, **settings):
-    """`sample` in batches, with a progress bar if one is given."""
+def sample_many(model, x1, y, progress=lambda starts: starts, batch=64, sampler=sample, **settings):
+    """What `sampler` returns, on the CPU, made in batches; with a progress bar if one is given."""
     parts = []
     for start in progress(range(0, len(x1), batch)):
         part = slice(start, start + batch)
-        parts.append(sample(model, x1[part], y[part], **settings))
+        parts.append(sampler(model, x1[part], y[part], **settings).cpu())
     return torch.cat(parts)
 
 
@@ -130,7 +130,7 @@ def main():
         runs[f"CFG {args.cfg:g} NRG {weights}"] = steered, 1.0  # CFG is inside
     videos = []
     for velocity, cfg in runs.values():
-        videos.append(sample_many(velocity, x1, y, steps=args.steps, cfg=cfg).cpu())
+        videos.append(sample_many(velocity, x1, y, steps=args.steps, cfg=cfg))
         if not videos[-1].isfinite().all():
             fault = "the samples are not finite numbers"
             raise BadInput(f"{fault}; give a smaller --nrg, --nrg-scale or --cfg")

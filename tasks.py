@@ -9,26 +9,11 @@ from dataclasses import replace
 import torch
 
 import world
-from data import (
-    TOY_WORDS,
-    Vocabulary,
-    draw_noise,
-    drop_prompts,
-    epoch_index,
-    mean_one,
-    step_rng,
-    take,
-)
+from data import Vocabulary, draw_noise, drop_prompts, epoch_index, mean_one, step_rng, take
 from flow import flow_error
 from flow_dpo import flow_dpo_step
 from flow_rwr import flow_rwr_step, rwr_weights
-from judge import (
-    alignment_table,
-    calibrate_noisy_reward,
-    calibrate_reward,
-    load_judge,
-    pretrain_table,
-)
+from judge import alignment_table, calibrate_noisy, calibrate_reward, load_judge, pretrain_table
 from lora import add_lora, freeze_trunk, merged_state_dict
 from model import VideoTransformer, load_velocity, share_trunk
 from nrg import noisy_pair_step, noisy_reward_on, noisy_value_step
@@ -92,7 +77,7 @@ def reward_task(settings, device):
             columns = "the columns MOS_A_VQ to MOS_B_TA"
             raise BadInput(f"{settings.data}: --loss regression needs ratings, {columns}")
     else:
-        vocabulary = Vocabulary(words or TOY_WORDS)
+        vocabulary = Vocabulary(words) if words else Vocabulary()
         config = replace(config, vocab=len(vocabulary.words))
         pairs = training_pairs(settings, config, vocabulary, device)
         held = held_pairs(settings, config, vocabulary, device)
@@ -139,28 +124,26 @@ def nrg_task(settings, device):
         pairs = training_pairs(settings, config, vocabulary, device, labelled=from_labels)
         held = held_pairs(settings, config, vocabulary, device)
 
-    def pair_batch(step, rows):
+    def batch(step, rows):
         rng = step_rng(settings.seed, step)
-        index = epoch_index(len(pairs), settings.batch, step, settings.seed)
-        label = pairs.label[index]
-        whole = {"y": pairs.y[index], "label": label, "weight": mean_one(decided(label))}
+        if from_labels:
+            index = epoch_index(len(pairs), settings.batch, step, settings.seed)
+            label = pairs.label[index]
+            whole = {"y": pairs.y[index], "label": label, "weight": mean_one(decided(label))}
+            x0_a, x0_b = pairs.sides(index[rows])
+            clips = {"x0_a": x0_a, "x0_b": x0_b}
+        else:
+            index = epoch_index(2 * len(pairs), settings.batch, step, settings.seed)
+            pair, side = index // 2, index % 2  # both clips of each pair
+            y = pairs.y[pair]
+            whole = {"y": y, "other_y": other_prompts(y, vocabulary, rng)}
+            clips = {"x0": pairs.clips(pair[rows], side[rows])}
         whole |= draw_noise(settings.batch, config.video_shape, settings.time_shift, rng)
-        x0_a, x0_b = pairs.sides(index[rows])
-        return {"x0_a": x0_a, "x0_b": x0_b, **take(whole, rows)}
+        return clips | take(whole, rows)
 
-    def pair_loss(batch):
-        return noisy_pair_step(model, **batch)
-
-    def value_batch(step, rows):
-        rng = step_rng(settings.seed, step)
-        index = epoch_index(2 * len(pairs), settings.batch, step, settings.seed)
-        pair, side = index // 2, index % 2  # both clips of each pair
-        y = pairs.y[pair]
-        whole = {"y": y, "other_y": other_prompts(y, vocabulary, rng)}
-        whole |= draw_noise(settings.batch, config.video_shape, settings.time_shift, rng)
-        return {"x0": pairs.clips(pair[rows], side[rows]), **take(whole, rows)}
-
-    def value_loss(batch):
+    def loss(batch):
+        if from_labels:
+            return noisy_pair_step(model, **batch)
         with torch.no_grad():
             target = judge.normalised(batch["x0"], batch["y"]).clamp(-3, 3)
             other_target = judge.normalised(batch["x0"], batch["other_y"]).clamp(-3, 3)
@@ -168,9 +151,8 @@ def nrg_task(settings, device):
 
     def evaluate(model, out):
         train_pairs = pairs if settings.data else None
-        return calibrate_noisy_reward(model, held, settings.eval_seed, device, train_pairs)
+        return calibrate_noisy(model, held, settings.eval_seed, device, train_pairs)
 
-    batch, loss = (pair_batch, pair_loss) if from_labels else (value_batch, value_loss)
     logs = ("loss", "VQ", "MQ", "TA")
     return Task("noisy reward", model, words, batch, loss, logs, evaluate)
 
@@ -181,9 +163,6 @@ def dpo_task(settings, device):
     pairs, reward, judge = ranked_clips(settings, base.config, words, device)
     pair, win_side = winners(reward)
     reference = reference_for(settings, base, words, device)
-    shared_forward = None
-    if settings.freeze and reference is base:
-        shared_forward = share_trunk(policy, base, settings.freeze)
 
     def batch(step, rows):
         rng = step_rng(settings.seed, step)
@@ -195,6 +174,20 @@ def dpo_task(settings, device):
         x0_l = pairs.clips(index[rows], 1 - win[rows])
         return {"x0_w": x0_w, "x0_l": x0_l, **take({"y": y, **noise}, rows)}
 
+    def evaluate(model, out):
+        return alignment_table(model, out, base, judge, words, pairs, settings, device)
+
+    loss, logs = dpo_loss(settings, policy, reference), ("loss", "accuracy")
+    return Task("velocity", policy, words, batch, loss, logs, evaluate, merged_state_dict)
+
+
+def dpo_loss(settings, policy, reference):
+    """batch -> (loss, logs) of Flow-DPO. Where the reference is an earlier state of the policy,
+    their frozen first blocks run once for both."""
+    shared_forward = None
+    if settings.freeze and settings.reference in ("first", "round"):
+        shared_forward = share_trunk(policy, reference, settings.freeze)
+
     def loss(batch):
         return flow_dpo_step(
             policy,
@@ -205,11 +198,7 @@ def dpo_task(settings, device):
             shared_forward=shared_forward,
         )
 
-    def evaluate(model, out):
-        return alignment_table(model, out, base, judge, words, pairs, settings, device)
-
-    logs = ("loss", "accuracy")
-    return Task("velocity", policy, words, batch, loss, logs, evaluate, merged_state_dict)
+    return loss
 
 
 def regression_task(settings, device):

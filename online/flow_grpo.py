@@ -18,15 +18,13 @@ published code has them, and so a clip range means the same at every video size.
 
 import torch
 
-from flow import TIME_SHIFT, mean_square, shift_time
-
-NOISE_LEVEL = 0.7  # a
+from flow import TIME_SHIFT, expand_like, mean_square, sampling_times
 
 
-def step_distribution(v, x_t, t, t_next, noise_level=NOISE_LEVEL):
+def step_distribution(v, x_t, t, t_next, noise_level):
     """The Gaussian that an SDE step from t to t_next draws x_next from, for times (B,) with
-    0 <= t_next < t: mean like x_t (B, ...), standard deviation (B, 1, ...)."""
-    t, t_next = (time.reshape(-1, *[1] * (x_t.dim() - 1)) for time in (t, t_next))
+    0 <= t_next < t: mean like x_t (B, ...), standard deviation (B, 1, ...). noise_level: a."""
+    t, t_next = expand_like(t, x_t), expand_like(t_next, x_t)
     dt = t_next - t  # below 0
     t_sigma = torch.where(t == 1, t_next, t)  # sigma is infinite at t = 1
     sigma = noise_level * torch.sqrt(t_sigma / (1 - t_sigma))
@@ -40,24 +38,23 @@ def log_density(x_next, mean, std):
 
 
 @torch.no_grad()
-def sample_sde(model, x1, y, steps, rng, noise_level=NOISE_LEVEL, shift=TIME_SHIFT):
-    """Clips by the SDE, from noise x1 (B, ...) for prompts y (B, S).
-
-    -> states (steps + 1, B, ...) from t = 1 to 0, and times (steps + 1,). The last step follows the
-    ODE: its noise would stay in the clip. rng: a torch.Generator on the CPU."""
-    times = shift_time(torch.linspace(1, 0, steps + 1), shift)
+def sample_sde(model, x1, y, steps, rng, noise_level, shift=TIME_SHIFT):
+    """Noise x1 (B, ...) and prompts y (B, S) -> states (B, steps + 1, ...) of the SDE from t = 1
+    to 0. The last step follows the ODE: its noise would stay in the clip. rng: a torch.Generator
+    on the CPU."""
+    times = sampling_times(steps, shift).tolist()
     states = [x1]
-    for t_now, t_next in zip(times[:-1].tolist(), times[1:].tolist()):
+    for t_now, t_next in zip(times[:-1], times[1:]):
         x_t = states[-1]
         t = torch.full((len(x_t),), t_now, device=x_t.device)
         v = model(x_t, t, y)
         if t_next == 0:
             states.append(x_t - t_now * v)
-            break
-        mean, std = step_distribution(v, x_t, t, torch.full_like(t, t_next), noise_level)
-        noise = torch.randn(x_t.shape, generator=rng).to(x_t.device)
-        states.append(mean + std * noise)
-    return torch.stack(states), times
+        else:
+            mean, std = step_distribution(v, x_t, t, torch.full_like(t, t_next), noise_level)
+            noise = torch.randn(x_t.shape, generator=rng).to(x_t.device)
+            states.append(mean + std * noise)
+    return torch.stack(states, 1)
 
 
 def group_advantage(reward):
@@ -67,24 +64,9 @@ def group_advantage(reward):
     return centred / centred.square().mean(1, keepdim=True).sqrt().clamp(min=1e-6)
 
 
-def flow_grpo_loss(log_ratio, advantage, kl, clip_range, kl_weight):
-    """The clipped objective from numbers (B,) of each step -> (loss, logs)."""
-    ratio = torch.exp(log_ratio)
-    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
-    objective = torch.minimum(ratio * advantage, clipped * advantage)
-    loss = (kl_weight * kl - objective).mean()
-    logs = {
-        "loss": loss.item(),
-        "kl": kl.mean().item(),
-        "clipped": (ratio != clipped).float().mean().item(),
-    }
-    return loss, logs
-
-
 def flow_grpo_step(
-    policy, old, reference, x_t, x_next, y, t, t_next, advantage, clip_range, kl_weight,
-    noise_level=NOISE_LEVEL,
-):  # fmt: skip
+    policy, old, reference, x_t, x_next, y, t, t_next, advantage, clip_range, kl_weight, noise_level
+):
     """One training step on SDE steps x_t -> x_next (B, ...) that `old` took for prompts y (B, S),
     with t, t_next and advantage (B,) -> (loss, logs); these also hold the drift |v - v_ref|^2."""
     v = policy(x_t, t, y)
@@ -93,8 +75,15 @@ def flow_grpo_step(
     mean, std = step_distribution(v, x_t, t, t_next, noise_level)
     old_mean, _ = step_distribution(v_old, x_t, t, t_next, noise_level)
     reference_mean, _ = step_distribution(v_reference, x_t, t, t_next, noise_level)
-    log_ratio = log_density(x_next, mean, std) - log_density(x_next, old_mean, std)
+    ratio = torch.exp(log_density(x_next, mean, std) - log_density(x_next, old_mean, std))
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    objective = torch.minimum(ratio * advantage, clipped * advantage)
     kl = mean_square(mean, reference_mean) / (2 * std.flatten() ** 2)  # of Gaussians of one width
-    loss, logs = flow_grpo_loss(log_ratio, advantage, kl, clip_range, kl_weight)
-    logs["drift"] = mean_square(v, v_reference).mean().item()
+    loss = (kl_weight * kl - objective).mean()
+    logs = {
+        "loss": loss.item(),
+        "kl": kl.mean().item(),
+        "clipped": (ratio != clipped).float().mean().item(),
+        "drift": mean_square(v, v_reference).mean().item(),
+    }
     return loss, logs

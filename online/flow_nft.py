@@ -19,7 +19,7 @@ moves towards the policy (`move_old`). A model is any v = model(x_t, t, y).
 
 import torch
 
-from flow import interpolate, mean_square
+from flow import expand_like, interpolate, mean_square
 
 # A z-score has unit spread over clips of all kinds. Rounding moves it by 1e-6 in float32 and by
 # 1e-3 in TF32; differences below a hundredth are no reason to prefer a clip.
@@ -38,24 +38,9 @@ def optimality(reward, spread=1.0):
 
 def nft_error(v, x_t, x0, t):
     """|x0_hat - x0|^2 over the mean |x0_hat - x0| of each clip, which has no gradient: (B,)."""
-    t = t.reshape(-1, *[1] * (x0.dim() - 1))
-    x0_hat = x_t - t * v
+    x0_hat = x_t - expand_like(t, x0) * v
     size = (x0_hat - x0).detach().float().abs().flatten(1).mean(1)  # (B,)
     return mean_square(x0_hat, x0) / size.clamp(min=1e-5)
-
-
-def flow_nft_loss(positive, negative, r, drift, kl=0.0):
-    """Errors (B,) of v+ and v-, r (B,) and the drift |v - v_ref|^2 (B,) -> (loss, logs).
-
-    kl: weight of the drift, the only term that keeps the policy near the reference."""
-    loss = (r * positive + (1 - r) * negative + kl * drift).mean()
-    logs = {
-        "loss": loss,
-        "positive": positive.mean(),
-        "negative": negative.mean(),
-        "drift": drift.mean(),
-    }
-    return loss, {name: value.item() for name, value in logs.items()}
 
 
 def flow_nft_step(policy, old, reference, x0, y, r, t, x1, beta=1.0, kl=0.0):
@@ -63,20 +48,23 @@ def flow_nft_step(policy, old, reference, x0, y, r, t, x1, beta=1.0, kl=0.0):
     noise x1 (B, ...) -> (loss, logs). `old` and `reference` get no gradient.
 
     beta: distance of the implicit policies from v_old, in v - v_old; a small one gives large
-    steps."""
+    steps. kl: weight of the drift |v - v_ref|^2, the only term that keeps the policy near the
+    reference."""
     x_t = interpolate(x0, x1, t)
     v = policy(x_t, t, y)
     with torch.no_grad():
         v_old, v_reference = old(x_t, t, y), reference(x_t, t, y)
-    positive = nft_error(v_old + beta * (v - v_old), x_t, x0, t)  # v+
-    negative = nft_error(v_old - beta * (v - v_old), x_t, x0, t)  # v-
-    return flow_nft_loss(positive, negative, r, mean_square(v, v_reference), kl)
+    positive = nft_error(v_old + beta * (v - v_old), x_t, x0, t)  # of v+, (B,)
+    negative = nft_error(v_old - beta * (v - v_old), x_t, x0, t)  # of v-
+    drift = mean_square(v, v_reference)
+    loss = (r * positive + (1 - r) * negative + kl * drift).mean()
+    logs = {"loss": loss, "positive": positive.mean(), "negative": negative.mean()}
+    logs["drift"] = drift.mean()
+    return loss, {name: value.item() for name, value in logs.items()}
 
 
 @torch.no_grad()
 def move_old(old, policy, decay):
-    """old <- decay old + (1 - decay) policy, in place. ValueError unless decay is in [0, 1)."""
-    if not 0 <= decay < 1:
-        raise ValueError(f"decay must be at least 0 and below 1, not {decay}")
+    """old <- decay old + (1 - decay) policy, in place."""
     for value, new in zip(old.state_dict().values(), policy.state_dict().values(), strict=True):
         value.lerp_(new, 1 - decay)

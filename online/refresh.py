@@ -19,7 +19,7 @@ import torch
 
 import world
 from data import INVALID, Pairs, mean_one, step_rng
-from judge import pair_scores
+from judge import pair_scores, set_unit
 from real_data.dataset import disk_data
 from real_data.pairs_csv import Pair, read_pairs, write_pairs
 from real_data.toy_pairs import annotate_pairs, annotated_pairs
@@ -27,7 +27,7 @@ from real_data.video import FPS, to_video, write_video
 from reward import reward_step
 from runtime.checkpoint import save_checkpoint
 from runtime.cli import BadInput, progress_bar
-from runtime.resume import read_own, settled, until_stopped
+from runtime.resume import resumes, until_stopped
 
 OLD = 1024  # old pairs, of the training prompts
 MOST = 1024  # labelled pairs of the policies' clips, the newest
@@ -36,75 +36,56 @@ LABEL_SEED = -700_000  # of a round's pairs and steps; nothing else has it
 
 
 class Refresh:
-    """Called with every round's clips; trains `judge`, a VideoReward, in place. `labelled` has the
-    newest pairs of the policies' clips, {"y" (N, S), "clips" (N, 2, C, T, H, W) as uint8,
+    """Called with each round as it was sampled; trains `judge`, a VideoReward, in place. `labelled`
+    has the newest pairs of the policies' clips, {"y" (N, S), "clips" (N, 2, C, T, H, W) as uint8,
     "label" (N, 3)}, or is None."""
 
     def __init__(self, settings, judge, vocabulary, device):
         self.settings, self.device = settings, device
         self.judge, self.vocabulary = judge, vocabulary
         self.labelled, self.most_labelled = None, max(MOST, settings.refresh_pairs)
-        self.export = settings.out / "reward.pt"
-        config = judge.config
-        if settings.reward.resolve() == self.export.resolve():
-            raise BadInput(
-                f"--reward {settings.reward}: --refresh writes there; give another --out"
-            )
-        if config.channels != 3:
+        self.by_people = bool(settings.data or settings.ask)
+        if judge.config.channels != 3:
             fault = "people cannot look at latents; use --data with videos, or leave --refresh out"
             raise BadInput(f"--refresh: {fault}")
-        self.by_people = bool(settings.data or settings.ask)
-        if self.by_people:
+        if not resumes(settings):
             for folder in settings.out.glob("labels-*"):
-                self.read_clips(folder)  # or they belong to another run
+                raise BadInput(f"{folder}: belongs to another run; move it away")
         if settings.data:
-            self.old = disk_data(settings, config, vocabulary.words, held_out=False)[2]
+            self.old = disk_data(settings, judge.config, vocabulary.words, held_out=False)[2]
         else:
-            self.old = annotated_pairs(OLD, ["train"], settings.seed + 2, config, vocabulary)
+            seed = settings.seed + 2
+            self.old = annotated_pairs(OLD, ["train"], seed, judge.config, vocabulary)
 
-    def __call__(self, number, sampled):
-        """sampled: a round's prompts (P texts), y (P, S), clips (P, n, C, T, H, W) as uint8."""
-        if number == 0 or number % self.settings.refresh:
+    def __call__(self, state):
+        """state: a round's number, prompts (P texts), y (P, S) and clips (P, n, C, T, H, W)."""
+        number, settings = state["number"], self.settings
+        if number == 0 or number % settings.refresh:
             return
-        prompts, y, clips = sampled["prompts"], sampled["y"], sampled["clips"]
-        rng = step_rng(self.settings.seed, LABEL_SEED - 1000 * number)
-        prompt, a, b = draw_pairs(*clips.shape[:2], self.settings.refresh_pairs, rng).T
-        pair_prompts = [prompts[i] for i in prompt.tolist()]
-        new = {"y": y[prompt], "clips": torch.stack((clips[prompt, a], clips[prompt, b]), 1)}
-        if not self.by_people:
-            new["label"] = self.annotate(number, pair_prompts, **new)
-        elif self.folder(number).exists():
-            index, label = read_labels(self.folder(number) / "pairs.csv", len(prompt))
-            new = {"y": new["y"][index], "clips": new["clips"][index], "label": label}
+        rng = step_rng(settings.seed, LABEL_SEED - 1000 * number)
+        prompt, a, b = draw_pairs(*state["clips"].shape[:2], settings.refresh_pairs, rng).T
+        prompts, y = [state["prompts"][i] for i in prompt.tolist()], state["y"][prompt]
+        clips = torch.stack((state["clips"][prompt, a], state["clips"][prompt, b]), 1)
+        if self.by_people:
+            index, label = self.ask_people(settings.out / f"labels-{number}", prompts, clips)
+            new = {"y": y[index], "clips": clips[index], "label": label}
         else:
-            self.write_pairs(self.folder(number), pair_prompts, new["clips"], sampled)
-            csv = self.folder(number) / "pairs.csv"
-            print(f"wrote {csv} and its videos: label it by `python -m pages.label {csv}`,")
-            print("or VQ, MQ and TA by hand as A, B, same or invalid; then --resume")
-            sys.exit(130)
+            pairs = Pairs(y, lambda index, side: to_video(clips[index, side]))
+            attributes = world.prompt_attributes(prompts)
+            pairs = annotate_pairs(pairs, attributes, settings.seed + 10 * number)
+            new = {"y": y, "clips": clips, "label": pairs.label}
         if self.labelled:
             new = {name: torch.cat((self.labelled[name], value)) for name, value in new.items()}
         self.labelled = {name: value[-self.most_labelled :] for name, value in new.items()}
         self.train(number)
 
-    def folder(self, number):
-        return self.settings.out / f"labels-{number}"
-
-    def labelled_round(self, number):
-        """A round whose pairs people have; None if it was not sampled yet."""
-        folder = self.folder(number)
-        return self.read_clips(folder) if self.by_people and folder.exists() else None
-
-    def read_clips(self, folder):
-        state = read_own(folder / "clips.pt", self.settings)
-        if state is None:
-            raise BadInput(f"{folder}: belongs to another run or other settings; move it away")
-        return {name: state[name] for name in state.keys() - {"settings", "format"}}
-
-    def write_pairs(self, folder, prompts, clips, sampled):
-        """Writes pairs (N, 2, C, T, H, W) of prompts, a list of str, as videos and a CSV without
-        labels, and the whole round; all of it, or nothing."""
-        unfinished = folder.with_name(f"unfinished-{folder.name}")
+    def ask_people(self, folder, prompts, clips):
+        """Which of the pairs (N, 2, C, T, H, W) have labels (N',), and these (N', 3). Where there
+        is no folder yet, writes the pairs there as videos and a CSV, and stops the run."""
+        csv = folder / "pairs.csv"
+        if folder.exists():
+            return read_labels(csv, len(clips))
+        unfinished = folder.with_name(f"unfinished-{folder.name}")  # renamed when it is complete
         shutil.rmtree(unfinished, ignore_errors=True)
         bar = progress_bar("writing videos", "pair")
         try:
@@ -116,53 +97,45 @@ class Refresh:
                     write_video(unfinished / name, clip)
                 facts = FPS, float(clips.shape[3])  # frames a second, number of frames
                 rows.append(Pair(*names, prompts[i], (None,) * 3, *facts, *facts))
-            write_pairs(rows, unfinished / "pairs.csv")
-            state = {"settings": settled(self.settings), **sampled}
-            save_checkpoint(unfinished / "clips.pt", state)
+            write_pairs(rows, unfinished / csv.name)
             unfinished.rename(folder)
         except OSError as error:
             raise BadInput(f"cannot write {folder}: {error.strerror}") from None
-
-    def annotate(self, number, prompts, y, clips):
-        """Labels (N, 3) of the toy's annotators."""
-        pairs = Pairs(y, lambda index, side: to_video(clips[index, side]))
-        attributes = world.prompt_attributes(prompts)
-        return annotate_pairs(pairs, attributes, self.settings.seed + 10 * number).label
+        print(f"wrote {csv} and its videos: label it by `python -m pages.label {csv}`,")
+        print("or VQ, MQ and TA by hand as A, B, same or invalid; then --resume")
+        sys.exit(130)
 
     def train(self, number):
         """Trains VideoReward on new and old pairs. The old ones give its scores their unit."""
-        settings, judge, old, new = self.settings, self.judge, self.old, self.labelled
+        settings, judge, labelled = self.settings, self.judge, self.labelled
+        new = Pairs(
+            labelled["y"],
+            lambda index, side: to_video(labelled["clips"][index, side]),
+            label=labelled["label"],
+        )
         judge.requires_grad_(True).train()
         optimizer = torch.optim.AdamW(judge.parameters(), RATE, betas=(0.9, 0.99), weight_decay=0.0)
         bar = progress_bar(f"training VideoReward, round {number}", "step")
         for step in until_stopped(bar(range(STEPS)), settings.out):
             rng = step_rng(settings.seed, LABEL_SEED - 1000 * number - 1 - step)
-            index = torch.randint(len(new["y"]), (BATCH // 2,), generator=rng)
-            old_index = torch.randint(len(old), (BATCH // 2,), generator=rng)
-            label = torch.cat((new["label"][index], old.label[old_index]))
-            new_a, new_b = to_video(new["clips"][index]).unbind(1)
-            old_a, old_b = old.sides(old_index)
-            batch = {
-                "video_a": torch.cat((new_a, old_a)),
-                "video_b": torch.cat((new_b, old_b)),
-                "y": torch.cat((new["y"][index], old.y[old_index])),
-                "label": label,
-                "mos": torch.zeros(len(label), 2, 3),
-                "weight": mean_one(label != INVALID),
-            }
+            halves = []
+            for pairs in (new, self.old):
+                index = torch.randint(len(pairs), (BATCH // 2,), generator=rng)
+                halves.append((*pairs.sides(index), pairs.y[index], pairs.label[index]))
+            video_a, video_b, y, label = map(torch.cat, zip(*halves))
+            batch = {"video_a": video_a, "video_b": video_b, "y": y, "label": label}
+            batch["weight"] = mean_one(label != INVALID)
             batch = {name: value.to(self.device) for name, value in batch.items()}
-            loss, _ = reward_step(judge, **batch, caption=settings.caption)
+            loss, _ = reward_step(judge, **batch, mos=None, caption=settings.caption)
             optimizer.param_groups[0]["lr"] = RATE * (1 - step / STEPS)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         judge.eval().requires_grad_(False)
-        scores = pair_scores(judge, old, self.device)
-        judge.mean.copy_(scores.mean((0, 1)))
-        judge.std.copy_(scores.std((0, 1)).clamp(min=1e-6))
+        set_unit(judge, pair_scores(judge, self.old, self.device))
         facts = {"kind": "reward", "config": asdict(judge.config), "step": number}
-        facts["vocabulary"] = self.vocabulary.words
-        save_checkpoint(self.export, {**facts, "model": judge.state_dict()})
+        facts |= {"vocabulary": self.vocabulary.words, "model": judge.state_dict()}
+        save_checkpoint(settings.out / "reward.pt", facts)
 
 
 def draw_pairs(num_prompts, num_clips, count, rng):
@@ -195,8 +168,7 @@ def read_labels(file, num_pairs):
             fault = f"{row.path_a} and {row.path_b} are not the videos of a pair of this round"
             faults.append(f"{file}, line {row.line}, column path_A: {fault}")
     if faults:
-        *others, last = faults
-        print("".join(f"{fault}\n" for fault in others), end="", file=sys.stderr)
-        raise BadInput(last)
+        print(*faults[:-1], sep="\n", file=sys.stderr)
+        raise BadInput(faults[-1])
     index = torch.tensor([numbers[row.paths] for row in rows])
     return index, torch.tensor([row.label for row in rows])

@@ -1,17 +1,12 @@
 """Online alignment: rounds of the policy's own clips, scored and trained on. The paper aligns once.
 
-    python train.py --algo dpo --rounds 10     Flow-DPO on the best and worst of a prompt's clips
-    python train.py --algo nft                 DiffusionNFT on all of them
-    python train.py --algo grpo                Flow-GRPO on the steps that sampled them
-    python train.py --rounds 10 --refresh 2    VideoReward learns from new labels, too
+A round has three parts. The policy, for nft its old model, samples --clips clips of each prompt at
+CFG 1. VideoReward scores them: their reward is the mean of its z-scores under the --align weights.
+Then --steps / --rounds training steps are taken on them.
 
-In a round the policy, for nft its old model, samples --clips clips of each prompt at CFG 1;
-VideoReward's z-scores under the --align weights are their reward; and --steps / --rounds steps are
-taken on them.
-
-round.pt holds all that a round needs and is complete before the round's first step; a checkpoint
-ends each round. A stopped run resumes bit for bit: within a round from that file, between two
-rounds from the checkpoint.
+round.pt holds a round, first as sampled and then with its scores; a checkpoint ends each round. A
+stopped run resumes bit for bit: within a round from round.pt, between two rounds from the
+checkpoint and the models in the last round.pt.
 """
 
 import copy
@@ -20,7 +15,8 @@ import math
 import torch
 
 import world
-from data import Vocabulary, draw_noise, drop_prompts, epoch_index, step_rng
+from data import Vocabulary, step_rng
+from flow import sampling_times
 from judge import z_scores
 from online.flow_grpo import group_advantage, sample_sde
 from online.flow_nft import move_old, optimality
@@ -42,15 +38,17 @@ ROUND_SEED = -500_000  # of a round's prompts and noise; no step has it
 class Rounds:
     """All rounds of a run.
 
-    `state` is the current round: the content of round.pt (`new_round`), items to train on and logs.
-    `old` is the model of an earlier policy or None; `judge` is VideoReward; `prompts` (N texts) and
-    their ids `y` (N, S) are those of all rounds; `length` is the steps of a round."""
+    `state` is the current round: what round.pt holds (`sample`, `score`), what to train on
+    (`training_items`) and its logs. `old` is the model of an earlier policy or None; `judge` is
+    VideoReward; `prompts` (N texts) and their ids `y` (N, S) are those of all rounds; `length` is
+    the steps of a round."""
 
     def __init__(self, settings, policy, judge, words, device):
         self.settings, self.device = settings, device
         self.policy, self.judge = policy, judge
         self.length = settings.steps // settings.rounds
-        self.file, self.state, self.old = settings.out / "round.pt", None, None
+        self.file, self.state = settings.out / "round.pt", None
+        self.old = self.refresh = None
         if settings.algo != "dpo" or settings.reference == "round":
             self.old = copy.deepcopy(policy).requires_grad_(False)
         vocabulary = Vocabulary(words)
@@ -60,84 +58,58 @@ class Rounds:
             check_toy(policy.config, vocabulary)
             self.prompts = [world.prompt_text(row) for row in world.split_prompts("train")]
             self.y = vocabulary.encode(self.prompts, policy.config.max_text)
-        self.refresh = None
         if settings.refresh:
-            self.refresh = Refresh(settings, self.judge, vocabulary, device)
+            self.refresh = Refresh(settings, judge, vocabulary, device)
             if resumes(settings):  # the closing table needs the judge as the last round left it
-                self.restore(self.last_round())
-
-    def last_round(self):
-        state = read_own(self.file, self.settings)
-        if state is None:
-            raise BadInput(f"{self.file}: holds no round of this run to go on from; start it anew")
-        return state
+                self.restore(read_own(self.file, settings))
 
     def at(self, number):
         """The round of this number, from round.pt or a new one by the policy as it is. BadInput if
-        the round before it is not there."""
+        round.pt holds neither this round nor the one before."""
         if self.state is not None and self.state["number"] == number:
             return self.state
         with process_0_first():  # which makes the round for all
             state = read_own(self.file, self.settings)
-            if state and state["number"] > number:
+            if state and state["number"] not in (number - 1, number):
                 state = None  # of a run that was begun anew
-            last = state["number"] if state else -1
-            if state:
+            if state or number > 0:
                 self.restore(state)
-            if last < number - 1:
-                fault = f"holds no round {number - 1} of this run to go on from; start it anew"
-                raise BadInput(f"{self.file}: {fault}")
-            if last < number:
-                state = self.new_round(number)
+            if state is None or state["number"] < number:
+                state = self.sample(number)
+                save_checkpoint(self.file, state)
+            if "scores" not in state:
+                state |= self.score(state)
                 save_checkpoint(self.file, state)
         items = training_items(state, self.settings)
         self.state = state | items | {"logs": self.logs(state)}
         return self.state
 
-    def draw(self, step, count):
-        """The round of a step, `count` of its items, and their prompts, times and noise."""
-        state, rng = self.at(step // self.length), step_rng(self.settings.seed, step)
-        items = state["items"]
-        items = items[epoch_index(len(items), count, step % self.length, self.settings.seed)]
-        if self.settings.algo == "grpo":
-            return state, items, {}
-        y = drop_prompts(state["y"][items[:, 0]], self.settings.label_dropout, rng)
-        shape, shift = self.policy.config.video_shape, self.settings.time_shift
-        return state, items, {"y": y, **draw_noise(count, shape, shift, rng)}
+    def models(self):
+        """What of a round is not made of its clips: the old model, and with --refresh VideoReward
+        and the pairs that it has learned."""
+        models = {"old": self.old.state_dict()} if self.old is not None else {}
+        if self.refresh:
+            models |= {"judge": self.judge.state_dict(), "labelled": self.refresh.labelled}
+        return models
 
     def restore(self, state):
+        """Loads the `models` of a round. BadInput for None, a round.pt that is not there."""
+        if state is None:
+            raise BadInput(f"{self.file}: holds no round of this run to go on from; start it anew")
         if self.old is not None:
             self.old.load_state_dict(state["old"])
         if self.refresh:
             self.judge.load_state_dict(state["judge"])
             self.refresh.labelled = state["labelled"]
 
-    def new_round(self, number):
-        """What round.pt holds: the number, the run's settings, prompts (P texts), y (P, S), clips
-        (P, n, C, T, H, W) as uint8, their z-scores (P, n, 3), the old model, judge and labelled
-        pairs; for grpo also states (P, n, K + 1, C, T, H, W) as float16 and times (K + 1,)."""
+    def sample(self, number):
+        """A new round: its number, the run's settings, prompts (P texts), y (P, S), clips
+        (P, n, C, T, H, W) as uint8 and `models`; for grpo also states (P, n, K + 1, C, T, H, W) as
+        float16 and times (K + 1,)."""
         settings = self.settings
         if self.old is not None and number:
-            decay = settings.old_decay if settings.algo == "nft" else 0.0
-            move_old(self.old, self.policy, decay)
-        sampled = self.refresh.labelled_round(number) if self.refresh else None
-        sampled = sampled or self.sample(number)
-        if self.refresh:
-            self.refresh(number, sampled)
-        clips = to_video(sampled["clips"].flatten(0, 1))
-        y = sampled["y"].repeat_interleave(settings.clips, 0)
-        scores = z_scores(self.judge, clips, y, self.device).unflatten(0, (-1, settings.clips))
-        self.check_finite(scores, "VideoReward's scores", sampled["prompts"])
-        state = {"number": number, "settings": settled(settings), **sampled, "scores": scores}
-        state["old"] = self.old.state_dict() if self.old is not None else {}
-        if self.refresh:
-            state |= {"judge": self.judge.state_dict(), "labelled": self.refresh.labelled}
-        return state
+            move_old(self.old, self.policy, settings.old_decay if settings.algo == "nft" else 0.0)
 
-    def sample(self, number):
-        """Prompts (P texts), y (P, S) and clips (P, n, C, T, H, W) as uint8 of a round; for grpo
-        also the states and times of their sampling."""
-        settings = self.settings
         rng = step_rng(settings.seed, ROUND_SEED - number)
         chosen = torch.randperm(len(self.y), generator=rng)[:MOST_PROMPTS].tolist()
         prompts, y = [self.prompts[i] for i in chosen], self.y[chosen]
@@ -149,34 +121,39 @@ class Rounds:
         def progress(starts):
             return until_stopped(bar(starts), settings.out)
 
-        sampled = {"prompts": prompts, "y": y}
+        state = {"number": number, "settings": settled(settings), "prompts": prompts, "y": y}
         if settings.algo == "grpo":
-            states, times = self.sample_states(x1, y_clips, rng, progress)
+            states = sample_many(
+                self.policy,
+                x1,
+                y_clips,
+                progress,
+                sampler=sample_sde,
+                steps=settings.sde_steps,
+                rng=rng,
+                noise_level=settings.noise_level,
+                shift=settings.time_shift,
+            )
+            times = sampling_times(settings.sde_steps, settings.time_shift)
+            state |= {"states": states.half().unflatten(0, (len(y), -1)), "times": times}
             videos = states[:, -1]
-            sampled |= {"states": states.half().unflatten(0, (len(y), -1)), "times": times}
         else:
             model = self.old if settings.algo == "nft" else self.policy
-            videos = sample_many(model, x1, y_clips, progress).cpu()
+            videos = sample_many(model, x1, y_clips, progress)
         videos = videos.unflatten(0, (len(y), -1))
         self.check_finite(videos, "the pixels", prompts)
-        return sampled | {"clips": to_bytes(videos)}
+        return state | {"clips": to_bytes(videos)} | self.models()
 
-    def sample_states(self, x1, y, rng, progress):
-        """States (B, K + 1, C, T, H, W) of the SDE on the CPU, and times (K + 1,)."""
-        settings, parts = self.settings, []
-        for start in progress(range(0, len(x1), 64)):
-            rows = slice(start, start + 64)
-            states, times = sample_sde(
-                self.policy,
-                x1[rows],
-                y[rows],
-                settings.sde_steps,
-                rng,
-                settings.noise_level,
-                settings.time_shift,
-            )
-            parts.append(states.transpose(0, 1).cpu())
-        return torch.cat(parts), times
+    def score(self, state):
+        """VideoReward's z-scores (P, n, 3) of a round's clips, after its new labels, if any are
+        due; and the `models` once more."""
+        if self.refresh:
+            self.refresh(state)
+        clips = to_video(state["clips"].flatten(0, 1))
+        y = state["y"].repeat_interleave(self.settings.clips, 0)
+        scores = z_scores(self.judge, clips, y, self.device).unflatten(0, (len(state["y"]), -1))
+        self.check_finite(scores, "VideoReward's scores", state["prompts"])
+        return {"scores": scores} | self.models()
 
     def check_finite(self, values, what, prompts):
         """BadInput that names the first clip for which `values` (P, n, ...) are not finite."""
@@ -222,12 +199,13 @@ def training_items(state, settings):
     reward = total_reward(state["scores"], settings.align)  # (P, n)
     if settings.algo == "dpo":
         return {"items": best_and_worst(reward)}
-    places = list(map(torch.arange, reward.shape))
+    prompt, clip = map(torch.arange, reward.shape)
     if settings.algo == "nft":
-        return {"items": torch.cartesian_prod(*places), "r": optimality(reward, settings.spread)}
-    random_steps = torch.arange(len(state["times"]) - 2)  # the last step follows the ODE
-    items = torch.cartesian_prod(*places, random_steps)
-    return {"items": items, "advantage": group_advantage(reward)}
+        r = optimality(reward, settings.spread)
+        return {"items": torch.cartesian_prod(prompt, clip), "r": r}
+    step = torch.arange(len(state["times"]) - 2)  # the last one follows the ODE
+    advantage = group_advantage(reward)
+    return {"items": torch.cartesian_prod(prompt, clip, step), "advantage": advantage}
 
 
 def best_and_worst(reward):
@@ -235,12 +213,9 @@ def best_and_worst(reward):
     the worst quarter. Equal rewards make no pair; BadInput if no pair is left."""
     order = reward.argsort(dim=1, descending=True, stable=True)
     quarter = max(1, reward.shape[1] // 4)
-    winner = order[:, :quarter]
-    loser = order.flip(1)[:, :quarter]
-    prompt = torch.arange(len(reward))[:, None].expand_as(winner)
-    items = torch.stack((prompt, winner, loser), 2).flatten(0, 1)  # (P * quarter, 3)
-    prompt, winner, loser = items.T
-    differs = reward[prompt, winner] > reward[prompt, loser]
+    winner, loser = order[:, :quarter], order.flip(1)[:, :quarter]  # (P, quarter) each
+    differs = reward.gather(1, winner) > reward.gather(1, loser)
     if not differs.any():
         raise BadInput("all clips of each prompt have one reward; look at --reward and --align")
-    return items[differs]
+    prompt = torch.arange(len(reward))[:, None].expand_as(winner)
+    return torch.stack((prompt, winner, loser), 2)[differs]

@@ -1,16 +1,14 @@
 """What each online algorithm trains on: Flow-DPO, DiffusionNFT and Flow-GRPO in rounds."""
 
-from data import take
-from flow_dpo import flow_dpo_step
+from data import draw_noise, drop_prompts, epoch_index, step_rng, take
 from judge import alignment_table, load_judge
 from lora import merged_state_dict
-from model import share_trunk
 from online.flow_grpo import flow_grpo_step
 from online.flow_nft import flow_nft_step
 from online.rounds import Rounds
 from real_data.video import to_video
 from runtime.cli import BadInput
-from tasks import TASKS, base_and_policy, reference_for
+from tasks import TASKS, base_and_policy, dpo_loss, reference_for
 from trainer import Task
 
 
@@ -31,11 +29,41 @@ def online_task(settings, device, judge=None):
     base, policy, words = base_and_policy(settings, device)
     judge = judge or load_judge(settings.reward, base.config, tuple(words)).to(device)
     rounds = Rounds(settings, policy, judge, words, device)
-    steps_on = {"dpo": dpo_steps, "nft": nft_steps, "grpo": grpo_steps}[algo]
-    batch, step_loss = steps_on(settings, rounds, base, policy, words, device)
+    old = rounds.old
+    if algo == "dpo":
+        reference = old or reference_for(settings, base, words, device)  # old: --reference round
+        step_loss = dpo_loss(settings, policy, reference)
+
+    def batch(step, rows):
+        """Flow-DPO's are pairs, the others' as many clips as --batch pairs have."""
+        state, rng = rounds.at(step // rounds.length), step_rng(settings.seed, step)
+        count, items = settings.batch, state["items"]
+        if algo != "dpo":
+            count, rows = 2 * count, slice(2 * rows.start, 2 * rows.stop)
+        items = items[epoch_index(len(items), count, step % rounds.length, settings.seed)]
+        if algo == "grpo":
+            return sampled_steps(state, *items[rows].T)
+        y = drop_prompts(state["y"][items[:, 0]], settings.label_dropout, rng)
+        noise = draw_noise(count, base.config.video_shape, settings.time_shift, rng)
+        clips_of = compared_clips if algo == "dpo" else rewarded_clips
+        return clips_of(state, *items[rows].T) | take({"y": y, **noise}, rows)
 
     def loss(batch):
-        value, logs = step_loss(batch)
+        if algo == "dpo":
+            value, logs = step_loss(batch)
+        elif algo == "nft":
+            beta, kl = settings.nft_beta, settings.kl
+            value, logs = flow_nft_step(policy, old, base, **batch, beta=beta, kl=kl)
+        else:
+            value, logs = flow_grpo_step(
+                policy,
+                old,
+                base,
+                **batch,
+                clip_range=settings.clip_range,
+                kl_weight=settings.kl,
+                noise_level=settings.noise_level,
+            )
         return value, logs | rounds.state["logs"]
 
     def evaluate(model, out):
@@ -49,83 +77,25 @@ def online_task(settings, device, judge=None):
 
 
 # ---------------------------------------------------------------------------------------------
-# Batches and losses: (step, rows) -> batch, and batch -> (loss, logs)
+# What a loss takes from a round, for the columns of its items (rounds.training_items)
 
 
-def dpo_steps(settings, rounds, base, policy, words, device):
-    """Flow-DPO on the best and the worst clips of each prompt.
-
-    --reference: the start, the policy as it was when the round began, or a checkpoint's model."""
-    if settings.reference == "round":
-        reference = rounds.old
-    else:
-        reference = reference_for(settings, base, words, device)
-    shared_forward = None
-    if settings.freeze and settings.reference in ("first", "round"):
-        shared_forward = share_trunk(policy, reference, settings.freeze)
-
-    def batch(step, rows):
-        state, items, whole = rounds.draw(step, settings.batch)
-        prompt, winner, loser = items[rows].T
-        x0_w = to_video(state["clips"][prompt, winner])
-        x0_l = to_video(state["clips"][prompt, loser])
-        return {"x0_w": x0_w, "x0_l": x0_l, **take(whole, rows)}
-
-    def loss(batch):
-        return flow_dpo_step(
-            policy,
-            reference,
-            **batch,
-            beta=settings.beta,
-            schedule=settings.schedule,
-            shared_forward=shared_forward,
-        )
-
-    return batch, loss
+def compared_clips(state, prompt, winner, loser):
+    clips = state["clips"]
+    return {"x0_w": to_video(clips[prompt, winner]), "x0_l": to_video(clips[prompt, loser])}
 
 
-def nft_steps(settings, rounds, base, policy, words, device):
-    """DiffusionNFT on every clip, by how good it is."""
-
-    def batch(step, rows):
-        rows = slice(2 * rows.start, 2 * rows.stop)  # as many clips as --batch pairs have
-        state, items, whole = rounds.draw(step, 2 * settings.batch)
-        prompt, clip = items[rows].T
-        x0 = to_video(state["clips"][prompt, clip])
-        return {"x0": x0, "r": state["r"][prompt, clip], **take(whole, rows)}
-
-    def loss(batch):
-        beta, kl = settings.nft_beta, settings.kl
-        return flow_nft_step(policy, rounds.old, base, **batch, beta=beta, kl=kl)
-
-    return batch, loss
+def rewarded_clips(state, prompt, clip):
+    return {"x0": to_video(state["clips"][prompt, clip]), "r": state["r"][prompt, clip]}
 
 
-def grpo_steps(settings, rounds, base, policy, words, device):
-    """Flow-GRPO on the random steps of every clip's sampling."""
-
-    def batch(step, rows):
-        rows = slice(2 * rows.start, 2 * rows.stop)  # as many clips as --batch pairs have
-        state, items, whole = rounds.draw(step, 2 * settings.batch)
-        prompt, clip, k = items[rows].T
-        return {
-            "x_t": state["states"][prompt, clip, k].float(),
-            "x_next": state["states"][prompt, clip, k + 1].float(),
-            "y": state["y"][prompt],
-            "t": state["times"][k],
-            "t_next": state["times"][k + 1],
-            "advantage": state["advantage"][prompt, clip],
-        }
-
-    def loss(batch):
-        return flow_grpo_step(
-            policy,
-            rounds.old,
-            base,
-            **batch,
-            clip_range=settings.clip_range,
-            kl_weight=settings.kl,
-            noise_level=settings.noise_level,
-        )
-
-    return batch, loss
+def sampled_steps(state, prompt, clip, k):
+    """The steps k -> k + 1 of the SDE; noise and times are those of the sampling."""
+    return {
+        "x_t": state["states"][prompt, clip, k].float(),
+        "x_next": state["states"][prompt, clip, k + 1].float(),
+        "y": state["y"][prompt],
+        "t": state["times"][k],
+        "t_next": state["times"][k + 1],
+        "advantage": state["advantage"][prompt, clip],
+    }
