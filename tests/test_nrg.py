@@ -6,7 +6,6 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from data import draw_noise, step_rng
 from model import ModelConfig, VideoTransformer
 from nrg import (
     NoisyReward,
@@ -221,26 +220,11 @@ def test_tokens_in_the_order_of_tiles_are_read_at_their_own_places():
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_it_learns_a_preference_and_leaves_a_frozen_trunk_alone(frozen):
-    torch.manual_seed(0)
-    reward = noisy_reward_on(small_model(), 2, frozen)
-    before = {name: value.clone() for name, value in reward.state_dict().items()}
-    optimizer = torch.optim.Adam([p for p in reward.parameters() if p.requires_grad], 3e-3)
-    for step in range(60):
-        rng = step_rng(0, step)
-        a, _, y = inputs(16, step)
-        label = torch.where(torch.rand(16, generator=rng) < 0.5, 1, -1)
-        a = a + label[:, None, None, None, None]  # the brighter clip is better
-        label = label[:, None].expand(-1, 3)
-        noise = draw_noise(16, CONFIG.video_shape, 1.0, rng)
-        loss, logs = noisy_pair_step(reward, a, -a, y, label, **noise)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert loss.item() < 0.45 and logs["VQ"] > 0.8  # ln 2 = .69 and .5 know nothing
-    state = reward.state_dict().items()
-    changed = {name for name, value in state if not torch.equal(value, before[name])}
-    assert any(name.startswith("trunk.") for name in changed) != frozen
+def test_a_frozen_trunk_gets_no_gradient(frozen):
+    reward, (a, t, y) = noisy_reward_on(small_model(), 2, frozen), inputs()
+    noisy_pair_step(reward, a, -a, y, torch.ones(4, 3), t, torch.randn_like(a))[0].backward()
+    moved = {name for name, value in reward.named_parameters() if value.grad is not None}
+    assert "numbers.weight" in moved and ("trunk.blocks.1.attn.qkv.weight" in moved) != frozen
 
 
 WEIGHTS = [1.0, -0.5, 2.0]
