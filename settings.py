@@ -26,9 +26,9 @@ from runtime.cli import (
 )
 from runtime.config import flag, flags_of, option, parse
 
-DATA = ("data",)
-DATA_OR_ROUNDS = ("data", "rounds")
+DATA, ROUNDS, REFRESH = ("data",), ("rounds",), ("refresh",)
 STARTED = ("init_reward",)  # from a trained VideoReward, which has sizes of its own
+TOY = ("data", "rounds")  # neither of them
 PRECISIONS = ("auto", "float32", "bfloat16")
 
 
@@ -42,9 +42,7 @@ class Training:
 
     algo: str = flag("dpo", "pretrain, reward, nrg, sft, rwr, dpo, nft or grpo; each has own flags")
     steps: int = flag(200, "optimiser steps", positive_int)
-    batch: int = flag(
-        16, "clips (pretrain) or pairs a step; sft, rwr: 2 clips a pair", positive_int
-    )
+    batch: int = flag(16, "clips (pretrain) or pairs a step; a pair is 2 clips", positive_int)
     lr: float = flag(1e-4, "peak learning rate of AdamW", positive)
     decay: float = flag(0.0, "last share of the run, over which the rate falls to 0", fraction)
     ema: float = flag(0.0, "decay of the averaged weights; 0 = none", fraction)
@@ -72,7 +70,7 @@ class Data:
     data: Path = flag(None, "CSV of videos or latents in VideoAlign's format", Path, file=True)
     data_dir: Path = flag(None, "folder of the CSV's paths (default: its own)", Path, needs=DATA)
     cache: Path = flag(
-        Path("out/clips"), "folder of clips, decoded or sampled", Path, resumable=True
+        Path("out/clips"), "folder of decoded or sampled clips", Path, resumable=True
     )
     fps: float = flag(2.0, "frames a second of a video that are read (5.1)", positive, needs=DATA)
     short: str = flag(
@@ -93,30 +91,28 @@ class FromNothing:
 
 
 @dataclass
-class Labelled:
-    """pairs with labels"""
+class ToyPairs:
+    """pairs of toy clips"""
 
-    pairs: int = flag(None, "toy pairs (default: two epochs, Table 11)", positive_int, without=DATA)
-    generated: float = flag(0.0, "share of pairs of clips of --init", fraction, without=DATA)
+    pairs: int = flag(None, "(default: an epoch; reward, nrg: 2)", positive_int, without=TOY)
+    generated: float = flag(0.0, "share of pairs of clips of --init", fraction, without=TOY)
+
+
+@dataclass
+class Labelled(ToyPairs):
+    """pairs to validate on"""
+
     val: Path = flag(
-        None,
-        "CSV to validate on (default: a tenth of the prompts, held out)",
-        Path,
-        needs=DATA,
-        file=True,
+        None, "CSV (default: a tenth of --data's prompts)", Path, needs=DATA, file=True
     )
-    eval_pairs: int = flag(
-        1000, "toy pairs to validate on", positive_int, without=DATA, resumable=True
-    )
+    eval_pairs: int = flag(1000, "pairs of toy clips", positive_int, without=DATA, resumable=True)
 
 
 @dataclass
 class VideoModel:
     """the video model"""
 
-    attention: str = flag(
-        None, "full, or tile:T,H,W for sliding tiles (default: full, or --init's)"
-    )
+    attention: str = flag(None, "full, or tile:T,H,W for sliding tiles (default: --init's)")
     time_shift: float = flag(TIME_SHIFT, "shift of t towards noise; 1 = none", positive)
     eval_prompts: int = flag(192, "prompts of the closing table", positive_int, resumable=True)
     eval_seed: int = flag(1234, "noise of the closing table", seed, resumable=True)
@@ -134,28 +130,17 @@ class Aligned(Data, VideoModel):
     """alignment"""
 
     init: Path = flag(WEIGHTS / "base.pt", "base model, where alignment starts", Path, file=True)
-    reward: Path = flag(
-        None, "VideoReward that ranks and judges (default: weights/reward.pt)", Path, file=True
-    )
+    reward: Path = flag(None, "VideoReward (default: weights/reward.pt)", Path, file=True)
     align: tuple = flag((1.0, 1.0, 1.0), "weights of VQ, MQ and TA in the reward (5.2)", triple)
     freeze: int = flag(2, "first blocks that stay the base model's", whole)
     lora_rank: int = flag(0, "rank of LoRA adapters; 0 = train the weights", whole)
 
 
 @dataclass
-class Offline(FlowMatching):
+class Offline(ToyPairs, FlowMatching):
     """alignment on pairs"""
 
-    pairs: int = flag(None, "toy pairs (default: one epoch)", positive_int, without=DATA_OR_ROUNDS)
-    generated: float = flag(
-        0.0, "share of pairs of clips of --init", fraction, without=DATA_OR_ROUNDS
-    )
-    rank: str = flag(
-        "reward",
-        "what ranks the clips: VideoReward, or people's labels",
-        choices=("reward", "labels"),
-        without=("rounds",),
-    )
+    rank: str = flag("reward", "what ranks clips", choices=("reward", "labels"), without=ROUNDS)
 
 
 @dataclass
@@ -163,23 +148,13 @@ class Rounds:
     """rounds of the policy's own clips (online/rounds.py)"""
 
     rounds: int = flag(None, "rounds, each of STEPS / ROUNDS steps", positive_int)
-    clips: int = flag(8, "clips of each prompt in a round", clip_count, needs=("rounds",))
+    clips: int = flag(8, "clips of each prompt in a round", clip_count, needs=ROUNDS)
     refresh: int = flag(
-        None,
-        "train VideoReward on new labels every so many rounds (default: never)",
-        positive_int,
-        needs=("rounds",),
+        None, "rounds between new labels (default: never)", positive_int, needs=ROUNDS
     )
-    refresh_pairs: int = flag(256, "pairs to label each time", positive_int, needs=("refresh",))
-    ask: bool = flag(
-        False, "label these pairs yourself, as with --data", needs=("refresh",), without=DATA
-    )
-    caption: float = flag(
-        None,
-        "weight of the captioning loss (default: 1; --data 0)",
-        non_negative,
-        needs=("refresh",),
-    )
+    refresh_pairs: int = flag(256, "pairs to label each time", positive_int, needs=REFRESH)
+    ask: bool = flag(False, "label them yourself, as with --data", needs=REFRESH, without=DATA)
+    caption: float = flag(None, "weight of the captioning loss", non_negative, needs=REFRESH)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -211,10 +186,10 @@ class Reward(FromNothing, Labelled, Data, Training):
     init: Path = flag(WEIGHTS / "base.pt", "model of the --generated clips", Path, file=True)
     init_reward: Path = flag(None, "VideoReward to start from (default: none)", Path, file=True)
     loss: str = flag("btt", "Bradley-Terry with ties, without, or on ratings", choices=LOSSES)
-    tokens: str = flag(
-        "separate", "tokens that scores are read from", choices=("separate", "shared")
+    tokens: str = flag("separate", "how scores are read", choices=("separate", "shared"))
+    caption: float = flag(
+        None, "weight of the captioning loss (default: 1; --data 0)", non_negative
     )
-    caption: float = flag(None, "weight of the captioning loss (default: 1; data 0)", non_negative)
 
 
 @dataclass
@@ -263,9 +238,7 @@ class Dpo(Offline, Rounds, Aligned, Training):
     beta: float = flag(100.0, "larger stays closer to the reference", positive)
     schedule: str = flag("constant", "beta over t (section 4.2)", choices=SCHEDULES)
     reference: str = flag(
-        "first",
-        "the start (first), the policy as a round begins (round), or a checkpoint",
-        file=True,
+        "first", "the start, the policy as a round begins (round), or a checkpoint", file=True
     )
 
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from runtime import distributed, resume
 from runtime.cli import BadInput
-from runtime.distributed import accumulating, full_tensor, rank, reduce_logs
+from runtime.distributed import average_gradients, full_tensor, rank, reduce_logs
 
 
 @dataclass
@@ -50,9 +50,12 @@ def fit(task, settings, device, state=None):
     SIGINT and SIGTERM save and exit with status 130. A loss or gradient that is not finite stops
     the run before it is used. Under torchrun every process calls this with the same arguments, and
     process 0 returns the lines."""
-    model = task.model
     is_main = rank() == 0
-    unsharded = None  # the shards are gathered in it at the end
+    last = settings.out / "last.pt"
+
+    # the model, its optimiser and averaged weights
+    model = task.model
+    unsharded = None  # the shards are gathered in it
     if settings.fsdp and is_main:
         unsharded = copy.deepcopy(model).cpu()
     loss_of = distributed.wrap_model(task, device, settings)
@@ -67,13 +70,15 @@ def fit(task, settings, device, state=None):
     ema = {}
     if settings.ema:
         ema = {name: value.detach().clone() for name, value in trained.items()}
-    start = 0
-    if state:
-        start = resume.restore(state, trained, ema, optimizer)
+
+    # their numbers, from a checkpoint where there is one
+    tensors = resume.run_tensors(trained, ema, optimizer)
+    start = resume.restore(state, tensors) if state else 0
     rows = distributed.local_rows(settings.batch)
+    need = resume.bytes_to_save(model, tensors) + task.extra_bytes
 
     with (
-        resume.open_log(settings, start, model, trained, task.extra_bytes) as write_log,
+        resume.open_log(settings.out, start, need) as write_log,
         resume.stop_requests() as stop,
         tqdm(
             total=settings.steps,
@@ -90,53 +95,60 @@ def fit(task, settings, device, state=None):
             # forward and backward, one micro-batch after the other
             micro_losses = []
             for i in range(settings.accum):
-                micro_batch = {
-                    name: value.chunk(settings.accum)[i] for name, value in batch.items()
-                }
-                with accumulating(loss_of, last=i == settings.accum - 1):
-                    loss, logs = loss_of(micro_batch)
-                    (loss / settings.accum).backward()
+                micro_batch = {name: x.chunk(settings.accum)[i] for name, x in batch.items()}
+                average_gradients(loss_of, i == settings.accum - 1)
+                loss, logs = loss_of(micro_batch)
+                (loss / settings.accum).backward()
                 micro_losses.append((loss.item(), logs))
-            grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)).item()
+            grad_norm = torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
+            grad_norm = full_tensor(grad_norm).item()
 
             # what all processes saw, before any of it is used
             loss, logs, stopping = reduce_logs(micro_losses, bool(stop))
             if not math.isfinite(loss) or not math.isfinite(grad_norm):
                 fault = f"loss is {loss}, grad_norm {grad_norm} at step {step}"
-                last = resume.last_state(settings.out)
-                raise BadInput(f"{fault} (--seed {settings.seed}); {last}")
+                saved = resume.last_state(settings.out)
+                raise BadInput(f"{fault} (--seed {settings.seed}); {saved}")
 
             # update
-            for group in optimizer.param_groups:
-                group["lr"] = settings.lr * lr_factor(step, settings.steps, settings.decay)
+            factor = lr_factor(step, settings.steps, settings.decay)
+            optimizer.param_groups[0]["lr"] = settings.lr * factor
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            if ema:
-                decay = min(settings.ema, (step + 1) / (step + 10))  # a short memory at the start
-                with torch.no_grad():
-                    torch._foreach_lerp_(list(ema.values()), list(trained.values()), 1 - decay)
+            decay = min(settings.ema, (step + 1) / (step + 10))  # a short memory at the start
+            with torch.no_grad():
+                for name, average in ema.items():
+                    average.lerp_(trained[name], 1 - decay)
 
-            # log and save
-            done = step + 1
-            ends_round = task.round_length and done % task.round_length == 0
-            is_due = done % settings.save_every == 0 or done == settings.steps
-            saving = stopping or ends_round or is_due
-            write_log({"step": step, **logs, "grad_norm": grad_norm}, sync=saving)
+            # log
+            write_log({"step": step, **logs, "grad_norm": grad_norm})
             figures = {name: f"{logs[name]:.3f}" for name in task.progress_keys if name in logs}
             bar.set_postfix(figures, refresh=False)
             bar.update()
-            if saving:
-                final, tensors = resume.snapshot(model, trained, ema, optimizer, unsharded)
-                resume.save_run(settings, task, done, final, tensors)
+
+            # save
+            done = step + 1
+            ends_round = task.round_length and done % task.round_length == 0
+            is_due = done % settings.save_every == 0 or done == settings.steps
+            if stopping or ends_round or is_due:
+                final, saved = resume.snapshot(model, tensors, unsharded)
+                resume.save_run(settings, task, done, final, saved)
             if stopping:
                 bar.close()
                 if is_main:
-                    last = settings.out / "last.pt"
                     print(f"stopped after step {done}; --resume continues from {last}")
                 sys.exit(130)
 
-    final, tensors = resume.snapshot(model, trained, ema, optimizer, unsharded)
+    if start == settings.steps:  # nothing was left to train
+        final, saved = resume.snapshot(model, tensors, unsharded)
     if not is_main:
         return []
     lines = task.evaluate(final.to(device).eval(), settings.out)
-    return resume.save_final(settings, task, final, tensors, lines)
+    try:
+        resume.save_run(settings, task, settings.steps, final, saved, True)
+    except BadInput:
+        print("\n".join(["", *lines]))  # the table is not lost with the file
+        raise
+    wrote = [settings.export] if settings.export else []
+    wrote += [settings.out / "metrics.jsonl", last]
+    return [*lines, *(f"wrote {path}" for path in wrote)]

@@ -32,10 +32,6 @@ def save_checkpoint(path, state):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        if os.name == "posix":  # the new name, too, is then on the disk
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError if a write fails
         with suppress(OSError):
             temporary.unlink()
@@ -48,31 +44,29 @@ def load_checkpoint(path, kind=None):
     if not Path(path).is_file():
         raise BadInput(f"{path}: no such checkpoint; train one with `python train.py`")
     try:
-        state = _read(path)
-        words = state["vocabulary"]
+        check_stored(path)
+        with warnings.catch_warnings(action="ignore"):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        words, found, version = state["vocabulary"], str(state["kind"]), int(state["format"])
         valid = isinstance(words, list) and all(isinstance(word, str) for word in words)
-        valid = valid and isinstance(state["format"], int) and {"config", "model"} <= state.keys()
-        found = state["kind"]
+        valid = valid and {"config", "model"} <= state.keys()
     except Exception:  # a damaged file can make torch raise anything
         valid = False
     if not valid:
         fault = "damaged, or not written by train.py"
         raise BadInput(f"{path}: not a checkpoint that can be read safely ({fault})")
-    if state["format"] != FORMAT:
-        raise BadInput(f"{path}: has format {state['format']}; this version reads format {FORMAT}")
+    if version != FORMAT:
+        raise BadInput(f"{path}: has format {version}; this version reads format {FORMAT}")
     if kind and found != kind:
         raise BadInput(f"{path}: holds a {found} model, but a {kind} model is needed here")
     return state
 
 
-def _read(path):
-    with open(path, "rb") as file, warnings.catch_warnings(action="ignore"):
-        if file.read(4) != b"PK\3\4":
-            raise ValueError("torch's older format, whose lengths are not checked")
-        if any(entry.compress_type for entry in zipfile.ZipFile(file).infolist()):
-            raise ValueError("compressed: a few MB could fill the memory")
-        file.seek(0)
-        return torch.load(file, map_location="cpu", weights_only=True)
+def check_stored(path):
+    """ValueError for a compressed file, of which a few MB could fill the memory."""
+    with zipfile.ZipFile(path) as archive:
+        if any(entry.compress_type for entry in archive.infolist()):
+            raise ValueError
 
 
 def check_fit(model, weights, path):
@@ -84,9 +78,6 @@ def check_fit(model, weights, path):
             raise BadInput(f"{path}: {fault} tensor {name!r}; it belongs to another kind of model")
         value, shape = weights[name], own[name].shape
         valid = torch.is_tensor(value) and value.shape == shape and value.is_floating_point()
-        # an expanded or sparse tensor has the shape, but not the numbers
-        valid = valid and value.layout == torch.strided
-        valid = valid and value.untyped_storage().nbytes() >= value.nbytes
         if not valid or not value.isfinite().all():
             fault = f"must hold finite floating-point numbers of shape {tuple(shape)}"
             raise BadInput(f"{path}: tensor {name!r} {fault}")
@@ -106,14 +97,12 @@ def check_same_data(name, config, words, other_name, other_config, other_words):
 
 def load_network(path, kind, network, config_of, old_names={}):
     """(network, vocabulary) of a checkpoint: network(config_of(**config)), in eval mode and
-    float32. old_names: {name of a tensor in older files: name now}. BadInput says what does not
-    fit."""
+    float32. BadInput says what does not fit. old_names: {tensor in older files: name now}."""
     state = load_checkpoint(path, kind)
     if kind != "velocity" and state.get("evaluated") is False:
         fault = "its scores get their unit at the end of the training; --resume it to the end first"
         raise BadInput(f"{path}: {fault}")
     try:
-        words = state["vocabulary"]
         weights = {old_names.get(name, name): value for name, value in state["model"].items()}
         config = config_of(**state["config"])
         with torch.device("meta"):  # allocates nothing before the file has proved its size
@@ -124,6 +113,7 @@ def load_network(path, kind, network, config_of, old_names={}):
         fault = f"its config or its weights do not describe a {network.__name__}"
         raise BadInput(f"{path}: {fault}") from None
     check_fit(blank, weights, path)
+    words = state["vocabulary"]
     if len(words) > blank.config.vocab:
         raise BadInput(f"{path}: {len(words)} words, but its model knows {blank.config.vocab}")
     model = network(blank.config)

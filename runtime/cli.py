@@ -1,7 +1,6 @@
 """What all commands share: types of flags, one-line errors, devices and progress bars."""
 
 import argparse
-import ctypes
 import math
 import os
 import re
@@ -42,11 +41,11 @@ def flag_type(parse, is_valid, description):
     def convert(text):
         try:
             value = parse(text)
+            if is_valid(value):
+                return value
         except ValueError:
-            value = None
-        if value is None or not is_valid(value):
-            raise argparse.ArgumentTypeError(f"{text}: must be {description}")
-        return value
+            pass
+        raise argparse.ArgumentTypeError(f"{text}: must be {description}")
 
     return convert
 
@@ -55,13 +54,21 @@ def whole_number(low, high):
     return flag_type(int, lambda n: low <= n <= high, f"a whole number from {low} to {high}")
 
 
-def floats(text):
+def numbers(text):
     return tuple(float(part) for part in text.split(","))
 
 
 def sides(text):
     height, _, width = text.partition("x")
     return int(height), int(width or height)
+
+
+def is_triple(values):
+    return len(values) == 3 and all(map(math.isfinite, values))
+
+
+def is_interval(values):
+    return len(values) == 2 and 0 <= values[0] <= values[1] <= 1
 
 
 positive_int = whole_number(1, 10**9)
@@ -72,28 +79,13 @@ positive = flag_type(float, lambda x: 0 < x < math.inf, "a positive number")
 non_negative = flag_type(float, lambda x: 0 <= x < math.inf, "0 or a positive number")
 finite = flag_type(float, math.isfinite, "a finite number")
 fraction = flag_type(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
-triple = flag_type(
-    floats, lambda x: len(x) == 3 and all(map(math.isfinite, x)), "three numbers, as in 1,1,0.5"
-)
-interval = flag_type(
-    floats, lambda x: len(x) == 2 and 0 <= x[0] <= x[1] <= 1, "from 0 to 1, as in 0,0.9"
-)
+triple = flag_type(numbers, is_triple, "three numbers, as in 1,1,0.5")
+interval = flag_type(numbers, is_interval, "from 0 to 1, as in 0,0.9")
 frame_size = flag_type(sides, lambda x: min(x) > 0, "height x width, as in 32x56")
-
-
-def keep_freed_memory():
-    """Lets glibc reuse large freed blocks, in place of new pages for each tensor of some MB."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return  # another C library
-    mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-    mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
 def run(main):
     """Runs a command: bad input ends it with one line and exit status 2, Ctrl-C with 130."""
-    keep_freed_memory()
     try:
         main()
     except BadInput as error:

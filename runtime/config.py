@@ -9,7 +9,7 @@ another default.
 """
 
 import argparse
-from dataclasses import field, fields
+from dataclasses import field
 from pathlib import Path
 
 from runtime.cli import BadInput, Parser
@@ -28,18 +28,13 @@ def option(name):
     return "--" + name.replace("_", "-")
 
 
-def declaring_class(cls, name):
-    """The class that declared a flag, not one that changed its default."""
-    return [base for base in cls.__mro__ if name in vars(base).get("__dataclass_fields__", {})][-1]
-
-
 def flags_of(cls):
-    """{field: the metadata of `flag`} for every flag of a settings class."""
+    """{field: the arguments of `flag`, and "group": the class that declares it} of settings."""
     found = {}
-    for each in fields(cls):
-        declared = declaring_class(cls, each.name).__dataclass_fields__[each.name]
-        if declared.metadata:
-            found[each.name] = declared.metadata
+    for base in reversed(cls.__mro__):
+        for name, value in getattr(base, "__dataclass_fields__", {}).items():
+            if value.metadata and name not in found:  # else it has another default here
+                found[name] = value.metadata | {"group": base}
     return found
 
 
@@ -63,20 +58,19 @@ def parse(cls, argv=None):
     for a value that is wrong, and for a flag that has no effect beside the others."""
     parser = Parser(cls.__doc__, usage="%(prog)s [flags]", allow_abbrev=False)
     flags, groups = flags_of(cls), {}
-    for name in flags:
-        title = declaring_class(cls, name).__doc__.split("\n")[0]
-        groups.setdefault(title, []).append(name)
-    for title, names in reversed(groups.items()):  # the algorithm's own flags come first
-        group = parser.add_argument_group(title)
+    for name, about in flags.items():
+        groups.setdefault(about["group"], []).append(name)
+    for base, names in reversed(groups.items()):  # the algorithm's own flags come first
+        group = parser.add_argument_group(base.__doc__.split("\n")[0])
         for name in names:
             add_flag(group, name, flags[name], getattr(cls, name))
     given, unknown = parser.parse_known_args(argv)
     settings = cls(**vars(given))
     for name in vars(given):
-        missing = [other for other in flags[name]["needs"] if not getattr(settings, other, None)]
-        surplus = [other for other in flags[name]["without"] if getattr(settings, other, None)]
-        if missing:
-            raise BadInput(f"{option(name)}: has no effect without {option(missing[0])}")
-        if surplus:
-            raise BadInput(f"{option(name)}: has no effect with {option(surplus[0])}")
+        for other in flags[name]["needs"]:
+            if not getattr(settings, other, None):
+                raise BadInput(f"{option(name)}: has no effect without {option(other)}")
+        for other in flags[name]["without"]:
+            if getattr(settings, other, None):
+                raise BadInput(f"{option(name)}: has no effect with {option(other)}")
     return settings, [text.split("=")[0] for text in unknown]

@@ -10,7 +10,7 @@ on its rows. Process 0 logs and saves. Without torchrun there is one process, wh
 
 import os
 import sys
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -18,7 +18,6 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -29,9 +28,12 @@ _patient = None  # a group of all processes, whose barrier waits as long as it t
 _in_block = False  # of process_0_first
 
 
-def restarts():
-    """How often torchrun has started this process again after a fault (--max-restarts)."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def start_process(name):
@@ -45,11 +47,7 @@ def start_process(name):
     if device.type == "cuda":
         backend = "nccl"
         torch.cuda.set_device(device)
-    store, number, count = next(rendezvous("env://"))
-    # after a restart the launcher's store still has the addresses of the processes before
-    store = dist.PrefixStore(f"start-{restarts()}", store)
-    hour = timedelta(hours=1)  # process 0 may take long to write a large checkpoint
-    dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=hour)
+    dist.init_process_group(backend, timeout=timedelta(hours=1))  # a checkpoint may take long
     _patient = dist.new_group(backend="gloo", timeout=timedelta(days=365))
     return device
 
@@ -70,12 +68,20 @@ def stop_process():
         dist.destroy_process_group()
 
 
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size():
-    return dist.get_world_size() if dist.is_initialized() else 1
+@contextmanager
+def process_0_first():
+    """Process 0 runs the block, then all others run it: they wait without a timeout, as decoding
+    can take hours. A block inside another one does not wait, as it may be process 0's alone."""
+    global _in_block
+    outermost, _in_block = not _in_block, True
+    try:
+        if outermost and rank():
+            wait_for_all()
+        yield
+        if outermost and not rank():
+            wait_for_all()
+    finally:
+        _in_block = not outermost
 
 
 def check_flags(settings):
@@ -92,22 +98,6 @@ def local_rows(batch):
     """This process's slice of a batch's rows."""
     share = batch // world_size()
     return slice(rank() * share, (rank() + 1) * share)
-
-
-@contextmanager
-def process_0_first():
-    """Process 0 runs the block, then all others run it: they wait without a timeout, as decoding
-    can take hours. A block inside another one does not wait, as it may be process 0's alone."""
-    global _in_block
-    outermost, _in_block = not _in_block, True
-    try:
-        if outermost and rank():
-            wait_for_all()
-        yield
-        if outermost and not rank():
-            wait_for_all()
-    finally:
-        _in_block = not outermost
 
 
 def reduce_logs(micro_losses, stop):
@@ -171,13 +161,11 @@ def wrap_model(task, device, settings):
     return DistributedDataParallel(loss) if world_size() > 1 else loss
 
 
-def accumulating(loss, last):
-    """A context for one micro-batch: the last one alone averages gradients over processes."""
+def average_gradients(loss, enabled):
+    """Whether the next backward averages gradients over processes."""
     if isinstance(loss, FSDPModule):
-        loss.set_requires_gradient_sync(last)
-    if isinstance(loss, DistributedDataParallel) and not last:
-        return loss.no_sync()
-    return nullcontext()
+        loss.set_requires_gradient_sync(enabled)
+    loss.require_backward_grad_sync = enabled  # read by DDP
 
 
 def full_tensor(tensor):
@@ -187,10 +175,10 @@ def full_tensor(tensor):
 
 def gather(tensor):
     """A sharded tensor, whole on process 0's CPU, and None in the others; any other as it is."""
-    whole = full_tensor(tensor)
-    if isinstance(tensor, DTensor):
-        whole = None if rank() else whole.cpu()
-    return whole
+    if not isinstance(tensor, DTensor):
+        return tensor
+    whole = tensor.full_tensor()
+    return None if rank() else whole.cpu()
 
 
 def shard_like(whole, tensor):

@@ -4,8 +4,7 @@
     metrics.jsonl   one line a step; locked while a run writes it
 
 All randomness of step n, and its place in the data, comes from the seed and n, so a run resumes bit
-for bit from its step. The log is on the disk before the checkpoint of its steps; lines beyond the
-checkpoint are cut off when the run resumes.
+for bit from its step. Lines of the log beyond the checkpoint are cut off when the run resumes.
 """
 
 import copy
@@ -24,7 +23,7 @@ import torch
 from runtime.checkpoint import WEIGHTS, load_checkpoint, save_checkpoint
 from runtime.cli import BadInput, check_writable
 from runtime.config import flags_of, option
-from runtime.distributed import gather, rank, restarts, shard_like
+from runtime.distributed import gather, rank, shard_like
 
 try:
     import fcntl
@@ -33,8 +32,7 @@ except ImportError:  # Windows: two runs in one folder are not noticed
 
 
 def settled(settings):
-    """What makes a run what it is, as text: the flags that a resumed run may not change, and the
-    digests of the files they name."""
+    """The flags that a resumed run may not change, and the digests of the files they name."""
     values = {}
     for name, about in flags_of(type(settings)).items():
         if not about["resumable"]:
@@ -53,15 +51,6 @@ def digests(settings):
     return found
 
 
-def commit():
-    """The commit of the code, with "+" if files differ from it; "" outside a repository."""
-    git = ["git", "-C", str(WEIGHTS.parent), "describe", "--always", "--exclude=*", "--dirty=+"]
-    try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-
-
 def last_state(out):
     """Where the last good state of a run is, for messages."""
     last = out / "last.pt"
@@ -69,8 +58,9 @@ def last_state(out):
 
 
 def resumes(settings):
-    """Whether a run resumes: by --resume, or as torchrun has started it again."""
-    return settings.resume or (restarts() > 0 and (settings.out / "last.pt").exists())
+    """Whether a run resumes: by --resume, or as torchrun --max-restarts has started it again."""
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    return settings.resume or (restarted and (settings.out / "last.pt").exists())
 
 
 def opened_run(settings):
@@ -85,24 +75,25 @@ def opened_run(settings):
             raise BadInput(f"{last}: a run is there already; give --resume, or another --out")
         return None
     state = load_checkpoint(last)
-    before, step = state.get("settings"), state.get("step")
-    if not isinstance(before, dict) or not isinstance(step, int) or "training" not in state:
+    if "training" not in state:
         raise BadInput(f"{last}: holds weights alone; use them with --init, not with --resume")
-    if settings.pairs_of_steps and str(before.get("pairs")).isdigit():
+    before = state["settings"]
+    if settings.pairs_of_steps and "pairs" in before:
         settings.pairs = int(before["pairs"])  # also where --steps has grown
     for name, value in settled(settings).items():
         was, flag = before.get(name), name.removesuffix(" sha256")
         if was == value:
             continue
-        if name != flag:
+        if name == "steps":
+            check_longer(settings, state["step"], int(was))
+        elif name == flag:
+            raise BadInput(
+                f"--resume: {option(name)} was {was} in {last}, now {value}; use the same"
+            )
+        else:
             fault = f"{getattr(settings, flag)} (--{flag}) has changed since {last} was written"
             raise BadInput(f"--resume: {fault}; put it back, or give another --out")
-        if name == "steps" and str(was).isdigit():
-            check_longer(settings, step, int(was))
-        else:
-            fault = f"{option(name)} was {was} in {last}, now {value}"
-            raise BadInput(f"--resume: {fault}; use the same")
-    return {"step": step, "training": state["training"]}
+    return {"step": state["step"], "training": state["training"]}
 
 
 def warmup_steps(steps):
@@ -131,48 +122,39 @@ def read_own(path, settings):
 
 
 @contextmanager
-def open_log(settings, start, model, trained, extra_bytes=0):
-    """Yields write(record, sync), which appends to the first `start` lines of metrics.jsonl; with
-    `sync` the lines are then on the disk. Process 0 alone writes.
-
-    BadInput if another run writes there, or if the disk has no room for checkpoints or lines."""
+def open_log(out, start, need):
+    """Yields write(record), which appends to the first `start` lines of metrics.jsonl; process 0
+    alone writes. BadInput if another run writes there, or if fewer than `need` bytes are free."""
     if rank():
-        yield lambda record, sync: None
+        yield lambda record: None
         return
-    path = settings.out / "metrics.jsonl"
+    path = out / "metrics.jsonl"
     try:
-        settings.out.mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
         file = open(path, "ab", buffering=0)
-        _lock(file, settings.out)
+        lock(file, out)
         lines = path.read_bytes().splitlines(keepends=True)
         file.truncate(sum(map(len, lines[:start])))
-        free = shutil.disk_usage(settings.out).free
+        free = shutil.disk_usage(out).free
     except OSError as error:
-        raise BadInput(f"cannot write to {settings.out}: {error.strerror}") from None
-    numbers = sum(map(torch.numel, model.parameters())) + 3 * sum(
-        map(torch.numel, trained.values())
-    )
-    need = 2 * 4 * numbers + extra_bytes  # float32; the next checkpoint is written beside the last
+        raise BadInput(f"cannot write to {out}: {error.strerror}") from None
     if free < need:
         fault = f"{free / 1e9:.2f} GB free, but checkpoints may take {need / 1e9:.2f} GB"
-        raise BadInput(f"{settings.out}: {fault}")
+        raise BadInput(f"{out}: {fault}")
 
-    def write(record, sync):
+    def write(record):
         line = f"{json.dumps(record)}\n".encode()
         try:
             while line:  # a disk that is nearly full takes a part
                 line = line[file.write(line) :]
-            if sync:
-                os.fsync(file.fileno())
         except OSError as error:
-            fault = f"{error.strerror}; {last_state(settings.out)}"
-            raise BadInput(f"cannot write {path}: {fault}") from None
+            raise BadInput(f"cannot write {path}: {error.strerror}; {last_state(out)}") from None
 
     with file:
         yield write
 
 
-def _lock(file, out):
+def lock(file, out):
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends or closes it
@@ -208,73 +190,70 @@ def until_stopped(items, out):
 
 
 def run_tensors(trained, ema, optimizer):
-    """All tensors of a training by name; creates those that the optimiser does not have yet."""
+    """All tensors that a training changes, by name. Creates the optimiser's, which AdamW would
+    create in its first step."""
     tensors = {f"model.{name}": value.detach() for name, value in trained.items()}
     tensors |= {f"ema.{name}": value for name, value in ema.items()}
     for name, value in trained.items():
-        state = optimizer.state[value]
-        if not state:
-            state["step"] = torch.zeros((), device=value.device)
-            state |= {key: torch.zeros_like(value) for key in ("exp_avg", "exp_avg_sq")}
-        tensors |= {f"{key}.{name}": tensor for key, tensor in state.items()}
+        state = {key: torch.zeros_like(value) for key in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[value] = state | {"step": torch.zeros((), device=value.device)}
+        tensors |= {f"{key}.{name}": tensor for key, tensor in optimizer.state[value].items()}
     return tensors
 
 
+def bytes_to_save(model, tensors):
+    """At most what the checkpoints of a run take: the next one is written beside the last."""
+    numbers = sum(value.numel() for value in [*model.parameters(), *tensors.values()])
+    return 2 * 4 * numbers  # float32
+
+
 @torch.no_grad()
-def restore(state, trained, ema, optimizer):
+def restore(state, tensors):
     """Loads a checkpoint into a run's tensors; returns its step."""
     training = state.pop("training")  # so that its memory is freed
     try:
-        for name, value in run_tensors(trained, ema, optimizer).items():
-            if training[name].shape != value.shape:
-                raise ValueError(f"{name} has shape {tuple(training[name].shape)}")
+        for name, value in tensors.items():
             value.copy_(shard_like(training[name], value))
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (KeyError, RuntimeError) as error:
         fault = f"does not hold the state of this model's training ({error})".split("\n")[0]
         raise BadInput(f"--resume: the checkpoint {fault}") from None
     return state["step"]
 
 
-def snapshot(model, trained, ema, optimizer, unsharded):
-    """(model, tensors) to save: the model, with averaged weights if there are any, and run_tensors.
-    All processes call this; under --fsdp process 0 gathers the model in `unsharded`."""
-    tensors = run_tensors(trained, ema, optimizer)
+def snapshot(model, tensors, unsharded):
+    """(model, tensors) to save: the model, with averaged weights if there are any, and a run's
+    tensors. All processes call this; under --fsdp process 0 gathers the model in `unsharded`."""
     tensors = {name: gather(value) for name, value in tensors.items()}
-    if rank() == 0 and (ema or unsharded):
+    averaged = any(name.startswith("ema.") for name in tensors)
+    if rank() == 0 and (averaged or unsharded):
+        kind = "ema." if averaged else "model."
+        weights = {n.removeprefix(kind): v for n, v in tensors.items() if n.startswith(kind)}
         model = unsharded or copy.deepcopy(model)
-        weights = {name: tensors[f"{'ema' if ema else 'model'}.{name}"] for name in trained}
         model.load_state_dict(weights, strict=False, assign=True)  # shares their memory
     return model, tensors
 
 
 def facts(task, step):
+    """What a checkpoint says of its model."""
     config = asdict(task.model.config)
     return {"kind": task.kind, "config": config, "vocabulary": task.words, "step": step}
 
 
-def run_state(settings, task, step, model, evaluated):
+def save_run(settings, task, step, model, tensors, evaluated=False):
+    """Process 0 writes a snapshot to last.pt; after the evaluation, --export as well."""
+    if rank():
+        return
     state = {**facts(task, step), "settings": settled(settings), "evaluated": evaluated}
-    return state | {"model": task.state_dict(model)}
+    state["model"] = task.state_dict(model)
+    save_checkpoint(settings.out / "last.pt", state | {"training": tensors})
+    if evaluated and settings.export:
+        half = {name: value.half() for name, value in state["model"].items()}
+        save_checkpoint(settings.export, state | {"model": half, "commit": commit()})
 
 
-def save_run(settings, task, step, model, tensors):
-    """Process 0 writes a snapshot to last.pt."""
-    if rank() == 0:
-        state = run_state(settings, task, step, model, evaluated=False)
-        save_checkpoint(settings.out / "last.pt", state | {"training": tensors})
-
-
-def save_final(settings, task, model, tensors, lines):
-    """Writes last.pt with what the evaluation has calibrated, and --export -> the closing table's
-    lines, and what was written. The table is printed even if a write fails."""
-    state, last = run_state(settings, task, settings.steps, model, True), settings.out / "last.pt"
-    try:
-        save_checkpoint(last, state | {"training": tensors})
-        if settings.export:
-            half = {name: value.half() for name, value in state["model"].items()}
-            save_checkpoint(settings.export, state | {"model": half, "commit": commit()})
-            lines = [*lines, f"wrote {settings.export}"]
-    except BadInput:
-        print("\n".join(["", *lines]))
-        raise
-    return [*lines, f"wrote {settings.out / 'metrics.jsonl'}", f"wrote {last}"]
+def commit():
+    """The commit of the code, with "+" if files differ from it; "" outside a repository."""
+    git = ["git", "-C", str(WEIGHTS.parent), "describe", "--always", "--exclude=*", "--dirty=+"]
+    with suppress(OSError):  # no git
+        return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    return ""
