@@ -10,7 +10,6 @@ import sys
 import time
 from collections import namedtuple
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
