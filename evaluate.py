@@ -16,21 +16,15 @@ python evaluate.py picture      the picture of README.md, after python train.py 
 
 from pages import annotated
 from runtime.cli import pick_device, run
-from studies import bench, jobs, picture, tables
+from studies import bench, jobs, tables
 from studies.catalogue import STUDIES
-from studies.report import page
+from studies.report import clips, page
 
-PAGES = {
-    "bench": bench,
-    "report": page,
-    "tables": tables,
-    "read": annotated,
-    "picture": picture,
-}
+PAGES = {"bench": bench, "report": page, "tables": tables, "read": annotated, "picture": clips}
 
 
 def main():
-    settings = jobs.settings_of()
+    settings = jobs.settings_of((*STUDIES, *PAGES))
     settings.device = pick_device(settings.device)
     if settings.study in STUDIES:
         jobs.run(STUDIES[settings.study], settings)

@@ -29,29 +29,6 @@ def win_rate(model, base):
     return ((model > base).float() + 0.5 * (model == base).float()).mean(0)
 
 
-def static_quality(videos):
-    """How good frames look without regard to prompt and motion, as in VBench's quality score: (N,)
-    in [0, 1], the mean of contrast, sharpness and the share of the mass in one place; 0 without an
-    object."""
-    seen = world.measure(videos)
-    contrast = (seen["contrast"] / (1 - world.GROUND)).clamp(0, 1)
-    sharp = 1 - ((seen["softness"] - world.SHARP) / (world.SOFT - world.SHARP)).clamp(0, 1)
-    return (contrast + sharp + (1 - seen["stray"]).clamp(0, 1)) / 3 * seen["present"]
-
-
-def mean_and_spread(values):
-    """Mean and sample standard deviation, 0 of a single value."""
-    values = torch.tensor(values, dtype=torch.float64)
-    return values.mean().item(), values.std().item() if len(values) > 1 else 0.0
-
-
-def over_seeds(rows, column, **wanted):
-    """Mean and spread of a column over the rows, dicts, that hold all of `wanted`: one a seed."""
-    return mean_and_spread(
-        [row[column] for row in rows if all(row.get(key) == value for key, value in wanted.items())]
-    )
-
-
 def prompt_set(count, *splits):
     """`count` prompts as attributes (count, 3): those of the splits, repeated in turn."""
     prompts = world.split_prompts(*splits)

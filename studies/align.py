@@ -21,16 +21,17 @@ from itertools import product
 
 from nrg import SteeredPolicy, load_noisy_reward
 from runtime.checkpoint import WEIGHTS
-from sample import CFG, NRG_EPS, NRG_INTERVAL, NRG_SCALE
+from sample import NRG_EPS, NRG_INTERVAL, NRG_SCALE
 from studies import policies
-from studies.policies import BEST_OF, CFGS, METHODS, NAMES, SETS, TRUE_SCORES, WINS_BY_JUDGE
-from studies.report.tables import Column, matching, tabulate
+from studies.policies import BEST_OF, CFGS, METHODS, NAMES, SETS, TRUE, TRUE_SCORES, WINS_BY_JUDGE
+from studies.report.tables import Column, Report, matching, tabulate
 
 ALIGNED = {"1:1:1": (1.0, 1.0, 1.0), "TA only": (0.0, 0.0, 1.0)}  # weights of VQ, MQ and TA
+PICKED = [f"best-of-{n}" for n in BEST_OF[1:]]
 
 
 def jobs(settings):
-    queue = {"base": partial(untrained, settings)}
+    queue = {"base": partial(policies.base_rows, settings, SETS, CFGS, align="")}
     for seed, align in product(range(settings.seeds), ALIGNED):
         for method in METHODS:
             queue[f"{method}-{align}-{seed}"] = partial(trained, settings, method, align, seed)
@@ -38,11 +39,6 @@ def jobs(settings):
     for seed in range(settings.seeds):
         queue[f"nrg-{seed}"] = partial(guided, settings, seed)
     return queue
-
-
-def untrained(settings):
-    base = policies.base_scores(settings, SETS, CFGS)
-    return policies.rows_of(base, base, method="base", align="", seed=0)
 
 
 def trained(settings, method, align, seed):
@@ -86,55 +82,28 @@ def guided(settings, seed):
 # The report
 
 
-def report(settings, rows):
-    seeds = len({row["seed"] for row in rows})
-    introduction = f"Win rates over the base model, mean ± standard deviation over {seeds} seeds."
-    return {
-        "title": "Alignment on the toy world",
-        "introduction": [introduction],
-        "tables": tables(rows),
-        "pictures": {},
-    }
+def report(rows):
+    introduction = "Win rates over the base model, mean ± standard deviation over the seeds."
+    return Report("Alignment on the toy world", introduction, tables(rows))
 
 
 def tables(rows):
-    """Win rates by both judges for each alignment, CFG and prompt set; true scores; best of n."""
-    made = {}
+    """Win rates by both judges for each alignment, CFG and prompt set; true scores."""
+    tables = {}
+    lines = {NAMES[method]: {"method": method} for method in (*METHODS, "nrg-1:1:1")}
     for align, cfg, name in product(ALIGNED, CFGS, SETS):
-        key = "align" if align == "1:1:1" else "align-ta"
-        if (cfg, name) != (1.0, "standard"):
-            key += f"-{name}-cfg{cfg:g}"
-        lines = {NAMES[method]: {"method": method} for method in METHODS}
-        own = matching(rows, align=align, cfg=cfg, set=name)
         title = f"Aligned {align}: {name} prompts, CFG {cfg:g}"
-        made[key] = tabulate(title, [f"aligned {align}"], own, lines, WINS_BY_JUDGE)
+        key = "align" if (align, cfg, name) == ("1:1:1", 1.0, "standard") else title
+        own = matching(rows, align=align, cfg=cfg, set=name)
+        tables[key] = tabulate(title, [f"aligned {align}"], own, lines, WINS_BY_JUDGE)
 
-    own = [
-        row for row in matching(rows, set="standard", judge="oracle") if row["align"] != "TA only"
-    ]
-    columns = [Column("mean of three true wins", "wins"), *TRUE_SCORES]
-    for head, name in (
-        ("share of TA wins", "TA_share"),
-        ("shapes right", "shape"),
-        ("static quality", "quality"),
-    ):
-        columns.append(Column(head, name, spread=False))
     lines = {}
-    for method in ("base", *METHODS, *(f"best-of-{n}" for n in BEST_OF[1:])):
-        lines[NAMES.get(method, method.replace("-", " "))] = {"method": method, "cfg": 1.0}
-    for method in ("base", "dpo-constant"):
-        lines[f"{NAMES[method]}, CFG {CFG:g}"] = {"method": method, "cfg": CFG}
-    title = "True scores, aligned 1:1:1, standard prompts, CFG 1"
-    made["align-true"] = tabulate(title, [""], own, lines, columns)
-
-    columns = [
-        Column("KL", "drift", {"judge": "oracle"}, spread=False),
-        *WINS_BY_JUDGE,
-        *TRUE_SCORES,
-    ]
-    lines = {str(n): {"method": f"best-of-{n}"} for n in BEST_OF}
-    for align in ALIGNED:
-        own = matching(rows, align=align, cfg=1.0, set="standard")
-        title = f"Best of n by {align}, standard prompts, CFG 1"
-        made[f"best-of-{align}"] = tabulate(title, ["n"], own, lines, columns)
-    return made
+    for method, cfg in [*product(("base", *METHODS), CFGS), *product(PICKED, (1.0,))]:
+        name = NAMES.get(method, method.replace("-", " "))
+        lines[name, f"{cfg:g}"] = {"method": method, "cfg": cfg}
+    columns = [Column("mean of three true wins", "wins", TRUE), *TRUE_SCORES]
+    columns.append(Column("static quality", "quality", TRUE, spread=False))
+    own = [row for row in matching(rows, set="standard") if row["align"] != "TA only"]
+    title = "True scores, aligned 1:1:1, standard prompts"
+    tables["true"] = tabulate(title, ["", "CFG"], own, lines, columns)
+    return tables

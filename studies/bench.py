@@ -1,40 +1,35 @@
-"""Performance as ratios, beside the best possible: what costs how much, and against what.
-
-    python evaluate.py bench                   all of it; writes bench.json to --out
-    python evaluate.py bench --only tiles      one part
+"""Performance as ratios beside the best possible: what costs how much (docs/scaling.md).
 
 The variants of a ratio take turns in one process and the median counts, so that a busy machine
 slows all alike. On a CPU the clock is the process's own time on one thread; on a GPU it is the
 wall's, once the device is idle. Times depend on the machine; ratios should carry over.
 """
 
+import json
 import math
 import random
 import statistics
 import time
-from dataclasses import replace
 from functools import partial
-from itertools import product
 
 import torch
 
-from attention import attention, choose
+from attention import attention
 from flow_dpo import flow_dpo_step
 from flow_rwr import flow_rwr_step
 from kernels.tiles import SlidingTiles, boolean_mask
 from lora import freeze_trunk
-from model import PRESETS, ModelConfig, VideoTransformer, load_velocity, share_trunk
+from model import ModelConfig, VideoTransformer, load_velocity, share_trunk
 from nrg import SteeredPolicy, guide, noisy_reward_on
 from runtime.checkpoint import WEIGHTS
-from runtime.cli import BadInput
-from runtime.device import has_bf16
+from runtime.cli import check_writable
 from sample import CFG, NRG_EPS, sample
-from settings import settings_of
-from studies.cost import step_flops
-from studies.jobs import facts, save_json
+from studies.jobs import facts
+from studies.report.tables import Table
 
-# Between the presets: 256 video tokens, width 256
-MEDIUM = ModelConfig(frames=4, size=32, channels=16, patch=(1, 4, 4), dim=256, depth=4, heads=4)
+RESULTS = {"bench": "one CPU core", "bench_h200": "H200"}  # files in results/
+MEDIUM = ModelConfig(frames=4, size=32, channels=16, patch=(1, 4, 4), dim=256, depth=6, heads=4)
+TILES = {"tile:2,8,8/1,1,1": (8, 16, 16), "tile:2,8,8/3,2,1": (16, 16, 16)}  # and their grids
 
 
 def clock(device):
@@ -44,24 +39,23 @@ def clock(device):
     return time.perf_counter()
 
 
-def medians(ways, device, rounds=21):
+def medians(ways, device, rounds=9):
     """{name: median seconds} of {name: function}, in another order every round: what ran before
     decides where tensors lie in memory. Medians are of shares of a round's time, so that a slow
     round leaves ratios alone. The first round does not count."""
-    seconds = []
+    shares, totals = {name: [] for name in ways}, []
     for i in range(rounds + 1):
         taken = {}
         for name in random.Random(i).sample(list(ways), len(ways)):
             start = clock(device)
             ways[name]()
             taken[name] = clock(device) - start
-        seconds.append(taken)
-    totals = [sum(taken.values()) for taken in seconds[1:]]
-    middle = {}
-    for name in ways:
-        shares = [taken[name] / total for taken, total in zip(seconds[1:], totals)]
-        middle[name] = statistics.median(shares) * statistics.median(totals)
-    return middle
+        if i > 0:
+            totals.append(sum(taken.values()))
+            for name in ways:
+                shares[name].append(taken[name] / totals[-1])
+    middle = statistics.median(totals)
+    return {name: statistics.median(shares[name]) * middle for name in ways}
 
 
 def awake(config, device):
@@ -74,159 +68,117 @@ def awake(config, device):
     return model
 
 
-def stepper(model, loss):
-    """A whole step of loss() -> (loss, logs): forward, backward, AdamW."""
-    trained = [value for value in model.parameters() if value.requires_grad]
-    optimizer = torch.optim.AdamW(trained, 1e-5, fused=True)
-
-    def step():
-        loss()[0].backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
-
-
-def regression(model, batch, device, dtype=torch.float32):
-    """loss() -> (loss, logs) of flow matching on random clips."""
-    x0, x1 = torch.randn(2, batch, *model.config.video_shape).to(device)
-    y = torch.ones(batch, model.config.max_text, dtype=torch.int64, device=device)
-    weight, t = torch.ones(batch, device=device), torch.rand(batch, device=device)
-
-    def loss():
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            return flow_rwr_step(model, x0, y, weight, t, x1)
-
-    return loss
-
-
 # ---------------------------------------------------------------------------------------------
 # The parts: each yields (name, ratio, the best possible)
 
 
-def training(device):
-    """A step against matrix products, and what gradient checkpointing costs."""
-    kinds = [torch.float32, *([torch.bfloat16] if has_bf16(device) else [])]
-    sizes = [("nano", PRESETS["nano"], 32), ("d256, 256 tokens", MEDIUM, 8)]
-    tokens, width = 4096, 1024
-    if device.type == "cuda":
-        kinds, tokens, width = [torch.bfloat16], 8192, 8192
-        sizes += [("small", PRESETS["small"], 64), ("base", PRESETS["base"], 16)]
-    for (size, config, batch), dtype in product(sizes, kinds):
-        a = torch.randn(tokens, width, device=device, dtype=dtype)
-        b = torch.randn(width, width, device=device, dtype=dtype)
-        model = awake(config, device)
-        step = stepper(model, regression(model, batch, device, dtype))
-
-        def checkpointed(model=model, step=step):
-            model.grad_checkpoint = True
-            step()
-            model.grad_checkpoint = False
-
-        ways = {"product": partial(torch.matmul, a, b), "step": step, "checkpointed": checkpointed}
-        seconds = medians(ways, device)
-        rate = 2 * tokens * width * width / seconds["product"]
-        flops = step_flops(config, settings_of(["--algo=pretrain", f"--batch={batch}"]))
-        name = f"{size}, {str(dtype).removeprefix('torch.')}"
-        rates = f"share of the matrix rate ({rate / 1e9:,.0f} GFLOP/s)"
-        yield f"{name}: {rates}", flops / seconds["step"] / rate, 1.0
-        yield f"{name}: checkpointed / not", seconds["checkpointed"] / seconds["step"], 4 / 3
-
-
-def alignment(device):
-    """A step of each algorithm against SFT on both clips of as many pairs."""
-    config, count = replace(MEDIUM, depth=6), 4
-    full, frozen, reference = (awake(config, device) for _ in range(3))
+def training(device, pairs=4):
+    """A step of a model of width 256 on 256 video tokens, in bfloat16 on a GPU."""
+    full, frozen, reference = (awake(MEDIUM, device) for _ in range(3))
     freeze_trunk(frozen, 2)
     reference.requires_grad_(False)
     shared = share_trunk(frozen, reference, 2)
-    x0_w, x0_l, x1 = torch.randn(3, count, *config.video_shape).to(device)
-    y = torch.ones(count, config.max_text, dtype=torch.int64, device=device)
-    t = torch.rand(count, device=device)
+    x0_w, x0_l, x1 = torch.randn(3, pairs, *MEDIUM.video_shape, device=device)
+    y = torch.ones(pairs, MEDIUM.max_text, dtype=torch.int64, device=device)
+    t = torch.rand(pairs, device=device)
+    x0, weight = torch.cat((x0_w, x0_l)), torch.ones(2 * pairs, device=device)
+    y_both, t_both, x1_both = y.repeat(2, 1), t.repeat(2), x1.repeat(2, 1, 1, 1, 1)
+
+    def sft():
+        return flow_rwr_step(full, x0, y_both, weight, t_both, x1_both)
 
     def dpo(policy, shared_forward=None):
         batch = x0_w, x0_l, y, t, x1
-        settings = {"beta": 100.0, "shared_forward": shared_forward}
-        return stepper(policy, lambda: flow_dpo_step(policy, reference, *batch, **settings))
+        return flow_dpo_step(policy, reference, *batch, beta=100, shared_forward=shared_forward)
+
+    def stepper(model, loss, checkpointed=False):
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-5, fused=True)
+
+        def step():
+            model.grad_checkpoint = checkpointed
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                value, _ = loss()
+            value.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        return step
 
     ways = {
-        "SFT": stepper(full, regression(full, 2 * count, device)),
-        "DPO, reference online": dpo(full),
-        "DPO, 2 of 6 blocks shared": dpo(frozen, shared),
+        "SFT": stepper(full, sft),
+        "checkpointed": stepper(full, sft, checkpointed=True),
+        "DPO": stepper(full, partial(dpo, full)),
+        "shared": stepper(frozen, partial(dpo, frozen, shared)),
     }
     seconds = medians(ways, device)
-    for name, best in (("DPO, reference online", 4 / 3), ("DPO, 2 of 6 blocks shared", 1.0)):
-        yield f"{name} / SFT on both clips", seconds[name] / seconds["SFT"], best
-
-
-def forward_backward(q, k, v, **settings):
-    def both():
-        x = [tensor.detach().requires_grad_(True) for tensor in (q, k, v)]
-        out = attention(*x, **settings)
-        torch.autograd.grad(out, x, out.detach())
-
-    return both
+    yield "SFT: gradient checkpointing / none", seconds["checkpointed"] / seconds["SFT"], 4 / 3
+    yield "Flow-DPO / SFT on both clips", seconds["DPO"] / seconds["SFT"], 4 / 3
+    yield "Flow-DPO, 2 of 6 blocks shared / SFT", seconds["shared"] / seconds["SFT"], 1.0
 
 
 def tiles(device):
-    """Sliding tiles: dense time / their time, as a share of what the density promises."""
-    batch, heads, dtype = 1, 4, torch.float32
-    if device.type == "cuda":
-        batch, heads, dtype = 8, 16, torch.bfloat16
-    shapes = ["tile:2,8,8/3,1,1", "tile:4,8,8/1,1,1", "tile:4,4,4/1,2,3", "tile:2,8,8/3,2,1"]
-    for shape, grid in [("tile:2,8,8/1,1,1", (8, 16, 16)), *((s, (16, 16, 16)) for s in shapes)]:
+    """Sliding tiles: what is saved of dense attention's time, as a share of what is left out."""
+    batch, heads, dtype = (8, 16, torch.bfloat16) if device.type == "cuda" else (1, 4, None)
+    for shape, grid in TILES.items():
         count = math.prod(grid)
         mask = SlidingTiles(shape, grid, 0).to(device)
         density = boolean_mask(mask, count).float().mean().item()
-        q, k, v = torch.randn(3, batch, heads, count, 64, device=device, dtype=dtype)
-        ways = {"dense": forward_backward(q, k, v), "tile": forward_backward(q, k, v, tiles=mask)}
-        seconds = medians(ways, device, 9)
-        name = f"{shape}, {count} tokens, density {density:.2f}, {choose(q, mask)}"
-        yield f"{name}: speed-up x density", seconds["dense"] / seconds["tile"] * density, 1.0
+        x = torch.randn(3, batch, heads, count, 64, device=device, dtype=dtype, requires_grad=True)
+
+        def way(tiles=None, x=x):
+            out = attention(*x, tiles=tiles)
+            torch.autograd.grad(out, x, out.detach())
+
+        seconds = medians({"dense": way, "tiles": partial(way, mask)}, device)
+        name = f"{shape}, density {density:.2f}: speed-up x density"
+        yield name, seconds["dense"] / seconds["tiles"] * density, 1.0
 
 
-def sampling(device, rounds=9):
-    """Guidance against a plain step and a step with CFG: 4 sampling steps of 16 clips."""
+def sampling(device):
+    """A step with CFG and with guidance against a plain one, on 16 clips."""
     model, _ = load_velocity(WEIGHTS / "base.pt")
     model = model.to(device).requires_grad_(False)
     read, depth = 2, model.config.depth
     reward = noisy_reward_on(model, read).to(device)
-    shared = SteeredPolicy(model, reward, (1, 1, 1), 1.0, NRG_EPS)
-    x1 = torch.randn(16, *model.config.video_shape).to(device)
+    guidance = guide(reward, (1, 1, 1), 1.0, NRG_EPS)
+    x1 = torch.randn(16, *model.config.video_shape, device=device)
     y = torch.ones(16, model.config.max_text, dtype=torch.int64, device=device)
-
-    def way(velocity, cfg=1.0, guidance=None):
-        return partial(sample, velocity, x1, y, steps=4, cfg=cfg, guidance=guidance)
-
-    ways = {"plain": way(model), "CFG": way(model, CFG)}
-    ways["NRG, shared trunk"] = way(shared)
-    ways["NRG, own trunk"] = way(model, guidance=guide(reward, (1, 1, 1), 1.0, NRG_EPS))
-    seconds = medians(ways, device, rounds)
-    bests = {
-        "CFG": 2.0,
-        "NRG, shared trunk": 1 + read / depth,
-        "NRG, own trunk": 1 + 2 * read / depth,
+    ways = {
+        "plain": partial(sample, model, x1, y, 4),
+        "CFG": partial(sample, model, x1, y, 4, cfg=CFG),
+        "shared": partial(sample, SteeredPolicy(model, reward, (1, 1, 1), 1.0, NRG_EPS), x1, y, 4),
+        "own": partial(sample, model, x1, y, 4, guidance=guidance),
     }
-    for name, best in bests.items():
-        yield f"{name} / plain", seconds[name] / seconds["plain"], best
-
-
-PARTS = {part.__name__: part for part in (training, alignment, tiles, sampling)}
+    seconds = medians(ways, device)
+    yield "CFG / plain sampling", seconds["CFG"] / seconds["plain"], 2.0
+    yield (
+        "NRG, shared trunk / plain sampling",
+        seconds["shared"] / seconds["plain"],
+        1 + read / depth,
+    )
+    yield "NRG, own trunk / plain sampling", seconds["own"] / seconds["plain"], 1 + 2 * read / depth
 
 
 def run(settings):
-    """Prints every ratio beside the best possible; writes bench.json unless --only names some
-    parts."""
-    if settings.only and settings.only not in PARTS:
-        known = ", ".join(PARTS)
-        raise BadInput(f"--only {settings.only}: no part of the bench; known: {known}")
+    """Prints every ratio beside the best possible, and writes bench.json to --out."""
+    check_writable(settings.out, "--out")
     torch.set_num_threads(1)
     rows = []
-    for part in [settings.only] if settings.only else PARTS:
-        print(f"\n{part}: {PARTS[part].__doc__.splitlines()[0]}")
-        for name, value, best in PARTS[part](settings.device):
-            print(f"  {name:68} {value:6.3f}   ({best:.2f})", flush=True)
-            rows.append({"part": part, "name": name, "value": value, "floor": best})
-    if not settings.only:
-        settings.out.mkdir(parents=True, exist_ok=True)
-        save_json(settings.out / "bench.json", {**facts(settings.device), "rows": rows})
+    for part in (training, tiles, sampling):
+        for name, value, best in part(settings.device):
+            print(f"{name:60} {value:6.3f}   ({best:.2f})", flush=True)
+            rows.append({"name": name, "value": value, "best": best})
+    saved = {**facts(settings.device), "rows": rows}
+    (settings.out / "bench.json").write_text(json.dumps(saved, indent=1) + "\n")
+
+
+def table(results):
+    """The ratios of {file of RESULTS: rows} beside the best possible."""
+    cells = {}
+    for file, rows in results.items():
+        for row in rows:
+            values = cells.setdefault(row["name"], {"best": f"{row['best']:.3g}"})
+            values[file] = f"{row['value']:.2f}"
+    columns = [*results, "best"]
+    lines = [[name, *(values.get(key, "–") for key in columns)] for name, values in cells.items()]
+    return Table("", ["ratio", *(RESULTS[file] for file in results), "at best"], lines)

@@ -3,7 +3,6 @@
 The model is built on torch's meta device, whose tensors have shapes and no memory. The rest are
 formulas for float32, with width d and N tokens a clip (words and patches):
 
-    parameters     counted on the meta model; 18 d^2 a block: attention 4, MLP 8, modulation 6
     FLOPs          forward, a clip: in each block 24 d^2 + 4 N d a token and 12 d^2 for its
                    modulation, and 4 d C (patch volume) a token in the two patch layers. Backward:
                    twice that for trained weights, once where the gradient only passes (LoRA), none
@@ -13,8 +12,8 @@ formulas for float32, with width d and N tokens a clip (words and patches):
     optimiser      8 bytes each that is trained, AdamW's two moments; 12 with --ema
     gathered       --fsdp divides the three above by the processes, but holds weights and gradients
                    of two blocks and of all outside the blocks whole
-    activations    SAVED d floats a token and block for backward; with gradient checkpointing KEPT d
-                   floats, and SAVED d of one block
+    activations    SAVED d floats a token and block for backward; with gradient checkpointing d
+                   floats, the block's input, and SAVED d of one block
 
 Left out: what the allocator wastes, workspaces of kernels, and the clips and noise of a batch.
 """
@@ -31,7 +30,6 @@ from runtime.cli import BadInput
 # inputs and outputs of two norms; modulated inputs of the linear layers; q, k, v; q and k normed;
 # q and k rotated; outputs of attention and its layer; hidden layer around GELU; the MLP's output
 SAVED = 4 + 2 + 3 + 2 + 2 + 2 + 8 + 1
-KEPT = 1  # a block's input
 CLIPS = {"pretrain": 1, "sft": 2, "rwr": 2, "dpo": 2}  # a row of the batch
 
 
@@ -73,51 +71,48 @@ def step_flops(config, settings):
     return CLIPS[settings.algo] * settings.batch * (whole + backward + reference)
 
 
-def memory(model, settings, processes):
+def memory(model, settings):
     """{part: bytes} in one process."""
     config = model.config
     every = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     block = sum(p.numel() for p in model.blocks[-1].parameters())
     blocks = sum(any(p.requires_grad for p in block.parameters()) for block in model.blocks)
-    share = processes if settings.fsdp else 1
-    parts = {
+    share = settings.plan if settings.fsdp else 1
+    clips = CLIPS[settings.algo] * settings.batch / settings.plan / settings.accum
+    floats = clips * tokens(config) * config.dim
+    fixed = {
         "weights": 4 * every / share + 4 * every * (settings.algo == "dpo"),
         "gradients": 4 * trained / share,
         "optimiser": (12 if settings.ema else 8) * trained / share,
         "gathered": 8 * (every - (config.depth - 2) * block) if settings.fsdp else 0,
     }
-    clips = CLIPS[settings.algo] * settings.batch / processes / settings.accum
-    floats = clips * tokens(config) * config.dim
-    parts["activations"] = 4 * floats * SAVED * blocks
-    parts["activations, checkpointed"] = 4 * floats * (KEPT * blocks + SAVED)
-    return parts
+    stored = {
+        "activations": 4 * floats * SAVED * blocks,
+        "activations, checkpointed": 4 * floats * (blocks + SAVED),
+    }
+    totals = {f"total, {name}": sum(fixed.values()) + size for name, size in stored.items()}
+    return fixed | stored | totals
 
 
 def plan(settings):
     """Lines: what `settings` takes on settings.plan processes of settings.flops FLOP/s each. Sizes
-    are those of --preset, or of the model --init. BadInput for an algorithm that is not planned."""
+    are those of --preset, or of the model --init. ValueError for an algorithm that is not
+    planned."""
     if settings.algo not in CLIPS:
-        known = ", ".join(CLIPS)
-        raise BadInput(
-            f"--plan: knows the video model's trainings, {known}, not --algo {settings.algo}"
-        )
+        raise BadInput(f"--plan: knows {', '.join(CLIPS)}, not --algo {settings.algo}")
     model = planned_model(settings)
-    config, parts = model.config, memory(model, settings, settings.plan)
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    flops = step_flops(config, settings)
+    flops = step_flops(model.config, settings)
     hours = 1000 * flops / settings.plan / settings.flops / 3600
-    fixed = sum(size for name, size in parts.items() if "activations" not in name)
-    for name in ("activations", "activations, checkpointed"):
-        parts[f"total, {name}"] = fixed + parts[name]
     way = "FSDP" if settings.fsdp else "DDP" if settings.plan > 1 else "alone"
-    rate = f"1,000 steps at {settings.flops:.3g} FLOP/s each"
-    return [
-        f"{settings.algo}: {total / 1e6:.1f} M parameters, "
-        f"{trained / 1e6:.1f} M trained, {config.depth} blocks, {tokens(config)} tokens a clip",
+    lines = [
+        f"{settings.algo}: {total / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained, "
+        f"{model.config.depth} blocks, {tokens(model.config)} tokens a clip",
         f"a step: {CLIPS[settings.algo] * settings.batch} clips, {flops:.3g} FLOPs",
         f"memory of each of {settings.plan} ({way}; GiB):",
-        *(f"  {name:32}{size / 2**30:8.2f}" for name, size in parts.items()),
-        f"{rate}: {hours:.2f} hours; checkpointing adds a third",
     ]
+    lines += [f"  {name:32}{size / 2**30:8.2f}" for name, size in memory(model, settings).items()]
+    rate = f"1,000 steps at {settings.flops:.3g} FLOP/s each"
+    return [*lines, f"{rate}: {hours:.2f} hours; checkpointing adds a third"]

@@ -2,10 +2,9 @@
 
 A study is a module with two functions:
 
-    jobs(settings)            {name: function without arguments -> rows}; a row is a dict of facts
-                              and figures, for example {"method": "sft", "seed": 0, "VQ": 0.87}
-    report(settings, rows)    {"title", "introduction": lines, "tables": {name: Table}, "pictures":
-                              {name: list of Chart}}; rows are with_means
+    jobs(settings)    {name: function without arguments -> rows}; a row is a dict of facts and
+                      figures, for example {"method": "sft", "seed": 0, "VQ": 0.87}
+    report(rows)      a Report, its tables and charts; rows are with_means
 
 The rows of each job are cached in --work, so a stopped study resumes, and a second terminal with
 the same command takes its share of the jobs."""
@@ -33,9 +32,6 @@ try:
 except ImportError:  # Windows: a study then runs in one terminal
     fcntl = None
 
-STUDIES = ("reward", "align", "beta", "nrg", "rank", "online", "hacking", "unified")
-PAGES = ("bench", "report", "tables", "read", "picture")
-
 
 @dataclass
 class Settings:
@@ -50,7 +46,6 @@ class Settings:
     eval_prompts: int = flag(None, "at most this many prompts of each set", positive_int)
     eval_pairs: int = flag(2000, "pairs that judge a reward", positive_int)
     check: bool = flag(False, "tables: write nothing, fail if one is outdated")
-    only: str = flag(None, "bench: one part of it")
 
     def folder(self, study):
         """Where the jobs and checkpoints of a study with these settings are cached."""
@@ -58,14 +53,14 @@ class Settings:
         return self.work / "-".join(map(str, (study, *sizes)))
 
 
-def settings_of(argv=None):
-    """Settings from a command line, by default sys.argv's."""
+def settings_of(studies):
+    """Settings from the command line, which names one of `studies`."""
     chooser = Parser("Reproduces the paper's tables on the toy world.", add_help=False)
-    chooser.add_argument("study", choices=(*STUDIES, *PAGES), nargs="?")
-    chosen, rest = chooser.parse_known_args(argv)
+    chooser.add_argument("study", choices=studies, nargs="?")
+    chosen, rest = chooser.parse_known_args()
     settings, unknown = parse(Settings, rest)
     if not chosen.study:
-        raise BadInput(f"what to do is missing: {', '.join((*STUDIES, *PAGES))}")
+        raise BadInput(f"what to do is missing: {', '.join(studies)}")
     if unknown:
         raise BadInput(f"{unknown[0]}: no such flag; --help lists them")
     settings.study = chosen.study
@@ -115,12 +110,12 @@ def run(study, settings):
         print("another process works on the other jobs; run this command again when it has ended")
         return
     saved = {**facts(settings.device), "rows": rows}
-    result = study.report(settings, with_means(rows))
-    save_json(settings.out / f"{settings.study}.json", saved)
-    for name, text in rendered(settings.study, result, saved).items():
+    path = settings.out / f"{settings.study}.json"
+    path.write_text(json.dumps(saved, indent=1) + "\n")
+    files = rendered(study, settings.study, saved)
+    for name, text in files.items():
         (settings.out / name).write_text(text)
-    print("\n".join(markdown(result)))
-    print(f"wrote {settings.out / settings.study}.json and .md")
+    print(files[f"{settings.study}.md"], f"\nwrote {path} and .md")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -136,34 +131,18 @@ def facts(device):
     return {"command": command, "commit": resume.commit(), **machine}
 
 
-def source_line(saved):
-    return "`{command}`, commit {commit}, torch {torch}, {device}".format(**saved)
+def report_of(study, saved):
+    return study.report(with_means(saved["rows"]))
 
 
-def rendered(name, result, saved):
-    """{file name: text}: the Markdown page of a study's report, and an SVG for each picture."""
-    files = {f"{name}.md": "\n".join([*markdown(result), source_line(saved), ""])}
-    for picture_name, charts in result["pictures"].items():
+def rendered(study, name, saved):
+    """{file name: text}: the Markdown page of a study's result, and an SVG for each picture."""
+    report = report_of(study, saved)
+    source = "`{command}`, commit {commit}, torch {torch}, {device}".format(**saved)
+    files = {f"{name}.md": "\n".join([*markdown(report), source, ""])}
+    for picture_name, charts in report.pictures.items():
         files[f"{picture_name}.svg"] = picture(charts)
     return files
-
-
-def save_json(path, content):
-    try:
-        path.write_text(json.dumps(content, indent=1) + "\n")
-    except OSError as error:
-        raise BadInput(f"cannot write {path}: {error.strerror}") from None
-
-
-def load_result(path):
-    """A saved result, its rows with_means. ValueError for a file that no study wrote."""
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        return saved | {"rows": with_means(saved["rows"])}
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise BadInput(
-            f"{path}: not a result of evaluate.py ({error}); run the study again"
-        ) from None
 
 
 def with_means(rows):
@@ -172,9 +151,7 @@ def with_means(rows):
     extended = []
     for row in rows:
         if "VQ_score" in row:
-            scores = torch.tensor(
-                [row[f"{name}_score"] for name in DIMENSIONS], dtype=torch.float64
-            )
+            scores = torch.tensor([row[f"{name}_score"] for name in DIMENSIONS]).double()
             z = scores
             if row["judge"] == "oracle":
                 z = (scores - world.TRUE_MEAN) / world.TRUE_STD

@@ -12,7 +12,6 @@ which it does not know.
     reward      rewards trained on labels by Bradley-Terry, and on clean clips
     on top      of CFG, and of a policy aligned by Flow-DPO
     accuracy    of the rewards on pairs, by t
-    told        attributes that the reward's TA can tell apart at each t (observer.py)
 """
 
 from functools import partial
@@ -21,22 +20,24 @@ from itertools import product
 import torch
 
 from data import DIMENSIONS, Vocabulary
-from judge import noisy_scores, over_seeds
+from judge import noisy_scores
 from model import load_velocity
 from nrg import SteeredPolicy, load_noisy_reward
 from real_data.toy_pairs import annotated_pairs
 from reward import accuracies_without_ties
 from runtime.checkpoint import WEIGHTS
 from sample import CFG, NRG_EPS, NRG_INTERVAL, NRG_SCALE
-from studies import observer, policies
-from studies.policies import ATTRIBUTES, JUDGES, TRUE_SCORES, TRUE_WINS, WINS_BY_JUDGE
-from studies.report.charts import Chart, Series
-from studies.report.tables import Column, matching, means, melted, tabulate
+from studies import policies
+from studies.policies import JUDGES, TRUE_SCORES, TRUE_WINS, WINS_BY_JUDGE
+from studies.report.charts import Chart, curve
+from studies.report.tables import Report, matching, tabulate
 
 SETS = {"large": 256}
 EQUAL = (1, 1, 1)
 TABLE_5 = ((0, 0, 1), (0.1, 0.1, 0.8), (0.1, 0.1, 0.6), (0.5, 0.5, 0), EQUAL)
-RISING = (0.5, 1, 2)
+SINGLE = [
+    tuple(weight * (i == own) for i in range(3)) for own in range(3) for weight in (0.5, 1, 2)
+]
 SCALES = (0.25, 0.5, 2, 4)  # times the default
 HIGHEST = (0.8, 0.9, 1.0)  # t that is guided, beside the default
 VARIANTS = {"noised": {}, "labels": {"target": "labels"}, "clean": {"time-shift": 0}}
@@ -47,29 +48,11 @@ def jobs(settings):
     queue = {"cfg": partial(classifier_free, settings)}
     for variant, seed in product(VARIANTS, range(settings.seeds)):
         queue[f"{variant}-{seed}"] = partial(reward_rows, settings, variant, seed)
-    for seed in range(settings.seeds):
-        queue[f"told-{seed}"] = partial(told_rows, settings, seed)
-        count = min(256, settings.eval_pairs)
-        queue[f"observer-{seed}"] = partial(observer.audited, seed, count)
     return queue
 
 
 def name_of(weights):
     return "nrg-" + ":".join(f"{w:g}" for w in weights)
-
-
-def alone(i, weight):
-    """Weights of dimension i alone."""
-    weights = [0, 0, 0]
-    weights[i] = weight
-    return tuple(weights)
-
-
-def reward_of(settings, variant, seed):
-    """The noise-aware reward of a variant, trained."""
-    flags = {"algo": "nrg", "seed": seed} | VARIANTS[variant]
-    reward, _ = load_noisy_reward(policies.train(settings, f"{variant}-{seed}", flags))
-    return reward.to(settings.device)
 
 
 def guided_rows(settings, reward, weights, clean=False, **facts):
@@ -92,7 +75,9 @@ def guided_rows(settings, reward, weights, clean=False, **facts):
 
 def reward_rows(settings, variant, seed):
     """All rows of one reward: many of the default variant, three of any other."""
-    reward = reward_of(settings, variant, seed)
+    flags = {"algo": "nrg", "seed": seed} | VARIANTS[variant]
+    reward, _ = load_noisy_reward(policies.train(settings, f"{variant}-{seed}", flags))
+    reward = reward.to(settings.device)
     rows = accuracy_rows(settings, reward, variant, seed)
 
     def add(study, weights, **facts):
@@ -105,12 +90,12 @@ def reward_rows(settings, variant, seed):
         return rows
     for weights in TABLE_5:
         add("weights", weights)
-    for i, weight in product(range(3), RISING):
-        add("one", alone(i, weight))
+    for weights in SINGLE:
+        add("one", weights)
     for factor in SCALES:
         add("scale", EQUAL, scale=factor * NRG_SCALE)
-    for highest, weights in product(HIGHEST, (EQUAL, (0, 0, 1))):
-        add("interval", weights, highest=highest)
+    for highest in HIGHEST:
+        add("interval", EQUAL, highest=highest)
     add("on top", EQUAL, method="cfg+nrg-1:1:1", cfg=CFG)
     dpo = policies.train(settings, f"dpo-{seed}", {"algo": "dpo", "seed": seed})
     for cfg in (1.0, CFG):
@@ -143,15 +128,6 @@ def accuracy_rows(settings, reward, variant, seed):
     return rows
 
 
-def told_rows(settings, seed):
-    """What the default reward, trained by its own job, can tell apart."""
-    path = settings.folder("nrg") / f"noised-{seed}" / "last.pt"
-    reward, words = load_noisy_reward(path)
-    reader = partial(observer.alignment, reward.to(settings.device), words, settings.device)
-    rows = observer.told_apart(reader, seed, min(256, settings.eval_pairs))
-    return [row | {"variant": "noised"} for row in rows]
-
-
 # ---------------------------------------------------------------------------------------------
 # The report
 
@@ -160,125 +136,73 @@ def label_of(weights):
     return " : ".join(f"{w:g}" for w in weights)
 
 
-def report(settings, rows):
-    seeds = len({row["seed"] for row in rows})
+def report(rows):
     low, high = NRG_INTERVAL
-    introduction = [
-        "Win rates over the unguided base model on the same prompts and noise, and mean true",
-        f"scores; mean ± standard deviation over {seeds} rewards. CFG 1 where none is named,",
-        f"scale {NRG_SCALE:g}, eps {NRG_EPS:g}, guided for t from {low:g} to {high:g}.",
-    ]
-    return {
-        "title": "Flow-NRG on the toy world",
-        "introduction": introduction,
-        "tables": tables(rows),
-        "pictures": {"nrg": charts(rows), "observer": noise_charts(rows)},
-    }
-
-
-def scale_lines():
-    """{label: query} of weights 1 : 1 : 1 at each scale."""
-    lines = {}
-    for factor in sorted((*SCALES, 1)):
-        query = {"study": "scale", "scale": factor * NRG_SCALE}
-        if factor == 1:
-            query = {"study": "weights", "method": "nrg-1:1:1"}
-        lines[f"scale {factor * NRG_SCALE:g}"] = query
-    return lines
+    introduction = (
+        "Win rates over the unguided base model on the same prompts and noise, and mean true "
+        "scores; mean ± standard deviation over the rewards. CFG 1 where none is named, scale "
+        f"{NRG_SCALE:g}, eps {NRG_EPS:g}, guided for t from {low:g} to {high:g}."
+    )
+    return Report("Flow-NRG on the toy world", introduction, tables(rows), {"nrg": charts(rows)})
 
 
 def tables(rows):
     columns = [*TRUE_WINS, *TRUE_SCORES]
-    weights = {label_of(w): {"study": "weights", "method": name_of(w)} for w in TABLE_5}
-    weights["no guidance, CFG 2"] = {"study": "weights", "method": f"CFG {CFG:g}, no NRG"}
-    choices = [alone(i, weight) for i, weight in product(range(3), RISING)]
-    single = {label_of(w): {"study": "one", "method": name_of(w)} for w in choices}
-
-    settings = scale_lines()
-    for highest in HIGHEST:
-        query = {"study": "interval", "method": "nrg-1:1:1", "highest": highest}
-        settings[f"scale {NRG_SCALE:g}, guided up to t = {highest:g}"] = query
-
-    sources = "VideoReward's scores", "people's labels", "clean clips only"
-    variants = {}
-    for (variant, source), w in product(zip(VARIANTS, sources), CHOICES):
-        study = "reward"
-        if variant == "noised":
-            study = "one" if w == (0, 1, 0) else "weights"
-        query = {"study": study, "variant": variant, "method": name_of(w)}
-        variants[f"{source}, {label_of(w)}"] = query
-
-    names = {"dpo": "Flow-DPO", "dpo+nrg-1:1:1": "Flow-DPO and Flow-NRG 1 : 1 : 1"}
-    top = {}
-    for cfg, method in product((1.0, CFG), names):
-        top[f"{names[method]}, CFG {cfg:g}"] = {"study": "on top", "method": method, "cfg": cfg}
-    query = {"study": "on top", "method": "cfg+nrg-1:1:1"}
-    top[f"Flow-NRG 1 : 1 : 1, CFG {CFG:g}"] = query
-
     ratio = ["VQ : MQ : TA"]
-    by_judge = [*WINS_BY_JUDGE, *TRUE_SCORES]
-    made = {
-        "nrg-weights": tabulate("Table 5: weights", ratio, rows, weights, by_judge),
-        "nrg-alone": tabulate("Each weight alone", ratio, rows, single, columns),
-        "nrg-settings": tabulate("Scale and interval, 1 : 1 : 1", [""], rows, settings, columns),
-        "nrg-rewards": tabulate(
-            "What the reward learned from", ["learned from, weights"], rows, variants, columns
-        ),
-        "nrg-on-top": tabulate("On top of Flow-DPO and of CFG", [""], rows, top, columns),
-        "nrg-noise": noise_table(rows),
+    weights = matching(rows, study="weights")
+    lines = {label_of(w): {"method": name_of(w)} for w in TABLE_5}
+    lines["no guidance, CFG 2"] = {"method": f"CFG {CFG:g}, no NRG"}
+    tables = {
+        "nrg-weights": tabulate(
+            "Table 5: weights", ratio, weights, lines, [*WINS_BY_JUDGE, *TRUE_SCORES]
+        )
     }
-    accuracies = melted(matching(rows, study="accuracy"), DIMENSIONS)
+
+    alone = matching(rows, study="one")
+    lines = {label_of(w): {"method": name_of(w)} for w in SINGLE}
+    tables["alone"] = tabulate("Each weight alone", ratio, alone, lines, columns)
+
+    depends = by_scale(rows) + matching(rows, study="interval")
     lines = {}
-    for variant, name in product(VARIANTS, DIMENSIONS):
-        lines[f"{variant}, {name}"] = {"variant": variant, "name": name}
-    times = sorted({row["t"] for row in accuracies})
-    columns = [Column(f"t {t:g}", "value", {"t": t}) for t in times]
-    title = "Pair accuracy of the reward by noise (unseen prompts, without ties)"
-    made["nrg-accuracy"] = tabulate(title, [""], accuracies, lines, columns)
-    return made
+    for scale, highest in sorted({(row["scale"], row["highest"]) for row in depends}):
+        lines[f"{scale:g}", f"{highest:g}"] = {"scale": scale, "highest": highest}
+    title = "Scale and interval, 1 : 1 : 1"
+    tables["settings"] = tabulate(title, ["scale", "guided up to t"], depends, lines, columns)
+
+    learned = matching(rows, study="reward") + matching(weights, variant="noised")
+    learned += matching(alone, method=name_of((0, 1, 0)))
+    sources = "VideoReward's scores", "people's labels", "clean clips only"
+    lines = {}
+    for (variant, source), w in product(zip(VARIANTS, sources), CHOICES):
+        lines[source, label_of(w)] = {"variant": variant, "method": name_of(w)}
+    title = "What the reward learned from"
+    tables["rewards"] = tabulate(title, ["learned from", *ratio], learned, lines, columns)
+
+    top = matching(rows, study="on top")
+    names = {
+        "dpo": "Flow-DPO",
+        "dpo+nrg-1:1:1": "Flow-DPO and Flow-NRG 1 : 1 : 1",
+        "cfg+nrg-1:1:1": "Flow-NRG 1 : 1 : 1",
+    }
+    lines = {}
+    for cfg, method in product((1.0, CFG), names):
+        lines[names[method], f"{cfg:g}"] = {"method": method, "cfg": cfg}
+    title = "On top of Flow-DPO and of CFG"
+    tables["on-top"] = tabulate(title, ["", "CFG"], top, lines, columns)
+    return tables
+
+
+def by_scale(rows):
+    """Rows of equal weights at every scale, the default one among them."""
+    return matching(rows, study="scale") + matching(rows, study="weights", method=name_of(EQUAL))
 
 
 def charts(rows):
-    accuracies = matching(rows, study="accuracy", variant="noised")
-    times = sorted({row["t"] for row in accuracies})
-    curves = [Series(name, times, means(accuracies, name, "t", times)) for name in DIMENSIONS]
+    query = {"study": "accuracy", "variant": "noised"}
+    curves = [curve(name, rows, "t", name, **query) for name in DIMENSIONS]
     panels = [Chart("Pair accuracy of the reward", curves, "t", "accuracy", level=0.5)]
-    scales = [factor * NRG_SCALE for factor in sorted((*SCALES, 1))]
     for by in JUDGES:
-        curves = []
-        for name in DIMENSIONS:
-            points = [over_seeds(rows, name, judge=by, **query) for query in scale_lines().values()]
-            curves.append(Series(name, scales, points))
+        curves = [curve(name, by_scale(rows), "scale", name, judge=by) for name in DIMENSIONS]
         title = f"Guided 1 : 1 : 1, judged by {by}"
         panels.append(Chart(title, curves, "scale w", "win rate", axis="log", level=0.5))
     return panels
-
-
-READERS = {
-    "ideal": "ideal observer",
-    **{f"probe {n}": f"linear probe on {n} blocks" for n in observer.BLOCKS},
-    "noised": "noise-aware reward",
-}
-
-
-def noise_table(rows):
-    """Two-way accuracy of each reader for each attribute at each t."""
-    told = melted(matching(rows, study="told"), ATTRIBUTES)
-    lines = {}
-    for name, reader in product(ATTRIBUTES, READERS):
-        lines[name, READERS[reader]] = {"variant": reader, "name": name}
-    columns = [Column(f"t {t:g}", "value", {"t": t}) for t in observer.TIMES]
-    title = "Attributes told apart under noise"
-    return tabulate(title, ["attribute", "reader"], told, lines, columns)
-
-
-def noise_charts(rows):
-    told = matching(rows, study="told")
-    charts = []
-    for name in ATTRIBUTES:
-        series = []
-        for reader, label in READERS.items():
-            points = means(told, name, "t", observer.TIMES, variant=reader)
-            series.append(Series(label, observer.TIMES, points))
-        charts.append(Chart(name.capitalize(), series, "t", "two-way accuracy", level=0.5))
-    return charts

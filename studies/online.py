@@ -18,11 +18,10 @@ from functools import partial
 from itertools import product
 
 from data import DIMENSIONS
-from judge import over_seeds
 from studies import policies
 from studies.policies import JUDGES, TRUE
-from studies.report.charts import Chart, Series
-from studies.report.tables import Column, matching, melted, tabulate
+from studies.report.charts import Chart, curve
+from studies.report.tables import Column, Report, matching, tabulate
 
 ROUNDS = 20  # twice the default
 STEPS = 1000  # of every arm
@@ -40,15 +39,11 @@ SETS, CFGS = {"standard": 256}, (1.0,)
 
 
 def jobs(settings):
-    queue = {"base": partial(unaligned, settings)}
+    base = {"study": "judged", "round": 0, "drift": 0.0}
+    queue = {"base": partial(policies.base_rows, settings, SETS, CFGS, **base)}
     for seed, arm in product(range(settings.seeds), ARMS):
         queue[f"{arm}-{seed}"] = partial(aligned, settings, arm, seed)
     return queue
-
-
-def unaligned(settings):
-    base = policies.base_scores(settings, SETS, CFGS)
-    return policies.rows_of(base, base, study="judged", method="base", round=0, seed=0, drift=0.0)
 
 
 def aligned(settings, arm, seed):
@@ -80,23 +75,16 @@ def aligned(settings, arm, seed):
 # The report
 
 
-def report(settings, rows):
-    judged = matching(rows, study="judged")
-    oracle, learned = (matching(judged, judge=judge) for judge in JUDGES)
-    seeds = len({row["seed"] for row in rows})
-    introduction = [
-        f"Standard prompts, CFG 1, mean ± standard deviation over {seeds} seeds; for offline dpo a",
-        "round is the same number of steps. z: the mean of the three dimensions as z-scores.",
-    ]
-    return {
-        "title": "Online alignment",
-        "introduction": introduction,
-        "tables": tables(judged, matching(rows, study="own")),
-        "pictures": {"online": charts(oracle, learned)},
-    }
+def report(rows):
+    introduction = (
+        "Standard prompts, CFG 1, mean ± standard deviation over the seeds; for offline dpo a "
+        "round is the same number of steps. z: the mean of the three dimensions as z-scores."
+    )
+    tables = {"online": by_round(matching(rows, study="judged"))}
+    return Report("Online alignment", introduction, tables, {"online": charts(rows)})
 
 
-def tables(judged, own):
+def by_round(rows):
     columns = [Column("drift", "drift", TRUE, 3, spread=False)]
     columns += [Column(f"true {name}", f"{name}_score", TRUE) for name in DIMENSIONS]
     columns.append(Column("mean", "score", TRUE, 3))
@@ -105,35 +93,24 @@ def tables(judged, own):
     lines = {}
     for arm, number in [("base", 0), *product(ARMS, SHOWN)]:
         lines[arm, str(number)] = {"method": arm, "round": number}
-    made = {"online": tabulate("By round", ["arm", "rounds"], judged, lines, columns)}
-
-    rounds = sorted({row["round"] for row in own})
-    columns = [Column(f"{number:g}", "value", {"round": number}) for number in rounds]
-    lines = {}
-    for arm, name in product(list(ARMS)[1:], ("learned", "true")):  # offline dpo has no rounds
-        lines[f"{arm}, {name}"] = {"method": arm, "name": name}
-    title = "Scores of a round's clips by its own VideoReward and by the oracle, mean of the three"
-    own = melted(own, ("learned", "true"))
-    made["online-own"] = tabulate(title, [""], own, lines, columns)
-    return made
+    return tabulate("By round", ["arm", "rounds"], rows, lines, columns)
 
 
-def charts(oracle, learned):
-    """z-scores by round in truth and by VideoReward, and the truth by drift."""
-    by_round, by_learned, by_drift = [], [], []
+def charts(rows):
+    """z-scores by round in truth and by two judges, and the truth by drift."""
+    judged, own = matching(rows, study="judged"), matching(rows, study="own")
+    base = matching(judged, method="base")
+    by_round, by_drift, by_judge, by_own = [], [], [], []
     for arm in ARMS:
-        points = [{"method": "base", "round": 0}]
-        points += [{"method": arm, "round": number} for number in JUDGED]
-        true = [over_seeds(oracle, "z", **point) for point in points]
-        drifts = [over_seeds(oracle, "drift", **point)[0] for point in points]
-        by_round.append(Series(arm, (0, *JUDGED), true))
-        by_drift.append(Series(arm, drifts, true))
-        scores = [over_seeds(learned, "z", **point) for point in points]
-        by_learned.append(Series(arm, (0, *JUDGED), scores))
+        runs = base + matching(judged, method=arm)
+        by_round.append(curve(arm, runs, "round", "z", judge="oracle"))
+        by_drift.append(curve(arm, runs, "round", "z", "drift", judge="oracle"))
+        by_judge.append(curve(arm, runs, "round", "z", judge="videoreward"))
+        by_own.append(curve(arm, own, "round", "learned", method=arm))
+    y = "mean z-score"
     return [
-        Chart("The truth by round", by_round, "round", "mean z-score"),
-        Chart("VideoReward by round", by_learned, "round", "mean z-score"),
-        Chart(
-            "The truth by drift", by_drift, "drift from the base model", "mean z-score", axis="root"
-        ),
+        Chart("The truth by round", by_round, "round", y),
+        Chart("The truth by drift", by_drift, "drift from the base model", y, axis="root"),
+        Chart("The shipped VideoReward by round", by_judge, "round", y),
+        Chart("The run's own VideoReward by round", by_own[1:], "round", y),  # dpo has none
     ]

@@ -11,7 +11,7 @@ import trainer
 import world
 from data import DIMENSIONS, Vocabulary, draw_noise, step_rng
 from flow import TIME_SHIFT, interpolate
-from judge import NOISE_SEED, learned_scores, prompt_set, sample_prompts, static_quality, win_rate
+from judge import NOISE_SEED, learned_scores, prompt_set, sample_prompts, win_rate
 from model import load_velocity
 from online.tasks import online_task, task_of
 from real_data.toy_pairs import draw_clips
@@ -100,7 +100,6 @@ def checkpoint_rows(settings, checkpoint, sets, cfgs, **facts):
 SETS = {"standard": 256, "hard": 96, "large": 512}  # prompt sets, and their number of prompts
 CFGS = (1.0, CFG)
 JUDGES = ("oracle", "videoreward")
-ATTRIBUTES = tuple(world.MARGIN)
 BEST_OF = (1, 2, 4, 8, 16)
 DRIFT_CLIPS = 256
 ALL_RIGHT = 0.999  # of a true TA
@@ -116,9 +115,9 @@ def prompts_of(name, count):
 
 
 def judge(settings, checkpoint, sets, cfgs, steered=None, seed=NOISE_SEED):
-    """Scores of a checkpoint's samples: {"set cfg": {"oracle" (N, 3), "videoreward" (N, 3), "right"
-    (N, 3), "quality" (N,)}}. steered: (model, cfg) -> a velocity model with CFG to sample with
-    instead; seed: of the noise."""
+    """Scores of a checkpoint's samples: {"set cfg": {"oracle" (N, 3), "videoreward" (N, 3),
+    "quality" (N,)}}. steered: (model, cfg) -> a velocity model with CFG to sample with instead;
+    seed: of the noise."""
     device = settings.device
     model, words = load_velocity(checkpoint)
     reward, reward_words = load_reward(WEIGHTS / "reward.pt")
@@ -134,10 +133,19 @@ def judge(settings, checkpoint, sets, cfgs, steered=None, seed=NOISE_SEED):
             scores[f"{name} {cfg:g}"] = {
                 "oracle": world.oracle(videos, prompts),
                 "videoreward": learned_scores(reward, reward_words, videos, prompts, device),
-                "right": (world.attributes_right(videos, prompts) > 0.5).float(),
                 "quality": static_quality(videos),
             }
     return scores
+
+
+def static_quality(videos):
+    """How good frames look without regard to prompt and motion, as in VBench's quality score: (N,)
+    in [0, 1], the mean of contrast, sharpness and the share of the mass in one place; 0 without an
+    object."""
+    seen = world.measure(videos)
+    contrast = (seen["contrast"] / (1 - world.GROUND)).clamp(0, 1)
+    sharp = 1 - ((seen["softness"] - world.SHARP) / (world.SOFT - world.SHARP)).clamp(0, 1)
+    return (contrast + sharp + (1 - seen["stray"]).clamp(0, 1)) / 3 * seen["present"]
 
 
 def base_scores(settings, sets, cfgs):
@@ -151,6 +159,12 @@ def base_scores(settings, sets, cfgs):
         torch.save(scores, temporary)
         os.replace(temporary, path)
     return torch.load(path, weights_only=True)
+
+
+def base_rows(settings, sets, cfgs, **facts):
+    """Rows of the base model beside itself."""
+    scores = base_scores(settings, sets, cfgs)
+    return rows_of(scores, scores, **facts, method="base", seed=0)
 
 
 def best_of(settings, seed, sets, weights):
@@ -215,22 +229,17 @@ def rows_of(scores, base, **facts):
     """Rows, one for each set, CFG and judge, of the scores of a model and of the base model.
 
     TA_ceiling is the highest true win rate in TA, since base clips with a full score can only be
-    tied. TA_share is the way from one half to the ceiling, as a share."""
+    tied."""
     rows = []
     for key, model in scores.items():
         name, cfg = key.split()
-        perfect = (
-            (base[key]["oracle"][:, DIMENSIONS.index("TA")] >= ALL_RIGHT).float().mean().item()
-        )
-        ceiling = 1 - perfect / 2
+        perfect = base[key]["oracle"][:, DIMENSIONS.index("TA")] >= ALL_RIGHT
         for judge in JUDGES:
             row = {**facts, "set": name, "cfg": float(cfg), "judge": judge}
             row |= zip(DIMENSIONS, win_rate(model[judge], base[key][judge]).tolist())
             for dimension, mean in zip(DIMENSIONS, model[judge].mean(0).tolist()):
                 row[f"{dimension}_score"] = mean
-            row["TA_ceiling"] = ceiling
-            row["TA_share"] = (row["TA"] - 0.5) / max(ceiling - 0.5, 1e-6)
-            row |= zip(ATTRIBUTES, model["right"].mean(0).tolist())
+            row["TA_ceiling"] = 1 - perfect.float().mean().item() / 2
             row["quality"] = model["quality"].mean().item()
             rows.append(row)
     return rows

@@ -11,10 +11,11 @@ the default steps and beta, and are judged by the oracle on the standard set at 
 
 import time
 from functools import partial
+from itertools import product
 
 from data import DIMENSIONS
 from studies import policies
-from studies.report.tables import Column, matching, tabulate
+from studies.report.tables import Column, Report, matching, tabulate
 
 REWARD_STEPS = {3200: 550, 300: 170}  # by the number of labelled pairs
 SETS, CFGS = {"standard": 256}, (1.0,)
@@ -57,30 +58,23 @@ def aligned(settings, ranking, clips, seed, **facts):
 
 def table(rows):
     """True win rates over the base model and true scores by the source of the ranking."""
-    most, *fewer = REWARD_STEPS
-    runs = [(most, "labels", most), (most, "reward", most)]
-    for n in fewer:
-        runs += [(n, "labels", n), (n, "reward", n), (n, "reward", most)]
     lines = {}
-    for labelled, method, clips in runs:
+    for labelled, method, clips in product(
+        REWARD_STEPS, ("labels", "reward"), sorted(REWARD_STEPS)
+    ):
         query = {"labelled": labelled, "method": method, "clips": clips}
         lines[f"{labelled:,}", method, f"{clips:,}"] = query
     columns = [Column(f"{name} wins", name) for name in DIMENSIONS]
     columns += [Column(f"true {name}", f"{name}_score") for name in DIMENSIONS]
     columns.append(Column("reward training, min", "reward_minutes", digits=1, spread=False))
     corner = ["labelled pairs", "ranked by", "pairs of clips"]
-    return tabulate("", corner, matching(rows, judge="oracle"), lines, columns)
+    return tabulate("", corner, rows, lines, columns)
 
 
-def report(settings, rows):
-    seeds = len({row["seed"] for row in rows})
+def report(rows):
     introduction = (
-        "True win rates over the base model and true scores, standard set, CFG 1, "
-        f"mean ± standard deviation over {seeds} seeds."
+        "True win rates over the base model and true scores, standard set, CFG 1, mean ± standard "
+        "deviation over the seeds."
     )
-    return {
-        "title": "Flow-DPO with and without a reward model",
-        "introduction": [introduction],
-        "tables": {"rank": table(rows)},
-        "pictures": {},
-    }
+    title = "Flow-DPO with and without a reward model"
+    return Report(title, introduction, {"rank": table(matching(rows, judge="oracle"))})

@@ -6,7 +6,7 @@ docs/, results/*.md, the charts, and docs/annotated.html.
 
 Three things in a document are generated:
 
-    <!-- table: NAME -->                  a table of a study, by its key in the study's tables()
+    <!-- table: NAME -->                  a table of a study, by its key in the study's report
     <!-- end of table -->
 
     <!-- code: FILE | FIRST | LAST -->    lines of FILE, from the one that begins with FIRST to the
@@ -15,99 +15,46 @@ Three things in a document are generated:
     [`module.name`](file.py#L12)          the line number of a link to a definition
 """
 
+import json
 import os
 import re
 import textwrap
-from functools import cache
 
 from pages import annotated
 from runtime.cli import BadInput
+from studies import bench
 from studies.catalogue import ROOT, STUDIES
-from studies.jobs import load_result, rendered, settings_of, source_line
-from studies.policies import NAMES, WINS_BY_JUDGE
-from studies.report.tables import Table, matching, table_lines, tabulate
+from studies.jobs import rendered, report_of
+from studies.report.tables import table_lines
 
-BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 CODE = re.compile(r"(<!-- code: (\S+) \| (.+?) \| (.+?) -->\n).*?(<!-- end of code -->)", re.DOTALL)
 LINK = re.compile(r"\[`([\w.]+)`\]\(([\w./]+\.py)#L\d+\)")
 
 
-@cache
 def load(name):
-    return load_result(ROOT / "results" / f"{name}.json")
+    return json.loads((ROOT / "results" / f"{name}.json").read_text())
 
 
-@cache
-def report(name):
-    """The report of a study's saved result."""
-    saved = load(name)
-    return STUDIES[name].report(settings_of(saved["command"].split()[2:]), saved["rows"])
-
-
-# ---------------------------------------------------------------------------------------------
-# Tables
-
-
-def tables():
-    """{name: Table} of all studies."""
-    found = {"summary": summary()}
-    for name in STUDIES:
-        found |= report(name)["tables"]
-    return found
-
-
-def summary():
-    """Win rates of the main methods over the base model, CFG 1, by both judges."""
-    rows = matching(load("align")["rows"], align="1:1:1", set="standard", cfg=1.0)
-    methods = ("sft", "rwr", "dpo-schedule", "dpo-constant", "nrg-1:1:1")
-    lines = {NAMES[method]: {"method": method} for method in methods}
-    table = tabulate("", [""], rows, lines, WINS_BY_JUDGE)
-    base = [NAMES["base"], *["0.50"] * 6]
-    return Table("", table.head, [base, *table.rows])
-
-
-def costs(name):
-    """Measured costs beside the best that is possible."""
-    cells = []
-    for row in load(name)["rows"]:
-        if row["part"] not in ("dense", "memory"):
-            label = re.sub(r" \([\d,]+ GFLOP/s\)", "", row["name"])
-            digits = ".2f" if row["value"] >= 0.1 else ".2g"
-            cells.append([row["part"], label, f"{row['value']:{digits}}", f"{row['floor']:.3g}"])
-    return Table("", ["part", "ratio", "measured", "at best"], cells)
-
-
-# ---------------------------------------------------------------------------------------------
-# The files
-
-
-def with_table(match, path, known):
-    """A block with its table. BadInput for an unknown one."""
-    if match[2] not in known:
-        raise BadInput(f"{path}: unknown table {match[2]!r}; known: {', '.join(known)}")
-    return match[1] + "\n".join(table_lines(known[match[2]])) + "\n" + match[3]
-
-
-def excerpt(match, path):
-    """A block of code lines with a link to them. BadInput if the file has no such lines."""
-    file, first, last = match[2], match[3], match[4]
+def with_excerpt(match, path):
+    """A block with its lines of code and a link to them."""
+    head, file, first, last, end = match.groups()
     lines = (ROOT / file).read_text().splitlines()
-    starts = [i for i, line in enumerate(lines) if line.strip().startswith(first)]
-    if len(starts) != 1:
-        raise BadInput(f"{path}: {len(starts)} lines of {file} begin with {first!r}; one is needed")
-    ends = [i for i in range(starts[0], len(lines)) if lines[i].strip().startswith(last)]
-    if not ends:
-        raise BadInput(f"{path}: no line of {file} after {first!r} begins with {last!r}")
-    start, stop = starts[0], ends[0] + 1
-    code = textwrap.dedent("\n".join(lines[start:stop]))
-    link = f"{os.path.relpath(ROOT / file, path.parent)}#L{start + 1}-L{stop}"
-    caption = f"[{file}, lines {start + 1} to {stop}]({link})"
-    return f"{match[1]}{caption}\n\n```python\n{code}\n```\n{match[5]}"
+    starts = [line.strip().startswith(first) for line in lines]
+    if starts.count(True) != 1:
+        raise BadInput(f"{path}: {starts.count(True)} lines of {file} begin with {first!r}")
+    start = stop = starts.index(True)
+    while not lines[stop].strip().startswith(last):
+        stop += 1
+    code = textwrap.dedent("\n".join(lines[start : stop + 1]))
+    link = f"{os.path.relpath(ROOT / file, path.parent)}#L{start + 1}-L{stop + 1}"
+    caption = f"[{file}, lines {start + 1} to {stop + 1}]({link})"
+    return f"{head}{caption}\n\n```python\n{code}\n```\n{end}"
 
 
-def definition_link(match, path):
-    """A link to the line that defines a name. BadInput if no line does."""
-    name, file = match[1], match[2]
+def with_line(match, path):
+    """A link to the line that defines a name."""
+    name, file = match.groups()
     last = name.split(".")[-1]
     definition = re.compile(rf"\s*(def|class) {last}\b|{last}(:[^=]*)? =")
     for number, line in enumerate((path.parent / file).read_text().splitlines(), 1):
@@ -116,35 +63,31 @@ def definition_link(match, path):
     raise BadInput(f"{path}: {file} does not define {name}")
 
 
-def generated(path, known):
+def generated(path, tables):
     """The text of a document with its tables, excerpts and line numbers written anew."""
-    text = BLOCK.sub(lambda match: with_table(match, path, known), path.read_text())
-    text = CODE.sub(lambda match: excerpt(match, path), text)
-    return LINK.sub(lambda match: definition_link(match, path), text)
 
+    def with_table(match):
+        head, name, end = match.groups()
+        return head + "\n".join(table_lines(tables[name])) + "\n" + end
 
-def bench_page():
-    """results/bench.md: every measured cost beside the best that is possible."""
-    lines = ["# What costs how much", "", "Ratios measured by `python evaluate.py bench`, which at"]
-    lines.append("the commits below had more parts.")
-    for name in ("bench", "bench_h200"):
-        lines += ["", f"## {name}", "", source_line(load(name)), "", *table_lines(costs(name))]
-    return "\n".join([*lines, ""])
+    text = TABLE.sub(with_table, path.read_text())
+    text = CODE.sub(lambda match: with_excerpt(match, path), text)
+    return LINK.sub(lambda match: with_line(match, path), text)
 
 
 def generated_files():
     """{path: text} of every file that is generated."""
-    load.cache_clear()
-    report.cache_clear()
-    files = {}
-    for name in STUDIES:
-        for file, text in rendered(name, report(name), load(name)).items():
+    files = {ROOT / "docs" / "annotated.html": annotated.page()}
+    tables = {"bench": bench.table({name: load(name)["rows"] for name in bench.RESULTS})}
+    for name, study in STUDIES.items():
+        if not (ROOT / "results" / f"{name}.json").exists():
+            continue
+        saved = load(name)
+        tables |= report_of(study, saved).tables
+        for file, text in rendered(study, name, saved).items():
             files[ROOT / "results" / file] = text
-    known = tables()
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
-        files[path] = generated(path, known)
-    files[ROOT / "results" / "bench.md"] = bench_page()
-    files[ROOT / "docs" / "annotated.html"] = annotated.page()
+        files[path] = generated(path, tables)
     return files
 
 

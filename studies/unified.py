@@ -28,7 +28,7 @@ from flow_rwr import flow_rwr_step, rwr_weights
 from nrg import guide, noisy_pair_step
 from sample import sample
 from studies.report.charts import Chart, Series
-from studies.report.tables import Column, tabulate
+from studies.report.tables import Column, Report, matching, tabulate
 
 MEANS, STD = torch.tensor([-1.0, 1.0]), 0.4  # of the two modes, equally likely
 BETA = 1.0  # of Eq. 3
@@ -65,22 +65,13 @@ def reference(x_t, t, y):
     return (x_t - (weight * mean).sum(1, keepdim=True)) / t.clamp(min=1e-3)[:, None]
 
 
-class Small(torch.nn.Module):
-    """A network (x_t, t) -> one number that starts at zero; a policy adds it to the reference's
-    velocity."""
-
-    def __init__(self, policy):
-        super().__init__()
-        self.policy = policy
-        sizes = (2, 64), (64, 64), (64, 1)
-        layers = [layer for size in sizes for layer in (torch.nn.Linear(*size), torch.nn.SiLU())]
-        self.net = torch.nn.Sequential(*layers[:-1])
-        torch.nn.init.zeros_(self.net[-1].weight)
-        torch.nn.init.zeros_(self.net[-1].bias)
-
-    def forward(self, x_t, t, y):
-        out = self.net(torch.cat((x_t, t[:, None]), 1))
-        return reference(x_t, t, y) + out if self.policy else out
+def new_network():
+    """A network (x_t, t) -> one number that starts at zero."""
+    last = torch.nn.Linear(64, 1)
+    torch.nn.init.zeros_(last.weight)
+    torch.nn.init.zeros_(last.bias)
+    first, middle = torch.nn.Linear(2, 64), torch.nn.Linear(64, 64)
+    return torch.nn.Sequential(first, torch.nn.SiLU(), middle, torch.nn.SiLU(), last)
 
 
 def draw(count, rng):
@@ -90,14 +81,13 @@ def draw(count, rng):
 
 
 def fit(network, loss, seed):
-    """Trains with loss: rng -> scalar; the rate falls to zero."""
+    """Trains a network with loss: rng -> scalar; the rate falls to zero."""
     optimizer = torch.optim.Adam(network.parameters(), RATE)
     for step in range(STEPS):
         optimizer.param_groups[0]["lr"] = RATE * (1 - step / STEPS)
         optimizer.zero_grad()
         loss(step_rng(seed, step)).backward()
         optimizer.step()
-    return network.eval()
 
 
 def labelled_pairs(rng):
@@ -110,47 +100,55 @@ def labelled_pairs(rng):
 NO_PROMPT = torch.zeros(BATCH, 1, dtype=torch.int64)
 
 
+def value(x_t, t, y):
+    """The exact value function, log E[exp(r(x0) / beta) | x_t], as scores (B, 1)."""
+    return posterior(x_t, t, 1 / BETA)[2][:, None]
+
+
 def model_of(method, seed):
     """(velocity, guidance) of a method."""
     torch.manual_seed(seed)
-    network = Small(policy=not method.startswith("nrg"))
+    network = new_network()
+
+    def learned(x_t, t, y):
+        return network(torch.cat((x_t, t[:, None]), 1))
+
+    def policy(x_t, t, y):
+        return reference(x_t, t, y) + learned(x_t, t, y)
+
     data = draw(20_000, step_rng(seed, -2))
     weight = rwr_weights(data[:, 0], BETA)
 
     def rwr_loss(rng):
         rows = torch.randint(len(data), (BATCH,), generator=rng)
         noise = draw_noise(BATCH, (1,), 1.0, rng)
-        return flow_rwr_step(network, data[rows], NO_PROMPT, weight[rows], **noise)[0]
+        return flow_rwr_step(policy, data[rows], NO_PROMPT, weight[rows], **noise)[0]
 
     def dpo_loss(rng):
         pair, noise = labelled_pairs(rng), draw_noise(BATCH, (1,), 1.0, rng)
         beta = float(method.removeprefix("dpo-"))
-        return flow_dpo_step(network, reference, *pair, NO_PROMPT, **noise, beta=beta)[0]
+        return flow_dpo_step(policy, reference, *pair, NO_PROMPT, **noise, beta=beta)[0]
 
     def nrg_loss(rng):
-        winner, loser = labelled_pairs(rng)
-        noise = draw_noise(BATCH, (1,), 1.0, rng)
+        pair, noise = labelled_pairs(rng), draw_noise(BATCH, (1,), 1.0, rng)
         if method == "nrg-own":
             noise["x1_b"] = torch.randn(BATCH, 1, generator=rng)
         label = torch.ones(BATCH, 3, dtype=torch.int64)  # the winner comes first
 
         def three_scores(x_t, t, y):
-            return network(x_t, t, y).expand(-1, 3)
+            return learned(x_t, t, y).expand(-1, 3)
 
-        return noisy_pair_step(three_scores, winner, loser, NO_PROMPT, label, **noise)[0]
-
-    def value(x_t, t, y):
-        return posterior(x_t, t, 1 / BETA)[2][:, None]
+        return noisy_pair_step(three_scores, *pair, NO_PROMPT, label, **noise)[0]
 
     if method == "reference":
         return reference, None
-    if method == "rwr":
-        return fit(network, rwr_loss, seed), None
-    if method.startswith("dpo"):
-        return fit(network, dpo_loss, seed), None
     if method == "nrg-exact":
         return reference, guide(value, [1.0])
-    return reference, guide(fit(network, nrg_loss, seed), [1.0])
+    if method.startswith("nrg"):
+        fit(network, nrg_loss, seed)
+        return reference, guide(learned, [1.0])
+    fit(network, rwr_loss if method == "rwr" else dpo_loss, seed)
+    return policy, None
 
 
 def below(x):
@@ -195,6 +193,12 @@ def jobs(settings):
 # The report
 
 
+def report(rows):
+    introduction = f"p_ref: modes at -1 and 1, standard deviation {STD}; r(x) = x, beta {BETA:g}."
+    tables = {"unified": table(rows)}
+    return Report("Three ways to p*", introduction, tables, {"unified": charts(rows)})
+
+
 def table(rows):
     share, mean = truth()
     columns = [
@@ -203,9 +207,9 @@ def table(rows):
         Column("mass above 0", "right", digits=3),
     ]
     lines = {label: {"method": method} for method, label in METHODS.items()}
-    made = tabulate("", [""], rows, lines, columns)
-    made.rows.insert(0, ["p*", "0", f"{mean:.3f}", f"{share[EDGES[:-1] > -1e-6].sum():.3f}"])
-    return made
+    table = tabulate("", [""], rows, lines, columns)
+    table.rows.insert(0, ["p*", "0", f"{mean:.3f}", f"{share[EDGES[:-1] > -1e-6].sum():.3f}"])
+    return table
 
 
 def charts(rows):
@@ -213,33 +217,23 @@ def charts(rows):
     width = (EDGES[1] - EDGES[0]).item()
     middles = ((EDGES[:-1] + EDGES[1:]) / 2).tolist()
 
-    def density(name, share):
-        return Series(name, middles, [(height / width, 0.0) for height in share.tolist()])
+    def density(name, shares):
+        return Series(name, middles, [(share / width, 0.0) for share in shares.tolist()])
 
     groups = {
-        "Flow-RWR": ({"reference": "p_ref", "rwr": "Flow-RWR"}, ""),
-        "Flow-DPO": ({f"dpo-{beta:g}": f"its beta {beta:g}" for beta in DPO_BETAS}, ""),
-        "Flow-NRG": (
-            {"nrg-exact": "exact value", "nrg-shared": "same noise", "nrg-own": "separate noise"},
-            "same noise: guidance diverges to x near 8",
-        ),
+        "Flow-RWR": {"reference": "p_ref", "rwr": "Flow-RWR"},
+        "Flow-DPO": {f"dpo-{beta:g}": f"its beta {beta:g}" for beta in DPO_BETAS},
+        "Flow-NRG": {
+            "nrg-exact": "exact value",
+            "nrg-shared": "same noise (diverges to x near 8)",
+            "nrg-own": "separate noise",
+        },
     }
     panels = []
-    for title, (methods, note) in groups.items():
+    for title, methods in groups.items():
         series = [density("p*", truth()[0])]
         for method, name in methods.items():
-            shares = [row["histogram"] for row in rows if row["method"] == method]
-            shares = torch.tensor(shares).reshape(-1, len(EDGES) - 1)
-            series.append(density(name, shares.mean(0)))
-        panels.append(Chart(f"{title} against p*", series, "x", "density p(x)", note=note))
+            shares = [row["histogram"] for row in matching(rows, method=method)]
+            series.append(density(name, torch.tensor(shares).mean(0)))
+        panels.append(Chart(f"{title} against p*", series, "x", "density p(x)"))
     return panels
-
-
-def report(settings, rows):
-    introduction = f"p_ref: modes at -1 and 1, standard deviation {STD}; r(x) = x, beta {BETA:g}."
-    return {
-        "title": "Three ways to p*",
-        "introduction": [introduction],
-        "tables": {"unified": table(rows)},
-        "pictures": {"unified": charts(rows)},
-    }

@@ -8,7 +8,6 @@ import torch
 
 import evaluate
 from model import ModelConfig
-from runtime.cli import BadInput
 from studies import bench
 
 CPU = torch.device("cpu")
@@ -50,36 +49,25 @@ def test_a_slow_round_leaves_ratios_alone(monkeypatch):
     assert found == pytest.approx({"a": third, "b": 2 * third})
 
 
-def test_the_command_writes_all_parts_or_prints_one(tmp_path, monkeypatch, capsys):
-    def short(device):
-        """A part."""
-        yield "half", 0.5, 1.0
+def test_the_command_writes_a_ratio_for_every_part(tmp_path, monkeypatch):
+    def medians(ways, device):
+        for way in ways.values():
+            way()
+        return {name: 1.0 + i for i, name in enumerate(ways)}
 
-    monkeypatch.setattr(bench, "PARTS", {"short": short, "long": short})
+    monkeypatch.setattr(bench, "medians", medians)
+    monkeypatch.setattr(bench, "MEDIUM", SMALL)
+    monkeypatch.setattr(bench, "TILES", {"tile:2,4,4/1,1,1": (4, 4, 4)})
     monkeypatch.setattr(bench.torch, "set_num_threads", lambda count: None)
     argv = ["evaluate.py", "bench", f"--out={tmp_path}", "--device=cpu"]
-    monkeypatch.setattr(sys, "argv", [*argv, "--only=short"])
-    evaluate.main()
-    assert capsys.readouterr().out.count("half") == 1 and not list(tmp_path.iterdir())
     monkeypatch.setattr(sys, "argv", argv)
     evaluate.main()
     saved = json.loads((tmp_path / "bench.json").read_text())
-    row = {"name": "half", "value": 0.5, "floor": 1.0}
-    assert saved["rows"] == [row | {"part": "short"}, row | {"part": "long"}]
-    assert saved["command"].startswith("python evaluate.py bench")
-    monkeypatch.setattr(sys, "argv", [*argv, "--only=speed"])
-    with pytest.raises(BadInput, match="--only speed: no part of the bench; known: short, long"):
-        evaluate.main()
-
-
-def test_what_to_do_is_asked_for(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["evaluate.py"])
-    with pytest.raises(BadInput, match="what to do is missing: reward, align"):
-        evaluate.main()
-    for flags, said in (
-        (["--seeds=0"], "--seeds: 0: must be"),
-        (["--rounds=3"], "--rounds: no such"),
-    ):
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", "align", *flags])
-        with pytest.raises(BadInput, match=said):
-            evaluate.main()
+    values = [row["value"] for row in saved["rows"]]
+    # ways take 1, 2, ... s; tiles 2 s for 1 s of dense attention, at a density of 1/2
+    assert values == [2, 3, 4, 0.25, 2, 3, 4]
+    table = bench.table({"bench": saved["rows"], "bench_h200": saved["rows"][:1]})
+    assert table.rows[:2] == [
+        ["SFT: gradient checkpointing / none", "2.00", "2.00", "1.33"],
+        ["Flow-DPO / SFT on both clips", "3.00", "–", "1.33"],
+    ]

@@ -1,7 +1,5 @@
-"""How the studies judge: rows of policies, pairs that judge rewards, readers of noised clips; and
-the generated tables."""
+"""How the studies judge: rows of policies, and pairs that judge rewards; and the generated tables."""
 
-import math
 import re
 import shutil
 from functools import partial
@@ -14,24 +12,24 @@ from wired import CPU, splits_of
 
 import evaluate
 import world
-from data import DIMENSIONS, INVALID, Pairs, Vocabulary
-from judge import mean_and_spread
+from data import DIMENSIONS, INVALID, Pairs
 from model import load_velocity
 from real_data import generated
 from runtime.cli import BadInput
-from studies import catalogue, nrg, observer, policies, reward_model, tables
+from studies import catalogue, nrg, policies, reward_model, tables
 from studies.jobs import Settings
 from studies.policies import WEIGHTS
+from studies.report.tables import Column, over_seeds, tabulate
 
 drawn = wired.drawn
 settings_for = partial(Settings, device=CPU)
 
 
-def scores(oracle, learned, right=(1.0, 0.0, 1.0), quality=0.25):
+def scores(oracle, learned, quality=0.25):
+    oracle, learned = torch.tensor(oracle), torch.tensor(learned)
     return {
-        "oracle": torch.tensor(oracle),
-        "videoreward": torch.tensor(learned),
-        "right": torch.tensor([right] * len(oracle)),
+        "oracle": oracle,
+        "videoreward": learned,
         "quality": torch.full((len(oracle),), quality),
     }
 
@@ -47,25 +45,14 @@ def values(row, suffix=""):
 def test_rows_count_wins_of_the_policy_over_the_base():
     policy = {"hard 1": scores([[1.0, 0.2, 0.0]] * 2, [[0.0, 3.0, 1.0], [0.0, 3.0, 0.0]])}
     learned = [[1.0, 1.0, 0.0], [-1.0, 1.0, 0.0]]
-    base = {"hard 1": scores([[0.0, 0.2, 1.0]] * 2, learned, (0, 1, 0), 0.75)}
+    base = {"hard 1": scores([[0.0, 0.2, 1.0], [0.0, 0.2, 0.9]], learned, 0.75)}
     by_oracle, by_reward = policies.rows_of(policy, base, method="x", seed=4)
     assert values(by_oracle) == [1.0, 0.5, 0.0] and by_oracle["judge"] == "oracle"
     assert values(by_reward) == [0.5, 1.0, 0.75] and by_reward["judge"] == "videoreward"
     assert values(by_oracle, "_score") == pytest.approx([1.0, 0.2, 0.0])
-    facts = {"set": "hard", "cfg": 1.0, "seed": 4, "method": "x"}
+    facts = {"set": "hard", "cfg": 1.0, "seed": 4, "method": "x", "quality": 0.25}
     assert facts.items() <= by_oracle.items()
-    assert by_oracle["TA_ceiling"] == by_reward["TA_ceiling"] == 0.5  # only ties are possible
-    attributes = [by_oracle[name] for name in ("colour", "shape", "direction", "quality")]
-    assert attributes == [1.0, 0.0, 1.0, 0.25]
-
-
-def test_the_ceiling_in_ta_leaves_out_what_the_base_has_right():
-    base = {"hard 1": scores([[0.0, 0.0, ta] for ta in (1.0, 0.6, 0.3, 0.3)], [[0.0] * 3] * 4)}
-    policy = {"hard 1": scores([[0.0, 0.0, ta] for ta in (1.0, 1.0, 1.0, 0.0)], [[0.0] * 3] * 4)}
-    row, _ = policies.rows_of(policy, base)
-    # a tie, two wins, a loss: 2.5 of 4; with every prompt right a tie and three wins: 3.5 of 4
-    assert row["TA"] == 0.625 and row["TA_ceiling"] == 0.875
-    assert row["TA_share"] == pytest.approx(0.125 / 0.375)
+    assert by_oracle["TA_ceiling"] == by_reward["TA_ceiling"] == 0.75  # one of two can only be tied
 
 
 def test_best_of_n_is_what_videoreward_likes_best_of_the_first_n(monkeypatch):
@@ -145,7 +132,7 @@ def test_a_checkpoint_is_judged_by_both_on_samples_of_each_set(monkeypatch):
     for (key, one), p in zip(found.items(), (p for p in prompts for _ in range(2))):
         assert torch.equal(one["videoreward"], learned)
         assert torch.equal(one["oracle"], world.oracle(clips, p))
-        assert torch.equal(one["right"], (world.attributes_right(clips, p) > 0.5).float())
+        assert torch.equal(one["quality"], policies.static_quality(clips))
 
 
 def test_prompt_sets_hold_the_splits_of_their_names():
@@ -187,11 +174,10 @@ def test_table_columns_by_hand():
     row = reward_model.accuracies(score, pairs(labels, [1, 1, -1, 0]))
     # VQ: right on pairs 1 and 3; with ties below .5 also on pair 4
     assert row["VQ_without"] == pytest.approx(2 / 3)
-    assert row["VQ_with"] == 0.75 and row["VQ_ties"] == 0.25
-    assert row["MQ_with"] == 1.0 and row["MQ_ties"] == 1.0  # all ties, below a threshold of 1
+    assert row["VQ_with"] == 0.75
+    assert row["MQ_with"] == 1.0  # all ties, below a threshold of 1
     # .1 is a third of a deviation, .307, and a tie by the truth; pairs 1 and 3 are right
     assert row["VQ_true"] == pytest.approx(2 / 3)
-    assert row["VQ_pairs"] == 3 and row["MQ_pairs"] == 0
     # Overall: means 4/3, 0, -2/3, 1/2 against A, A, B, tie; below 1/2 a tie: 1, 3 and 4 are right
     assert row["Overall_without"] == pytest.approx(2 / 3) and row["Overall_with"] == 0.75
 
@@ -201,9 +187,8 @@ def test_tied_differences_by_hand():
     labels = [[1, 1, 1], [-1, 0, 1], [0, 0, 0], [0, 0, 0]]
     score = torch.stack((delta, torch.zeros(4, 3)), 1)
     row = reward_model.tied_differences(score, pairs(labels, [0] * 4))
-    assert row["VQ_tied"] == pytest.approx(0.6 / 3)  # tied .3 and .9, decided 2 and 4
-    histogram = row["VQ_tied_histogram"]  # .1 and .3 of 3
-    assert histogram[:2] == [0.5, 0.5] and sum(histogram) == 1 and row["MQ_tied"] == 1.0
+    histogram = row["VQ_tied_histogram"]  # tied .3 and .9, decided 2 and 4: .1 and .3 of 3
+    assert histogram[:2] == [0.5, 0.5] and sum(histogram) == 1
 
 
 def test_oracle_and_random_judges_of_pairs(monkeypatch):
@@ -211,36 +196,29 @@ def test_oracle_and_random_judges_of_pairs(monkeypatch):
     label = torch.tensor([[1, -1, 0]]).expand(40, 3)
     overall = torch.full((40,), INVALID)
     known = Pairs(torch.zeros(40, 8), None, label=label, truth=truth, overall=overall)
-    monkeypatch.setattr(reward_model, "every_split", lambda settings: {"policy": known})
-    (row,) = reward_model.untrained(None, "oracle", 0)
+    monkeypatch.setattr(reward_model, "judged_pairs", lambda split, settings: known)
+    row, *_ = reward_model.untrained(None, "oracle", 0)
     assert row["VQ_without"] == row["MQ_without"] == row["TA_with"] == 1.0
-    assert row["split"] == "policy" and row["VQ_ties"] == 0 and row["TA_ties"] == 1
+    assert row["split"] == "validation"
     random = [reward_model.untrained(None, "random", seed)[0]["VQ_without"] for seed in range(4)]
     assert all(0.1 < value < 0.9 for value in random) and len(set(random)) > 1
 
 
 def test_rewards_are_judged_on_pairs_of_held_out_prompts(drawn, monkeypatch, tmp_path):
-    made = {}
+    asked, honest = [], generated.generated_pairs
 
-    def generated_pairs(count, splits, seed, path, config, cache, device, models):
-        made[str(path), *models] = (seed, *splits, models)
-        return honest(count, splits, seed, WEIGHTS / "base.pt", config, cache, device, models)
+    def generated_pairs(count, splits, seed, *source):
+        asked.append((splits, seed, source[0], source[4]))
+        return honest(count, splits, seed, *source)
 
-    honest = generated.generated_pairs
     monkeypatch.setattr(generated, "generated_pairs", generated_pairs)
     monkeypatch.setattr(generated, "sample_many", lambda model, x1, y, progress, **settings: x1)
-    monkeypatch.setattr(reward_model, "policy", lambda settings: "policy.pt")
     settings = settings_for("reward", work=tmp_path, eval_pairs=20)
-    reward_model.judged_pairs.cache_clear()
-    splits = {name: splits_of(p.y) for name, p in reward_model.every_split(settings).items()}
-    validation = dict.fromkeys(("validation", "base", "policy", "cfg3"), {"validation"})
-    assert splits == validation | {"benchmark": {"hard"}}
-    seed, base = reward_model.EVALUATION_SEED + 3, str(WEIGHTS / "base.pt")
-    assert made == {
-        (base, *generated.MODELS): (seed, "validation", generated.MODELS),
-        ("policy.pt", "policy"): (seed, "validation", {"policy": {}}),
-        (base, "base-cfg3"): (seed, "validation", {"base-cfg3": {"cfg": 3.0}}),
-    }
+    pairs = {split: reward_model.judged_pairs(split, settings) for split in reward_model.SPLITS}
+    splits = {split: splits_of(own.y) for split, own in pairs.items()}
+    assert splits == {"validation": {"validation"}, "benchmark": {"hard"}, "base": {"validation"}}
+    seed = reward_model.SEED + 3  # far from those of training
+    assert asked == [(["validation"], seed, WEIGHTS / "base.pt", generated.MODELS)]
 
 
 def test_accuracy_of_a_noise_aware_reward_by_hand(monkeypatch):
@@ -259,97 +237,6 @@ def test_accuracy_of_a_noise_aware_reward_by_hand(monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------
-# Readers of noised clips
-
-
-class Colours(torch.nn.Module):
-    """A noise-aware reward that knows colours alone: TA is how well the clip's colour is the
-    prompt's."""
-
-    config = SimpleNamespace(max_text=8)
-
-    def __init__(self, sign):
-        super().__init__()
-        self.sign, self.times = sign, []
-
-    def forward(self, x_t, t, y):
-        self.times.append(t[0].item())
-        hue = world.measure(x_t)["colour"]  # how well each of the colours matches
-        names = [text.split()[1] for text in map(Vocabulary().decode, y)]
-        colour = torch.tensor([list(world.COLOURS).index(name) for name in names])
-        own = self.sign * hue[torch.arange(len(y)), colour]
-        return torch.stack((torch.zeros(len(y)), -hue.sum(1), own), 1)
-
-
-@pytest.mark.parametrize(("sign", "colour"), [(1, 1.0), (-1, 0.0)])
-def test_told_apart_is_the_share_of_clips_whose_own_prompt_is_preferred(
-    drawn, monkeypatch, sign, colour
-):
-    reward = Colours(sign)
-    monkeypatch.setattr(nrg, "load_noisy_reward", lambda path: (reward, Vocabulary().words))
-    rows = nrg.told_rows(settings_for("nrg", eval_pairs=36), 3)
-    assert [row["t"] for row in rows] == list(observer.TIMES) and rows[0]["variant"] == "noised"
-    assert sorted(set(reward.times)) == pytest.approx(observer.TIMES)
-    assert rows[0]["colour"] == colour
-    assert rows[0]["shape"] == rows[0]["direction"] == 0.0  # equal is not preferred
-    assert all(splits_of(clips.prompt) == {"validation"} for clips in drawn)
-
-
-def test_the_ideal_observer_weighs_what_it_knows_by_bayes(monkeypatch):
-    # three clips of 2 numbers: red circle left, red cross left, green circle right
-    known = torch.tensor([[1.0, 0.0], [0.0, 2.0], [-1.0, 0.0]]).reshape(3, 2, 1, 1, 1)
-    attributes = torch.tensor([[0, 0, 0], [0, 1, 0], [1, 0, 1]])
-    monkeypatch.setattr(observer, "clean_clips", lambda count, splits, rng: (known, attributes))
-    x_t, t = torch.tensor([[0.3, 0.1]]).reshape(1, 2, 1, 1, 1), torch.tensor([0.6])
-    score = observer.ideal(x_t, t, None)
-    # p(x_t | clip) is normal with mean .4 clip and deviation .6
-    means = ((0.4, 0.0), (0.0, 0.8), (-0.4, 0.0))
-    likelihood = [math.exp(-((0.3 - a) ** 2 + (0.1 - b) ** 2) / (2 * 0.36)) for a, b in means]
-    red = (likelihood[0] + likelihood[1]) / likelihood[2]
-    circle = (likelihood[0] + likelihood[2]) / likelihood[1]
-
-    def gap(a, b):
-        return (score(torch.tensor([a])) - score(torch.tensor([b]))).item()
-
-    assert gap([0, 0, 0], [1, 0, 0]) == pytest.approx(math.log(red))
-    assert gap([1, 0, 0], [1, 1, 0]) == pytest.approx(math.log(circle))
-    assert gap([1, 1, 0], [1, 1, 1]) == pytest.approx(math.log(red))  # the red ones move left
-    assert gap([0, 0, 0], [2, 0, 0]) == math.inf  # no clip is blue
-
-
-class Blocks(torch.nn.Module):
-    """A base model whose hidden states are the clip itself after three blocks, and nothing
-    before."""
-
-    config = SimpleNamespace(max_text=2)
-
-    def __init__(self):
-        super().__init__()
-        self.spread = {}
-
-    def embed(self, x_t, t, y):
-        self.spread.setdefault(t[0].item(), []).append(x_t.std().item())
-        video = x_t.flatten(2).transpose(1, 2)
-        return torch.cat((torch.zeros(len(y), 2, video.shape[2]), video), 1), None
-
-    def run(self, hidden, condition, first, last):
-        return hidden * (last == 3)
-
-
-def test_a_probe_reads_the_tokens_of_the_blocks_of_its_name(drawn, monkeypatch):
-    monkeypatch.setattr(observer, "LEARNED", 400)
-    monkeypatch.setattr(observer, "TIMES", (0.0, 0.8))
-    told, model = {}, Blocks()
-    for blocks in (2, 3):
-        reader = partial(observer.probe, model, blocks)
-        told[blocks] = observer.told_apart(reader, 0, 60)[0]
-    assert told[3]["colour"] > 0.8 and told[3]["direction"] > 0.8
-    assert told[2]["colour"] == told[2]["shape"] == told[2]["direction"] == 0
-    assert all(max(stds) < 1.2 * min(stds) for stds in model.spread.values())  # it learns at its t
-    assert all(splits_of(clips.prompt) == {"train"} for clips in drawn if len(clips) == 400)
-
-
-# ---------------------------------------------------------------------------------------------
 # Generated files
 
 
@@ -359,7 +246,11 @@ def run_tables(monkeypatch, *flags):
 
 
 def test_means_and_spreads_are_those_of_a_sample():
-    assert mean_and_spread([1.0, 2.0, 3.0]) == (2.0, 1.0) and mean_and_spread([5.0]) == (5.0, 0.0)
+    rows = [{"x": value, "seed": seed} for seed, value in enumerate((1.0, 2.0, 3.0))]
+    assert over_seeds(rows, "x") == (2.0, 1.0) and over_seeds(rows, "x", seed=1) == (2.0, 0.0)
+    lines = {"a": {"seed": 0}, "b": {"seed": 9}}  # no row of seed 9, and so no line
+    columns = [Column("X", "x", digits=1), Column("other", "x", {"seed": 1}, spread=False)]
+    assert tabulate("", [""], rows, lines, columns).rows == [["a", "1.0 ± 0.0", "nan"]]
 
 
 def test_generated_files_are_those_of_the_results(monkeypatch):

@@ -8,7 +8,7 @@ import torch
 import sample as sampler
 import world
 from flow import draw_time
-from judge import static_quality
+from studies.policies import static_quality
 
 # ---------------------------------------------------------------------------------------------
 # Flow

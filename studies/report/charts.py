@@ -6,10 +6,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from studies.report.tables import matching, over_seeds
+
 
 class Series(NamedTuple):
-    """A line: x of each point, and (mean, spread), drawn as a bar of ± the spread. nan is left
-    out."""
+    """A line: x of each point, and (mean, spread), drawn as a bar of ± the spread."""
 
     name: str
     xs: list
@@ -26,7 +27,17 @@ class Chart(NamedTuple):
     y: str
     axis: str = "linear"
     level: float | None = None  # a dashed horizontal line
-    note: str = ""  # a line below the legend
+
+
+def curve(name, rows, key, y, x=None, **query):
+    """A Series over the rows that hold all of `query`, with a point for each value of `key`: the
+    figure y over the seeds, at that value or at the mean of the figure x."""
+    own = matching(rows, **query)
+    values = sorted({row[key] for row in own})
+    points = [over_seeds(own, y, **{key: value}) for value in values]
+    if x:
+        values = [over_seeds(own, x, **{key: value})[0] for value in values]
+    return Series(name, values, points)
 
 
 WIDTH, HEIGHT = 360, 320
@@ -51,32 +62,24 @@ def ticks(low, high):
     return np.arange(np.ceil(low / step - 1e-9), high / step + 1e-9) * step + 0.0  # no -0
 
 
-def points_of(chart):
-    """[(x, y, spread)] of each series."""
-    lines = []
-    for series in chart.series:
-        pairs = zip(series.xs, series.points)
-        lines.append([(x, y, spread) for x, (y, spread) in pairs if not math.isnan(y)])
-    return lines
-
-
-def y_range(charts):
-    """The range that holds all points of charts with one y axis, with their spreads and levels."""
-    values = [chart.level for chart in charts if chart.level is not None]
-    for chart in charts:
-        for _, y, spread in sum(points_of(chart), []):
-            values += [y - spread, y + spread]
-    low, high = min(values, default=0.0), max(values, default=1.0)
-    pad = 0.05 * (high - low) or 0.5
-    return low - pad, high + pad
-
-
 def x_ticks(chart, xs):
     if chart.axis == "log":
         return sorted(set(xs))
     if chart.axis == "root":  # even steps of the root
         return [float(f"{max(xs) * share:.2g}") for share in (0, 1 / 16, 1 / 4, 9 / 16, 1)]
     return ticks(min(xs), max(xs))
+
+
+def y_range(charts):
+    """The range that holds all points of charts with one y axis, with their spreads and levels."""
+    values = [chart.level for chart in charts if chart.level is not None]
+    for chart in charts:
+        for series in chart.series:
+            for y, spread in series.points:
+                values += [y - spread, y + spread]
+    low, high = min(values), max(values)
+    pad = 0.05 * (high - low) or 0.5
+    return low - pad, high + pad
 
 
 def number(value):
@@ -92,10 +95,9 @@ def text(x, y, content, anchor="start", kind="", turn=""):
 
 def panel(chart, low, high, top):
     """SVG elements of a chart whose y axis goes from low to high, below a legend of height top."""
-    lines = points_of(chart)
     bottom, right = HEIGHT - BOTTOM, WIDTH - RIGHT
     scale = SCALES[chart.axis]
-    xs = [x for line in lines for x, _, _ in line] or [0.0, 1.0]
+    xs = [x for series in chart.series for x in series.xs]
     first, last = scale(min(xs)), scale(max(xs))
 
     def column(x):
@@ -105,8 +107,6 @@ def panel(chart, low, high, top):
         return bottom - (y - low) / (high - low) * (bottom - top)
 
     marks = [text(8, 16, chart.title, kind="title")]
-    if chart.note:
-        marks.append(text(LEFT, 34 + LINE * len(lines), chart.note))
     for y in ticks(low, high):
         marks.append(f'<path class="grid" d="M{LEFT} {row(y):.1f}H{right}"/>')
         marks.append(text(LEFT - 6, row(y) + 4, number(y), "end"))
@@ -119,21 +119,22 @@ def panel(chart, low, high, top):
     marks.append(text(16, middle, chart.y, "middle", turn=f"rotate(-90 16 {middle:.1f})"))
     if chart.level is not None:
         marks.append(f'<path class="level" d="M{LEFT} {row(chart.level):.1f}H{right}"/>')
-    for i, (series, line) in enumerate(zip(chart.series, lines)):
+    for i, series in enumerate(chart.series):
         colour = f'stroke="{COLOURS[i]}"'
         dashed = f'{colour} stroke-dasharray="{DASHES[i]}"'
-        places = [f"{column(x):.1f},{row(y):.1f}" for x, y, _ in line]
-        marks.append(f'<polyline class="line" {dashed} points="{" ".join(places)}"/>')
-        for x, y, spread in line if len(line) <= MOST_DOTS else []:
+        places = [(column(x), row(y)) for x, (y, _) in zip(series.xs, series.points)]
+        corners = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+        marks.append(f'<polyline class="line" {dashed} points="{corners}"/>')
+        for x, (y, spread) in zip(series.xs, series.points):
             if spread:
                 bar = f"M{column(x):.1f} {row(y - spread):.1f}V{row(y + spread):.1f}"
                 marks.append(f'<path class="spread" {colour} d="{bar}"/>')
-            dot = f'cx="{column(x):.1f}" cy="{row(y):.1f}" r="3"'
+        for x, y in places if len(places) <= MOST_DOTS else []:
+            dot = f'cx="{x:.1f}" cy="{y:.1f}" r="3"'
             marks.append(f'<circle class="dot" {dot} fill="{COLOURS[i]}"/>')
         y = 30 + LINE * i
         marks.append(f'<path class="mark" {dashed} d="M{LEFT} {y}h26"/>')
-        marks.append(f'<circle cx="{LEFT + 13}" cy="{y}" r="3" fill="{COLOURS[i]}"/>')
-        marks.append(text(LEFT + 34, y + 4, series.name, kind="name"))
+        marks.append(text(LEFT + 34, y + 4, series.name))
     return "\n".join(marks)
 
 
@@ -141,14 +142,12 @@ def picture(charts):
     """Charts as one SVG, two or three side by side. Those with the same y label share its range."""
     across = 3 if len(charts) % 3 == 0 else min(2, len(charts))
     height = HEIGHT * (len(charts) // across)
-    legend = max(len(chart.series) + bool(chart.note) for chart in charts)
+    legend = LINE * max(len(chart.series) for chart in charts)
     panels = []
     for i, chart in enumerate(charts):
         low, high = y_range([other for other in charts if other.y == chart.y])
         place = f"translate({i % across * WIDTH} {i // across * HEIGHT})"
-        panels.append(
-            f'<g transform="{place}">\n{panel(chart, low, high, 30 + LINE * legend)}\n</g>'
-        )
+        panels.append(f'<g transform="{place}">\n{panel(chart, low, high, 30 + legend)}\n</g>')
     size = f'viewBox="0 0 {across * WIDTH} {height}" width="{across * WIDTH}"'
     ground = f'<style>{STYLE}</style><rect width="100%" height="100%" fill="#fff"/>'
     body = "\n".join([ground, *panels])

@@ -1,13 +1,14 @@
-"""Rows of clips for the report: the same prompts and noise, another model or other weights in each.
+"""Clips to look at: rows of the report, and the picture of README.md.
 
-A row holds its own pictures. Where the checkpoint of a row is missing, the row of an earlier page
-is taken over as it is."""
+In a row of the report every clip has the same prompts and noise as in the others. A row holds its
+own pictures; where its checkpoint is missing, the row of an earlier page is taken over as it is."""
 
 import io
 import re
 from base64 import b64encode
 from html import escape
 from itertools import product
+from pathlib import Path
 
 import imageio.v3 as imageio
 import torch
@@ -17,18 +18,20 @@ from data import DIMENSIONS
 from judge import NOISE_SEED, sample_prompts
 from model import load_velocity
 from nrg import SteeredPolicy, load_noisy_reward
+from pictures import write_gif
 from real_data.video import to_pixels
 from runtime.checkpoint import WEIGHTS
-from runtime.cli import progress_bar
+from runtime.cli import BadInput, check_writable, progress_bar
 from sample import NRG_EPS, NRG_INTERVAL, NRG_SCALE
 from studies import align, online
-from studies.policies import NAMES
+from studies.policies import NAMES, SETS, prompts_of
 
 # The first eight have every colour, shape and direction; the base model has not seen the eighth
 PROMPTS = world.split_prompts(*world.SPLIT_NAMES)[(11 * torch.arange(24) + 7) % 96]
 COLUMNS, SLIDER_COLUMNS = 8, 6  # of these are shown; means are over all
 STEPS = (-4, 0, 4)  # weights of the sliders
 EQUAL = (1, 1, 1)
+POLICY = Path("out/dpo/last.pt")  # of the picture
 
 
 def policies(settings):
@@ -42,6 +45,22 @@ def policies(settings):
         path = settings.folder("online") / f"{arm}-0" / f"round-{online.SAVED}.pt"
         rows[arm] = title, f"{online.SAVED} rounds, VideoReward refreshed", path
     return rows
+
+
+def steered_base(device):
+    """A function: weights of VQ, MQ, TA -> the base model under guidance; and the model's words."""
+    base, words = load_velocity(WEIGHTS / "base.pt")
+    reward, _ = load_noisy_reward(WEIGHTS / "nrg.pt")
+    base, reward = base.to(device), reward.to(device)
+
+    def steered(weights):
+        return SteeredPolicy(base, reward, weights, NRG_SCALE, NRG_EPS, NRG_INTERVAL)
+
+    return steered, words
+
+
+# ---------------------------------------------------------------------------------------------
+# Rows of the report
 
 
 def bars(scores):
@@ -60,16 +79,16 @@ def png(video):
     which is half the size and looks the same."""
     pixels = to_pixels(video) >> 2  # (T, H, W, 3)
     pixels = (pixels << 2 | pixels >> 4).transpose(1, 0, 2, 3)  # (H, T, W, 3)
-    height, frames, width, _ = pixels.shape
+    strip = pixels.reshape(len(pixels), -1, 3)
     file = io.BytesIO()
-    imageio.imwrite(
-        file, pixels.reshape(height, frames * width, 3), extension=".png", optimize=True
-    )
+    imageio.imwrite(file, strip, extension=".png", optimize=True)
     return f"data:image/png;base64,{b64encode(file.getvalue()).decode()}"
 
 
-def row_html(name, title, note, videos, scores, columns=COLUMNS, hidden=False):
-    """A table row: mean scores (N, 3) of all clips, then the first clips with their own."""
+def sampled_row(name, title, note, model, words, device, columns=COLUMNS, hidden=False):
+    """A table row of a model's clips: mean true scores of all, then the first clips with theirs."""
+    videos = sample_prompts(model, words, PROMPTS, NOISE_SEED, device)
+    scores = world.oracle(videos, PROMPTS)
     cells = []
     for video, score, prompt in zip(videos[:columns], scores, PROMPTS):
         label = escape(f"{title}: {world.prompt_text(prompt)}")
@@ -81,51 +100,68 @@ def row_html(name, title, note, videos, scores, columns=COLUMNS, hidden=False):
     return f'<tr id="{name}"{" hidden" if hidden else ""}>{head}{"".join(cells)}</tr>'
 
 
-def sampled(model, words, device):
-    """Videos (N, 3, T, H, W) and true scores (N, 3) for PROMPTS."""
-    videos = sample_prompts(model, words, PROMPTS, NOISE_SEED, device)
-    return videos, world.oracle(videos, PROMPTS)
-
-
-def earlier_row(page, name):
-    match = re.search(rf'<tr id="{name}".*?</tr>', page, re.DOTALL)
-    return match[0] if match else ""
-
-
-def gallery(settings, page):
-    """(rows of all policies and of Flow-NRG as HTML, lines that say where they are from). page: the
-    text of an earlier report, or ""."""
+def policy_rows(settings, page):
+    """(rows of all policies as HTML, lines that say where they are from). page: the text of an
+    earlier report, or ""."""
     rows, lines = [], []
     for name, (title, note, path) in policies(settings).items():
+        earlier = re.search(rf'<tr id="{name}".*?</tr>', page, re.DOTALL)
         if path.exists():
             model, words = load_velocity(path)
-            clips = sampled(model.to(settings.device), words, settings.device)
-            rows.append(row_html(name, title, note, *clips))
+            device = settings.device
+            rows.append(sampled_row(name, title, note, model.to(device), words, device))
             lines.append(f"clips of {title}: sampled from {path}")
-        elif row := earlier_row(page, name):
-            rows.append(row)
+        elif earlier:
+            rows.append(earlier[0])
             lines.append(f"clips of {title}: as on the page before, since {path} is missing")
         else:
             lines.append(f"clips of {title}: none, since {path} is missing")
     return rows, lines
 
 
-def steered_rows(settings):
-    """(the row of Flow-NRG 1:1:1, a row for each setting of the sliders)."""
-    base, words = load_velocity(WEIGHTS / "base.pt")
-    reward, _ = load_noisy_reward(WEIGHTS / "nrg.pt")
-    base, reward = base.to(settings.device), reward.to(settings.device)
+def steered_rows(device):
+    """The row of Flow-NRG 1:1:1, then a row for each setting of the sliders, the last one shown."""
+    steered, words = steered_base(device)
     rows = []
-    choices = [EQUAL, *product(STEPS, repeat=3)]
-    for weights in progress_bar("sampling with guidance", "weights")(choices):
-        model = SteeredPolicy(base, reward, weights, NRG_SCALE, NRG_EPS, NRG_INTERVAL)
-        clips = sampled(model, words, settings.device)
+    choices = list(product(STEPS, repeat=3))
+    for weights in progress_bar("sampling with guidance", "weights")([EQUAL, *choices]):
         title = "Flow-NRG " + ":".join(map(str, weights)).replace("-", "−")
-        note = "base model, steered"
-        if weights == EQUAL:
-            equal = row_html("nrg-1-1-1", title, note, *clips)
-            continue
-        name = "w" + ",".join(map(str, weights))
-        hidden = weights != choices[-1]
-        rows.append(row_html(name, title, note, *clips, SLIDER_COLUMNS, hidden))
-    return equal, rows
+        name, columns, hidden = "nrg-1-1-1", COLUMNS, False
+        if weights != EQUAL:
+            name, columns = "w" + ",".join(map(str, weights)), SLIDER_COLUMNS
+            hidden = weights != choices[-1]
+        about = name, title, "base model, steered"
+        rows.append(sampled_row(*about, steered(weights), words, device, columns, hidden))
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------
+# The picture of README.md
+
+
+def run(settings):
+    """Writes base_above_aligned.gif to --out: the first clips of the standard set that show a wrong
+    colour, shape or direction, before and after alignment; prints how often one stays wrong."""
+    if not POLICY.exists():
+        raise BadInput(f"{POLICY}: no such file; python train.py --algo dpo writes it")
+    check_writable(settings.out, "--out")
+    prompts = prompts_of("standard", SETS["standard"])
+    base, words = load_velocity(WEIGHTS / "base.pt")
+    policy, _ = load_velocity(POLICY)
+    steered, _ = steered_base(settings.device)
+    models = {"base": base.to(settings.device), "Flow-DPO": policy.to(settings.device)}
+    videos, wrong = {}, {}
+    for name, model in {**models, "Flow-NRG": steered(EQUAL)}.items():
+        videos[name] = sample_prompts(model, words, prompts, NOISE_SEED, settings.device)
+        wrong[name] = (world.attributes_right(videos[name], prompts) <= 0.5).any(1)  # (N,)
+        still = wrong[name][wrong["base"]].float().mean()
+        print(f"{name}: {still:.0%} of the base model's wrong clips are wrong")
+    chosen = wrong["base"].nonzero()[:COLUMNS, 0]
+    write_gif(
+        settings.out / "base_above_aligned.gif",
+        [video[chosen] for video in videos.values()],
+        zoom=3,
+        labels=list(videos),
+        captions=[world.prompt_text(prompt) for prompt in prompts[chosen]],
+    )
+    print(f"wrote {settings.out / 'base_above_aligned.gif'}")

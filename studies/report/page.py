@@ -6,6 +6,7 @@ Tables and charts come from the JSON files in --out, or from the shipped ones in
 sampled from the policies that the studies left in --work; where one is missing, its row is taken
 from the page before, at first the shipped one. The page needs nothing else."""
 
+import json
 import re
 from base64 import b64encode
 from html import escape
@@ -14,15 +15,14 @@ from pathlib import Path
 from data import DIMENSIONS
 from runtime.cli import check_writable
 from studies.catalogue import ROOT, STUDIES
-from studies.jobs import load_result, settings_of
+from studies.jobs import report_of
 from studies.report import clips
 from studies.report.charts import picture
-from studies.tables import summary
+from studies.report.tables import Table
 from world import prompt_text
 
 TEMPLATE = Path(__file__).parent / "template.html"
 MEANING = dict(zip(DIMENSIONS, ("visual quality", "motion quality", "text alignment")))
-OPEN_TABLES = 1  # of each study; the others unfold
 
 
 def run(settings):
@@ -34,13 +34,16 @@ def run(settings):
         if not path.exists():
             path = shipped / f"{name}.json"
             lines.append(f"{name}: as shipped, since {settings.out / f'{name}.json'} is missing")
-        saved = load_result(path)
-        result = study.report(settings_of(saved["command"].split()[2:]), saved["rows"])
-        parts[name] = section(result)
+        if not path.exists():
+            continue
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        report = report_of(study, saved)
+        parts[name] = section(report)
         sources.append([name, *(saved[key] for key in ("command", "commit", "torch", "device"))])
+        if name == "align":
+            parts["summary"] = html_table(report.tables["align"])
     head = ["study", "command", "commit", "torch", "device"]
-    parts["sources"] = html_table("Origin of the results", head, sources)
-    parts["summary"] = html_table("Win rates over the base model", *summary()[1:])
+    parts["sources"] = html_table(Table("Origin of the results", head, sources))
     parts["meaning"] = "".join(
         f'<span><i class="{n.lower()}"></i>{n}, {text}</span>' for n, text in MEANING.items()
     )
@@ -50,9 +53,8 @@ def run(settings):
 
     page = settings.out / "report.html"
     before = page if page.exists() else shipped / "report.html"
-    text_before = before.read_text(encoding="utf-8") if before.exists() else ""
-    rows, more_lines = clips.gallery(settings, text_before)
-    steered, choices = clips.steered_rows(settings)
+    rows, more_lines = clips.policy_rows(settings, before.read_text(encoding="utf-8"))
+    steered, *choices = clips.steered_rows(settings.device)
     parts["clips"] = "\n".join([*rows, steered])
     parts["choices"] = "\n".join(choices)
     parts["sliders"] = "".join(map(slider, DIMENSIONS))
@@ -63,37 +65,35 @@ def run(settings):
     print("\n".join([*lines, *more_lines, f"wrote {page}, {len(text.encode()) / 1e6:.1f} MB"]))
 
 
-def section(result):
-    """Charts, introduction and tables of a study's report."""
+def section(report):
+    """Charts, introduction and tables of a study's report; the tables but the first unfold."""
     figures = []
-    for chart in [chart for charts in result["pictures"].values() for chart in charts]:
+    for chart in [chart for charts in report.pictures.values() for chart in charts]:
         url = f"data:image/svg+xml;base64,{b64encode(picture([chart]).encode()).decode()}"
         names = ", ".join(series.name for series in chart.series)
         label = escape(f"{chart.title}: {chart.y} by {chart.x}, for {names}")
         figures.append(f'<img src="{url}" alt="{label}">')
-    body = [f'<div class="charts">{"".join(figures)}</div>'] if figures else []
-    body.append(f"<p>{escape(' '.join(result['introduction']))}</p>")
-    for i, table in enumerate(result["tables"].values()):
-        title = escape(table.title)
-        text = html_table(*table)
-        if i < OPEN_TABLES:
-            body.append(f"<h3>{title}</h3>{text}" if title else text)
-        else:
-            body.append(f"<details><summary>{title}</summary>{text}</details>")
+    body = [
+        f'<div class="charts">{"".join(figures)}</div>',
+        f"<p>{escape(report.introduction)}</p>",
+    ]
+    first, *others = report.tables.values()
+    body += [f"<h3>{escape(first.title)}</h3>", html_table(first)]
+    for table in others:
+        body.append(
+            f"<details><summary>{escape(table.title)}</summary>{html_table(table)}</details>"
+        )
     return "\n".join(body)
 
 
-def html_table(title, head, rows):
+def html_table(table):
     """A table in a box that scrolls."""
-    lines = ["".join(f'<th scope="col">{escape(name)}</th>' for name in head)]
-    for cells in rows:
-        texts = [escape("–" if cell == "nan" else cell) for cell in cells]
-        lines.append(
-            f'<th scope="row">{texts[0]}</th>' + "".join(f"<td>{t}</td>" for t in texts[1:])
-        )
+    lines = ["".join(f'<th scope="col">{escape(name)}</th>' for name in table.head)]
+    for first, *others in table.rows:
+        cells = "".join(f"<td>{escape(text)}</td>" for text in others)
+        lines.append(f'<th scope="row">{escape(first)}</th>{cells}')
     body = "\n".join(f"<tr>{line}</tr>" for line in lines)
-    label = escape(title or "Results")
-    box = f'<div class="scroll" tabindex="0" role="region" aria-label="{label}">'
+    box = f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(table.title)}">'
     return f"{box}<table>{body}</table></div>"
 
 
