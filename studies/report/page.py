@@ -33,9 +33,9 @@ def run(settings):
         path = settings.out / f"{name}.json"
         if not path.exists():
             path = shipped / f"{name}.json"
+            if not path.exists():
+                continue
             lines.append(f"{name}: as shipped, since {settings.out / f'{name}.json'} is missing")
-        if not path.exists():
-            continue
         saved = json.loads(path.read_text(encoding="utf-8"))
         report = report_of(study, saved)
         parts[name] = section(report)
