@@ -16,33 +16,25 @@ import math
 import torch
 import torch.nn.functional as F
 
-from kernels.tiles import boolean_mask, dense_tiles, gather, tile_attention
+from kernels.tiles import boolean_mask, gather, tile_attention
 from runtime.device import has_bf16
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-BACKENDS = ("auto", "naive", "sdpa", "sdpa32", "tiled", "gather", "triton")
 
 
 def attention(q, k, v, tiles=None, backend="auto"):
     """Softmax attention: q (B, heads, N, head_dim), k, v (B, heads, M, head_dim) -> q's shape.
 
     tiles: a SlidingTiles, with N = M tokens in its order, or None for dense attention. ValueError
-    for an unknown backend, for `gather` without tiles, for `triton` where it is not installed, and
-    for `tiled` or `triton` unless N = M."""
+    for an unknown backend, and for tiled, gather or triton without tiles."""
     if tiles is not None and tiles.full:
         tiles = None
     if backend == "auto":
         backend = choose(q, tiles)
     if backend == "gather" and tiles is not None:
         return gather(q, k, v, tiles)
-    if backend == "triton" and not HAS_TRITON:
-        raise ValueError("backend 'triton' needs the package that comes with CUDA builds of torch")
-    if backend in ("tiled", "triton"):
-        if q.shape[-2] != k.shape[-2]:
-            raise ValueError(f"backend {backend!r} takes as many queries as keys")
-        tiles = tiles or dense_tiles(q.shape[-2], q.device)
-        lists = tiles.keys, tiles.counts, tiles.queries, tiles.query_counts
-        return tile_attention(q, k, v, *lists, tiles.words, tiles.tile, backend)[0]
+    if backend in ("tiled", "triton") and tiles is not None:
+        return tile_attention(q, k, v, tiles.lists(), tiles.words, tiles.tile, backend)[0]
 
     mask = None if tiles is None else boolean_mask(tiles, q.shape[-2])
     if backend == "sdpa":
@@ -54,8 +46,7 @@ def attention(q, k, v, tiles=None, backend="auto"):
         if mask is not None:
             logits = logits.masked_fill(~mask, -math.inf)
         return torch.softmax(logits, -1) @ v
-    known = ", ".join(BACKENDS)
-    raise ValueError(f"attention backend {backend!r} is unknown or needs tiles; known: {known}")
+    raise ValueError(f"attention backend {backend!r} is unknown or needs tiles")
 
 
 def choose(q, tiles=None):

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from attention import attention
 from kernels.tiles import SlidingTiles, parse_attention
-from lora import add_lora, lora_disabled, merge_lora  # noqa: F401  part of this module's interface
+from lora import add_lora, lora_disabled, merge_lora  # noqa: F401 re-exported
 from runtime.checkpoint import load_network
 
 
@@ -343,6 +343,8 @@ def load_velocity(path, attention=None):
     """(VideoTransformer, words) of a checkpoint; `attention`, if given, replaces its own."""
 
     def config_of(**config):
-        return ModelConfig(**config | ({"attention": attention} if attention else {}))
+        if attention:
+            config["attention"] = attention
+        return ModelConfig(**config)
 
     return load_network(path, "velocity", VideoTransformer, config_of)

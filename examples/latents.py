@@ -1,93 +1,70 @@
-"""Preference pairs as latents: a folder of .npy files and pairs.csv, one row a pair.
+"""Preference pairs as latents: a CSV in the project's format (docs/data.md) with one more column.
 
-    latent_A, latent_B    both clips (C, T, H, W): the VAE's latents as the transformer takes them
-    text                  the prompt (S, D): the text encoder's last hidden states
-    VQ_A, MQ_A, TA_A, VQ_B, MQ_B, TA_B    scores of the clips; higher is better
+    path_A, path_B    both clips (C, T, H, W): the VAE's latents as the transformer takes them
+    text              the prompt (S, D): the text encoder's last hidden states
 
-and null.npy, the text of no prompt or of a negative one, for classifier-free guidance. All clips
-have one shape, all texts one. Float16 will do. A file is read when it is needed.
+All are .npy files; float16 will do. All clips have one shape, all texts one.
 """
-
-import csv
-import math
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from data import DIMENSIONS
+from real_data.pairs_csv import Pair, read_pairs, write_pairs
 from real_data.video import fit_frame, probe, read_frames
 from runtime.cli import BadInput
 
-FILES = ("latent_A", "latent_B", "text")
-SCORES = [f"{name}_{side}" for side in "AB" for name in DIMENSIONS]
 
+class LatentPairs:
+    """The pairs of a CSV, for a transformer's config. Clips and texts are read when they are
+    needed. BadInput names line and column of a fault.
 
-@dataclass
-class Pairs:
-    files: list  # of each pair: (path, where it is named) of both clips and of the text
-    scores: torch.Tensor  # (N, 2, 3)
-    shape: tuple  # of every clip: (C, T, H, W)
-    null: torch.Tensor  # (S, D)
+    label (N, 3) and mos (N, 2, 3) as in data.py; shape (C, T, H, W) of every clip."""
+
+    def __init__(self, table, config):
+        rows = read_pairs(table)
+        self.label = torch.tensor([row.label for row in rows])
+        self.mos = torch.tensor([row.mos or (0.0,) * 6 for row in rows]).unflatten(1, (2, 3))
+        clips, self.texts_at = [], []  # (path, where it is named)
+        for row in rows:
+            place = f"{table}, line {row.line}, column"
+            clips.append((table.parent / row.path_a, f"{place} path_A"))
+            clips.append((table.parent / row.path_b, f"{place} path_B"))
+            self.texts_at.append((table.parent / row.other.get("text", ""), f"{place} text"))
+        self.clips_at = clips
+        self.shape, text = common_shape(clips), common_shape(self.texts_at)
+        sides = zip(self.shape[1:], config.patch_size)
+        if self.shape[0] != config.in_channels or any(n % side for n, side in sides):
+            takes = f"({config.in_channels}, T, H, W), multiples of {tuple(config.patch_size)}"
+            raise BadInput(f"{table}: clips of shape {self.shape}; this model takes {takes}")
+        if text[1:] != (config.text_dim,):
+            takes = f"(words, {config.text_dim})"
+            raise BadInput(f"{table}: texts of shape {text}; this model takes {takes}")
 
     def clips(self, index, side):
         """Latents (B, C, T, H, W) of sides (B,), 0 or 1, of pairs `index` (B,)."""
-        chosen = zip(index.tolist(), side.tolist())
-        return torch.stack([read_array(*self.files[pair][side]) for pair, side in chosen])
+        return torch.stack([read_array(*self.clips_at[i]) for i in (2 * index + side).tolist()])
 
     def texts(self, index):
         """Embeddings (B, S, D) of the prompts of pairs `index` (B,)."""
-        return torch.stack([read_array(*self.files[pair][2]) for pair in index.tolist()])
+        return torch.stack([read_array(*self.texts_at[i]) for i in index.tolist()])
 
 
-def read_pairs(table, config):
-    """The Pairs of a CSV, for a transformer's config. BadInput names line and column of a fault."""
-    try:
-        with open(table, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            rows = [(f"{table}, line {reader.line_num}", row) for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise BadInput(f"{table}: cannot be read ({error})") from None
-    if not rows:
-        raise BadInput(f"{table}: holds no pair")
-    files, scores, shapes = [], [], {}
-    for where, row in rows:
-        try:
-            files.append([(table.parent / row[name], f"{where}, column {name}") for name in FILES])
-            scores.append([float(row[name]) for name in SCORES])
-        except (KeyError, TypeError, ValueError):
-            names = f"{', '.join(FILES)} and numbers in {', '.join(SCORES)}"
-            raise BadInput(f"{where}: needs files in {names}") from None
-        if not all(map(math.isfinite, scores[-1])):
-            raise BadInput(f"{where}: its scores must be finite numbers")
-        for kind, (path, place) in zip(("clip", "clip", "text"), files[-1]):
-            shape = open_array(path, place).shape
-            if shape != shapes.setdefault(kind, shape):
-                raise BadInput(f"{place}: shape {shape}, but the first {kind} has {shapes[kind]}")
-    clip, text = shapes["clip"], shapes["text"]
-    channels, patch, most = config.in_channels, tuple(config.patch_size), config.rope_max_seq_len
-    patches = [n / side for n, side in zip(clip[1:], patch)]
-    if len(clip) != 4 or clip[0] != channels or any(n not in range(1, most + 1) for n in patches):
-        takes = f"({channels}, T, H, W), T, H, W multiples of {patch}, at most {most} times"
-        raise BadInput(f"{table}: clips of shape {clip}; this model takes {takes}")
-    if len(text) != 2 or not text[0] or text[1] != config.text_dim:
-        takes = f"(words, {config.text_dim})"
-        raise BadInput(f"{table}: texts of shape {text}; this model takes {takes}")
-    null = read_array(table.parent / "null.npy", "the text of no prompt")
-    if null.shape != text:
-        raise BadInput(f"null.npy: shape {tuple(null.shape)}, but the texts have {text}")
-    return Pairs(files, torch.tensor(scores).unflatten(1, (2, 3)), clip, null)
+def common_shape(files):
+    """The shape of all arrays in [(path, where it is named)]."""
+    first = open_array(*files[0]).shape
+    for path, place in files:
+        shape = open_array(path, place).shape
+        if shape != first:
+            raise BadInput(f"{place}: shape {shape}, but that of line 2 has {first}")
+    return first
 
 
 def open_array(path, place):
     """The array of a .npy file, mapped into memory: its numbers are not read yet."""
     try:
-        array = np.lib.format.open_memmap(path, mode="r")
+        return np.lib.format.open_memmap(path, mode="r")
     except (OSError, ValueError, EOFError):
         raise BadInput(f"{place}: {path} is missing, or not a .npy file that can be read") from None
-    if array.dtype.kind != "f":
-        raise BadInput(f"{place}: {path} holds {array.dtype}, not floating-point numbers")
-    return array
 
 
 def read_array(path, place):
@@ -101,35 +78,30 @@ def read_array(path, place):
 
 def frames_at(path, count=81, fps=16, height=480, width=832):
     """The frames of a video on screen at 0, 1 / fps, ..., (count - 1) / fps seconds, their middle
-    averaged down: uint8 (3, count, height, width). BadInput for a damaged or shorter video."""
+    averaged down: uint8 (3, count, height, width). ValueError for a damaged or shorter video."""
+    shown, facts = probe(path)
     times = np.arange(count) / fps
-    try:
-        shown, facts = probe(path)
-        if times[-1] >= facts["seconds"]:
-            raise ValueError(
-                f"lasts {facts['seconds']:.2f} s; {count} frames at {fps} a second need more than "
-                f"{times[-1]:g} s"
-            )
-        positions = np.searchsorted(shown, times + 1e-6, side="right") - 1  # 1e-6: rounding
-        frames = read_frames(path, facts, positions)
-        return torch.stack([fit_frame(frame, height, width) for frame in frames], 1)
-    except ValueError as error:
-        raise BadInput(f"{path} {error}") from None
+    if times[-1] >= facts["seconds"]:
+        need = f"{count} frames at {fps} a second need more than {times[-1]:g} s"
+        raise ValueError(f"{path} lasts {facts['seconds']:.2f} s; {need}")
+    positions = np.searchsorted(shown, times + 1e-6, side="right") - 1  # 1e-6: rounding
+    frames = read_frames(path, facts, positions)
+    return torch.stack([fit_frame(frame, height, width) for frame in frames], 1)
 
 
-def write_tiny(folder, channels=4, text_dim=8):
-    """Made-up pairs. A clip's scores are one number, by which its first channel is brighter."""
+def write_tiny(folder):
+    """16 made-up pairs for wan_model.write_tiny: the better clip has a brighter first channel."""
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
-    np.save(folder / "null.npy", np.zeros((6, text_dim), np.float16))
-    lines = [",".join((*FILES, *SCORES))]
-    for pair in range(16):
-        names = [f"{pair}-{name}.npy" for name in FILES]
-        scores = rng.standard_normal(2)
-        for name, score in zip(names, scores):
-            clip = 0.5 * rng.standard_normal((channels, 2, 8, 8))
-            clip[0] += score
-            np.save(folder / name, clip.astype(np.float16))
-        np.save(folder / names[2], rng.standard_normal((6, text_dim)).astype(np.float16))
-        lines.append(",".join(names + [f"{score:.4f}" for score in scores.repeat(3)]))
-    (folder / "pairs.csv").write_text("\n".join(lines) + "\n")
+    rows = []
+    for i in range(16):
+        brightness = rng.standard_normal(2)
+        for side, level in zip("AB", brightness):
+            clip = 0.5 * rng.standard_normal((4, 2, 8, 8))
+            clip[0] += level
+            np.save(folder / f"{i}-{side}.npy", clip.astype(np.float16))
+        np.save(folder / f"{i}-text.npy", rng.standard_normal((6, 8)).astype(np.float16))
+        label = (1 if brightness[0] > brightness[1] else -1,) * 3
+        text = {"text": f"{i}-text.npy"}
+        rows.append(Pair(f"{i}-A.npy", f"{i}-B.npy", "a", label, 16, 2, 16, 2, other=text))
+    write_pairs(rows, folder / "pairs.csv")

@@ -18,7 +18,6 @@ from data import Vocabulary
 from model import ModelConfig
 from real_data.pairs_csv import Pair, write_pairs
 from real_data.toy_pairs import annotated_pairs
-from real_data.video import FPS
 from runtime.cli import BadInput, Parser, check_writable, positive_int, run, seed
 
 
@@ -32,7 +31,7 @@ def encode(video):
 
 def main():
     parser = Parser("Writes toy pairs as latents and a CSV of them.")
-    parser.add_argument("folder", type=Path, help="a new folder")
+    parser.add_argument("folder", type=Path)
     parser.add_argument("--pairs", type=positive_int, default=240, help="how many")
     parser.add_argument("--frames", type=positive_int, default=8, help="of a clip")
     parser.add_argument("--size", type=positive_int, default=32, help="of a clip, twice a latent's")
@@ -40,17 +39,17 @@ def main():
     args = parser.parse_args()
     if args.folder.exists():
         raise BadInput(f"{args.folder}: exists already; name a new folder")
+    check_writable(args.folder, "folder")
     config = ModelConfig(frames=args.frames, size=args.size, patch=(1, 2, 2))
     vocabulary = Vocabulary()
     pairs = annotated_pairs(args.pairs, ["train"], args.seed, config, vocabulary)
     clips = torch.stack(pairs.sides(torch.arange(args.pairs)), 1)  # (N, 2, 3, T, H, W)
+    np.save(args.folder / "shard-0.npy", encode(clips.flatten(0, 1)).numpy())
     rows = []
     for i, label in enumerate(pairs.label.tolist()):
         paths = f"shard-0.npy:{2 * i}", f"shard-0.npy:{2 * i + 1}"
-        prompt, length = vocabulary.decode(pairs.y[i]), float(args.frames)
-        rows.append(Pair(*paths, prompt, tuple(label), FPS, length, FPS, length))
-    check_writable(args.folder, "folder")
-    np.save(args.folder / "shard-0.npy", encode(clips.flatten(0, 1)).numpy())
+        length = 2.0, float(args.frames)  # frames a second, frames
+        rows.append(Pair(*paths, vocabulary.decode(pairs.y[i]), tuple(label), *length, *length))
     write_pairs(rows, args.folder / "pairs.csv")
     print(f"wrote {args.folder / 'pairs.csv'} and shard-0.npy, {2 * args.pairs} latents")
 

@@ -1,54 +1,41 @@
-"""diffusers' Wan text-to-video transformer as a velocity model: its weights, reward and adapters.
+"""diffusers' Wan text-to-video transformer as a velocity model, with the library's own adapters.
 
-Adapters are a safetensors file in the library's own format. For a layer NAME it holds
-transformer.NAME.lora_A.weight (rank, in) and .lora_B.weight (out, rank), and adds B A x to the
-layer's output, times alpha / rank where the file's metadata give an alpha.
+The adapters "policy" are trained. Flow-DPO's reference is the model with the adapters "reference",
+which a policy that starts from a file has as well, or without any.
 """
 
-import json
+import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
-from diffusers import WanTransformer3DModel
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from diffusers import WanPipeline, WanTransformer3DModel
+from peft import LoraConfig, get_peft_model_state_dict
 
-from lora import LoRALinear
-from nrg import RewardHead
 from runtime.cli import BadInput
+
+
+def first_line(error):
+    return str(error).partition("\n")[0]
 
 
 def load_transformer(path):
     """The float32 transformer in a folder of diffusers' format, or in its transformer/. BadInput
-    unless it is Wan's for text to video, complete, and the only one of its pipeline."""
+    unless it can be loaded safely and is the only one of its pipeline."""
     folder = path / "transformer" if (path / "transformer").is_dir() else path
-    pipeline = folder.absolute().parent
     if not any(folder.glob("*.safetensors")):
-        fault = "holds no weights in .safetensors files"
-        if any(folder.glob("*.bin")):
-            fault += "; its .bin files are pickles, which may run code: save it as safetensors, "
-            fault += "by diffusers' from_pretrained and save_pretrained"
-        raise BadInput(f"--model {folder}: {fault}")
+        advice = ".bin files are pickles, which may run code: convert them by save_pretrained"
+        raise BadInput(f"--model {folder}: holds no weights in .safetensors files; {advice}")
+    if (folder.absolute().parent / "transformer_2").exists():
+        fault = "has two experts, each for a part of t"
+        raise BadInput(f"--model {path}: {fault}; give Wan2.1-T2V or Wan2.2-TI2V-5B, which are one")
     try:
-        index = pipeline / "model_index.json"
-        boundary = index.is_file() and json.loads(index.read_text()).get("boundary_ratio")
-        wan, info = WanTransformer3DModel.from_pretrained(
-            folder, torch_dtype=torch.float32, local_files_only=True, output_loading_info=True
+        wan = WanTransformer3DModel.from_pretrained(
+            folder, torch_dtype=torch.float32, local_files_only=True
         )
     except Exception as error:  # the library raises errors of many kinds
-        fault = str(error).partition("\n")[0]
-        raise BadInput(f"--model {folder}: cannot be loaded as Wan ({fault})") from None
-    if boundary or (pipeline / "transformer_2").exists():
-        raise BadInput(
-            f"--model {path}: has two experts, transformer and transformer_2, each for a part of "
-            "t; give a model of one, Wan2.1-T2V or Wan2.2-TI2V-5B"
-        )
-    if info["missing_keys"]:
-        raise BadInput(f"--model {folder}: lacks the tensor {min(info['missing_keys'])}")
-    if wan.config.in_channels != wan.config.out_channels:
-        raise BadInput(f"--model {folder}: takes images; a model for text to video is needed")
+        raise BadInput(f"--model {folder}: cannot be loaded as Wan ({first_line(error)})") from None
     return wan.requires_grad_(False)
 
 
@@ -62,13 +49,9 @@ def write_tiny(path):
 
 @dataclass
 class Width:
-    """The config of adapters or a reward: the width of the transformer that they belong to."""
+    """The config of adapters: the width of the transformer that they belong to."""
 
     dim: int
-
-
-def width_of(wan):
-    return Width(wan.config.num_attention_heads * wan.config.attention_head_dim)
 
 
 class Velocity(nn.Module):
@@ -77,7 +60,7 @@ class Velocity(nn.Module):
 
     def __init__(self, wan):
         super().__init__()
-        self.config = width_of(wan)
+        self.config = Width(wan.patch_embedding.out_channels)
         self.wan = (wan,)  # in a tuple: the frozen weights are neither trained nor saved
         self.trained = nn.ParameterList(p for p in wan.parameters() if p.requires_grad)
 
@@ -86,80 +69,38 @@ class Velocity(nn.Module):
         return wan(x_t, 1000 * t, y, return_dict=False)[0].float()  # its clock runs to 1000
 
 
-class WanReward(RewardHead):
-    """forward(x_t, t, y) -> scores (B, 3), from the video tokens after the first quarter of the
-    blocks of a Wan without adapters. Cross-attention has brought the prompt into these tokens."""
-
-    def __init__(self, wan):
-        super().__init__(width_of(wan).dim)
-        self.config = width_of(wan)
-        self.wan = (wan,)
-
-    def forward(self, x_t, t, y):
-        (wan,) = self.wan
-        rotary = wan.rope(x_t)
-        condition, modulation, text, _ = wan.condition_embedder(1000 * t, y)
-        modulation = modulation.unflatten(1, (6, -1))  # (B, 6, d)
-        video = wan.patch_embedding(x_t)  # (B, d, T, H, W)
-        hidden = video.flatten(2).transpose(1, 2)  # (B, N, d)
-        for block in wan.blocks[: len(wan.blocks) // 4]:
-            hidden = block(hidden, text, modulation, rotary)
-        return self.head(hidden, video.shape[2:], text, F.silu(condition))
-
-
 def add_adapters(wan, rank):
-    """Trainable adapters on q, k, v and output of all self- and cross-attention."""
-    layers = (".to_q", ".to_k", ".to_v", ".to_out.0")
-    for name in [name for name, _ in wan.named_modules() if name.endswith(layers)]:
-        linear = wan.get_submodule(name)
-        wan.set_submodule(name, LoRALinear(linear, rank, alpha=2 * rank))  # Table 10
+    """New trainable adapters on q, k, v and output of all self- and cross-attention (Table 10)."""
+    layers = ["to_q", "to_k", "to_v", "to_out.0"]
+    wan.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers), "policy")
 
 
-def merge_adapters(wan, path):
-    """Adds the adapters in a file of ours or of the library to wan's weights; returns them as
-    {layer: (A (rank, in), B (out, rank))}, with the scale in B."""
+def load_adapters(wan, path):
+    """The adapters in a file, trainable, and again as the reference's."""
     try:
-        with safe_open(path, "pt") as file:
-            names = {name.removeprefix("transformer."): name for name in file.keys()}
-            tensors = {name: file.get_tensor(own).float() for name, own in names.items()}
-            metadata = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
-    except (OSError, SafetensorError, ValueError) as error:
-        raise BadInput(f"{path}: not a safetensors file that can be read ({error})") from None
-    metadata = {name.removeprefix("transformer."): value for name, value in metadata.items()}
-    if metadata.get("alpha_pattern") or metadata.get("use_rslora"):
-        raise BadInput(f"{path}: only adapters of one alpha, scaled by alpha / rank, can be read")
-    adapters = {}
-    for name, layer in wan.named_modules():
-        name_a, name_b = (f"{name}.lora_{side}.weight" for side in "AB")
-        if isinstance(layer, nn.Linear) and name_a in tensors and name_b in tensors:
-            a, b = tensors.pop(name_a), tensors.pop(name_b)
-            if a.shape[1:] != (layer.in_features,) or b.shape != (layer.out_features, len(a)):
-                raise BadInput(f"{path}: the adapter of {name} has the shape of another model's")
-            if not a.isfinite().all() or not b.isfinite().all():
-                raise BadInput(f"{path}: the adapter of {name} holds numbers that are not finite")
-            b = b * (metadata.get("lora_alpha", len(a)) / len(a))
-            layer.weight.data += b @ a
-            adapters[name] = a, b
-    if tensors or not adapters:
-        fault = f"tensor {min(tensors)!r} is no adapter" if tensors else "holds no adapter"
-        raise BadInput(f"{path}: {fault} of a layer of this model")
-    return adapters
+        with warnings.catch_warnings(action="ignore"):  # of a second adapter
+            for name in ("reference", "policy"):
+                wan.load_lora_adapter(str(path), prefix="transformer", adapter_name=name)
+        wan.set_adapter("policy")
+    except Exception as error:  # the library raises errors of many kinds
+        fault = f"cannot be loaded as adapters of this model ({first_line(error)})"
+        raise BadInput(f"--lora {path}: {fault}") from None
 
 
-def write_adapters(wan, initial, path):
-    """Writes the sum of wan's adapters and of the `initial` ones {layer: (A, B)}, which its weights
-    contain: B1 A1 x + B2 A2 x = [B1 B2] [A1; A2] x."""
-    adapters = dict(initial)
-    for name, layer in wan.named_modules():
-        if isinstance(layer, LoRALinear):
-            a, b = layer.down.detach().cpu(), (layer.scale * layer.up).detach().cpu()
-            if name in initial:
-                a, b = torch.cat((initial[name][0], a)), torch.cat((initial[name][1], b), 1)
-            adapters[name] = a, b
-    tensors = {f"transformer.{name}.lora_A.weight": a for name, (a, _) in adapters.items()}
-    tensors |= {f"transformer.{name}.lora_B.weight": b for name, (_, b) in adapters.items()}
-    try:
-        save_file(tensors, path.with_suffix(".tmp"), {"format": "pt"})
-        path.with_suffix(".tmp").replace(path)  # `path` is always the old file or the new one
-    except (OSError, SafetensorError) as error:
-        raise BadInput(f"cannot write {path}: {error}") from None
+@contextmanager
+def as_reference(wan):
+    """Inside, `wan` is the reference that its policy started at."""
+    if "reference" in wan.peft_config:
+        wan.set_adapter("reference")
+    else:
+        wan.disable_adapters()
+    yield
+    wan.enable_adapters()
+    wan.set_adapter("policy")
+
+
+def write_adapters(wan, path):
+    """Writes the policy's adapters to a safetensors file that the library's pipeline loads."""
+    layers = get_peft_model_state_dict(wan, adapter_name="policy")
+    settings = {"transformer_lora_adapter_metadata": wan.peft_config["policy"].to_dict()}
+    WanPipeline.save_lora_weights(path.parent, layers, weight_name=path.name, **settings)

@@ -15,14 +15,11 @@ differentiated again and says so.
 import itertools
 import math
 import re
-from functools import lru_cache
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-
-TILE = 64  # tokens of a block in dense attention
 
 # ---------------------------------------------------------------------------------------------
 # The mask
@@ -37,8 +34,8 @@ def parse_attention(text, grid):
         return tuple(grid), (1, 1, 1)
     three = r"(\d+),(\d+),(\d+)"
     found = re.fullmatch(f"tile:{three}(?:/{three})?", text)
-    sides = [int(side or 3) for side in found.groups()] if found else [0]
-    if min(sides) < 1:
+    sides = [int(side or 3) for side in found.groups()] if found else []
+    if not sides or min(sides) < 1:
         example = "for example tile:2,4,4/1,3,3"
         raise ValueError(f"must be full, tile:T,H,W or tile:T,H,W/t,h,w, {example}")
     box, window = tuple(sides[:3]), tuple(sides[3:])
@@ -56,7 +53,7 @@ class SlidingTiles(nn.Module):
         keys (blocks, most) int32, then zeros          counts (blocks,) int32: how many
         queries (blocks, most'), query_counts          the same seen from the keys
 
-    With "full" the order is the usual one and every token sees all (`full` is true, no lists)."""
+    With "full" the order is (t, h, w), every token sees all, and there are no lists."""
 
     def __init__(self, text, grid, words):
         super().__init__()
@@ -68,7 +65,7 @@ class SlidingTiles(nn.Module):
         if self.full:
             return
         with torch.device("cpu"):  # also where the model is made without memory, on "meta"
-            first = -(-words // self.tile)  # blocks of words
+            first = math.ceil(words / self.tile)  # blocks of words
             count = first + math.prod(self.boxes)
             t, h, w = (near(n, size) for n, size in zip(self.boxes, window))
             sees = torch.ones(count, count, dtype=torch.bool)
@@ -76,6 +73,9 @@ class SlidingTiles(nn.Module):
             lists = *block_lists(sees), *block_lists(sees.T)
         for name, value in zip(("keys", "counts", "queries", "query_counts"), lists):
             self.register_buffer(name, value, persistent=False)
+
+    def lists(self):
+        return [self.keys, self.counts, self.queries, self.query_counts]
 
     def sort(self, x):
         """Video tokens (B, N, d) in (t, h, w) order -> box after box."""
@@ -102,13 +102,6 @@ def block_lists(sees):
     columns = sees.int().argsort(dim=1, descending=True, stable=True)[:, : counts.max()]
     exists = torch.arange(columns.shape[1]) < counts[:, None]
     return torch.where(exists, columns, 0).int(), counts.int()
-
-
-@lru_cache
-@torch.inference_mode(False)  # made while sampling, it also serves the next training
-def dense_tiles(count, device):
-    """The tiles of `count` words alone: blocks of TILE tokens, each of which sees all."""
-    return SlidingTiles(f"tile:1,1,{TILE}/1,1,1", (0, 0, 0), count).to(device)
 
 
 def blocks(count, words, tile):
@@ -138,7 +131,7 @@ def gather(q, k, v, tiles):
     work. Each has one head: then outputs and gradients lie in memory as they are read."""
     b, heads, count, d = q.shape
     words, tile = tiles.words, tiles.tile
-    first = -(-words // tile)  # blocks of words, which open each list
+    first = math.ceil(words / tile)  # blocks of words, which open each list
     window = tiles.keys[first:, first : tiles.counts[-1]] - first  # (boxes, boxes in a window)
 
     def windows(x):
@@ -147,17 +140,13 @@ def gather(q, k, v, tiles):
         boxes = x[:, words:].reshape(b * heads, -1, tile * d)
         copied = boxes.index_select(1, window.flatten())
         copied = copied.reshape(b * heads, len(window), -1, d)
-        if words:
-            shared = x[:, None, :words].expand(-1, len(window), -1, -1)
-            copied = torch.cat((shared, copied), 2)
-        return copied.reshape(-1, 1, copied.shape[2], d)
+        shared = x[:, None, :words].expand(-1, len(window), -1, -1)
+        return torch.cat((shared, copied), 2).flatten(0, 1)[:, None]
 
     boxes = q[:, :, words:].reshape(-1, 1, tile, d)
     video = F.scaled_dot_product_attention(boxes, windows(k), windows(v))
-    video = video.reshape(b, heads, -1, d)
-    if not words:
-        return video
-    return torch.cat((F.scaled_dot_product_attention(q[:, :, :words], k, v), video), 2)
+    text = F.scaled_dot_product_attention(q[:, :, :words], k, v)
+    return torch.cat((text, video.reshape(b, heads, -1, d)), 2)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -169,88 +158,88 @@ def sum_dtype(x):
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def tiled_forward(q, k, v, keys, counts, words, tile):
+def tiled_forward(q, k, v, lists, words, tile):
     """-> (output like q, log-sum-exp of the logits (B, heads, N)).
 
     Online softmax: keys arrive tile by tile. `highest` is the largest logit so far, `total` the sum
     of exp(logit - highest), `mixed` the sum of exp(logit - highest) v. When a tile brings a larger
     logit, both sums are scaled down."""
+    keys, counts, _, _ = lists
+    dtype = sum_dtype(q)
     out = torch.empty_like(q)
-    lse = q.new_empty(q.shape[:-1], dtype=sum_dtype(q))
+    lse = q.new_empty(q.shape[:-1], dtype=dtype)
+    q, k, v = q.to(dtype) * q.shape[-1] ** -0.5, k.to(dtype), v.to(dtype)
     parts = blocks(q.shape[2], words, tile)
     for i, rows in enumerate(parts):
-        q_i = q[:, :, rows].to(lse.dtype) * q.shape[-1] ** -0.5
-        highest = torch.full_like(q_i[..., :1], -math.inf)
+        highest = torch.full_like(lse[:, :, rows, None], -math.inf)
         total = torch.zeros_like(highest)
-        mixed = torch.zeros_like(q_i)
+        mixed = torch.zeros_like(q[:, :, rows])
         for j in keys[i, : counts[i]].tolist():
-            k_j = k[:, :, parts[j]].to(lse.dtype)
-            v_j = v[:, :, parts[j]].to(lse.dtype)
-            logits = q_i @ k_j.transpose(-1, -2)  # (B, heads, tile, tile)
+            columns = parts[j]
+            logits = q[:, :, rows] @ k[:, :, columns].mT  # (B, heads, tile, tile)
             higher = torch.maximum(highest, logits.amax(-1, keepdim=True))
             weight = torch.exp(logits - higher)
             fade = torch.exp(highest - higher)
             total = total * fade + weight.sum(-1, keepdim=True)
-            mixed = mixed * fade + weight @ v_j
+            mixed = mixed * fade + weight @ v[:, :, columns]
             highest = higher
-        out[:, :, rows] = (mixed / total).to(q.dtype)
+        out[:, :, rows] = mixed / total
         lse[:, :, rows] = (highest + total.log())[..., 0]
     return out, lse
 
 
-def tiled_backward(grad, q, k, v, out, lse, keys, counts, words, tile):
+def tiled_backward(grad, q, k, v, out, lse, lists, words, tile):
     """Gradients of q, k and v. The weights are computed again, tile by tile, from `lse`."""
+    keys, counts, _, _ = lists
     scale = q.shape[-1] ** -0.5
+    grad, q, k, v = (x.to(lse.dtype) for x in (grad, q, k, v))
+    d_q, d_k, d_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    inner = (grad * out).sum(-1, keepdim=True)  # sum_j weight_ij d weight_ij
     parts = blocks(q.shape[2], words, tile)
-    d_q, d_k, d_v = (torch.zeros_like(x, dtype=lse.dtype) for x in (q, k, v))
-    inner = (grad.to(lse.dtype) * out).sum(-1, keepdim=True)  # sum_j weight_ij d weight_ij
     for i, rows in enumerate(parts):
-        q_i = q[:, :, rows].to(lse.dtype)
-        grad_i = grad[:, :, rows].to(lse.dtype)
         for j in keys[i, : counts[i]].tolist():
             columns = parts[j]
-            k_j = k[:, :, columns].to(lse.dtype)
-            v_j = v[:, :, columns].to(lse.dtype)
-            logits = q_i @ k_j.transpose(-1, -2) * scale  # (B, heads, tile, tile)
+            logits = q[:, :, rows] @ k[:, :, columns].mT * scale  # (B, heads, tile, tile)
             weight = torch.exp(logits - lse[:, :, rows, None])
-            d_weight = grad_i @ v_j.transpose(-1, -2)
+            d_weight = grad[:, :, rows] @ v[:, :, columns].mT
             d_logits = weight * (d_weight - inner[:, :, rows]) * scale  # softmax's derivative
-            d_q[:, :, rows] += d_logits @ k_j
-            d_k[:, :, columns] += d_logits.transpose(-1, -2) @ q_i
-            d_v[:, :, columns] += weight.transpose(-1, -2) @ grad_i
-    return d_q.to(q.dtype), d_k.to(q.dtype), d_v.to(q.dtype)
+            d_q[:, :, rows] += d_logits @ k[:, :, columns]
+            d_k[:, :, columns] += d_logits.mT @ q[:, :, rows]
+            d_v[:, :, columns] += weight.mT @ grad[:, :, rows]
+    return d_q.to(out.dtype), d_k.to(out.dtype), d_v.to(out.dtype)
+
+
+def kernels_of(backend):
+    """The forward and backward of "tiled" or "triton"."""
+    if backend == "triton":
+        from kernels import tiles_triton  # only where Triton is installed
+
+        return tiles_triton.forward, tiles_triton.backward
+    return tiled_forward, tiled_backward
 
 
 @torch.library.custom_op("videoreward::tile_attention", mutates_args=())
 def tile_attention(
-    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, counts: Tensor,
-    queries: Tensor, query_counts: Tensor, words: int, tile: int, backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, lists: list[Tensor], words: int, tile: int, backend: str
+) -> tuple[Tensor, Tensor]:
     """Attention over the blocks of a SlidingTiles -> (output, log-sum-exp), by backend "tiled" or
-    "triton". The backward alone needs the lists seen from the keys."""
-    if backend == "triton":
-        from kernels import tiles_triton  # only where Triton is installed
-
-        return tiles_triton.forward(q, k, v, keys, counts, words, tile)
-    return tiled_forward(q, k, v, keys, counts, words, tile)
+    "triton"."""
+    forward, _ = kernels_of(backend)
+    return forward(q, k, v, lists, words, tile)
 
 
 @torch.library.custom_op("videoreward::tile_attention_backward", mutates_args=())
 def tile_attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, keys: Tensor,
-    counts: Tensor, queries: Tensor, query_counts: Tensor, words: int, tile: int, backend: str,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    lists: list[Tensor], words: int, tile: int, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and v. An operator without a derivative: a second backward raises."""
-    if backend == "triton":
-        from kernels import tiles_triton
-
-        lists = keys, counts, queries, query_counts
-        return tiles_triton.backward(grad, q, k, v, out, lse, *lists, words, tile)
-    return tiled_backward(grad, q, k, v, out, lse, keys, counts, words, tile)
+    _, backward = kernels_of(backend)
+    return backward(grad, q, k, v, out, lse, lists, words, tile)
 
 
 @tile_attention.register_fake
-def _(q, k, v, *lists):
+def _(q, k, v, *settings):
     return torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=sum_dtype(q))
 
 
@@ -259,14 +248,14 @@ def _(grad, q, k, v, *rest):
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-def _setup_context(ctx, inputs, output):
-    q, k, v, *ctx.lists = inputs
+def _save(ctx, inputs, output):
+    q, k, v, ctx.lists, *ctx.settings = inputs
     ctx.save_for_backward(q, k, v, *output)
 
 
 def _backward(ctx, grad, _):
-    gradients = tile_attention_backward(grad, *ctx.saved_tensors, *ctx.lists)
-    return *gradients, *[None] * len(ctx.lists)
+    gradients = tile_attention_backward(grad, *ctx.saved_tensors, ctx.lists, *ctx.settings)
+    return *gradients, [None] * len(ctx.lists), None, None, None
 
 
-tile_attention.register_autograd(_backward, setup_context=_setup_context)
+tile_attention.register_autograd(_backward, setup_context=_save)

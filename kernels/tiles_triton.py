@@ -124,11 +124,8 @@ def key_kernel(
 
 
 def _launch(kernel, tensors, lists, counts, q, words, tile):
-    """Runs `kernel` for each list and each head. ValueError for sizes it does not take."""
+    """Runs `kernel` for each list and each head."""
     dim = q.shape[-1]
-    for name, value in (("head size", dim), ("tokens of a tile", tile)):
-        if value not in (16, 32, 64, 128):
-            raise ValueError(f"backend 'triton': {name} {value}; must be 16, 32, 64 or 128")
     grid = len(counts), q.shape[0] * q.shape[1]
     sizes = lists.shape[1], q.shape[2], words, dim**-0.5
     warps = 8 if dim * tile > 64 * 64 else 4
@@ -136,8 +133,9 @@ def _launch(kernel, tensors, lists, counts, q, words, tile):
     kernel[grid](*tensors, lists, counts, *sizes, **settings)
 
 
-def forward(q, k, v, keys, counts, words, tile):
+def forward(q, k, v, lists, words, tile):
     """tiles.tiled_forward by a kernel."""
+    keys, counts, _, _ = lists
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
@@ -145,8 +143,9 @@ def forward(q, k, v, keys, counts, words, tile):
     return out, lse
 
 
-def backward(grad, q, k, v, out, lse, keys, counts, queries, query_counts, words, tile):
+def backward(grad, q, k, v, out, lse, lists, words, tile):
     """tiles.tiled_backward by two kernels."""
+    keys, counts, queries, query_counts = lists
     q, k, v, grad = q.contiguous(), k.contiguous(), v.contiguous(), grad.contiguous()
     inner = (grad.float() * out.float()).sum(-1)
     d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
