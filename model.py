@@ -58,7 +58,7 @@ class ModelConfig:
             most = 512 if name == "depth" else 2**20  # so that no file asks for terabytes
             if type(value) is not int or not 1 <= value <= most:
                 raise ValueError(f"{name} {value!r} must be a whole number from 1 to {most}")
-        if [type(side) for side in self.patch] != [int] * 3 or min(self.patch) < 1:
+        if len(self.patch) != 3 or any(type(side) is not int or side < 1 for side in self.patch):
             raise ValueError(f"patch {self.patch} must be three whole numbers above 0")
         if math.prod(self.patch) > 4096:
             raise ValueError(f"patch {self.patch} must have at most 4096 pixels")
@@ -69,10 +69,7 @@ class ModelConfig:
             raise ValueError(f"dim {self.dim} over {self.heads} heads must be a whole, even number")
         if math.prod(self.grid) > 2**20:
             raise ValueError(f"{math.prod(self.grid)} patches in a clip; at most {2**20} fit")
-        try:
-            parse_attention(self.attention, self.grid)
-        except ValueError as error:
-            raise ValueError(f"attention {self.attention}: {error}") from None
+        parse_attention(self.attention, self.grid)
 
     @property
     def video_shape(self):
@@ -229,7 +226,8 @@ def low_pass(config):
     """(dim, C * patch volume), orthonormal rows: per channel a patch's lowest 3D cosines."""
     axes = []
     for n in config.patch:
-        k, i = torch.arange(n)[:, None], torch.arange(n)[None]
+        k = torch.arange(n)[:, None]
+        i = torch.arange(n)
         basis = torch.cos(math.pi * k * (i + 0.5) / n) * (2 / n) ** 0.5  # DCT-II: k half periods
         axes.append(torch.where(k == 0, basis / 2**0.5, basis))
     basis = torch.kron(torch.kron(axes[0], axes[1]), axes[2])  # (volume, volume)
@@ -259,10 +257,9 @@ class VideoTransformer(nn.Module):
         self.patch_out = nn.Linear(dim, volume)
         self.tiles = SlidingTiles(config.attention, config.grid, config.max_text)
         head_dim = dim // config.heads
-        words, video = no_rope(config.max_text, head_dim), rope(config.grid, head_dim)
-        self.register_buffer(
-            "rope", torch.cat((words, self.tiles.sort(video)), 1), persistent=False
-        )
+        words = no_rope(config.max_text, head_dim)
+        video = self.tiles.sort(rope(config.grid, head_dim))
+        self.register_buffer("rope", torch.cat((words, video), 1), persistent=False)
         self.grad_checkpoint = False  # recompute each block in backward, to save memory
         self.initialize_weights()
 
@@ -293,9 +290,9 @@ class VideoTransformer(nn.Module):
 
     def run(self, hidden, condition, start, stop):
         """Blocks start to stop - 1 on hidden (B, S + N, d)."""
-        inputs = condition, self.rope, self.tiles
         for block in self.blocks[start:stop]:
-            hidden = maybe_checkpoint(self.grad_checkpoint, block, hidden, *inputs)
+            inputs = hidden, condition, self.rope, self.tiles
+            hidden = maybe_checkpoint(self.grad_checkpoint, block, *inputs)
         return hidden
 
     def split(self, hidden):

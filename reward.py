@@ -32,7 +32,7 @@ LOSSES = ("btt", "bt", "regression")
 # Losses: r_a, r_b (...) scores, label (...) int: 1 A better, -1 B better, 0 tie, INVALID ignored
 
 
-def _mean(loss, weight):
+def weighted_mean(loss, weight):
     """Weighted mean; an entry of weight 0 adds nothing, even where its loss is not finite."""
     return torch.where(weight > 0, weight * loss, 0.0).mean()
 
@@ -48,7 +48,7 @@ def bt_loss(r_a, r_b, label, weight=None):
     weight, here and below: of each entry, where this is a part of a batch whose weights have mean
     one."""
     weight = mean_one(decided(label)) if weight is None else weight
-    return _mean(F.softplus(-label * (r_a - r_b)), weight)
+    return weighted_mean(F.softplus(-label * (r_a - r_b)), weight)
 
 
 def btt_probabilities(delta, theta=THETA):
@@ -69,14 +69,14 @@ def btt_loss(r_a, r_b, label, theta=THETA, weight=None):
     log_tie = log_a + log_b + math.log(theta**2 - 1)
     log_likelihood = torch.where(label == 0, log_tie, torch.where(label == 1, log_a, log_b))
     weight = mean_one(label != INVALID) if weight is None else weight
-    return _mean(-log_likelihood, weight)
+    return weighted_mean(-log_likelihood, weight)
 
 
 def regression_loss(r, mos, weight=None):
     """Squared error of scores against mean opinion scores of the same shape, section 3.2's
     baseline: the mean over the ratings that exist (not 0). The target is mos - 3, as published."""
     weight = mean_one(mos != 0) if weight is None else weight
-    return _mean((r - (mos - 3)).square(), weight)
+    return weighted_mean((r - (mos - 3)).square(), weight)
 
 
 def counted(loss, label, mos):
@@ -124,8 +124,8 @@ def accuracy_without_ties(delta, label):
 
 def accuracies_without_ties(delta, label):
     """{"VQ": accuracy_without_ties, "MQ": ..., "TA": ...} for delta and label (N, 3)."""
-    columns = zip(DIMENSIONS, delta.unbind(1), label.unbind(1))
-    return {name: accuracy_without_ties(*column) for name, *column in columns}
+    accuracies = map(accuracy_without_ties, delta.unbind(1), label.unbind(1))
+    return dict(zip(DIMENSIONS, accuracies))
 
 
 def accuracy_logs(delta, label):
@@ -171,7 +171,8 @@ class Stem(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.patch = config.patch
-        half, dim = config.patch[1] // 2, config.dim
+        dim = config.dim
+        half = config.patch[1] // 2
         self.linear = nn.Linear(config.channels * math.prod(config.patch), dim)
         self.linear.weight.data.copy_(low_pass(config))
         self.convolutions = nn.Sequential(
@@ -235,7 +236,8 @@ class VideoReward(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config, dim = config, config.dim
+        self.config = config
+        dim = config.dim
         self.stem = Stem(config)
         self.words = nn.Embedding(config.vocab, dim)
         self.places = nn.Parameter(torch.randn(config.max_text, dim) * 0.02)
@@ -264,13 +266,14 @@ class VideoReward(nn.Module):
         video = self.stem(video)  # (B, N, d)
         tokens = self.tokens.expand(len(video), -1, -1)  # (B, 3, d), or (B, 1, d)
         left, right = tokens.split((len(self.tokens) - 1, 1), 1)  # of the prompt: VQ, MQ | TA
-        x = torch.cat((video, left, self.words(y) + self.places, right), 1)
+        words = self.words(y) + self.places  # (B, S, d)
+        x = torch.cat((video, left, words, right), 1)  # (B, N + 2 + S + 1, d), or N + S + 1
         n = video.shape[1]
         context = n + left.shape[1]  # tokens that cannot see the prompt
         for block in self.blocks:
             x = maybe_checkpoint(self.grad_checkpoint, block, x, self.rope, context)
         with torch.autocast(x.device.type, enabled=False):  # bfloat16 would round scores alike
-            x = self.norm(x.float())  # (B, N + 2 + S + 1, d), or (B, N + S + 1, d)
+            x = self.norm(x.float())
             word_logits = self.caption(x[:, :n].mean(1))  # (B, vocab)
             scores = self.head(torch.cat((x[:, n:context], x[:, -1:]), 1))  # (B, 3, 1), (B, 1, 3)
         return scores.flatten(1), word_logits

@@ -82,7 +82,6 @@ def arguments():
     add("--seed", type=cli.seed, default=0, help="one seed, one set of clips, on every device")
     add("--out", type=Path, default=Path("out/sample"), help="folder to write to")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
-    add("--compare", action="store_true", help="also without CFG, all versions of a clip together")
     group = "reward guidance (Flow-NRG, section 4.4), beside the same clips without it"
     add = parser.add_argument_group(group).add_argument
     add("--nrg", type=cli.triple, help="weights of VQ, MQ and TA of any sign, for example 1,1,0.5")
@@ -117,33 +116,27 @@ def main():
     x1 = torch.randn(args.n, *model.config.video_shape, generator=rng).to(device)
     y, model = y.to(device), model.to(device)
 
-    runs = {}  # label of a row: (velocity model, cfg)
-    if args.compare:
-        runs["CFG 1"] = model, 1.0
-    runs[f"CFG {args.cfg:g}"] = model, args.cfg
+    name = re.sub(r"[^\w]+", "-", args.prompt.lower())[:80]
+    plain = f"CFG {args.cfg:g}"
+    policies = {plain: (model, args.cfg)}
     if args.nrg:
         reward, reward_words = load_noisy_reward(args.nrg_ckpt)
         check_same_data("--nrg-ckpt", reward.config, reward_words, "--ckpt", model.config, words)
         settings = args.nrg, args.nrg_scale, args.nrg_eps, args.nrg_interval
         steered = SteeredPolicy(model, reward.to(device), *settings, args.cfg)
         weights = ",".join(f"{weight:g}" for weight in args.nrg)
-        runs[f"CFG {args.cfg:g} NRG {weights}"] = steered, 1.0  # CFG is inside
-    videos = []
-    for velocity, cfg in runs.values():
-        videos.append(sample_many(velocity, x1, y, steps=args.steps, cfg=cfg))
-        if not videos[-1].isfinite().all():
+        policies[f"{plain} NRG {weights}"] = (steered, 1.0)  # CFG is inside
+        name += "-nrg"
+
+    clips = {}  # label of a row: (n, C, T, H, W)
+    for label, (velocity, cfg) in policies.items():
+        clips[label] = sample_many(velocity, x1, y, steps=args.steps, cfg=cfg)
+        if not clips[label].isfinite().all():
             fault = "the samples are not finite numbers"
             raise BadInput(f"{fault}; give a smaller --nrg, --nrg-scale or --cfg")
-
     if attributes is not None:
-        print_scores(args.prompt, {k: world.oracle(v, attributes) for k, v in zip(runs, videos)})
-    name = re.sub(r"[^\w]+", "-", args.prompt.lower())[:80]
-    if args.nrg:
-        name += "-nrg"
-    if args.compare:
-        name += "-compared"
-    files = write_clips(args.out / name, videos, list(runs), is_latent)
-    print(f"wrote {files}" + (f"; rows: {', '.join(runs)}" if len(runs) > 1 else ""))
+        print_scores(args.prompt, {k: world.oracle(v, attributes) for k, v in clips.items()})
+    write_clips(args.out / name, clips, is_latent)
 
 
 def print_scores(prompt, scores):
@@ -156,20 +149,23 @@ def print_scores(prompt, scores):
             print(f"{label:{width}} {i:>4} " + " ".join(f"{value:6.2f}" for value in row))
 
 
-def write_clips(path, videos, labels, is_latent):
-    """Writes the clips of each run and returns the names of the files; latents go to one .npy."""
-    labels = labels if len(labels) > 1 else []
+def write_clips(path, clips, is_latent):
+    """Writes {label of a row: clips} as a GIF and a PNG, or latents as one .npy."""
+    videos = list(clips.values())
+    labels = list(clips) if len(clips) > 1 else []
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if is_latent:
             np.save(f"{path}.npy", torch.stack(videos).numpy())
-            return f"{path}.npy"
+            print(f"wrote {path}.npy")
+            return
         write_gif(f"{path}.gif", videos, labels=labels)
-        versions = torch.stack(videos, 1)  # (n, runs, ...): the versions of a clip together
+        versions = torch.stack(videos, 1)  # (n, rows, ...): the versions of a clip together
         write_sheet(f"{path}.png", versions.flatten(0, 1), labels=labels * len(versions))
-        return f"{path}.gif and .png"
     except OSError as error:
         raise BadInput(f"cannot write to {path.parent}: {error.strerror}") from None
+    rows = f"; rows: {', '.join(labels)}" if labels else ""
+    print(f"wrote {path}.gif and .png{rows}")
 
 
 if __name__ == "__main__":

@@ -36,11 +36,12 @@ def parse_attention(text, grid):
     found = re.fullmatch(f"tile:{three}(?:/{three})?", text)
     sides = [int(side or 3) for side in found.groups()] if found else []
     if not sides or min(sides) < 1:
-        example = "for example tile:2,4,4/1,3,3"
-        raise ValueError(f"must be full, tile:T,H,W or tile:T,H,W/t,h,w, {example}")
+        forms = "full, tile:T,H,W or tile:T,H,W/t,h,w, for example tile:2,4,4/1,3,3"
+        raise ValueError(f"attention {text}: must be {forms}")
     box, window = tuple(sides[:3]), tuple(sides[3:])
     if any(n % side for n, side in zip(grid, box)):
-        raise ValueError(f"{box} does not divide the grid of {tuple(grid)} tokens (t, h, w)")
+        fault = f"{box} does not divide the grid of {tuple(grid)} tokens (t, h, w)"
+        raise ValueError(f"attention {text}: {fault}")
     return box, tuple(min(w, n // side) for w, n, side in zip(window, grid, box))
 
 

@@ -121,9 +121,6 @@ def test_guided_clips_come_with_those_without(done, tmp_path):
     assert len({*map(tuple, up.values()), *map(tuple, down.values())}) == 3
     assert pictures.keys() == {".gif", ".png"}
     assert all(pictures[kind] != others[kind] for kind in pictures)
-    compared, _ = scores("--nrg", "1,1,0.5", "--compare")
-    assert list(compared) == ["CFG 1", "CFG 2", "CFG 2 NRG 1,1,0.5"]
-    assert compared["CFG 2"] == plain["CFG 2"]
 
 
 def save_models(folder, words=TOY_WORDS, **sizes):
