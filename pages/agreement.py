@@ -39,17 +39,16 @@ def labels_of(path, rows):
     return [labels.get(identity(row), NO_LABEL) for row in rows]
 
 
-def merge(csv, files, reviewer, out):
-    """Writes the pairs of a CSV with the labels that all `files` give, else the reviewer's, if any
-    (paper, section 3.1). -> a line that says how many pairs lack a label."""
+def merge(csv, files, out):
+    """Writes the pairs of a CSV with the labels that all `files` agree on, else with its own, which
+    are a reviewer's (paper, section 3.1). -> a line that says how many pairs lack a label."""
     rows = read_pairs(csv, unlabelled=True)
     people = [labels_of(file, rows) for file in files]
-    decided = labels_of(reviewer, rows) if reviewer else [NO_LABEL] * len(rows)
     for i, row in enumerate(rows):
-        label = list(decided[i])
+        label = list(row.label)
         for k in range(len(DIMENSIONS)):
             votes = {labels[i][k] for labels in people}
-            if len(votes) == 1:
+            if len(votes) == 1 and None not in votes:
                 label[k] = votes.pop()
         rows[i] = replace(row, label=tuple(label))
     write_pairs(rows, out)
@@ -84,7 +83,8 @@ def toy_judges(rows, csv):
     a, b = pair_scores(reward, pairs, "cpu").unbind(1)
     a_wins, b_wins, tie = btt_probabilities(a - b)
     learned = torch.stack((b_wins, tie, a_wins)).argmax(0) - 1
-    return {"oracle": oracle, "toy annotators": annotated.label, "VideoReward": learned}
+    judges = {"oracle": oracle, "toy annotators": annotated.label, "VideoReward": learned}
+    return {name: label.tolist() for name, label in judges.items()}
 
 
 def report(csv, records, others):
@@ -93,19 +93,17 @@ def report(csv, records, others):
     rows = [row for row in read_pairs(csv, unlabelled=True) if None not in row.label]
     if not rows:
         raise ValueError(f"{csv}: no pair has all its labels yet")
+    table = {}
+    seen = [
+        [answers[d]["seen"] for answers in records.values() if d in answers] for d in DIMENSIONS
+    ]
+    for side in ("left", "right", "same"):
+        table[side] = [sides.count(side) / max(1, len(sides)) for sides in seen]
     judges = {"asked again": [label_of(records.get(identity(row) + AGAIN, {})) for row in rows]}
     judges |= {other.name: labels_of(other, rows) for other in others}
-    for name, labels in judges.items():
-        labels = [[INVALID if x is None else x for x in label] for label in labels]
-        judges[name] = torch.tensor(labels)
-    table = {"left, of left and right": [], "same": []}
-    for dimension in DIMENSIONS:
-        seen = [answers[dimension]["seen"] for answers in records.values() if dimension in answers]
-        left, right = seen.count("left"), seen.count("right")
-        table["left, of left and right"].append(left / max(1, left + right))
-        table["same"].append(seen.count("same") / max(1, len(seen)))
     label = torch.tensor([row.label for row in rows])
-    for name, other in (judges | toy_judges(rows, csv)).items():
+    for name, labels in (judges | toy_judges(rows, csv)).items():
+        other = torch.tensor([[INVALID if x is None else x for x in three] for three in labels])
         columns = [agreement(label[:, i], other[:, i]) for i in range(len(DIMENSIONS))]
         table[f"{name}, equal"], table[f"{name}, kappa"] = zip(*columns)
     lines = [f"{csv.name}: {len(rows)} pairs, {seconds_a_pair(records):.1f} seconds a pair"]

@@ -2,19 +2,20 @@
 const $ = (id) => document.getElementById(id);
 
 /** Calls the server -> its response; an Error says what is wrong. */
-async function call(name, body, signal) {
-  const request = {method: "POST", body: JSON.stringify(body), signal};
-  const response = await fetch(name, request).catch((error) => {
-    const left = "The server does not answer. Start the command again; nothing is lost.";
-    throw error.name === "AbortError" ? error : Error(left);
-  });
+async function call(name, settings = {}, signal) {
+  const address = `${name}?${new URLSearchParams(settings)}`;
+  const response = await fetch(address, {method: "POST", signal});
   if (!response.ok) throw Error((await response.json()).error);
   return response;
 }
 
-const ask = async (name, body) => (await call(name, body)).json();
+const ask = async (name, settings) => (await call(name, settings)).json();
 
 function alarm(text) {
   $("alert").textContent = text;
   $("alert").hidden = !text;
 }
+
+addEventListener("unhandledrejection", ({reason}) => {
+  if (reason.name !== "AbortError") alarm(reason.message);
+});

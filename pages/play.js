@@ -1,36 +1,29 @@
 "use strict";
 const form = $("form");
-let frames; // of a clip
 let running = new AbortController(); // ends the request that is under way
-let drift = {points: []}; // {of: prompt, noise and CFG, points: scores at the strengths seen}
 
-const settings = () => Object.fromEntries(new FormData(form));
+/** The form, with sliders put together to flags of sample.py. */
+function settings() {
+  const {VQ, MQ, TA, from, to, ...others} = Object.fromEntries(new FormData(form));
+  return {...others, nrg: [VQ, MQ, TA], "nrg-interval": [from, to]};
+}
+
 const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;
 
-/** Shows the form's settings, and samples the clips that they ask for. */
+/** Samples the clips that the form asks for, and shows them while they form. */
 async function start() {
   running.abort();
   running = new AbortController();
-  const {tab, prompt, seed, cfg} = settings();
-  $("link").href = `#${new URLSearchParams(settings())}`;
-  history.replaceState(null, "", $("link").href);
+  const {tab} = settings();
+  history.replaceState(null, "", `#${new URLSearchParams(new FormData(form))}`);
   $("steer").hidden = tab !== "steer";
   $("drift").hidden = tab !== "drift";
   if ($("clips").dataset.tab !== tab) $("clips").replaceChildren();
   $("clips").dataset.tab = tab;
-  if (drift.of !== prompt + seed + cfg) drift = {of: prompt + seed + cfg, points: []};
   document.querySelectorAll("progress").forEach((bar) => bar.removeAttribute("value"));
   alarm("");
-  try {
-    await read(await call("sample", settings(), running.signal));
-  } catch (error) {
-    if (error.name !== "AbortError") alarm(error.message);
-  }
-}
-
-/** Shows the lines of a response, a step of a clip each, as they come. */
-async function read(response) {
-  let rest = "";
+  const response = await call("sample", settings(), running.signal);
+  let rest = ""; // of a line; each line is a step of a clip
   for await (const part of response.body.pipeThrough(new TextDecoderStream())) {
     const lines = (rest + part).split("\n");
     rest = lines.pop();
@@ -41,44 +34,35 @@ async function read(response) {
 function show(step) {
   if (step.error) throw Error(step.error);
   const figure = $(step.name) || newFigure(step.name);
-  if (step.done === 0) figure.points = [];
-  figure.querySelector("progress").value = step.done;
-  if (!step.film) return;
+  figure.querySelector("progress").value = 1 - step.t;
   figure.querySelector(".film").style.backgroundImage = `url(${step.film})`;
-  figure.querySelector(".bars").innerHTML = ["VQ", "MQ", "TA"].map((name, i) => `<b>${name}</b>`
-    + bar("true", 0, 1, step.true?.[i]) + bar("learned", -3, 3, step.learned[i])).join("");
-  const point = {x: 1 - step.t, learned: (mean(step.learned) + 3) / 6};
-  if (step.true) point.true = mean(step.true);
-  figure.points.push(point);
-  if (step.name === "drifted" && step.done === 1) {
-    drift.points.push({...point, x: form.elements.strength.value / 2});
-    figure.points = drift.points.sort((a, b) => a.x - b.x);
-  }
-  for (const kind of ["true", "learned"]) {
-    const places = figure.points.filter((point) => kind in point);
-    const path = places.map((point) => `${point.x} ${1 - point[kind]}`).join("L");
-    figure.querySelector(`path.${kind}`).setAttribute("d", path && `M${path}h.01`);
-  }
+  showScores(figure, step, "learned", -3, 3);
+  if (step.true) showScores(figure, step, "true", 0, 1);
 }
 
 function newFigure(name) {
   const figure = document.querySelector("template").content.firstElementChild.cloneNode(true);
   figure.id = figure.firstElementChild.textContent = name;
-  figure.querySelector(".film").style.setProperty("--frames", frames);
   $("clips")[name === "base" ? "prepend" : "append"](figure);
   return figure;
 }
 
-function bar(kind, min, max, value) {
-  if (value === undefined) return "<i></i><i></i>";
-  const range = `min="${min}" max="${max}" value="${value}"`;
-  return `<meter class="${kind}" ${range}></meter><span>${value.toFixed(2)}</span>`;
+/** Bars of a step's VQ, MQ and TA, and their mean as the next point of the curve. */
+function showScores(figure, step, kind, low, high) {
+  const scores = step[kind];
+  const bar = (score, i) => `<b>${["VQ", "MQ", "TA"][i]}</b>
+    <meter min="${low}" max="${high}" value="${score}"></meter> <span>${score.toFixed(2)}</span>`;
+  figure.querySelector(`div.${kind}`).innerHTML = scores.map(bar).join("");
+  const curve = figure.querySelector(`polyline.${kind}`);
+  const before = step.t === 1 ? "" : curve.getAttribute("points");
+  const height = (mean(scores) - low) / (high - low);
+  curve.setAttribute("points", `${before} ${1 - step.t},${1 - height}`);
 }
 
 function showValues() {
-  form.querySelectorAll("[type=range]").forEach((slider) => {
+  for (const slider of form.querySelectorAll("[type=range]")) {
     slider.parentElement.dataset.value = slider.value;
-  });
+  }
 }
 
 function restore() {
@@ -89,18 +73,26 @@ function restore() {
   start();
 }
 
+async function save() {
+  $("saved").hidden = false;
+  $("saved").textContent = "sample.py writes the files.";
+  $("saved").textContent = (await ask("save", settings())).lines.join("\n");
+}
+
 form.addEventListener("input", showValues);
 form.addEventListener("change", start);
 form.addEventListener("submit", (event) => event.preventDefault());
+$("save").addEventListener("click", save);
 addEventListener("hashchange", restore);
-$("save").addEventListener("click", async () => {
-  $("saved").hidden = false;
-  $("saved").textContent = "sample.py writes the files";
-  const answer = await ask("save", settings()).catch((error) => ({lines: [error.message]}));
-  $("saved").textContent = answer.lines.join("\n");
-});
-ask("about", {}).then((about) => {
-  frames = about.frames;
+ask("about").then((about) => {
+  const style = $("clips").style;
+  let frame = 0; // all clips show the same
+  setInterval(() => {
+    frame = (frame + 1) % about.frames;
+    style.setProperty("--place", `${100 * frame / (about.frames - 1)}%`);
+  }, 125);
+  style.setProperty("--frames", about.frames);
+  style.setProperty("--ratio", about.ratio);
   $("prompts").append(...about.prompts.map((prompt) => new Option(prompt)));
   restore();
-}).catch((error) => alarm(error.message));
+});
