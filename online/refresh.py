@@ -165,7 +165,7 @@ def read_labels(file, num_pairs):
     numbers = {video_names(i): i for i in range(num_pairs)}
     for row in rows:
         if row.paths not in numbers:
-            fault = f"{row.path_a} and {row.path_b} are not the videos of a pair of this round"
+            fault = f"{row.path_a} and {row.path_b} are no pair of this round"
             faults.append(f"{file}, line {row.line}, column path_A: {fault}")
     if faults:
         print(*faults[:-1], sep="\n", file=sys.stderr)

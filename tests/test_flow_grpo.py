@@ -44,14 +44,6 @@ def test_the_sde_keeps_the_marginals_of_the_flow(noise_level):
         assert torch.allclose(states[:, -1], sample(exact_velocity, x1, y, 300), atol=1e-4)
 
 
-def test_a_step_by_hand():
-    # t .5 -> .4, a = 1: sigma = 1; drift = 2 + 1 / (2 * .5) * (3 + .5 * 2) = 6;
-    # mean 3 - .1 * 6, standard deviation sqrt(.1)
-    one = torch.ones(1, 1)
-    mean, std = step_distribution(2 * one, 3 * one, torch.tensor([0.5]), torch.tensor([0.4]), 1.0)
-    assert mean.item() == pytest.approx(2.4) and std.item() == pytest.approx(0.1**0.5)
-
-
 def steps_of(model, advantage):
     """Arguments of flow_grpo_step, after the models: a second step of clips of two numbers."""
     x1, y = torch.randn(4, 2, generator=rng(2)), torch.zeros(4, 1)

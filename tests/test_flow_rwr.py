@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-from flow import flow_error
 from flow_rwr import effective_samples, flow_rwr_step, rwr_weights
 
 
@@ -29,18 +28,6 @@ def test_weights_are_finite_with_mean_one_for_any_finite_reward(reward):
 def test_effective_samples_by_hand():
     assert effective_samples(torch.ones(7)) == pytest.approx(1)
     assert effective_samples(torch.tensor([4.0, 0.0, 0.0, 0.0])) == pytest.approx(1 / 4)
-
-
-@pytest.mark.parametrize("count", [7, 49])
-def test_equal_rewards_make_it_the_plain_flow_loss_to_the_last_bit(count):
-    x0, x1 = torch.randn(2, count, 3, 2, 4, 4)
-    t, weight = torch.rand(count), rwr_weights(torch.full((count,), 0.7))
-
-    def policy(x, t, y):
-        return 0.3 * x
-
-    loss, _ = flow_rwr_step(policy, x0, None, weight, t, x1)
-    assert torch.equal(loss, flow_error(policy, x0, x1, t, None).mean())
 
 
 def test_each_clip_counts_by_its_own_weight():

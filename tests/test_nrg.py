@@ -1,7 +1,7 @@
 """Flow-NRG's guidance: against closed forms, and what it must leave alone."""
 
 import copy
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,13 +11,10 @@ from nrg import (
     NoisyReward,
     SteeredPolicy,
     guide,
-    load_noisy_reward,
     noisy_pair_step,
     noisy_reward_on,
     noisy_value_step,
 )
-from runtime.checkpoint import save_checkpoint
-from runtime.cli import BadInput
 from sample import sample
 from studies import unified
 
@@ -38,8 +35,8 @@ def value_of(k):
     return value
 
 
-@pytest.mark.parametrize("k", [torch.tensor([1.5]), torch.linspace(-2, 2, 16)], ids=["1-D", "16-D"])
-def test_the_exact_value_function_reaches_the_tilted_mean(k):
+def test_the_exact_value_function_reaches_the_tilted_mean():
+    k = torch.linspace(-2, 2, 16)
     x1 = torch.randn(2000, len(k), generator=torch.Generator().manual_seed(0))
     x1 = (x1 - x1.mean(0)) / x1.std(0)  # without sampling error
     y = torch.zeros(2000, 1, dtype=torch.int64)
@@ -69,14 +66,6 @@ def test_guidance_by_hand():
     v = torch.randn(3, 2)
     for weights, settings in (([0.0] * 3, {}), ([1.0] * 3, {"scale": 0.0})):
         assert torch.equal(guide(reward, weights, **settings)(v, x, t, None), v)
-
-
-def test_the_gradient_reaches_the_clip_alone():
-    layer = torch.nn.Linear(2, 3)
-    x, t = torch.randn(4, 2, requires_grad=True), torch.full((4,), 0.3)
-    with torch.no_grad():
-        v = guide(lambda x_t, t, y: layer(x_t), [1.0, 1.0, 1.0])(torch.zeros(4, 2), x, t, None)
-    assert not v.requires_grad and layer.weight.grad is None and x.grad is None
 
 
 def test_the_unified_view_knows_its_truth(monkeypatch):
@@ -275,16 +264,6 @@ def test_a_policy_with_another_trunk_does_not_share_it():
         assert torch.allclose(steered(x, t, y), expected, atol=1e-5), name
 
 
-def test_a_checkpoint_holds_its_trunk(tmp_path):
-    reward = noisy_reward_on(small_model(), 2).eval()
-    state = {"kind": "noisy reward", "config": asdict(reward.config), "vocabulary": ["", "a"]}
-    tensors = reward.state_dict()
-    save_checkpoint(tmp_path / "nrg.pt", state | {"step": 0, "model": tensors})
-    loaded, words = load_noisy_reward(tmp_path / "nrg.pt")
-    assert torch.equal(loaded(*inputs()), reward(*inputs())) and words == ["", "a"]
-    head = {name: value for name, value in tensors.items() if not name.startswith("trunk.")}
-    save_checkpoint(tmp_path / "nrg.pt", state | {"step": 0, "model": head})
-    with pytest.raises(BadInput, match="lacks tensor 'trunk."):
-        load_noisy_reward(tmp_path / "nrg.pt")
+def test_it_cannot_read_more_blocks_than_there_are():
     with pytest.raises(ValueError, match="read 4: this base model has 3 blocks"):
         noisy_reward_on(small_model(), 4)
