@@ -307,6 +307,7 @@ def test_new_labels_are_the_annotators_of_pairs_of_the_rounds_own_clips(monkeypa
             (place,) = torch.nonzero((pool[2] == pair).flatten(1).all(1))[0]
             assert torch.equal(pool[0][place], batch["y"][i])
             assert torch.equal(pool[1][place], batch["label"][i])
+    assert not torch.equal(batches[0]["video_a"], batches[1]["video_a"])
     assert not same(judge.state_dict(), before)
     assert not any(p.requires_grad for p in judge.parameters())
     z = torch.cat([judge.normalised(side, run.old.y) for side in old_clips.unbind(1)])
