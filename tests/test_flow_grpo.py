@@ -116,7 +116,7 @@ def test_loss_and_gradient_are_those_of_the_published_formula():
 
 def test_rounds_train_on_the_steps_that_sampled_their_clips(tiny):
     """A batch holds neighbours on one path of the SDE; before the first update the ratio is 1."""
-    flags = ["--clips=4", "--steps=4", "--rounds=2", "--sde-steps=5", "--noise-level=0.5"]
+    flags = ["--clips=4", "--steps=4", "--rounds=2", "--sde-steps=5", "--noise-level=0.5", "--kl=2"]
     settings, task = tiny("--algo=grpo", "--freeze=0", *flags)
     batch = task.batch(0, slice(0, 8))
     assert batch["x_t"].shape[0] == 16 and (batch["t_next"] < batch["t"]).all()
@@ -127,6 +127,9 @@ def test_rounds_train_on_the_steps_that_sampled_their_clips(tiny):
     loss, logs = task.loss(batch)
     assert loss.item() == pytest.approx(-batch["advantage"].mean().item(), abs=1e-6)
     assert logs["kl"] == logs["drift"] == 0 and logs["round"] == 0
+    wired.noticeable(task.model)
+    loss, logs = task.loss(batch | {"advantage": torch.zeros(16)})
+    assert loss.item() == pytest.approx(2 * logs["kl"], rel=1e-5) and logs["kl"] > 1e-7
     state = torch.load(settings.out / "round.pt", weights_only=True)
     error = state["states"][:, :, -1].float().clamp(-1, 1) - to_video(state["clips"])
     assert error.abs().max() < 0.006  # bytes and float16 of the path's end
