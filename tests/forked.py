@@ -11,7 +11,7 @@ import subprocess
 import sys
 import traceback
 import types
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 
@@ -27,17 +27,16 @@ from settings import settings_of
 TINY = model.ModelConfig(dim=32, depth=3, heads=2, vocab=len(Vocabulary().words))
 
 
-def tiny_checkpoints(folder):
+def tiny_checkpoints(folder, words=Vocabulary().words, **sizes):
     """Flags that name a tiny random base model and reward in `folder`."""
     torch.manual_seed(0)
-    config = reward.RewardConfig(dim=24, depth=2, heads=2, vocab=TINY.vocab)
-    networks = {"velocity": model.VideoTransformer(TINY), "reward": reward.VideoReward(config)}
-    for kind, network in networks.items():
+    velocity = model.VideoTransformer(replace(TINY, vocab=len(words), **sizes))
+    config = reward.RewardConfig(dim=24, depth=2, heads=2, vocab=len(words), **sizes)
+    for kind, network in {"velocity": velocity, "reward": reward.VideoReward(config)}.items():
         for value in network.parameters():  # new blocks do nothing, as their gates are 0
             value.data += 0.05 * torch.randn(value.shape)
         state = {"kind": kind, "config": asdict(network.config), "model": network.state_dict()}
-        state |= {"vocabulary": Vocabulary().words, "step": 0}
-        checkpoint.save_checkpoint(folder / f"{kind}.pt", state)
+        checkpoint.save_checkpoint(folder / f"{kind}.pt", state | {"vocabulary": words, "step": 0})
     return [f"--init={folder / 'velocity.pt'}", f"--reward={folder / 'reward.pt'}"]
 
 
