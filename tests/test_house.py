@@ -4,7 +4,7 @@ import ast
 from functools import cache
 from graphlib import TopologicalSorter
 
-from readme import ROOT, modules
+from readme import modules
 
 MODULES = modules()
 CORE = ("flow", "flow_dpo", "flow_rwr", "nrg", "reward", "model", "data", "sample", "tasks")
