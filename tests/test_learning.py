@@ -1,10 +1,5 @@
 """Pretraining, VideoReward and the noise-aware reward as train.py makes them: batches, labels, each
-flag's loss, the unit of a reward, and what is trained.
-
-Models are tiny (wired.py), pairs are the toy world's. Losses are compared with formulas.
-"""
-
-import math
+flag's loss, the unit of a reward, and what is trained. Models are tiny (wired.py)."""
 
 import pytest
 import torch
@@ -17,7 +12,15 @@ import world
 from data import DIMENSIONS, Vocabulary
 from model import load_velocity
 from real_data.toy_pairs import annotated_pairs, other_prompts
-from reward import RewardConfig, VideoReward, load_reward
+from reward import (
+    RewardConfig,
+    VideoReward,
+    bt_loss,
+    btt_loss,
+    caption_loss,
+    load_reward,
+    regression_loss,
+)
 from runtime.cli import BadInput
 
 drawn, tiny = wired.drawn, wired.tiny
@@ -58,24 +61,11 @@ def test_annotated_pairs_hold_the_truth_and_the_overall_choice_of_their_sides():
     assert clear.sum() > 5 and torch.equal(pairs.overall[clear], gap[clear].sign().long())
 
 
-def test_held_out_pairs_are_other_clips(drawn, tiny):
-    tiny("reward --pairs=40 --eval-pairs=40")
-    assert len(drawn) == 4 and not torch.equal(drawn[0].generator, drawn[2].generator)
-
-
-def test_ratings_labels_and_choices_follow_the_better_clip():
-    good, bad = torch.full((200, 3), 0.95), torch.full((200, 3), 0.05)
-    for a, b, sign in ((good, bad, 1), (bad, good, -1)):
-        mos, label, overall = (
-            judge(a, b, torch.Generator().manual_seed(2))
-            for judge in (world.rate, world.annotate, world.annotate_overall)
-        )
-        assert 1 <= mos.min() and mos.max() <= 5 and (sign * (mos[:, 0] - mos[:, 1])).mean() > 1
-        assert (label[0] == sign).float().mean() > 0.95 and (overall == sign).float().mean() > 0.95
-    # a clip of mean quality gets 3; one standard deviation is one step
+def test_ratings_have_mean_three_and_a_step_for_each_standard_deviation():
     level = world.TRUE_MEAN.expand(20_000, 3)
-    mos = world.rate(level, level - world.TRUE_STD, torch.Generator().manual_seed(2)).mean(0)
-    assert torch.allclose(mos, torch.tensor([[3.0], [2.0]]).expand(2, 3), atol=0.04)
+    mos = world.rate(level, level - world.TRUE_STD, torch.Generator().manual_seed(2))
+    assert 1 <= mos.min() and mos.max() <= 5
+    assert torch.allclose(mos.mean(0), torch.tensor([[3.0], [2.0]]).expand(2, 3), atol=0.04)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -84,42 +74,25 @@ def test_ratings_labels_and_choices_follow_the_better_clip():
 
 def test_a_reward_starts_from_a_trained_one(tiny, tmp_path):
     sizes = {"frames": 4, "size": 16, "dim": 24, "depth": 2, "heads": 2, "vocab": CONFIG.vocab}
-    path = wired.save(
-        wired.noticeable(VideoReward(RewardConfig(**sizes))), "reward", tmp_path / "r.pt"
-    )
+    model = noticeable(VideoReward(RewardConfig(**sizes)))
+    path = wired.save(model, "reward", tmp_path / "reward.pt")
     _, task = tiny(f"reward --init-reward={path}")
-    saved = load_reward(path)[0].state_dict()
+    saved = model.state_dict()
     assert all(torch.equal(value, saved[name]) for name, value in task.model.state_dict().items())
     assert task.loss(task.batch(0, EVERY))[0].requires_grad
     with pytest.raises(BadInput, match="--preset: has no effect with --init-reward"):
         tiny(f"reward --init-reward={path} --preset=nano")
 
 
-def preference_by_hand(kind, r, label, mos):
-    """The losses of section 3.2 for scores r (B, 2, 3), entry by entry; theta = 5."""
-    losses = []
-    for i in range(len(r)):
-        for k in range(3):
-            delta, tie = (r[i, 0, k] - r[i, 1, k]).double(), math.log(5.0)
-            if kind == "regression":
-                losses += [(r[i, side, k] - (mos[i, side, k] - 3)) ** 2 for side in (0, 1)]
-            elif label[i, k]:
-                losses.append(F.softplus(-label[i, k] * delta + (tie if kind == "btt" else 0)))
-            elif kind == "btt":  # (theta^2 - 1) sigma(delta - log theta) sigma(-delta - log theta)
-                losses.append(F.softplus(tie - delta) + F.softplus(tie + delta) - math.log(24.0))
-    return sum(losses).item() / len(losses)
-
-
 @pytest.mark.parametrize(
-    ("flags", "kind", "tokens", "caption"),
+    ("flags", "loss_of", "tokens", "caption"),
     [
-        ("", "btt", 3, 1.0),
-        ("--loss=btt --tokens=shared --caption=0.5", "btt", 1, 0.5),
-        ("--loss=bt --tokens=separate --caption=2", "bt", 3, 2.0),
-        ("--loss=regression --caption=0", "regression", 3, 0.0),
+        ("", btt_loss, 3, 1.0),
+        ("--loss=bt --tokens=shared --caption=0.5", bt_loss, 1, 0.5),
+        ("--loss=regression --tokens=separate --caption=0", regression_loss, 3, 0.0),
     ],
 )
-def test_videorewards_loss_is_what_the_flags_say(tiny, flags, kind, tokens, caption):
+def test_videorewards_loss_is_what_the_flags_say(tiny, flags, loss_of, tokens, caption):
     _, task = tiny("reward", "--pairs=30", flags)
     noticeable(task.model)
     assert len(task.model.tokens) == tokens
@@ -127,17 +100,17 @@ def test_videorewards_loss_is_what_the_flags_say(tiny, flags, kind, tokens, capt
     y, label = batch["y"], batch["label"]
     assert (label == 0).any() and (label != 0).any()
     with torch.no_grad():
-        scored = [task.model.scores_and_words(batch[name], y) for name in ("video_a", "video_b")]
+        (a, words_a), (b, words_b) = (
+            task.model.scores_and_words(batch[name], y) for name in ("video_a", "video_b")
+        )
         loss, logs = task.loss(batch)
-    wanted = preference_by_hand(kind, torch.stack([r for r, _ in scored], 1), label, batch["mos"])
-    assert logs["loss"] == pytest.approx(wanted, rel=1e-4)
-    words = torch.zeros(len(y), CONFIG.vocab).scatter_(1, y, 1.0)
-    words[:, 0] = 0  # padding
-    nll = sum(
-        F.binary_cross_entropy_with_logits(logits, words, reduction="none").sum(1).mean().item()
-        for _, logits in scored
-    )
-    assert loss.item() - wanted == pytest.approx(caption * nll / 2, rel=1e-4, abs=1e-6)
+    if loss_of is regression_loss:
+        preference = regression_loss(torch.stack((a, b), 1), batch["mos"])
+    else:
+        preference = loss_of(a, b, label)
+    assert logs["loss"] == pytest.approx(preference.item(), rel=1e-4)
+    nll = (caption_loss(words_a, y) + caption_loss(words_b, y)).item() / 2
+    assert (loss - preference).item() == pytest.approx(caption * nll, rel=1e-4, abs=1e-6)
 
 
 def test_a_saved_videoreward_gives_z_scores_of_all_pairs_held_out(tiny, tmp_path):
@@ -263,8 +236,8 @@ def test_pretraining_takes_clips_of_its_prompts_and_the_flow_error(tiny, drawn):
     assert torch.equal(batch["x0"], world.render(clips, CONFIG.size))
     assert torch.equal(wired.attributes_of(batch["y"]), clips.prompt)
     with torch.no_grad():
-        wanted = error(task.model, batch["x0"], batch).mean()
-    assert task.loss(batch)[0].item() == pytest.approx(wanted.item(), rel=1e-4)
+        expected = error(task.model, batch["x0"], batch).mean()
+    assert task.loss(batch)[0].item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 # Nine times in ten are logit-normal(0, 1): 2 Phi(log 3) - 1 = .728 of them lie in the middle half
