@@ -114,7 +114,8 @@ def main():
         print(f"prompt: {vocabulary.coverage([args.prompt], model.config.max_text)}")
     rng = torch.Generator().manual_seed(args.seed)
     x1 = torch.randn(args.n, *model.config.video_shape, generator=rng).to(device)
-    y, model = y.to(device), model.to(device)
+    y = y.to(device)
+    model = model.to(device)
 
     name = re.sub(r"[^\w]+", "-", args.prompt.lower())[:80]
     plain = f"CFG {args.cfg:g}"
@@ -135,7 +136,8 @@ def main():
             fault = "the samples are not finite numbers"
             raise BadInput(f"{fault}; give a smaller --nrg, --nrg-scale or --cfg")
     if attributes is not None:
-        print_scores(args.prompt, {k: world.oracle(v, attributes) for k, v in clips.items()})
+        scores = {label: world.oracle(videos, attributes) for label, videos in clips.items()}
+        print_scores(args.prompt, scores)
     write_clips(args.out / name, clips, is_latent)
 
 

@@ -27,7 +27,7 @@ from ranking import winners
 from real_data.dataset import label_rewards
 from runtime import cli, distributed, resume
 from runtime.cli import BadInput, positive, positive_int
-from runtime.config import flag, parse
+from runtime.config import flag, option, parse
 from settings import Training
 from trainer import Task, fit
 
@@ -68,7 +68,7 @@ def settings_of(words):
     if "--tiny" in words:
         words = ["--precision=float32", "--lr=1e-3", "--batch=8", "--beta=10", *words]
     settings, unknown = parse(Wan, words)
-    unknown += [f"--{name}" for name in UNREAD if getattr(settings, name)]
+    unknown += [option(name) for name in UNREAD if getattr(settings, name)]
     if settings.algo not in ALGORITHMS:
         raise BadInput(f"give one of {', '.join(ALGORITHMS)}; --help lists the flags")
     if unknown:

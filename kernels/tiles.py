@@ -169,20 +169,24 @@ def tiled_forward(q, k, v, lists, words, tile):
     dtype = sum_dtype(q)
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:-1], dtype=dtype)
-    q, k, v = q.to(dtype) * q.shape[-1] ** -0.5, k.to(dtype), v.to(dtype)
+    q = q.to(dtype) * q.shape[-1] ** -0.5
+    k = k.to(dtype)
+    v = v.to(dtype)
     parts = blocks(q.shape[2], words, tile)
     for i, rows in enumerate(parts):
-        highest = torch.full_like(lse[:, :, rows, None], -math.inf)
+        q_i = q[:, :, rows]
+        highest = torch.full_like(q_i[..., :1], -math.inf)
         total = torch.zeros_like(highest)
-        mixed = torch.zeros_like(q[:, :, rows])
+        mixed = torch.zeros_like(q_i)
         for j in keys[i, : counts[i]].tolist():
-            columns = parts[j]
-            logits = q[:, :, rows] @ k[:, :, columns].mT  # (B, heads, tile, tile)
+            k_j = k[:, :, parts[j]]
+            v_j = v[:, :, parts[j]]
+            logits = q_i @ k_j.mT  # (B, heads, tile, tile)
             higher = torch.maximum(highest, logits.amax(-1, keepdim=True))
             weight = torch.exp(logits - higher)
             fade = torch.exp(highest - higher)
             total = total * fade + weight.sum(-1, keepdim=True)
-            mixed = mixed * fade + weight @ v[:, :, columns]
+            mixed = mixed * fade + weight @ v_j
             highest = higher
         out[:, :, rows] = mixed / total
         lse[:, :, rows] = (highest + total.log())[..., 0]
@@ -194,19 +198,25 @@ def tiled_backward(grad, q, k, v, out, lse, lists, words, tile):
     keys, counts, _, _ = lists
     scale = q.shape[-1] ** -0.5
     grad, q, k, v = (x.to(lse.dtype) for x in (grad, q, k, v))
-    d_q, d_k, d_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    d_q = torch.zeros_like(q)
+    d_k = torch.zeros_like(k)
+    d_v = torch.zeros_like(v)
     inner = (grad * out).sum(-1, keepdim=True)  # sum_j weight_ij d weight_ij
     parts = blocks(q.shape[2], words, tile)
     for i, rows in enumerate(parts):
+        q_i = q[:, :, rows]
+        grad_i = grad[:, :, rows]
         for j in keys[i, : counts[i]].tolist():
             columns = parts[j]
-            logits = q[:, :, rows] @ k[:, :, columns].mT * scale  # (B, heads, tile, tile)
+            k_j = k[:, :, columns]
+            v_j = v[:, :, columns]
+            logits = q_i @ k_j.mT * scale  # (B, heads, tile, tile)
             weight = torch.exp(logits - lse[:, :, rows, None])
-            d_weight = grad[:, :, rows] @ v[:, :, columns].mT
+            d_weight = grad_i @ v_j.mT
             d_logits = weight * (d_weight - inner[:, :, rows]) * scale  # softmax's derivative
-            d_q[:, :, rows] += d_logits @ k[:, :, columns]
-            d_k[:, :, columns] += d_logits.mT @ q[:, :, rows]
-            d_v[:, :, columns] += weight.mT @ grad[:, :, rows]
+            d_q[:, :, rows] += d_logits @ k_j
+            d_k[:, :, columns] += d_logits.mT @ q_i
+            d_v[:, :, columns] += weight.mT @ grad_i
     return d_q.to(out.dtype), d_k.to(out.dtype), d_v.to(out.dtype)
 
 

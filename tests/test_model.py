@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from lora import add_lora, freeze_trunk, lora_disabled, merge_lora
 from model import (
@@ -18,6 +19,7 @@ from model import (
     patchify,
     rope,
     share_trunk,
+    time_features,
     unpatchify,
 )
 
@@ -83,6 +85,25 @@ def test_attention_by_hand_has_a_norm_for_q_and_another_for_k():
     assert torch.allclose(layer(x, still, context=2)[0], torch.cat((alone, out[2:])), atol=1e-4)
 
 
+def test_a_block_and_its_condition_by_hand():
+    model = scrambled(SMALL)
+    x, t, y = inputs(SMALL)
+    hidden, condition = model.embed(x, t, y)
+    word = model.words(y).mean(1)
+    assert torch.allclose(condition, F.silu(model.time(time_features(t, 32)) + model.pooled(word)))
+    block = model.blocks[0]
+    parts = block.modulation(condition)[:, None].split(32, -1)
+    shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = parts
+
+    def norm(x):
+        centred = x - x.mean(-1, keepdim=True)
+        return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+
+    middle = hidden + gate * block.attn(norm(hidden) * (1 + scale) + shift, model.rope)
+    out = middle + mlp_gate * block.mlp(norm(middle) * (1 + mlp_scale) + mlp_shift)
+    assert torch.allclose(block(hidden, condition, model.rope), out, atol=1e-5)
+
+
 def test_a_quarter_of_the_pairs_turns_with_time_the_rest_with_row_and_column():
     # head size 16: eight pairs, two for the frame, three for the row, three for the column
     table, theta = rope((3, 4, 5), 16), 100.0
@@ -94,9 +115,16 @@ def test_a_quarter_of_the_pairs_turns_with_time_the_rest_with_row_and_column():
         assert cos.tolist() == pytest.approx([math.cos(a) for a in angles] * 2, abs=1e-5)
         signed = [-math.sin(a) for a in angles] + [math.sin(a) for a in angles]
         assert sin.tolist() == pytest.approx(signed, abs=1e-5)
-    # one pair, turned by a quarter: (1, 2) -> (1 cos - 2 sin, 2 cos + 1 sin) = (-2, 1)
-    quarter = torch.tensor([[[0.0, 0.0]], [[-1.0, 1.0]]])
-    assert apply_rope(torch.tensor([[[[1.0, 2.0]]]]), quarter).flatten().tolist() == [-2.0, 1.0]
+    # of two pairs the first turns by a quarter: (1, 2) -> (1 cos - 2 sin, 2 cos + 1 sin) = (-2, 1)
+    quarter = torch.tensor([[[0.0, 1.0, 0.0, 1.0]], [[-1.0, 0.0, 1.0, 0.0]]])
+    x = torch.tensor([[[[1.0, 3.0, 2.0, 4.0]]]])
+    assert apply_rope(x, quarter).flatten().tolist() == [-2.0, 3.0, 1.0, 4.0]
+
+
+def test_time_features_by_hand():
+    # of four features two are cosines: of 1000 t and, as 10,000^(1/2) = 100, of 10 t
+    expected = [math.cos(500), math.cos(5), math.sin(500), math.sin(5)]
+    assert time_features(torch.tensor([0.5]), 4)[0].tolist() == pytest.approx(expected, abs=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------
