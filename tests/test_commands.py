@@ -16,6 +16,7 @@ import evaluate
 import sample
 import train
 from data import TOY_WORDS
+from model import Block
 from real_data import export_toy
 from runtime import checkpoint, cli
 
@@ -144,14 +145,18 @@ def test_compiling_without_a_compiler_is_one_line(command, monkeypatch, tmp_path
     assert "Traceback" not in error
 
 
-def test_gradient_checkpointing_changes_no_bit_and_bfloat16_little(command, tmp_path):
-    models, first = tiny_checkpoints(tmp_path), {}
+def test_gradient_checkpointing_changes_no_bit_and_bfloat16_little(command, monkeypatch, tmp_path):
+    models, first, calls = tiny_checkpoints(tmp_path), {}, []
+    forward = Block.forward
+    monkeypatch.setattr(Block, "forward", lambda *args: calls.append(1) or forward(*args))
     for way in ("--precision=float32", "--grad-checkpoint", "--precision=bfloat16"):
         flags = ["--steps", 1, "--freeze", 0, "--precision=float32", way, *models]
         out = command(train, *short("sft", *flags), "--out", tmp_path / way)
-        first[way] = json.loads((tmp_path / way / "metrics.jsonl").read_text())
+        first[way] = json.loads((tmp_path / way / "metrics.jsonl").read_text()) | {"n": len(calls)}
         assert f", {'bfloat16' if 'bf' in way else 'float32'} on cpu, 1 steps of 2" in out
     plain, checkpointed, rounded = first.values()
+    n = plain.pop("n")
+    assert checkpointed.pop("n") == 2 * n + 3  # three blocks run once more in backward
     assert checkpointed == plain and rounded["loss"] != plain["loss"]
     assert rounded["loss"] == pytest.approx(plain["loss"], rel=0.02)
 
