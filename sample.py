@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import flags
 import world
 from data import Vocabulary
 from flow import TIME_SHIFT, sampling_times
@@ -71,26 +72,26 @@ def sample_many(model, x1, y, progress=lambda starts: starts, batch=64, sampler=
 
 def arguments():
     about = "Samples clips of one prompt and prints their true scores (1 = clean clip, 0 = bad)."
-    parser = cli.Parser(about)
+    parser = flags.Parser(about)
     add = parser.add_argument
     add("--prompt", help=f"words that the model knows (default: {PROMPT}; --nrg {NRG_PROMPT})")
     add("--ckpt", type=Path, default=WEIGHTS / "base.pt", help="weights of a video model")
-    add("--n", type=cli.clip_count, default=4, help="clips")
-    add("--steps", type=cli.positive_int, default=STEPS, help="Euler steps")
-    add("--cfg", type=cli.finite, default=CFG, help="scale of classifier-free guidance; 1 = off")
+    add("--n", type=flags.clip_count, default=4, help="clips")
+    add("--steps", type=flags.positive_int, default=STEPS, help="Euler steps")
+    add("--cfg", type=flags.finite, default=CFG, help="scale of classifier-free guidance; 1 = off")
     add("--attention", help="full, or tile:T,H,W for sliding tiles (default: the model's)")
-    add("--seed", type=cli.seed, default=0, help="one seed, one set of clips, on every device")
+    add("--seed", type=flags.seed, default=0, help="one seed, one set of clips, on every device")
     add("--out", type=Path, default=Path("out/sample"), help="folder to write to")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     group = "reward guidance (Flow-NRG, section 4.4), beside the same clips without it"
     add = parser.add_argument_group(group).add_argument
-    add("--nrg", type=cli.triple, help="weights of VQ, MQ and TA of any sign, for example 1,1,0.5")
+    add("--nrg", type=flags.triple, help="weights of VQ, MQ and TA of any sign, for example 1,1,0.5")
     add("--nrg-ckpt", type=Path, default=WEIGHTS / "nrg.pt", help="weights of a noise-aware reward")
-    add("--nrg-scale", type=cli.finite, default=NRG_SCALE, help="w of Eq. 11, for unit spread")
+    add("--nrg-scale", type=flags.finite, default=NRG_SCALE, help="w of Eq. 11, for unit spread")
     about = "of t / (1 - t + eps); 0 = the paper's form"
-    add("--nrg-eps", type=cli.non_negative, default=NRG_EPS, help=about)
+    add("--nrg-eps", type=flags.non_negative, default=NRG_EPS, help=about)
     times = "{:g},{:g}".format(*NRG_INTERVAL)
-    add("--nrg-interval", type=cli.interval, default=times, help="lowest and highest guided t")
+    add("--nrg-interval", type=flags.interval, default=times, help="lowest and highest guided t")
     args = parser.parse_args()
     if args.prompt is None:
         args.prompt = NRG_PROMPT if args.nrg else PROMPT

@@ -1,4 +1,4 @@
-"""The settings of each algorithm: a dataclass whose fields are its flags (runtime/config.py).
+"""The settings of each algorithm: a dataclass whose fields are its flags (flags.py).
 
 Defaults are the paper's or measured; docs/paper.md gives the paper's (Tables 10 and 11) and why.
 """
@@ -6,25 +6,28 @@ Defaults are the paper's or measured; docs/paper.md gives the paper's (Tables 10
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from flow import TIME_SHIFT
-from flow_dpo import SCHEDULES
-from model import PRESETS
-from reward import LOSSES
-from runtime.checkpoint import WEIGHTS
-from runtime.cli import (
-    BadInput,
+from flags import (
     Parser,
     clip_count,
+    flag,
+    flags_of,
     fraction,
     frame_size,
     non_negative,
+    option,
+    parse,
     positive,
     positive_int,
     seed,
     triple,
     whole,
 )
-from runtime.config import flag, flags_of, option, parse
+from flow import TIME_SHIFT
+from flow_dpo import SCHEDULES
+from model import PRESETS
+from reward import LOSSES
+from runtime.checkpoint import WEIGHTS
+from runtime.cli import BadInput
 
 DATA, ROUNDS, REFRESH = ("data",), ("rounds",), ("refresh",)
 STARTED = ("init_reward",)  # from a trained VideoReward, which has sizes of its own

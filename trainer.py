@@ -75,7 +75,10 @@ def fit(task, settings, device, state=None):
     tensors = resume.run_tensors(trained, ema, optimizer)
     start = resume.restore(state, tensors) if state else 0
     rows = distributed.local_rows(settings.batch)
-    need = resume.bytes_to_save(model, tensors) + task.extra_bytes
+
+    # on the disk, as float32: the next checkpoint is written beside the last
+    numbers = sum(value.numel() for value in [*model.parameters(), *tensors.values()])
+    need = 2 * 4 * numbers + task.extra_bytes
 
     with (
         resume.open_log(settings.out, start, need) as write_log,

@@ -15,10 +15,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the project's modules, from any folder
 
 from data import Vocabulary
+from flags import Parser, positive_int, seed
 from model import ModelConfig
 from real_data.pairs_csv import Pair, write_pairs
 from real_data.toy_pairs import annotated_pairs
-from runtime.cli import BadInput, Parser, check_writable, positive_int, run, seed
+from runtime.cli import BadInput, check_writable, run
 
 
 def encode(video):

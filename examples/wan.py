@@ -21,13 +21,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # the project's modules, 
 
 from data import draw_noise, epoch_index, step_rng, take
 from examples import latents
+from flags import flag, option, parse, positive, positive_int
 from flow_dpo import flow_dpo_step
 from flow_rwr import flow_rwr_step, rwr_weights
 from ranking import winners
 from real_data.dataset import label_rewards
 from runtime import cli, distributed, resume
-from runtime.cli import BadInput, positive, positive_int
-from runtime.config import flag, option, parse
+from runtime.cli import BadInput
 from settings import Training
 from trainer import Task, fit
 

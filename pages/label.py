@@ -19,10 +19,11 @@ from hashlib import sha256
 from pathlib import Path
 
 from data import DIMENSIONS
+from flags import Parser, seed
 from pages.agreement import AGAIN, NO_LABEL, identity, label_of, merge, report, seconds_a_pair
 from pages.server import Server
 from real_data.pairs_csv import read_pairs, write_pairs
-from runtime.cli import BadInput, Parser, run, seed
+from runtime.cli import BadInput, run
 
 SIDES = ("left", "right", "same", "invalid")
 

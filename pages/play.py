@@ -20,13 +20,14 @@ import torch
 
 import world
 from data import Vocabulary
+from flags import Parser, finite, interval, seed, triple
 from model import load_velocity
 from nrg import SteeredPolicy, load_noisy_reward
 from pages.server import Server
 from real_data.video import to_pixels
 from reward import load_reward
 from runtime.checkpoint import WEIGHTS, check_same_data
-from runtime.cli import BadInput, Parser, finite, interval, pick_device, run, seed, triple
+from runtime.cli import BadInput, pick_device, run
 from sample import NRG_EPS, STEPS, sample
 
 OUT = "out/play"

@@ -13,13 +13,13 @@ import torch
 
 import world
 from data import DIMENSIONS, Vocabulary
+from flags import Parser, fraction, positive_int, seed
 from model import ModelConfig
 from real_data.generated import MODELS, mixed_pairs
 from real_data.pairs_csv import NAMES, Pair, write_pairs
 from real_data.video import FPS, write_video
-from runtime import cli
 from runtime.checkpoint import WEIGHTS
-from runtime.cli import BadInput, Parser, pick_device, progress_bar, run
+from runtime.cli import BadInput, pick_device, progress_bar, run
 
 GENERATORS = (*world.GENERATORS, *MODELS)  # the names behind the numbers of Pairs.models
 SPLITS = {"train": "train", "validation": "validation", "benchmark": "hard"}  # file -> prompts
@@ -114,14 +114,14 @@ def arguments(argv=None):
     add("folder", type=Path, help="a new folder")
     add(
         "--pairs",
-        type=cli.positive_int,
+        type=positive_int,
         default=200,
         help="training pairs; other files: a fifth each",
     )
-    add("--generated", type=cli.fraction, default=0.5, help="share of pairs of clips by --init")
+    add("--generated", type=fraction, default=0.5, help="share of pairs of clips by --init")
     add("--init", type=Path, default=WEIGHTS / "base.pt", help="base model (weights/base.pt)")
     add("--cache", type=Path, default=Path("out/clips"), help="folder of its sampled clips")
-    add("--seed", type=cli.seed, default=0, help="of prompts, clips and annotators")
+    add("--seed", type=seed, default=0, help="of prompts, clips and annotators")
     return parser.parse_args(argv)
 
 

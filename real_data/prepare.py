@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from data import DIMENSIONS
+from flags import Parser, add_flag, flag, flags_of
 from model import load_velocity
 from real_data.dataset import preset, words_and_sizes
 from real_data.pairs_csv import read_pairs, usable_rows
-from runtime.cli import BadInput, Parser, check_writable, run
-from runtime.config import add_flag, flag, flags_of
+from runtime.cli import BadInput, check_writable, run
 from settings import Data, FromNothing
 
 

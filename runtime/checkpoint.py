@@ -8,7 +8,6 @@ and, of a run, settings and training (resume.py).
 
 import os
 import warnings
-import zipfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -44,7 +43,6 @@ def load_checkpoint(path, kind=None):
     if not Path(path).is_file():
         raise BadInput(f"{path}: no such checkpoint; train one with `python train.py`")
     try:
-        check_stored(path)
         with warnings.catch_warnings(action="ignore"):
             state = torch.load(path, map_location="cpu", weights_only=True)
         words, found, version = state["vocabulary"], str(state["kind"]), int(state["format"])
@@ -60,13 +58,6 @@ def load_checkpoint(path, kind=None):
     if kind and found != kind:
         raise BadInput(f"{path}: holds a {found} model, but a {kind} model is needed here")
     return state
-
-
-def check_stored(path):
-    """ValueError for a compressed file, of which a few MB could fill the memory."""
-    with zipfile.ZipFile(path) as archive:
-        if any(entry.compress_type for entry in archive.infolist()):
-            raise ValueError
 
 
 def check_fit(model, weights, path):

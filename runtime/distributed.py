@@ -1,11 +1,8 @@
 """One run on many GPUs: `torchrun --nproc_per_node 8 train.py ...`, by PyTorch's DDP and FSDP.
 
-By default (DDP) every process holds the whole model, and gradients are averaged. With --fsdp
-weights, gradients, averages and the optimiser's state are sharded; a block is gathered when it
-runs, and Flow-DPO's frozen reference stays whole. Both wrap Loss, whose forward is the task's loss.
-
-Every process builds the same model, draws the same noise and times for the whole batch, and works
-on its rows. Process 0 logs and saves. Without torchrun there is one process, which does it all.
+DDP, the default, averages gradients. FSDP shards weights, gradients, averages and the optimiser's
+state; Flow-DPO's frozen reference stays whole. Every process builds the same model, draws the same
+noise and times for the whole batch, and works on its rows. Process 0 logs and saves.
 """
 
 import os
@@ -54,17 +51,16 @@ def start_process(name):
 
 def wait_for_all():
     """Waits for the other processes; ends this one with status 2 if one of them has ended."""
-    if dist.is_initialized():
-        try:
-            dist.barrier(_patient)
-        except RuntimeError:
-            sys.exit(2)
+    try:
+        dist.barrier(_patient)
+    except RuntimeError:
+        sys.exit(2)
 
 
 def stop_process():
     """Leaves the other processes, once process 0 has made the closing table."""
-    wait_for_all()
     if dist.is_initialized():
+        wait_for_all()
         dist.destroy_process_group()
 
 
@@ -73,23 +69,25 @@ def process_0_first():
     """Process 0 runs the block, then all others run it: they wait without a timeout, as decoding
     can take hours. A block inside another one does not wait, as it may be process 0's alone."""
     global _in_block
-    outermost, _in_block = not _in_block, True
-    try:
-        if outermost and rank():
-            wait_for_all()
+    if _in_block or world_size() == 1:
         yield
-        if outermost and not rank():
-            wait_for_all()
-    finally:
-        _in_block = not outermost
+        return
+    _in_block = True
+    if rank():
+        wait_for_all()
+    yield
+    if rank() == 0:
+        wait_for_all()
+    _in_block = False
 
 
 def check_flags(settings):
     """BadInput for flags that do not go with this number of processes."""
     parts = world_size() * settings.accum
     if settings.batch % parts:
-        fault = f"must be a multiple of {parts}, of processes x --accum"
-        raise BadInput(f"--batch {settings.batch}: {fault}")
+        raise BadInput(
+            f"--batch {settings.batch}: must be a multiple of {parts}, processes x --accum"
+        )
     if settings.fsdp and not dist.is_initialized():
         raise BadInput("--fsdp: needs processes; start with torchrun --nproc_per_node N train.py")
 
@@ -106,7 +104,7 @@ def reduce_logs(micro_losses, stop):
 
     A micro-batch may lack a log: the accuracy in a quarter of t that it has no sample in."""
     gathered = [(micro_losses, stop)] * world_size()
-    if dist.is_initialized():
+    if world_size() > 1:
         dist.all_gather_object(gathered, (micro_losses, stop))
     micro_losses = sum((losses for losses, _ in gathered), [])
     values = {}
@@ -123,14 +121,13 @@ class Loss(nn.Module):
 
     bf16: matrices are multiplied in bfloat16; weights, sums and errors stay float32."""
 
-    def __init__(self, task, bf16):
+    def __init__(self, task, device, bf16):
         super().__init__()
-        self.model, self.task, self.bf16 = task.model, task, bf16
+        self.model, self.task, self.device, self.bf16 = task.model, task, device, bf16
 
     def forward(self, batch):
-        device = next(iter(batch.values())).device.type
         try:
-            with torch.autocast(device, torch.bfloat16, enabled=self.bf16):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                 return self.task.loss(batch)
         except torch._dynamo.exc.BackendCompilerFailed as error:
             fault = f"torch.compile failed ({str(error).splitlines()[0]})"
@@ -143,7 +140,7 @@ def in_bf16(settings, device):
 
 def wrap_model(task, device, settings):
     """The module to call for the loss, as --compile, --grad-checkpoint and --fsdp demand."""
-    loss = Loss(task, in_bf16(settings, device))
+    loss = Loss(task, device, in_bf16(settings, device))
     modules = list(task.model.modules())
     blocks = [block for module in modules for block in getattr(module, "blocks", [])]
     for module in modules:

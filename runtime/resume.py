@@ -20,9 +20,9 @@ from dataclasses import asdict
 
 import torch
 
+from flags import flags_of, option
 from runtime.checkpoint import WEIGHTS, load_checkpoint, save_checkpoint
 from runtime.cli import BadInput, check_writable
-from runtime.config import flags_of, option
 from runtime.distributed import gather, rank, shard_like
 
 try:
@@ -64,9 +64,8 @@ def resumes(settings):
 
 
 def opened_run(settings):
-    """The checkpoint to resume from, {"step", "training"}; None for a new run. BadInput if --out
-    holds a run of other settings or inputs, or one that this run would overwrite, or if --export
-    cannot be written."""
+    """The checkpoint to resume from; None for a new run. BadInput if --out holds a run of other
+    settings or inputs, or one that this run would overwrite, or if --export cannot be written."""
     if settings.export and not rank():
         check_writable(settings.export.parent, "--export")
     settings.digests, last = digests(settings), settings.out / "last.pt"
@@ -93,7 +92,7 @@ def opened_run(settings):
         else:
             fault = f"{getattr(settings, flag)} (--{flag}) has changed since {last} was written"
             raise BadInput(f"--resume: {fault}; put it back, or give another --out")
-    return {"step": state["step"], "training": state["training"]}
+    return state
 
 
 def warmup_steps(steps):
@@ -201,23 +200,18 @@ def run_tensors(trained, ema, optimizer):
     return tensors
 
 
-def bytes_to_save(model, tensors):
-    """At most what the checkpoints of a run take: the next one is written beside the last."""
-    numbers = sum(value.numel() for value in [*model.parameters(), *tensors.values()])
-    return 2 * 4 * numbers  # float32
-
-
 @torch.no_grad()
 def restore(state, tensors):
-    """Loads a checkpoint into a run's tensors; returns its step."""
-    training = state.pop("training")  # so that its memory is freed
+    """Moves a checkpoint into a run's tensors; returns its step."""
+    step, training = state["step"], state["training"]
     try:
         for name, value in tensors.items():
             value.copy_(shard_like(training[name], value))
     except (KeyError, RuntimeError) as error:
         fault = f"does not hold the state of this model's training ({error})".split("\n")[0]
         raise BadInput(f"--resume: the checkpoint {fault}") from None
-    return state["step"]
+    state.clear()  # its memory is needed
+    return step
 
 
 def snapshot(model, tensors, unsharded):

@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 import world
 from data import DIMENSIONS
+from flags import Parser, flag, parse, positive_int
 from runtime import resume
-from runtime.cli import BadInput, Parser, check_writable, positive_int
-from runtime.config import flag, parse
+from runtime.cli import BadInput, check_writable
 from runtime.device import has_bf16
 from studies.report.charts import picture
 from studies.report.tables import markdown

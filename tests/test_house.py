@@ -12,7 +12,7 @@ CORE = ("flow", "flow_dpo", "flow_rwr", "nrg", "reward", "model", "data", "sampl
 # A module may import those of its own floor and of the floors above it in this list. A folder
 # stands for all of its modules that are not named themselves.
 FLOORS = (
-    {"world", "flow", "words", "runtime", "kernels"},
+    {"world", "flow", "words", "flags", "runtime", "kernels"},
     {"attention", "lora", "flow_dpo", "flow_rwr", "online.flow_nft", "online.flow_grpo", "data"},
     {"real_data.pairs_csv", "real_data.video", "pictures"},
     {"model"},

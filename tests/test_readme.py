@@ -14,9 +14,8 @@ from forked import with_read
 from readme import DOCS, ROOT, WINGS, all_commands, fenced, modules, prose, sections, spans
 from torch.distributed import run as torchrun
 
+from flags import Parser, flags_of, option
 from model import PRESETS
-from runtime.cli import Parser
-from runtime.config import flags_of, option
 from settings import ALGORITHMS, settings_of
 
 # Each command in a fence of these is run, with these flags behind its own (the last of a kind

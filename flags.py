@@ -1,4 +1,4 @@
-"""Settings as dataclasses, and command lines made from them.
+"""Command lines: types of flags, and parsers made from dataclasses.
 
     @dataclass
     class Dpo(Alignment):
@@ -9,10 +9,77 @@ another default.
 """
 
 import argparse
+import math
+import re
 from dataclasses import field
 from pathlib import Path
 
-from runtime.cli import BadInput, Parser
+from runtime.cli import BadInput
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are BadInput, and whose help shows defaults."""
+
+    class Help(argparse.ArgumentDefaultsHelpFormatter):
+        def _get_help_string(self, action):
+            is_silent = action.default is None or action.default is False
+            return action.help if is_silent else super()._get_help_string(action)
+
+    def __init__(self, description, **options):
+        super().__init__(description=description, formatter_class=self.Help, **options)
+        self._negative_number_matcher = re.compile(r"-[.\d]")  # -1,0,1 is a value, as -1 is
+
+    def error(self, message):
+        raise BadInput(message)
+
+
+def flag_type(parse, is_valid, description):
+    """A type for add_argument: parse(text), or an error that says what the value must be."""
+
+    def convert(text):
+        try:
+            value = parse(text)
+            if is_valid(value):
+                return value
+        except ValueError:
+            pass
+        raise argparse.ArgumentTypeError(f"{text}: must be {description}")
+
+    return convert
+
+
+def whole_number(low, high):
+    return flag_type(int, lambda n: low <= n <= high, f"a whole number from {low} to {high}")
+
+
+def numbers(text):
+    return tuple(float(part) for part in text.split(","))
+
+
+def sides(text):
+    height, _, width = text.partition("x")
+    return int(height), int(width or height)
+
+
+def is_triple(values):
+    return len(values) == 3 and all(map(math.isfinite, values))
+
+
+def is_interval(values):
+    return len(values) == 2 and 0 <= values[0] <= values[1] <= 1
+
+
+positive_int = whole_number(1, 10**9)
+whole = whole_number(0, 10**9)
+seed = whole_number(0, 2**31 - 1)
+clip_count = whole_number(1, 4096)
+positive = flag_type(float, lambda x: 0 < x < math.inf, "a positive number")
+non_negative = flag_type(float, lambda x: 0 <= x < math.inf, "0 or a positive number")
+finite = flag_type(float, math.isfinite, "a finite number")
+fraction = flag_type(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
+triple = flag_type(numbers, is_triple, "three numbers, as in 1,1,0.5")
+interval = flag_type(numbers, is_interval, "from 0 to 1, as in 0,0.9")
+frame_size = flag_type(sides, lambda x: min(x) > 0, "height x width, as in 32x56")
 
 
 def flag(default, help, kind=str, choices=None, needs=(), without=(), resumable=False, file=False):
