@@ -18,18 +18,21 @@ R(d) = d (alpha - beta log d) for training, where d is the square root of the KL
 the drift |v - v_ref|^2."""
 
 from functools import partial
+from itertools import product
 
 import numpy as np
 import torch
 
 import world
-from data import Vocabulary, step_rng
-from judge import learned_scores, pair_scores, sample_prompts
+from data import DIMENSIONS, Vocabulary, step_rng
+from judge import learned_scores, over_seeds, pair_scores, sample_prompts
 from model import load_velocity
 from real_data.toy_pairs import annotated_pairs
 from reward import accuracies_without_ties, load_reward
 from runtime.checkpoint import WEIGHTS
 from studies import policies
+from studies.report.charts import Chart, Series
+from studies.report.tables import Column, matching, means, tabulate
 
 PAIRS = {"0.3%": 72, "1%": 240, "3%": 720, "10%": 2400}  # of the 24,000 of weights/reward.pt
 STEPS = {72: 82, 240: 150, 720: 260, 2400: 474}  # in proportion to the square root of the pairs
@@ -241,3 +244,147 @@ def fitted(rows, column, logarithmic):
     slope = np.log(distance) if logarithmic else distance
     design = np.stack((distance, -distance * slope), 1)
     return np.linalg.lstsq(design, gain, rcond=None)[0]
+
+
+def law_rows(rows):
+    """The fits of each run and of each best of n, by seed."""
+    runs = {}
+    for row in rows:
+        if row["study"] == "best of n" or row.get("arm") == "rounds":
+            runs.setdefault((row["study"], row["judge"], row["seed"]), []).append(row)
+    laws = []
+    for (study, judge, seed), own in runs.items():
+        law = {"study": "law", "of": study, "judge": judge, "seed": seed}
+        for column in ("true", "learned"):
+            alpha, beta = fitted(own, column, logarithmic=study == "run")
+            law |= {f"{column}_alpha": alpha, f"{column}_beta": beta}
+        laws.append(law)
+    return laws
+
+
+def summary_rows(rows):
+    """A row for each run: its last round, its best one and the one that the labels choose."""
+    runs = {}
+    for row in matching(rows, study="run"):
+        runs.setdefault((row["arm"], row["judge"], row["seed"]), []).append(row)
+    summaries = []
+    for run_rows in runs.values():
+        best = max(run_rows, key=lambda row: row["score"])
+        stopped = max(run_rows, key=lambda row: row["labels"])
+        summary = run_rows[-1] | {"study": "summary", "peak": best["round"], "best": best["score"]}
+        summary |= {"stop": stopped["round"], "stopped": stopped["score"]}
+        summary["lost"] = best["score"] - stopped["score"]
+        summary["fall"] = best["score"] - summary["score"]
+        summaries.append(summary)
+    return summaries
+
+
+# ---------------------------------------------------------------------------------------------
+# The report
+
+
+def report(settings, rows):
+    seeds = len({row["seed"] for row in rows})
+    rows = rows + law_rows(rows) + summary_rows(rows)
+    introduction = [
+        f"{PROMPTS} prompts, {CLIPS} clips each, CFG 1; mean ± standard deviation over {seeds} seeds.",
+        "Gains are z-scores above the base model's, the mean of the three dimensions.",
+    ]
+    return {
+        "title": "How far to trust a judge",
+        "introduction": introduction,
+        "tables": tables(rows),
+        "pictures": {"hacking": charts(rows)},
+    }
+
+
+def tables(rows):
+    judges = {name: {"judge": name} for name in JUDGES}
+    arms = {("rounds", name): {"arm": "rounds", "judge": name} for name in JUDGES}
+    arms |= {(arm, WEAK): {"arm": arm, "judge": WEAK} for arm in ARMS}
+    accuracy = [Column(name, name) for name in DIMENSIONS]
+    summary = [
+        Column("learned gain", "learned"),
+        Column("true gain", "true"),
+        Column("learned wins", "learned_wins"),
+        Column("true wins", "true_wins"),
+        Column("true mean", "score", digits=3),
+        Column("best round's", "best", digits=3),
+        Column("best round", "peak", digits=0),
+        Column("64 labels stop at", "stop", digits=0),
+        Column("and lose", "lost", digits=3),
+        Column("drift", "drift", digits=3, spread=False),
+    ]
+    spread = [Column(name, f"spread_{name}") for name in ("start", "path", "size", "pixels")]
+    names = {"true_alpha": "alpha", "true_beta": "beta"}
+    names |= {"learned_alpha": "learned alpha", "learned_beta": "learned beta"}
+    law = [Column(head, name) for name, head in names.items()]
+    columns = []
+    for kind, n in product(("learned", "true"), (4, 16, 64)):
+        columns.append(Column(f"{kind}, n {n}", kind, {"n": n}))
+    laws = matching(rows, study="law")
+    summaries = matching(rows, study="summary")
+    return {
+        "hacking-judges": tabulate(
+            "Accuracy of the judges without ties, new prompts",
+            ["judge"],
+            matching(rows, study="accuracy"),
+            judges,
+            accuracy,
+        ),
+        "hacking": tabulate("After the last round", ["arm", "judge"], summaries, arms, summary),
+        "hacking-best": tabulate(
+            "Gain by best of n", ["judge"], matching(rows, study="best of n"), judges, columns
+        ),
+        "hacking-laws": tabulate(
+            "R(d) = d (alpha - beta log d), Flow-DPO in rounds",
+            ["judge"],
+            matching(laws, of="run"),
+            judges,
+            law,
+        ),
+        "hacking-laws-best": tabulate(
+            "R(d) = d (alpha - beta d), best of n",
+            ["judge"],
+            matching(laws, of="best of n"),
+            judges,
+            law,
+        ),
+        "hacking-spread": tabulate(
+            "Spread of a prompt's clips as a share of the base model's",
+            ["arm", "judge"],
+            summaries,
+            arms,
+            spread,
+        ),
+    }
+
+
+def charts(rows):
+    """Learned and true gain by distance with their laws, and the true gain by round."""
+    panels = []
+    for study, judge in product(("run", "best of n"), (WEAK, "10%", "100%")):
+        query = {"judge": judge} | ({"arm": "rounds"} if study == "run" else {})
+        own = matching(rows, study=study, **query)
+        key = "round" if study == "run" else "n"
+        places = sorted({row[key] for row in own})
+        drifts = [over_seeds(own, "drift", **{key: place})[0] for place in places]
+        series = []
+        for column in ("learned", "true"):
+            series.append(Series(column, drifts, means(own, column, key, places)))
+        for column in ("learned", "true"):
+            query = {"of": study, "judge": judge}
+            alpha = over_seeds(rows, f"{column}_alpha", **query)[0]
+            beta = over_seeds(rows, f"{column}_beta", **query)[0]
+            xs = np.linspace(0.01, max(drifts) ** 0.5, 30) ** 2
+            curve = [(law(x, alpha, beta, study == "run"), 0.0) for x in xs]
+            series.append(Series(f"law, {column}", xs.tolist(), curve))
+        method = "Flow-DPO in rounds" if study == "run" else "Best of n"
+        x = "drift from the base model" if study == "run" else "KL divergence"
+        panels.append(Chart(f"{method}, judge of {judge}", series, x, "gain", axis="root"))
+    return panels
+
+
+def law(drift, alpha, beta, logarithmic):
+    distance = drift**0.5
+    return distance * (alpha - beta * (np.log(distance) if logarithmic else distance))
