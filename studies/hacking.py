@@ -25,14 +25,14 @@ import torch
 
 import world
 from data import DIMENSIONS, Vocabulary, step_rng
-from judge import learned_scores, over_seeds, pair_scores, sample_prompts
+from judge import learned_scores, pair_scores, sample_prompts
 from model import load_velocity
 from real_data.toy_pairs import annotated_pairs
 from reward import accuracies_without_ties, load_reward
 from runtime.checkpoint import WEIGHTS
 from studies import policies
-from studies.report.charts import Chart, Series
-from studies.report.tables import Column, matching, means, tabulate
+from studies.report.charts import Chart, Series, curve
+from studies.report.tables import Column, Report, matching, over_seeds, tabulate
 
 PAIRS = {"0.3%": 72, "1%": 240, "3%": 720, "10%": 2400}  # of the 24,000 of weights/reward.pt
 STEPS = {72: 82, 240: 150, 720: 260, 2400: 474}  # in proportion to the square root of the pairs
@@ -51,6 +51,7 @@ ARMS = {  # of the weak judge
 }
 PROMPTS, CLIPS = 32, 4  # held-out prompts of every policy, and clips of each
 BEST_OF = (1, 2, 4, 8, 16, 32, 64)
+SPREADS = ("start", "path", "size", "pixels")  # of policies.diversity
 LABELS = 64  # pairs that people compare after every round
 NOISE_SEED = 987_000
 
@@ -223,7 +224,7 @@ def best_of_n(settings, seed):
         for n in BEST_OF:
             best = learned[:n].mean(2).argmax(0)  # (N,)
             clip = torch.arange(len(best))
-            row = {"study": "best of n", "judge": name, "seed": seed, "n": n}
+            row = {"study": "run", "arm": "best of n", "judge": name, "seed": seed, "n": n}
             row |= {"drift": policies.nats(n), "score": true[best, clip].mean().item()}
             row["true"] = (true_z(true[best, clip]) - true_z(true[0])).mean().item()
             row["learned"] = (learned[best, clip] - learned[0]).mean().item()
@@ -232,159 +233,124 @@ def best_of_n(settings, seed):
 
 
 # ---------------------------------------------------------------------------------------------
-# The laws
+# The report
 
 
-def fitted(rows, column, logarithmic):
-    """(alpha, beta) of R(d) = d (alpha - beta d), or with log d, by least squares; d is the square
-    root of a row's drift."""
+def report(rows):
+    introduction = (
+        f"{PROMPTS} prompts, {CLIPS} clips each, CFG 1; mean ± standard deviation over the seeds. "
+        "A gain is a mean z-score above the base model's."
+    )
+    rows = rows + summaries(rows) + laws(rows)
+    return Report("How far to trust a judge", introduction, tables(rows), {"hacking": charts(rows)})
+
+
+def summaries(rows):
+    """The last round of each run with the best one and the one that the labels choose."""
+    summaries = []
+    for own in by_run(matching(rows, study="run")):
+        best = max(own, key=lambda row: row["score"])
+        stop = max(own, key=lambda row: row["labels"])
+        summary = {"best": best["score"], "best_round": best["round"]}
+        summary |= {"stop": stop["round"], "loss": best["score"] - stop["score"]}
+        summaries.append(own[-1] | summary | {"study": "summary"})
+    return summaries
+
+
+def laws(rows):
+    """The coefficients of each run's law."""
+    rows = matching(rows, arm="rounds") + matching(rows, arm="best of n")
+    fits = []
+    for own in by_run(matching(rows, study="run")):
+        row = {key: own[0][key] for key in ("arm", "judge", "seed")}
+        for name in ("true", "learned"):
+            row[f"{name}_alpha"], row[f"{name}_beta"] = fitted(own, name)
+        fits.append(row | {"study": "law"})
+    return fits
+
+
+def by_run(rows):
+    """The rows of each run, a list of lists."""
+    runs = {}
+    for row in rows:
+        runs.setdefault((row["arm"], row["judge"], row["seed"]), []).append(row)
+    return runs.values()
+
+
+def fitted(rows, name):
+    """(alpha, beta) of the law of a run's rows, by least squares."""
     rows = [row for row in rows if row["drift"] > 0]
     distance = np.sqrt([row["drift"] for row in rows])
-    gain = np.array([row[column] for row in rows])
-    slope = np.log(distance) if logarithmic else distance
+    gain = np.array([row[name] for row in rows])
+    slope = distance if rows[0]["arm"] == "best of n" else np.log(distance)
     design = np.stack((distance, -distance * slope), 1)
     return np.linalg.lstsq(design, gain, rcond=None)[0]
 
 
-def law_rows(rows):
-    """The fits of each run and of each best of n, by seed."""
-    runs = {}
-    for row in rows:
-        if row["study"] == "best of n" or row.get("arm") == "rounds":
-            runs.setdefault((row["study"], row["judge"], row["seed"]), []).append(row)
-    laws = []
-    for (study, judge, seed), own in runs.items():
-        law = {"study": "law", "of": study, "judge": judge, "seed": seed}
-        for column in ("true", "learned"):
-            alpha, beta = fitted(own, column, logarithmic=study == "run")
-            law |= {f"{column}_alpha": alpha, f"{column}_beta": beta}
-        laws.append(law)
-    return laws
-
-
-def summary_rows(rows):
-    """A row for each run: its last round, its best one and the one that the labels choose."""
-    runs = {}
-    for row in matching(rows, study="run"):
-        runs.setdefault((row["arm"], row["judge"], row["seed"]), []).append(row)
-    summaries = []
-    for run_rows in runs.values():
-        best = max(run_rows, key=lambda row: row["score"])
-        stopped = max(run_rows, key=lambda row: row["labels"])
-        summary = run_rows[-1] | {"study": "summary", "peak": best["round"], "best": best["score"]}
-        summary |= {"stop": stopped["round"], "stopped": stopped["score"]}
-        summary["lost"] = best["score"] - stopped["score"]
-        summary["fall"] = best["score"] - summary["score"]
-        summaries.append(summary)
-    return summaries
-
-
-# ---------------------------------------------------------------------------------------------
-# The report
-
-
-def report(settings, rows):
-    seeds = len({row["seed"] for row in rows})
-    rows = rows + law_rows(rows) + summary_rows(rows)
-    introduction = [
-        f"{PROMPTS} prompts, {CLIPS} clips each, CFG 1; mean ± standard deviation over {seeds} seeds.",
-        "Gains are z-scores above the base model's, the mean of the three dimensions.",
-    ]
-    return {
-        "title": "How far to trust a judge",
-        "introduction": introduction,
-        "tables": tables(rows),
-        "pictures": {"hacking": charts(rows)},
-    }
-
-
 def tables(rows):
-    judges = {name: {"judge": name} for name in JUDGES}
-    arms = {("rounds", name): {"arm": "rounds", "judge": name} for name in JUDGES}
-    arms |= {(arm, WEAK): {"arm": arm, "judge": WEAK} for arm in ARMS}
-    accuracy = [Column(name, name) for name in DIMENSIONS]
-    summary = [
-        Column("learned gain", "learned"),
-        Column("true gain", "true"),
-        Column("learned wins", "learned_wins"),
-        Column("true wins", "true_wins"),
-        Column("true mean", "score", digits=3),
-        Column("best round's", "best", digits=3),
-        Column("best round", "peak", digits=0),
-        Column("64 labels stop at", "stop", digits=0),
-        Column("and lose", "lost", digits=3),
-        Column("drift", "drift", digits=3, spread=False),
+    judges = {judge: {"judge": judge} for judge in JUDGES}
+    accuracies = [Column(name, name) for name in DIMENSIONS]
+    gains = []
+    for head, n in product(("learned", "true"), (4, 16, 64)):
+        gains.append(Column(f"{head} gain, n {n}", head, {"n": n}))
+    runs = {("rounds", judge): {"arm": "rounds", "judge": judge} for judge in JUDGES}
+    runs |= {(arm, WEAK): {"arm": arm, "judge": WEAK} for arm in ARMS}
+    last = [Column("learned gain", "learned"), Column("true gain", "true")]
+    last += [Column("learned wins", "learned_wins"), Column("true wins", "true_wins")]
+    last += [Column("true mean", "score", digits=3), Column("of the best round", "best", digits=3)]
+    last += [
+        Column("best round", "best_round", digits=1),
+        Column("labels stop at", "stop", digits=1),
     ]
-    spread = [Column(name, f"spread_{name}") for name in ("start", "path", "size", "pixels")]
-    names = {"true_alpha": "alpha", "true_beta": "beta"}
-    names |= {"learned_alpha": "learned alpha", "learned_beta": "learned beta"}
-    law = [Column(head, name) for name, head in names.items()]
-    columns = []
-    for kind, n in product(("learned", "true"), (4, 16, 64)):
-        columns.append(Column(f"{kind}, n {n}", kind, {"n": n}))
-    laws = matching(rows, study="law")
-    summaries = matching(rows, study="summary")
+    last.append(Column("and lose", "loss", digits=3))
+    spreads = [Column(name, f"spread_{name}") for name in SPREADS]
+    coefficients = []
+    for arm, name in product(("rounds", "best of n"), ("true", "learned")):
+        for coefficient in ("alpha", "beta"):
+            head = f"{arm}, {name} {coefficient}"
+            coefficients.append(Column(head, f"{name}_{coefficient}", {"arm": arm}))
+    summary = matching(rows, study="summary")
     return {
+        "hacking": tabulate("After twelve rounds", ["arm", "judge"], summary, runs, last),
         "hacking-judges": tabulate(
-            "Accuracy of the judges without ties, new prompts",
+            "Accuracy of the judges on new prompts, without ties",
             ["judge"],
             matching(rows, study="accuracy"),
             judges,
-            accuracy,
+            accuracies,
         ),
-        "hacking": tabulate("After the last round", ["arm", "judge"], summaries, arms, summary),
         "hacking-best": tabulate(
-            "Gain by best of n", ["judge"], matching(rows, study="best of n"), judges, columns
+            "Best of n", ["judge"], matching(rows, arm="best of n"), judges, gains
         ),
         "hacking-laws": tabulate(
-            "R(d) = d (alpha - beta log d), Flow-DPO in rounds",
-            ["judge"],
-            matching(laws, of="run"),
-            judges,
-            law,
-        ),
-        "hacking-laws-best": tabulate(
-            "R(d) = d (alpha - beta d), best of n",
-            ["judge"],
-            matching(laws, of="best of n"),
-            judges,
-            law,
+            "Laws of Gao et al.", ["judge"], matching(rows, study="law"), judges, coefficients
         ),
         "hacking-spread": tabulate(
-            "Spread of a prompt's clips as a share of the base model's",
+            "Spread of a prompt's clips, as a share of the base model's",
             ["arm", "judge"],
-            summaries,
-            arms,
-            spread,
+            summary,
+            runs,
+            spreads,
         ),
     }
 
 
 def charts(rows):
-    """Learned and true gain by distance with their laws, and the true gain by round."""
-    panels = []
-    for study, judge in product(("run", "best of n"), (WEAK, "10%", "100%")):
-        query = {"judge": judge} | ({"arm": "rounds"} if study == "run" else {})
-        own = matching(rows, study=study, **query)
-        key = "round" if study == "run" else "n"
-        places = sorted({row[key] for row in own})
-        drifts = [over_seeds(own, "drift", **{key: place})[0] for place in places]
+    """Learned and true gains by distance, with the laws through them."""
+    charts = []
+    for arm, judge in product(("rounds", "best of n"), (WEAK, "10%", "100%")):
+        own = matching(rows, arm=arm, judge=judge)
+        runs = matching(own, study="run")
+        distances = np.linspace(0.01, max(row["drift"] for row in runs) ** 0.5, 30)
         series = []
-        for column in ("learned", "true"):
-            series.append(Series(column, drifts, means(own, column, key, places)))
-        for column in ("learned", "true"):
-            query = {"of": study, "judge": judge}
-            alpha = over_seeds(rows, f"{column}_alpha", **query)[0]
-            beta = over_seeds(rows, f"{column}_beta", **query)[0]
-            xs = np.linspace(0.01, max(drifts) ** 0.5, 30) ** 2
-            curve = [(law(x, alpha, beta, study == "run"), 0.0) for x in xs]
-            series.append(Series(f"law, {column}", xs.tolist(), curve))
-        method = "Flow-DPO in rounds" if study == "run" else "Best of n"
-        x = "drift from the base model" if study == "run" else "KL divergence"
-        panels.append(Chart(f"{method}, judge of {judge}", series, x, "gain", axis="root"))
-    return panels
-
-
-def law(drift, alpha, beta, logarithmic):
-    distance = drift**0.5
-    return distance * (alpha - beta * (np.log(distance) if logarithmic else distance))
+        for name in ("learned", "true"):
+            series.append(curve(name, runs, "round" if arm == "rounds" else "n", name, "drift"))
+            alpha, _ = over_seeds(own, f"{name}_alpha", study="law")
+            beta, _ = over_seeds(own, f"{name}_beta", study="law")
+            slope = np.log(distances) if arm == "rounds" else distances
+            law = [(gain, 0.0) for gain in distances * (alpha - beta * slope)]
+            series.append(Series(f"{name}, law", (distances**2).tolist(), law))
+        title = "Flow-DPO in rounds" if arm == "rounds" else "Best of n"
+        x = "drift from the base model" if arm == "rounds" else "KL divergence"
+        charts.append(Chart(f"{title}, judge of {judge}", series, x, "gain", axis="root"))
+    return charts
