@@ -5,8 +5,9 @@ distribution of x_t at every t, since s = -(x_t + (1 - t) v) / t is the score of
 
     dx = [v + sigma_t^2 / (2 t) (x_t + (1 - t) v)] dt + sigma_t dw,  sigma_t = a sqrt(t / (1 - t))
 
-Each of its Euler steps is a Gaussian, whose density is known. A clip's reward, compared with the
-other clips of its prompt, is the advantage of all its steps:
+Each of its Euler steps is a Gaussian, whose density is known. The clips of a prompt begin at one
+noise (as in DanceGRPO, arXiv 2505.07818), so their rewards differ by the steps' draws alone. A
+clip's reward, compared with the other clips of its prompt, is the advantage of all its steps:
 
     A = (r - mean of the group) / standard deviation of the group
     L = -E min(ratio A, clip(ratio, 1 - c, 1 + c) A) + kl KL(policy step, reference step)

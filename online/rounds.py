@@ -114,7 +114,11 @@ class Rounds:
         chosen = torch.randperm(len(self.y), generator=rng)[:MOST_PROMPTS].tolist()
         prompts, y = [self.prompts[i] for i in chosen], self.y[chosen]
         shape = self.policy.config.video_shape
-        x1 = torch.randn(len(y) * settings.clips, *shape, generator=rng).to(self.device)
+        x1 = torch.randn(len(y), settings.clips, *shape, generator=rng)
+        if settings.algo == "grpo":
+            # only the SDE's draws, which it learns from, set the clips of a prompt apart
+            x1[:] = x1[:, :1]
+        x1 = x1.flatten(0, 1).to(self.device)
         y_clips = y.repeat_interleave(settings.clips, 0).to(self.device)
         bar = progress_bar(f"round {number}", "batch")
 

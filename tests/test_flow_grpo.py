@@ -119,6 +119,10 @@ def test_rounds_train_on_the_steps_that_sampled_their_clips(tiny):
     flags = ["--clips=4", "--steps=4", "--rounds=2", "--sde-steps=5", "--noise-level=0.5", "--kl=2"]
     settings, task = tiny("--algo=grpo", "--freeze=0", *flags)
     batch = task.batch(0, slice(0, 8))
+    states = torch.load(settings.out / "round.pt", weights_only=True)["states"]  # (P, n, K + 1, ..)
+    assert (states[:, 1:, 0] == states[:, :1, 0]).all()  # one noise for the clips of a prompt
+    assert (states[1:, 0, 0] != states[:-1, 0, 0]).flatten(1).any(1).all()
+    assert (states[:, 1:, 1] != states[:, :1, 1]).flatten(2).any(2).all()
     assert batch["x_t"].shape[0] == 16 and (batch["t_next"] < batch["t"]).all()
     x_t, t = batch["x_t"], batch["t"]
     mean, std = step_distribution(task.model(x_t, t, batch["y"]), x_t, t, batch["t_next"], 0.5)
