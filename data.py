@@ -133,7 +133,6 @@ class Pairs:
     clips: Callable  # (index (B,), side (B,), 0: A, 1: B) -> videos (B, C, T, H, W)
     models: torch.Tensor | None = None  # (N, 2) toy generators
     label: torch.Tensor | None = None  # (N, 3)
-    unanimous: torch.Tensor | None = None  # (N, 3) toy: whether the three annotators agreed
     mos: torch.Tensor | None = None  # (N, 2, 3)
     overall: torch.Tensor | None = None  # (N,)
     truth: torch.Tensor | None = None  # (N, 2, 3) toy: the oracle's scores

@@ -4,10 +4,10 @@ from functools import lru_cache
 
 import torch
 
-from data import Vocabulary
+from data import INVALID, Vocabulary
 from judge import load_judge, pair_scores
-from real_data.dataset import disk_data, label_rewards
-from real_data.generated import ON_POLICY, mixed_pairs, training_pairs
+from real_data.dataset import disk_data
+from real_data.toy_pairs import ON_POLICY, mixed_pairs, training_pairs
 from runtime.cli import BadInput, progress_bar
 from runtime.distributed import rank
 
@@ -77,6 +77,27 @@ def scored_toy_pairs(
     )
     judge = load_judge(path, config, words).to(device)
     return pairs, pair_scores(judge.normalised, pairs, device, score_bar()), judge
+
+
+def label_rewards(label, mos, align, ratings=False):
+    """People's labels (N, 3) as rewards r (N, 2) of both clips, the mean over VQ, MQ and TA under
+    the weights `align`: 1 for the better clip, -1 for the other, 0 for both clips of a tie.
+
+    An invalid dimension adds nothing; r is nan where no dimension that has a weight is valid. With
+    `ratings`, a clip that has a rating in mos (N, 2, 3) counts by its z-score over all ratings of
+    that dimension: of unit spread, as VideoReward's scores are."""
+    valid = (label != INVALID)[:, None].expand(-1, 2, -1)  # (N, 2, 3)
+    scores = torch.stack((label, -label), 1).double() * valid
+    if ratings:
+        rated = mos != 0
+        count = rated.sum((0, 1)).clamp(min=1)
+        centred = (mos - mos.sum((0, 1)) / count) * rated
+        std = (centred.square().sum((0, 1)) / count).sqrt().clamp(min=1e-3)
+        scores = torch.where(rated, centred / std, scores)
+        valid = valid | rated
+    weights = torch.tensor(align, dtype=torch.float64)
+    r = (scores @ (weights / weights.abs().sum())).round(decimals=6)  # .1 + .2 - .3 is a tie
+    return torch.where((valid & (weights != 0)).any(-1), r, torch.nan).float()
 
 
 def score_bar():

@@ -19,8 +19,7 @@ from model import VideoTransformer, load_velocity, share_trunk
 from nrg import noisy_pair_step, noisy_reward_on, noisy_value_step
 from ranking import ranked_clips, regressed_clips, winners
 from real_data.dataset import disk_data, preset, resized
-from real_data.generated import held_pairs, training_pairs
-from real_data.toy_pairs import check_toy, draw_clips, other_prompts
+from real_data.toy_pairs import check_toy, draw_clips, held_pairs, other_prompts, training_pairs
 from reward import VideoReward, counted, decided, load_reward, reward_config, reward_step
 from runtime.checkpoint import check_same_data
 from runtime.cli import BadInput

@@ -24,8 +24,7 @@ from examples import latents
 from flags import flag, option, parse, positive, positive_int
 from flow_dpo import flow_dpo_step
 from flow_rwr import flow_rwr_step, rwr_weights
-from ranking import winners
-from real_data.dataset import label_rewards
+from ranking import label_rewards, winners
 from runtime import cli, distributed, resume
 from runtime.cli import BadInput
 from settings import Training

@@ -11,8 +11,8 @@ import torch
 import world
 from data import DIMENSIONS, INVALID, Vocabulary
 from judge import pair_scores
-from real_data.dataset import pairs_of
-from real_data.pairs_csv import LABELS, read_pairs, usable_rows, write_pairs
+from real_data.dataset import pairs_of, usable_rows
+from real_data.pairs_csv import LABELS, read_pairs, write_pairs
 from real_data.toy_pairs import annotate_pairs
 from reward import btt_probabilities, load_reward
 from runtime.checkpoint import WEIGHTS

@@ -1,4 +1,4 @@
-"""Preference pairs on disk: VideoAlign's CSV format, and checks of its clips (section 3.1).
+"""Preference pairs as a CSV in VideoAlign's format (section 3.1).
 
     path_A, path_B          video files or latents (video.py), relative to the data folder
     prompt                  text
@@ -18,15 +18,12 @@ import csv
 import io
 import math
 import os
-import re
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from data import DIMENSIONS, INVALID
-from real_data import video
-from runtime.cli import BadInput, progress_bar
-from runtime.distributed import process_0_first, rank
+from real_data.video import latent_file
+from runtime.cli import BadInput
 
 LABELS = {"A": 1, "B": -1, "same": 0, "tie": 0, "invalid": INVALID}  # in any case
 NAMES = {1: "A", -1: "B", 0: "same", INVALID: "invalid", None: ""}
@@ -35,7 +32,6 @@ NUMBERS = ("fps_A", "num_frames_A", "fps_B", "num_frames_B")
 COLUMNS = (*PATHS, "prompt", *DIMENSIONS, *NUMBERS)
 RATINGS = tuple(f"MOS_{side}_{name}" for side in "AB" for name in DIMENSIONS)
 NO_PROMPT = ("nan", "none", "null")  # what programs write for an empty cell
-NOT_UTF8 = re.compile("[\udc80-\udcff]")  # a byte that could not be decoded
 
 
 class RowFault(BadInput):
@@ -66,15 +62,6 @@ class Pair:
     def paths(self):
         return self.path_a, self.path_b
 
-    @property
-    def clips(self):
-        """(path, number of frames in the CSV) of A and B."""
-        return (self.path_a, self.frames_a), (self.path_b, self.frames_b)
-
-
-# ---------------------------------------------------------------------------------------------
-# The format
-
 
 def read_pairs(csv_path, skipped=None, folder=None, unlabelled=False):
     """The pairs of a CSV whose paths start from `folder`, by default its own. Videos are not read.
@@ -83,11 +70,7 @@ def read_pairs(csv_path, skipped=None, folder=None, unlabelled=False):
     their RowFaults appended to it. With `unlabelled`, a label may be empty."""
     csv_path = Path(csv_path)
     folder = Path(folder or csv_path.parent)
-    try:
-        with open(csv_path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            text = file.read()
-    except OSError as error:
-        raise BadInput(f"{csv_path}: cannot be read ({error.strerror})") from None
+    text = _read_text(csv_path)
     separator = max(",;\t", key=text.partition("\n")[0].count)
     reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=separator)
     pairs, last_line = [], 1
@@ -113,26 +96,26 @@ def read_pairs(csv_path, skipped=None, folder=None, unlabelled=False):
     return pairs
 
 
-def _check_header(path, header):
-    for number, name in enumerate(header, 1):
-        _check_utf8(path, 1, number, name)
-    columns = ", ".join(COLUMNS)
-    if not set(header) & set(COLUMNS):
-        raise BadInput(f"{path}: has no header; line 1 must name the columns {columns}")
-    for name in COLUMNS:
-        if name not in header:
-            raise RowFault(path, 1, name, f"is missing; needed: {columns}")
+def _read_text(csv_path):
+    try:
+        content = csv_path.read_bytes()
+        return content.decode("utf-8-sig")
+    except OSError as error:
+        raise BadInput(f"{csv_path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        text = f"byte {content[error.start]:#x} is not UTF-8; save the file as UTF-8"
+        raise BadInput(f"{csv_path}, line {line}: {text}") from None
+
+
+def _check_header(csv_path, header):
+    missing = ", ".join(name for name in COLUMNS if name not in header)
+    if missing:
+        columns = ", ".join(COLUMNS)
+        raise BadInput(f"{csv_path}, line 1: must name the columns {columns}; missing: {missing}")
     for name in header:
         if header.count(name) > 1:
-            raise RowFault(path, 1, name, "stands there twice")
-
-
-def _check_utf8(csv_path, line, column, text):
-    wrong = NOT_UTF8.search(text)
-    if wrong:
-        byte = ord(wrong[0]) - 0xDC00
-        text = f"byte {byte:#x} is not UTF-8; save the file as UTF-8"
-        raise RowFault(csv_path, line, column, text)
+            raise RowFault(csv_path, 1, name, "stands there twice")
 
 
 def _read_row(csv_path, line, header, row, folder, unlabelled):
@@ -141,26 +124,24 @@ def _read_row(csv_path, line, header, row, folder, unlabelled):
         text = f"the row has {len(row)} fields, the header {len(header)}"
         raise RowFault(csv_path, line, last, text)
     cells = {name: cell.strip() for name, cell in zip(header, row)}
-    for name, cell in cells.items():
-        _check_utf8(csv_path, line, name, cell)
 
-    def read(name, convert, *limits):
+    def read(name, convert, *options):
         try:
-            return convert(cells[name], *limits)
+            return convert(cells[name], *options)
         except ValueError as error:
             raise RowFault(csv_path, line, name, error) from None
 
     prompt = read("prompt", _prompt)
     path_a, path_b = (read(name, _path, folder) for name in PATHS)
-    if _same_clip(folder, path_a, path_b):
+    (file_a, index_a), (file_b, index_b) = latent_file(path_a), latent_file(path_b)
+    if index_a == index_b and os.path.samefile(folder / file_a, folder / file_b):
         text = f"{path_b!r} is the clip of path_A; a pair is of two clips"
         raise RowFault(csv_path, line, "path_B", text)
     label = tuple(read(name, _label, unlabelled) for name in DIMENSIONS)
     numbers = [read(name, _number, 1e-3, 1e6) for name in NUMBERS]
-    rated = set(RATINGS) <= set(header)
-    mos = tuple(read(name, _rating) for name in RATINGS) if rated else ()
-    known = (*COLUMNS, *RATINGS) if rated else COLUMNS
-    other = {name: cell for name, cell in cells.items() if name not in known}
+    is_rated = set(RATINGS) <= set(header)
+    mos = tuple(read(name, _rating) for name in RATINGS) if is_rated else ()
+    other = {name: cell for name, cell in cells.items() if name not in COLUMNS + RATINGS}
     return Pair(path_a, path_b, prompt, label, *numbers, mos=mos, other=other, line=line)
 
 
@@ -173,19 +154,13 @@ def _prompt(text):
 
 
 def _path(text, folder):
-    path = os.path.normpath(text) if ".." in Path(text).parts else text
-    file = folder / video.latent_file(path)[0]
-    if not Path(os.path.abspath(file)).is_relative_to(os.path.abspath(folder)):
+    path = os.path.normpath(text)
+    file = os.path.abspath(folder / latent_file(path)[0])
+    if not Path(file).is_relative_to(os.path.abspath(folder)):
         raise ValueError(f"path {text!r} does not lie in the data folder {folder}")
     if not os.path.isfile(file):
         raise ValueError(f"no video {text!r} in {folder}")
     return path
-
-
-def _same_clip(folder, path_a, path_b):
-    file_a, row_a = video.latent_file(path_a)
-    file_b, row_b = video.latent_file(path_b)
-    return row_a == row_b and os.path.samefile(folder / file_a, folder / file_b)
 
 
 def _label(text, unlabelled):
@@ -226,71 +201,3 @@ def write_pairs(pairs, csv_path):
         writer.writeheader()
         writer.writerows(rows)
     temporary.replace(csv_path)
-
-
-# ---------------------------------------------------------------------------------------------
-# Clips of the rows. `settings` has the attributes of settings.Data
-
-
-def usable_rows(rows, csv_path, config, settings, skipped=None):
-    """Decodes all clips of the rows into the folder settings.cache and checks them.
-
-    -> (the rows whose clips can be used, {clip: facts}), a clip as in Pair.clips. RowFault for the
-    first row that cannot be used; with a list `skipped` the faults are appended to it."""
-    root = settings.data_dir or csv_path.parent
-    clips = dict.fromkeys(clip for row in rows for clip in row.clips)  # each once
-
-    def check(clip):
-        path, num_frames = clip
-        sizes = (*config.video_shape[1:], settings.fps)
-        try:
-            facts = video.clip_facts(root / path, settings.cache, *sizes)
-            check_facts(facts, num_frames, config, settings)
-            return facts, None
-        except ValueError as error:
-            kind = "latent" if video.is_latent(path) else "video"
-            return None, f"{kind} {path} {error}"
-        except OSError as error:
-            where = f"{error.filename or settings.cache}: {error.strerror}"
-            raise BadInput(f"{where}; clips are cached in --cache {settings.cache}") from None
-
-    facts, faults, good = {}, {}, []
-    bar = progress_bar(f"decoding {csv_path.name}", "video")
-    with process_0_first():
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for clip, (found, fault) in zip(clips, bar(pool.map(check, clips), len(clips))):
-                if fault:
-                    faults[clip] = fault
-                else:
-                    facts[clip] = found
-                if fault and skipped is None:
-                    pool.shutdown(cancel_futures=True)
-                    break
-        for row in rows:
-            bad = [i for i, clip in enumerate(row.clips) if clip in faults]
-            if not bad:
-                good.append(row)
-                continue
-            fault = RowFault(csv_path, row.line, PATHS[bad[0]], faults[row.clips[bad[0]]])
-            if skipped is None:
-                raise fault
-            skipped.append(fault)
-    if not good:
-        raise BadInput(f"{csv_path}: no pair is left, all were skipped; the first: {skipped[0]}")
-    num_short = sum(each["short"] for each in facts.values())
-    if num_short and rank() == 0:
-        short = f"{num_short} of {len(facts)} videos are too short for {config.frames} frames"
-        print(f"{csv_path}: {short}, which are spread over them; see --fps and --short")
-    return good, facts
-
-
-def check_facts(facts, num_frames, config, settings):
-    """ValueError for a clip of another shape, a video that breaks off, or one that is too short."""
-    shape = tuple(facts["shape"])
-    if shape != config.video_shape:
-        raise ValueError(f"has shape {shape}; the model takes {config.video_shape}")
-    if "seconds" in facts:  # not those of a latent
-        video.check_length(facts, num_frames)
-    if facts["short"] and settings.short == "refuse":
-        needed = f"{config.frames} frames at {settings.fps:g} a second"
-        raise ValueError(f"lasts {facts['seconds']:.2f} s, too short for {needed}")

@@ -16,8 +16,8 @@ import numpy as np
 from data import DIMENSIONS
 from flags import Parser, add_flag, flag, flags_of
 from model import load_velocity
-from real_data.dataset import preset, words_and_sizes
-from real_data.pairs_csv import read_pairs, usable_rows
+from real_data.dataset import preset, usable_rows, words_and_sizes
+from real_data.pairs_csv import read_pairs
 from runtime.cli import BadInput, check_writable, run
 from settings import Data, FromNothing
 
@@ -27,30 +27,6 @@ class Prepare(Data, FromNothing):
     """Decodes, checks and caches the clips of a CSV, so that training starts at once."""
 
     init: Path = flag(None, "model to be trained: its clip size and words are used", Path)
-
-
-def report(rows, facts, vocabulary, config):
-    """Lines about the Pair `rows` and their clips' facts."""
-    videos = [each for each in facts if "seconds" in each]
-    lines = [f"clips    {len(facts)}, {len(facts) - len(videos)} of them latents"]
-    if videos:
-        sizes = Counter(f"{each['width']}x{each['height']}" for each in videos)
-        common = ", ".join(f"{size} ({count})" for size, count in sizes.most_common(9))
-        rates = quantiles([each["frames"] / each["seconds"] for each in videos], "fps")
-        seconds = quantiles([each["seconds"] for each in videos], "s")
-        num_short = sum(each["short"] for each in videos)
-        lines += [f"sizes    {common}", f"rates    {rates}"]
-        lines += [f"lengths  {seconds}; {num_short} too short for {config.frames} frames"]
-    prompts = {row.prompt for row in rows}
-    lines += [f"prompts  {len(prompts)}, {vocabulary.coverage(prompts, config.max_text)}"]
-    ties = [sum(row.label[i] == 0 for row in rows) for i in range(len(DIMENSIONS))]
-    counts = ", ".join(f"{name} {count}" for name, count in zip(DIMENSIONS, ties))
-    return [*lines, f"ties     {counts}"]
-
-
-def quantiles(values, unit):
-    low, median, high = np.quantile(values, (0, 0.5, 1))
-    return f"{low:.4g} to {high:.4g} {unit}, median {median:.4g}"
 
 
 def prepare(settings):
@@ -77,17 +53,36 @@ def prepare(settings):
     return [f"{settings.data}: {counts}", *report(good, facts.values(), vocabulary, config)]
 
 
-def arguments(argv=None):
+def report(rows, facts, vocabulary, config):
+    """Lines about the Pair `rows` and their clips' facts."""
+    videos = [each for each in facts if "seconds" in each]
+    lines = [f"clips    {len(facts)}, {len(facts) - len(videos)} of them latents"]
+    if videos:
+        sizes = Counter(f"{each['width']}x{each['height']}" for each in videos)
+        common = ", ".join(f"{size} ({count})" for size, count in sizes.most_common(9))
+        rates = quantiles([each["frames"] / each["seconds"] for each in videos], "fps")
+        seconds = quantiles([each["seconds"] for each in videos], "s")
+        num_short = sum(each["short"] for each in videos)
+        lines += [f"sizes    {common}", f"rates    {rates}"]
+        lines += [f"lengths  {seconds}; {num_short} too short for {config.frames} frames"]
+    prompts = {row.prompt for row in rows}
+    lines += [f"prompts  {len(prompts)}, {vocabulary.coverage(prompts, config.max_text)}"]
+    ties = [f"{name} {sum(row.label[i] == 0 for row in rows)}" for i, name in enumerate(DIMENSIONS)]
+    return [*lines, f"ties     {', '.join(ties)}"]
+
+
+def quantiles(values, unit):
+    low, median, high = np.quantile(values, (0, 0.5, 1))
+    return f"{low:.4g} to {high:.4g} {unit}, median {median:.4g}"
+
+
+def main(argv=None):
     parser = Parser(Prepare.__doc__)
     parser.add_argument("data", type=Path, help="CSV of pairs of videos or latents")
     for name, about in flags_of(Prepare).items():
         if name not in ("data", "skip_bad"):
             add_flag(parser, name, about, getattr(Prepare, name))
-    return Prepare(**vars(parser.parse_args(argv)))
-
-
-def main():
-    print("\n".join(prepare(arguments())))
+    print("\n".join(prepare(Prepare(**vars(parser.parse_args(argv))))))
 
 
 if __name__ == "__main__":

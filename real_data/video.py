@@ -5,10 +5,10 @@ means the same in every clip. Frames are chosen by the times at which the contai
 clip too short for the model's frames has its frames spread. The paper keeps a frame's proportions,
 at up to 448 x 448 pixels; we crop the middle to the model's proportions.
 
-    probe                   when each frame of a video is shown
-    read_frames, fit_frame  a video's frames, and the model's picture of one
-    cached_clip             the clip of a file, decoded once, with one frame in memory at a time
-    read_latent             a clip that an autoencoder has encoded
+    probe                when each frame of a video is shown
+    sample_frames, fit   a video's frames, and the model's clip of them, all in memory
+    cached_clip          the clip of a file, decoded once, with one frame in memory at a time
+    read_latent          a clip that an autoencoder has encoded
 
 A latent is a .npy or .npz file with one float array (C, T, H, W), or "shard.npy:12": row 12 of an
 .npy file with (N, C, T, H, W). An .npy is mapped into memory, so only the rows of a batch are read.
@@ -45,11 +45,10 @@ def _ffmpeg(path, *flags):
     """A process that decodes the first video stream of a file to stdout and stops at an error.
 
     It reads the contents alone: neither the file's name nor other files play a part."""
-    strict = ["-xerror", "-err_detect", "crccheck+bitstream+buffer+explode"]
-    source = ["-protocol_whitelist", "fd", "-threads", "1", "-i", "fd:"]
-    output = ["-map", "0:V:0", "-fps_mode", "passthrough", *flags, "-"]
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error"]
-    command += [*strict, *source, *output]
+    command += ["-xerror", "-err_detect", "crccheck+bitstream+buffer+explode"]
+    command += ["-protocol_whitelist", "fd", "-threads", "1", "-i", "fd:"]
+    command += ["-map", "0:V:0", "-fps_mode", "passthrough", *flags, "-"]
     with open(path, "rb") as file:
         return subprocess.Popen(command, stdin=file, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
@@ -69,8 +68,6 @@ def probe(path):
     frames = [line.split(",") for line in lines if not line.startswith("#")]
     if process.returncode or errors:
         reason = errors.partition("\n")[0].rpartition("] ")[2]  # without [decoder @ address]
-        if "matches no streams" in reason:
-            reason = "it has no video stream"
         if frames:
             raise ValueError(f"is damaged after frame {len(frames)} ({reason})")
         raise ValueError(f"cannot be decoded as a video ({reason})")
@@ -98,11 +95,9 @@ def frame_count(seconds, fps=FPS):
     return 2 * round(seconds * fps / 2)
 
 
-def frame_positions(times, facts, least, fps=FPS):
-    """Indices (n,) of the frames to read, at equal intervals from the first to the last.
-
-    n is frame_count, at least `least`; a frame that is shown for long is repeated."""
-    count = max(least, frame_count(facts["seconds"], fps))
+def frame_positions(times, facts, count):
+    """Indices (count,) of the frames shown at equal intervals from the first to the last; a frame
+    that is shown for long is repeated."""
     looks = np.linspace(0, facts["seconds"] - facts["step"], count)
     # half a step later: at a constant rate, the nearest frame
     return np.searchsorted(times, looks + facts["step"] / 2, side="right") - 1
@@ -123,6 +118,15 @@ def read_frames(path, facts, positions):
                 yield np.frombuffer(content, np.uint8).reshape(height, width, 3)
 
 
+def sample_frames(path, num_frames=0, least=8, fps=FPS):
+    """Frames of a video at `fps`, at least `least`: uint8 (n, H, W, 3). ValueError as in probe, or
+    if it has fewer frames than `num_frames`."""
+    times, facts = probe(path)
+    check_length(facts, num_frames)
+    count = max(least, frame_count(facts["seconds"], fps))
+    return np.stack(list(read_frames(path, facts, frame_positions(times, facts, count))))
+
+
 def check_length(facts, num_frames):
     """ValueError for less than 95 % of `num_frames`: a file cut off may decode without an error.
 
@@ -132,12 +136,10 @@ def check_length(facts, num_frames):
         raise ValueError(f"breaks off: {round(count)} frames where there should be {num_frames:g}")
 
 
-def middle(count, length):
-    """Indices (length,) of the middle of `count` frames; of fewer, all of them spread evenly."""
-    if count < length:
-        return np.linspace(0, count - 1, length).round().astype(np.int64)
-    start = (count - length) // 2
-    return np.arange(start, start + length)
+def middle(frames, length):
+    """The middle `length` of at least as many frames."""
+    start = (len(frames) - length) // 2
+    return frames[start : start + length]
 
 
 def fit_frame(frame, height, width):
@@ -153,6 +155,12 @@ def fit_frame(frame, height, width):
         values = F.interpolate(values, (height, width), mode="area")
         channels.append(values[0, 0].round().byte())
     return torch.stack(channels)
+
+
+def fit(frames, length, height, width=None):
+    """The middle of frames: uint8 (n, H, W, 3) -> uint8 (3, length, height, width)."""
+    chosen = [fit_frame(frame, height, width or height) for frame in middle(frames, length)]
+    return torch.stack(chosen, 1)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -195,6 +203,10 @@ def read_latent(path):
     return array[row]
 
 
+# ---------------------------------------------------------------------------------------------
+# The cache
+
+
 def check_latent(path):
     """Facts of a latent. ValueError as in read_latent, or for numbers not finite in float32."""
     with np.errstate(over="ignore"):
@@ -204,20 +216,6 @@ def check_latent(path):
         first = bad[0].tolist()
         raise ValueError(f"holds numbers that are not finite: {len(bad)}, the first at {first}")
     return {"shape": array.shape, "short": False}
-
-
-# ---------------------------------------------------------------------------------------------
-# The cache
-
-
-def decode_clip(path, length, height, width, fps):
-    """(facts, clip) of a video, as in clip_facts and cached_clip."""
-    times, facts = probe(path)
-    positions = frame_positions(times, facts, length, fps)
-    chosen = read_frames(path, facts, positions[middle(len(positions), length)])
-    clip = torch.stack([fit_frame(frame, height, width) for frame in chosen], 1)
-    short = frame_count(facts["seconds"], fps) < length
-    return {"shape": clip.shape, "short": short, **facts}, clip
 
 
 def cached_file(path, folder, length, height, width, fps=FPS):
@@ -235,7 +233,12 @@ def cached_file(path, folder, length, height, width, fps=FPS):
     if is_latent(str(path)):
         arrays = {"facts": json.dumps(check_latent(path))}
     else:
-        facts, clip = decode_clip(path, length, height, width, fps)
+        times, facts = probe(path)
+        count = frame_count(facts["seconds"], fps)
+        positions = middle(frame_positions(times, facts, max(count, length)), length)
+        frames = [fit_frame(frame, height, width) for frame in read_frames(path, facts, positions)]
+        clip = torch.stack(frames, 1)
+        facts |= {"shape": clip.shape, "short": count < length}
         arrays = {"facts": json.dumps(facts), "clip": clip}
     file.parent.mkdir(parents=True, exist_ok=True)
     prefix = f"{file.name}."

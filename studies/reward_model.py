@@ -19,7 +19,7 @@ import torch
 
 from data import DIMENSIONS, Vocabulary
 from judge import pair_scores
-from real_data import generated
+from real_data import toy_pairs
 from real_data.toy_pairs import annotate_pairs, annotated_pairs
 from reward import (
     RewardConfig,
@@ -110,8 +110,8 @@ def annotated(split, count, clips, device):
     seed, config = SEED + offset, RewardConfig()
     if split != "base":
         return annotated_pairs(count, [prompts], seed, config, Vocabulary())
-    source = WEIGHTS / "base.pt", config, clips, device, generated.MODELS
-    return annotate_pairs(*generated.generated_pairs(count, [prompts], seed, *source), seed)
+    source = WEIGHTS / "base.pt", config, clips, device, toy_pairs.MODELS
+    return annotate_pairs(*toy_pairs.generated_pairs(count, [prompts], seed, *source), seed)
 
 
 # ---------------------------------------------------------------------------------------------

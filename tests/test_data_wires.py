@@ -1,17 +1,20 @@
-"""--data through train.py's own tasks: which clips, prompts and labels each algorithm takes."""
+"""--data and --rank labels through train.py's own tasks: which clips, prompts and labels each
+algorithm takes."""
 
-import csv
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import wired
-from wired import CONFIG, Brightness, find
+from wired import CONFIG, EVERY, Brightness, find
 
+import ranking
 import world
-from data import Vocabulary
+from data import INVALID, Vocabulary
 from online import tasks as online_tasks
-from real_data.pairs_csv import COLUMNS
+from real_data.pairs_csv import Pair, read_pairs, write_pairs
+from runtime.cli import BadInput
 
 tiny = wired.tiny
 PROMPTS = [world.prompt_text(row) for row in world.split_prompts("train")[::6]]  # twelve
@@ -28,20 +31,18 @@ def data(tmp_path):
         clips += rng.standard_normal((24, 2, 3, 1, 1, 1), np.float32)
         labels, prompts = rng.integers(-1, 2, (24, 3)), prompts * 2
         np.save(tmp_path / f"{name}.npy", clips.reshape(48, *CONFIG.video_shape))
-        with open(tmp_path / f"{name}.csv", "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(COLUMNS)
-            for i, (prompt, label) in enumerate(zip(prompts, labels)):
-                paths = [f"{name}.npy:{2 * i + side}" for side in (0, 1)]
-                cells = [("same", "A", "B")[value] for value in label]
-                writer.writerow([*paths, prompt, *cells, 2, 4, 2, 4])
+        rows = []
+        for i, (prompt, label) in enumerate(zip(prompts, labels.tolist())):
+            paths = f"{name}.npy:{2 * i}", f"{name}.npy:{2 * i + 1}"
+            rows.append(Pair(*paths, prompt, tuple(label), 2, 4, 2, 4))
+        write_pairs(rows, tmp_path / f"{name}.csv")
         return tmp_path / f"{name}.csv", torch.from_numpy(clips), prompts, torch.from_numpy(labels)
 
     return write
 
 
 def batches(task, count=9):
-    return [task.batch(step, slice(0, wired.BATCH)) for step in range(count)]
+    return [task.batch(step, EVERY) for step in range(count)]
 
 
 def test_rounds_sample_every_prompt(tiny, data, monkeypatch):
@@ -50,7 +51,7 @@ def test_rounds_sample_every_prompt(tiny, data, monkeypatch):
     _, task = tiny("--algo=nft", f"--data={data('pairs', 0)[0]}", *flags)
     vocabulary = Vocabulary(task.words)
     # a round has 24 clips, and its two steps take 16 each
-    seen = torch.cat([task.batch(step, slice(0, wired.BATCH))["y"] for step in (0, 1)])
+    seen = torch.cat([batch["y"] for batch in batches(task, 2)])
     assert {vocabulary.decode(y) for y in seen} == set(PROMPTS)
 
 
@@ -117,3 +118,86 @@ def test_prompts_held_out_are_judged_by_and_not_learned(tiny, data, flags):
             assert len(judged) == 1 and len(held) == 2 and learned == set(PROMPTS) - judged
             held_out |= judged
     assert len(held_out) > 1
+
+
+# ---------------------------------------------------------------------------------------------
+# --rank labels
+
+A, B, SAME = 1, -1, 0
+LABELS = [  # label, --align, reward of A
+    ((A, A, B), (1, 1, 1), 1 / 3),
+    ((A, A, B), (0, 0, 1), -1),
+    ((A, A, B), (0.1, 0.2, 0.3), 0),
+    ((A, SAME, B), (1, 1, -1), 2 / 3),
+    ((INVALID, A, SAME), (1, 1, 1), 1 / 3),  # an invalid dimension adds nothing
+    ((A, INVALID, SAME), (0, 1, 0), None),
+    ((INVALID, INVALID, INVALID), (1, 1, 1), None),
+]
+
+
+@pytest.mark.parametrize(("label", "align", "reward_of_a"), LABELS)
+def test_the_winner_of_a_pair_by_hand(label, align, reward_of_a):
+    r = ranking.label_rewards(torch.tensor([label]), torch.zeros(1, 2, 3), align)
+    if reward_of_a:
+        assert torch.allclose(r, torch.tensor([[1.0, -1.0]]) * reward_of_a)
+        pair, side = ranking.winners(r)
+        assert pair.tolist() == [0] and side.tolist() == [0 if reward_of_a > 0 else 1]
+    else:  # a tie or nothing: no pair
+        assert r.isnan().all() if reward_of_a is None else (r == 0).all()
+        with pytest.raises(BadInput, match="no pair has a better clip"):
+            ranking.winners(r)
+
+
+def test_ratings_stand_in_for_labels_where_there_are_any():
+    """VQ ratings 2, 4, 2, 4 have mean 3 and spread 1; the third pair has none, the fourth nothing."""
+    label = torch.tensor([[B, A, A], [A, A, A], [A, B, A], [INVALID, A, A]])
+    mos = torch.zeros(4, 2, 3)
+    mos[:2, :, 0] = torch.tensor([2.0, 4.0])
+    r = ranking.label_rewards(label, mos, (2, 0, 0), ratings=True)
+    assert torch.allclose(r[:3], torch.tensor([[-1.0, 1.0], [-1.0, 1.0], [1.0, -1.0]]))
+    assert r[3].isnan().all()
+
+
+def test_labels_rank_the_toys_clips_that_the_reward_would(tiny, monkeypatch):
+    monkeypatch.setattr(ranking, "load_judge", None)  # no reward model is loaded
+    settings, _ = tiny("--algo=sft", "--rank=labels", "--align=0,1,0")
+    pairs, r, _ = ranking.ranked_clips(settings, CONFIG, Vocabulary().words, wired.CPU)
+    y, clips, _ = wired.same_pairs(settings)
+    assert torch.equal(pairs.y, y)
+    assert torch.equal(torch.stack(pairs.sides(torch.arange(len(y))), 1), clips)
+    assert torch.equal(r[:, 0] - r[:, 1], 2.0 * pairs.label[:, 1])
+
+
+def test_labels_turned_round_turn_the_run_round(tiny, data, capsys):
+    path = data("pairs", 0)[0]
+    turned = path.with_name("turned.csv")
+    rows = [replace(row, label=tuple(-value for value in row.label)) for row in read_pairs(path)]
+    write_pairs(rows, turned)
+
+    def first_batches(rank):
+        flags = ["--algo=dpo", f"--rank={rank}", "--align=1,0.9,0.8"]
+        return [tiny(*flags, f"--data={csv}")[1].batch(0, EVERY) for csv in (path, turned)]
+
+    honest, other = first_batches("labels")
+    assert torch.equal(honest["x0_w"], other["x0_l"]) and torch.equal(honest["x0_l"], other["x0_w"])
+    assert not torch.equal(honest["x0_w"], other["x0_w"])
+    assert "not used" not in capsys.readouterr().out
+    honest, other = first_batches("reward")
+    assert torch.equal(honest["x0_w"], other["x0_w"])
+    assert "the labels of --data are not used" in capsys.readouterr().out
+
+
+def test_regression_weights_every_clip_that_people_labelled(tiny, data, tmp_path):
+    path, clips, _, labels = data("pairs", 0)
+    _, task = tiny("--algo=rwr", "--rank=labels", f"--data={path}", "--align=1,0,0")
+    r = torch.stack((labels[:, 0], -labels[:, 0]), 1)  # 0 for both clips of a tie
+    weights = r.double().exp() / r.double().exp().mean()
+    places = set()
+    for batch in batches(task, 3):  # 48 clips are all there are
+        for clip, weight in zip(batch["x0"], batch["weight"].tolist()):
+            place = tuple(find(clip, clips))
+            assert weight == pytest.approx(weights[place].item(), rel=1e-5)
+            places.add(place)
+    assert len(places) == 48
+    lines = task.evaluate(task.model, tmp_path)
+    assert len(lines) == 1 and "no closing table" in lines[0] and "--reward" in lines[0]

@@ -1,23 +1,20 @@
 """Pairs on disk: the CSV format, every fault by file, line and column, and what is trained on."""
 
 import csv
-from dataclasses import replace
 from pathlib import Path
 
 import imageio.v2 as imageio
-import numpy as np
 import pytest
 import torch
-from frames import sample_frames
 
 import train
 import world
 from data import INVALID, Vocabulary, vocabulary_of
 from model import ModelConfig
-from real_data import export_toy, video
-from real_data.dataset import disk_prompts, hold_out, pairs_of
-from real_data.pairs_csv import COLUMNS, Pair, read_pairs, usable_rows, write_pairs
-from real_data.toy_pairs import annotated_pairs
+from real_data import export_toy, toy_pairs
+from real_data.dataset import disk_prompts, hold_out, pairs_of, usable_rows
+from real_data.pairs_csv import COLUMNS, Pair, read_pairs, write_pairs
+from real_data.video import sample_frames
 from reward import load_reward
 from runtime.cli import BadInput
 from settings import Data
@@ -26,17 +23,6 @@ EXAMPLE = Path(__file__).parent.parent.parent / "shared/data/videoalign_example/
 CONFIG = ModelConfig()
 CELLS = ("a.mp4", "./b.mp4", "A cat, running!", "A", "B", "same", "2.0", "8.0", "2.0", "8.0")
 ROW = dict(zip(COLUMNS, CELLS))
-
-
-def export(folder, *flags):
-    return export_toy.export(export_toy.arguments([str(folder), "--generated=0", *flags]))
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("export") / "toy"
-    export(folder, "--pairs=10", "--seed=3")
-    return folder
 
 
 @pytest.fixture
@@ -55,13 +41,6 @@ def write(rows, path, header=None, encoding="utf-8"):
     return path
 
 
-def load(path, rows, skipped=None):
-    vocabulary = vocabulary_of([row.prompt for row in rows])
-    config, settings = replace(CONFIG, vocab=len(vocabulary.words)), Data(cache=path.parent / "c")
-    rows, _ = usable_rows(rows, path, config, settings, skipped)
-    return pairs_of(rows, path, config, vocabulary, settings)
-
-
 # ---------------------------------------------------------------------------------------------
 # The format
 
@@ -74,7 +53,7 @@ FAULTS = [
     ({"path_A": "a" * 5000}, "path_A: no video 'aaaa"),
     ({"path_A": ""}, "path_A: no video '' in"),
     ({"path_B": "none.mp4"}, "path_B: no video 'none.mp4' in"),
-    ({"path_B": "a.mp4"}, "path_B: 'a.mp4' is the clip of path_A"),
+    ({"path_B": "./a.mp4"}, "path_B: 'a.mp4' is the clip of path_A"),
     ({"prompt": " ... "}, "prompt: '...' has no words"),
     ({"prompt": "NaN"}, "prompt: 'NaN' stands for an empty cell"),
     ({"VQ": ""}, "VQ: unknown label ''"),
@@ -98,28 +77,22 @@ def test_a_fault_of_a_row_names_line_and_column_and_can_be_skipped(change, messa
 
 
 def test_faults_of_a_whole_file(folder):
-    path = folder / "x.csv"
-    odd = ROW | {"prompt": "naïve café"}
-    twice = [name.replace("fps_B", "x").replace("num_frames_B", "x") for name in ROW]
-    for rows, header, encoding, message in (
+    path, odd = folder / "x.csv", ROW | {"prompt": "naïve café"}
+    no_mq, twice = [name.replace("MQ", "X") for name in ROW], [*ROW, "x", "x"]
+    cases = [  # rows, header, encoding, message
+        ([ROW], no_mq, "utf-8", "line 1: must name the columns path_A, .*; missing: MQ$"),
         (
             [ROW],
-            [name.replace("MQ", "X") for name in ROW],
+            CELLS,
             "utf-8",
-            "line 1, column MQ: is missing",
+            "line 1: must name the columns .*; missing: path_A, path_B, prompt",
         ),
-        (
-            [ROW | {"x": 1, "X": 2}],
-            [*ROW, "x", "x"],
-            "utf-8",
-            "line 1, column x: stands there twice",
-        ),
-        ([ROW], twice, "utf-8", "line 1, column fps_B: is missing"),
-        ([ROW], CELLS, "utf-8", "has no header; line 1 must name the columns path_A"),
-        ([ROW, odd], None, "latin-1", "line 3, column prompt: byte 0xef is not UTF-8"),
-        ([ROW], None, "utf-16", "line 1, column 1: byte 0xff is not UTF-8"),
+        ([ROW | {"x": 1, "X": 2}], twice, "utf-8", "line 1, column x: stands there twice"),
+        ([ROW, odd], None, "latin-1", "line 3: byte 0xef is not UTF-8; save the file as UTF-8"),
+        ([ROW], None, "utf-16", "line 1: byte 0xff is not UTF-8"),
         ([], list(ROW), "utf-8", "holds no pair"),
-    ):
+    ]
+    for rows, header, encoding, message in cases:
         with pytest.raises(BadInput, match=message):
             read_pairs(write(rows, path, header, encoding))
     with pytest.raises(BadInput, match="cannot be read"):
@@ -148,11 +121,8 @@ def test_a_row_is_read_as_it_stands_and_written_back_the_same(folder):
     labels = {"VQ": "TIE", "MQ": "Invalid", "TA": "b"}
     row = ROW | labels | {"prompt": 'say "hi", then\nleave'} | ratings | {"source": "ours"}
     read = read_pairs(write([row, row], folder / "x.csv"))
-    numbers = 2.0, 8.0, 2.0, 8.0
-    mos = (2.5, 0, 0, 0, 0, 5)
-    pair = Pair(
-        "a.mp4", "./b.mp4", row["prompt"], (0, INVALID, -1), *numbers, mos, {"source": "ours"}
-    )
+    rest = (0, INVALID, -1), 2.0, 8.0, 2.0, 8.0, (2.5, 0, 0, 0, 0, 5), {"source": "ours"}
+    pair = Pair("a.mp4", "b.mp4", row["prompt"], *rest)
     assert read == [pair, pair] and [p.line for p in read] == [2, 4]
     write_pairs(read, folder / "y.csv")
     assert read_pairs(folder / "y.csv") == read
@@ -183,6 +153,79 @@ def test_links_of_a_hub_client_are_followed_as_they_are_written(folder):
 
 
 # ---------------------------------------------------------------------------------------------
+# The toy's export
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """(folder, what the command prints)."""
+    folder = tmp_path_factory.mktemp("export") / "toy"
+    args = [str(folder), "--pairs=10", "--seed=3", "--generated=0"]
+    return folder, export_toy.export(export_toy.arguments(args))
+
+
+def test_an_export_gives_the_pairs_back(exported, tmp_path):
+    folder, lines = exported
+    prompts, vocabulary = {}, Vocabulary()
+    for offset, (name, split) in enumerate(export_toy.SPLITS.items()):
+        count = 10 if name == "train" else 2
+        pairs = toy_pairs.annotated_pairs(count, [split], 3 + 10 * offset, CONFIG, vocabulary)
+        path = folder / f"{name}.csv"
+        rows, _ = usable_rows(read_pairs(path), path, CONFIG, Data(cache=tmp_path))
+        read = pairs_of(rows, path, CONFIG, vocabulary, Data(cache=tmp_path))
+        assert torch.equal(read.label, pairs.label)
+        generators = [[world.GENERATORS[g] for g in pair] for pair in pairs.models.tolist()]
+        assert [[path[:-4].rpartition("_")[2] for path in row.paths] for row in rows] == generators
+        rate = imageio.get_reader(folder / rows[0].path_a).get_meta_data()["fps"]
+        assert rate == rows[0].fps_a == 2
+        prompts[name] = [row.prompt for row in rows]
+        assert prompts[name] == [vocabulary.decode(y) for y in pairs.y.tolist()]
+        if name == "benchmark":
+            values = {"A": 1, "B": -1, "same": 0}
+            assert [[row.other["A_model"], row.other["B_model"]] for row in rows] == generators
+            assert [values[row.other["Overall"]] for row in rows] == pairs.overall.tolist()
+        else:
+            assert torch.allclose(read.mos, pairs.mos, atol=1e-4)
+        # mp4 keeps a quarter of the colours
+        index = torch.arange(len(rows))
+        for seen, real in zip(read.sides(index), pairs.sides(index)):
+            assert (seen - real).abs().mean() < 0.012
+            scores = world.oracle(seen, prompts[name]) - world.oracle(real, prompts[name])
+            assert scores.abs().max() < 0.05
+        table = lines[lines.index(f"## {name}: {count} pairs") :]
+        ties = (pairs.label[:, 0] == 0).float().mean()
+        assert (
+            next(line for line in table if line.startswith("| VQ")).split(" | ")[2] == f"{ties:.3f}"
+        )
+        rated = pairs.models.flatten() == pairs.models[0, 0]
+        mean = pairs.mos.flatten(0, 1)[rated].mean(0)
+        cells = [generators[0][0], str(rated.sum().item()), *(f"{value:.2f}" for value in mean)]
+        assert f"| {' | '.join(cells)} |" in table
+    train_prompts, *others = map(set, prompts.values())
+    assert not any(train_prompts & other for other in others)
+
+
+def test_an_export_has_clips_of_the_base_model_and_touches_nothing_that_is_there(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(toy_pairs, "sample_many", lambda model, x1, y, progress, **settings: x1)
+    toy, cache = tmp_path / "toy", f"--cache={tmp_path / 'c'}"
+    args = export_toy.arguments([str(toy), "--pairs=2", "--generated=0.5", cache])
+    export_toy.export(args)
+    rows = read_pairs(toy / "train.csv")
+    models = [{path.rpartition("_")[2][: -len(".mp4")] for path in row.paths} for row in rows]
+    assert [pair <= set(world.GENERATORS) for pair in models] == [True, False]
+    assert models[1] <= set(toy_pairs.MODELS)
+    before = {path: path.read_bytes() for path in toy.glob("*.csv")}
+    with pytest.raises(BadInput, match="is there already"):
+        export_toy.export(args)
+    assert {path: path.read_bytes() for path in toy.glob("*.csv")} == before
+    args.folder = toy / "train.csv" / "toy"
+    with pytest.raises(BadInput, match="cannot write"):
+        export_toy.export(args)
+
+
+# ---------------------------------------------------------------------------------------------
 # Training data
 
 
@@ -200,56 +243,7 @@ def test_the_public_example_pairs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["train.py", *flags])
     train.main()
     assert "pairs of prompts held out" in capsys.readouterr().out
-    assert len(list((tmp_path / "cache").glob("*.npz"))) == 6  # each video once, 12 rows or not
-
-
-def test_an_export_gives_the_pairs_back(exported):
-    prompts = {}
-    for offset, (name, split) in enumerate(export_toy.SPLITS.items()):
-        count = 10 if name == "train" else 2
-        made = annotated_pairs(count, [split], 3 + 10 * offset, CONFIG, Vocabulary())
-        path = exported / f"{name}.csv"
-        rows = read_pairs(path)
-        read = load(path, rows)
-        assert torch.equal(read.label, made.label)
-        generators = [[world.GENERATORS[g] for g in pair] for pair in made.models.tolist()]
-        assert [[path[:-4].rpartition("_")[2] for path in row.paths] for row in rows] == generators
-        rate = imageio.get_reader(exported / rows[0].path_a).get_meta_data()["fps"]
-        assert rate == rows[0].fps_a == 2
-        prompts[name] = [row.prompt for row in rows]
-        assert prompts[name] == [Vocabulary().decode(y) for y in made.y.tolist()]
-        if name == "benchmark":
-            values = {"A": 1, "B": -1, "same": 0}
-            others = [(row.other["A_model"], row.other["B_model"]) for row in rows]
-            assert others == [tuple(pair) for pair in generators]
-            assert [values[row.other["Overall"]] for row in rows] == made.overall.tolist()
-        else:
-            assert torch.allclose(read.mos, made.mos, atol=1e-4)
-        # mp4 keeps a quarter of the colours
-        index = torch.arange(len(rows))
-        for seen, real in zip(read.sides(index), made.sides(index)):
-            assert (seen - real).abs().mean() < 0.012
-            scores = world.oracle(seen, prompts[name]) - world.oracle(real, prompts[name])
-            assert scores.abs().max() < 0.05
-    train_prompts, *others = map(set, prompts.values())
-    assert not any(train_prompts & other for other in others)
-
-
-def test_an_export_never_touches_what_is_there(exported, tmp_path):
-    with pytest.raises(BadInput, match="is there already"):
-        export(exported, "--pairs=2")
-    (tmp_path / "file").write_text("kept")
-    with pytest.raises(BadInput, match="cannot write"):
-        export(tmp_path / "file" / "toy", "--pairs=1")
-    assert (tmp_path / "file").read_text() == "kept"
-
-
-def test_a_vocabulary_of_real_prompts():
-    vocabulary = vocabulary_of(["The cat's hat, the dog.", "the cat"])
-    assert vocabulary.words[:3] == ["<pad>", "<unk>", "the"]
-    y = vocabulary.encode(["The bird!", "the cat's hat the dog the hat"], 4)
-    assert y.shape == (2, 4) and y[0].tolist() == [2, 1, 0, 0] and y[1, 0] == 2  # cut to 4 words
-    assert len(vocabulary_of(["a b c d e"], most=4).words) == 4
+    assert len(list((tmp_path / "cache").iterdir())) == 6  # each video once, 12 rows or not
 
 
 def test_prompts_are_held_out_whatever_their_case_punctuation_and_spaces():
@@ -275,24 +269,11 @@ def test_prompts_that_a_model_reads_alike_are_one(folder):
         assert vocabulary.encode([text], 4)[0].tolist() == row.tolist()
 
 
-def test_decoding_is_cached_and_a_changed_video_is_read_again(exported, tmp_path):
-    path = tmp_path / "a.mp4"
-    path.write_bytes(next((exported / "videos" / "train").glob("*.mp4")).read_bytes())
-    first = video.cached_clip(path, tmp_path / "cache", 8, 32)
-    (cached,) = (tmp_path / "cache").iterdir()
-    np.savez(cached, clip=np.zeros((3, 8, 32, 32), np.uint8))
-    assert video.cached_clip(path, tmp_path / "cache", 8, 32).max() == 0
-    frames = [np.full((32, 32, 3), 200, np.uint8)] * 8
-    imageio.mimwrite(path, frames, format="FFMPEG", fps=2, macro_block_size=1)
-    assert (video.cached_clip(path, tmp_path / "cache", 8, 32).float() - 200).abs().max() < 5
-    assert first.shape == (3, 8, 32, 32)
-
-
 def test_training_lists_what_it_skips(exported, tmp_path, capsys, monkeypatch):
-    (tmp_path / "videos").symlink_to(exported / "videos")
+    toy, _ = exported
+    (tmp_path / "videos").symlink_to(toy / "videos")
     (tmp_path / "empty.mp4").touch()
-    paths = read_pairs(exported / "train.csv")[0].paths
-    row = ROW | dict(zip(COLUMNS, paths))
+    row = ROW | dict(zip(COLUMNS, read_pairs(toy / "train.csv")[0].paths))
     bad = [row | {"VQ": "?"}, row | {"path_B": "empty.mp4"}, row | {"TA": "??"}]
     path = write([row, *bad, row], tmp_path / "x.csv")
 
@@ -306,14 +287,16 @@ def test_training_lists_what_it_skips(exported, tmp_path, capsys, monkeypatch):
     out = run(f"--data={path}", f"--val={path}", "--skip-bad")
     faults = ("line 3, column VQ", "line 4, column path_B: video empty.mp4", "line 5, column TA")
     assert "skipped 6 rows" in out and all(out.count(fault) == 2 for fault in faults)
+    assert "training prompts: 0.0% of the words unknown, 0 cut to 3 words\n" in out
     assert "validation prompts: 0.0% of the words unknown, 0 cut to 3 words; 1 of 1 are also" in out
     # two clips are too few: the checkpoint is there, and nothing accepts its z-scores
     assert "z-scores stand on 2 distinct clips; at least 8 are needed" in out
     with pytest.raises(BadInput, match="std.*more clips to validate"):
         load_reward(tmp_path / "run" / "last.pt")
+    with pytest.raises(BadInput, match="line 3, column VQ"):
+        run(f"--data={path}", f"--out={tmp_path / 'run2'}")
+    empty = [row for row in read_pairs(path, []) if row.line == 4]
     with pytest.raises(BadInput, match="no pair is left, all were skipped; the first: .*line 4"):
-        load(path, read_pairs(path, [])[1:2], [])
-    assert {file.suffix for file in (tmp_path / "c").glob("*")} <= {".npz"}  # nothing half written
-    benchmark = exported / "benchmark.csv"
+        usable_rows(empty, path, CONFIG, Data(cache=tmp_path / "cache"), [])
     with pytest.raises(BadInput, match="--loss regression needs ratings"):
-        run(f"--data={benchmark}", "--loss=regression", f"--out={tmp_path / 'run2'}")
+        run(f"--data={toy / 'benchmark.csv'}", "--loss=regression", f"--out={tmp_path / 'run2'}")

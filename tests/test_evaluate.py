@@ -14,7 +14,7 @@ import evaluate
 import world
 from data import DIMENSIONS, INVALID, Pairs
 from model import load_velocity
-from real_data import generated
+from real_data import toy_pairs
 from runtime.cli import BadInput
 from studies import catalogue, nrg, policies, reward_model, tables
 from studies.jobs import Settings
@@ -205,20 +205,20 @@ def test_oracle_and_random_judges_of_pairs(monkeypatch):
 
 
 def test_rewards_are_judged_on_pairs_of_held_out_prompts(drawn, monkeypatch, tmp_path):
-    asked, honest = [], generated.generated_pairs
+    asked, honest = [], toy_pairs.generated_pairs
 
     def generated_pairs(count, splits, seed, *source):
         asked.append((splits, seed, source[0], source[4]))
         return honest(count, splits, seed, *source)
 
-    monkeypatch.setattr(generated, "generated_pairs", generated_pairs)
-    monkeypatch.setattr(generated, "sample_many", lambda model, x1, y, progress, **settings: x1)
+    monkeypatch.setattr(toy_pairs, "generated_pairs", generated_pairs)
+    monkeypatch.setattr(toy_pairs, "sample_many", lambda model, x1, y, progress, **settings: x1)
     settings = settings_for("reward", work=tmp_path, eval_pairs=20)
     pairs = {split: reward_model.judged_pairs(split, settings) for split in reward_model.SPLITS}
     splits = {split: splits_of(own.y) for split, own in pairs.items()}
     assert splits == {"validation": {"validation"}, "benchmark": {"hard"}, "base": {"validation"}}
     seed = reward_model.SEED + 3  # far from those of training
-    assert asked == [(["validation"], seed, WEIGHTS / "base.pt", generated.MODELS)]
+    assert asked == [(["validation"], seed, WEIGHTS / "base.pt", toy_pairs.MODELS)]
 
 
 def test_accuracy_of_a_noise_aware_reward_by_hand(monkeypatch):

@@ -14,7 +14,8 @@ from data import INVALID, Vocabulary
 from examples import toy_latents
 from model import ModelConfig
 from real_data import video
-from real_data.pairs_csv import Pair, read_pairs, usable_rows
+from real_data.dataset import usable_rows
+from real_data.pairs_csv import Pair, read_pairs
 from real_data.toy_pairs import annotated_pairs
 from runtime.cli import BadInput
 from settings import Data

@@ -20,7 +20,6 @@ import pytest
 import torch
 from browsers import browser, check_looks, fault, press, request, served, wait  # noqa: F401
 from forked import ended, fork, tiny_checkpoints
-from frames import fit, sample_frames
 from test_online import small_rounds
 
 import world
@@ -28,7 +27,7 @@ from data import DIMENSIONS
 from pages import agreement, label
 from pages.agreement import NO_LABEL
 from real_data.pairs_csv import LABELS, Pair, read_pairs, write_pairs
-from real_data.video import to_video, write_video
+from real_data.video import fit, sample_frames, to_video, write_video
 from reward import load_reward
 from runtime.cli import BadInput
 

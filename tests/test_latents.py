@@ -14,8 +14,8 @@ import tasks
 from data import vocabulary_of
 from model import ModelConfig, load_velocity
 from real_data import video
-from real_data.dataset import pairs_of
-from real_data.pairs_csv import Pair, read_pairs, usable_rows, write_pairs
+from real_data.dataset import pairs_of, usable_rows
+from real_data.pairs_csv import Pair, read_pairs, write_pairs
 from runtime.cli import BadInput
 from settings import Data, settings_of
 

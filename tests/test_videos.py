@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 import torch
 from forked import ended, fork
-from frames import fit
 
 import pictures
 from model import ModelConfig
 from real_data import export_toy, prepare, video
-from real_data.pairs_csv import COLUMNS, Pair, usable_rows
+from real_data.dataset import usable_rows
+from real_data.pairs_csv import COLUMNS, Pair
 from runtime.cli import BadInput
 from settings import Data
 
@@ -133,7 +133,7 @@ def write_bad(folder):
     write(folder / "picture.png", "-c:v", "png", seconds=0.1)
     said = {name: "cannot be decoded as a video" for name in ("empty.mp4", "page.mp4", "cut.mp4")}
     said |= {"picture.png": "has 1 frame", "one frame.mp4": "has 1 frame"}
-    said["sound.m4a"] = "it has no video stream"
+    said["sound.m4a"] = "cannot be decoded as a video (Stream map"
     said["cut at its end.mp4"] = "is damaged after frame"
     ffmpeg("-i", folder / "h264.mp4", "-c", "copy", "-movflags", "+faststart", folder / "fast.mp4")
     fast = (folder / "fast.mp4").read_bytes()  # its index stands first
@@ -211,31 +211,28 @@ def test_an_ffmpeg_that_is_killed_is_no_fault_of_the_video(tmp_path, monkeypatch
         usable_rows([row], tmp_path / "x.csv", ModelConfig(), settings, skipped=[])
 
 
-def positions(times, step, seconds, least):
-    return video.frame_positions(times, {"step": step, "seconds": seconds}, least)
+def even_positions(count, rate, length):
+    facts = {"step": 1 / rate, "seconds": count / rate}
+    return video.frame_positions(np.arange(count) / rate, facts, length).tolist()
 
 
-def even_positions(count, rate, least):
-    return positions(np.arange(count) / rate, 1 / rate, count / rate, least)
-
-
-def test_frame_positions_keep_the_interval_not_the_number():
-    assert len(even_positions(126, 24, 8)) == 10 and len(even_positions(144, 24, 8)) == 12
-    assert even_positions(9, 30, 4).tolist() == [0, 3, 5, 8]  # 0, 2.67, 5.33, 8
-    assert even_positions(3, 30, 6).tolist() == [0, 0, 1, 1, 2, 2]
+def test_frames_are_looked_at_in_equal_intervals():
+    assert even_positions(9, 30, 4) == [0, 3, 5, 8]  # 0, 2.67, 5.33, 8
+    assert even_positions(3, 30, 6) == [0, 0, 1, 1, 2, 2]
     # frames at 0, 1 and 3 s, the last for a second: 8 times from 0 to 3 s, each .43 s later
-    assert positions(np.array([0.0, 1.0, 3.0]), 1.0, 4.0, 4).tolist() == [0, 0, 1, 1, 1, 1, 2, 2]
+    times, facts = np.array([0.0, 1.0, 3.0]), {"step": 1.0, "seconds": 4.0}
+    assert video.frame_positions(times, facts, 8).tolist() == [0, 0, 1, 1, 1, 1, 2, 2]
+    # 126 frames at 24 fps are 5.25 s; the next even number below 10.5 is 10
+    assert [video.frame_count(count / 24) for count in (126, 144, 24)] == [10, 12, 2]
 
 
-def test_fit_crops_the_middle_in_space_and_time():
+def test_the_middle_is_cropped_in_space_and_time():
     frames = np.zeros((12, 4, 8, 3), np.uint8)
     frames[:, :, 2:6] = np.arange(12)[:, None, None, None] * 10  # brighter frame by frame
-    clip = fit(frames, 8, 2)
+    clip = video.fit(frames, 8, 2)
     assert clip.shape == (3, 8, 2, 2)
     assert clip[0, :, 0, 0].tolist() == [20, 30, 40, 50, 60, 70, 80, 90]  # frames 2 to 9
-    short = fit(frames[:3], 5, 2)
-    assert short[0, :, 1, 1].tolist() == [0, 0, 10, 20, 20]  # 0, 0.5, 1, 1.5, 2, halves to even
-    wide = fit(frames[:1] + np.arange(8, dtype=np.uint8)[:, None], 1, 2, 4)
+    wide = video.fit(frames[:1] + np.arange(8, dtype=np.uint8)[:, None], 1, 2, 4)
     assert wide[0, 0].tolist() == [[0, 2, 4, 6]] * 2  # means of 0 1, 2 3, 4 5 and 6 7, to even
 
 
@@ -244,16 +241,16 @@ def files(folder):
 
 
 def test_preparing_continues_after_kill_9(tmp_path):
-    flags = [str(tmp_path / "toy"), "--pairs=15", "--generated=0"]
+    flags = [str(tmp_path / "toy"), "--pairs=8", "--generated=0"]
     export_toy.export(export_toy.arguments(flags))
     killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
 
     def start(cache):
-        settings = prepare.arguments([str(tmp_path / "toy" / "train.csv"), f"--cache={cache}"])
-        return fork(lambda: print(*prepare.prepare(settings), sep="\n"), output=tmp_path / "log")
+        command = [str(tmp_path / "toy" / "train.csv"), f"--cache={cache}"]
+        return fork(prepare.main, command, output=tmp_path / "log")
 
     assert ended(start(undisturbed)) == 0
-    for num_clips in (1, 5, 10, 16, 22):
+    for num_clips in (1, 3, 6, 9, 12):
         child = start(killed)
         while len(list(killed.glob("*.npz"))) < num_clips:
             time.sleep(0.005)
@@ -262,9 +259,9 @@ def test_preparing_continues_after_kill_9(tmp_path):
     whole = next(killed.glob("*.npz"))
     (killed / f"{whole.name}.x.tmp").touch()  # left by a process that was killed while writing
     assert ended(start(killed)) == 0
-    assert len(files(killed)) == 30 and files(killed) == files(undisturbed)
+    assert len(files(killed)) == 16 and files(killed) == files(undisturbed)
     report = (tmp_path / "log").read_text()
-    assert "15 pairs can be used; 0 cannot" in report and "sizes    128x128 (30)" in report
+    assert "8 pairs can be used; 0 cannot" in report and "sizes    128x128 (16)" in report
     assert "rates    2 to 2 fps, median 2" in report
     assert "lengths  4 to 4 s, median 4; 0 too short for 8 frames" in report
     with open(tmp_path / "toy" / "train.csv", newline="") as file:
