@@ -1,8 +1,8 @@
 """Performance as ratios beside the best possible: what costs how much (docs/scaling.md).
 
-The variants of a ratio take turns in one process and the median counts, so that a busy machine
-slows all alike. On a CPU the clock is the process's own time on one thread; on a GPU it is the
-wall's, once the device is idle. Times depend on the machine; ratios should carry over.
+The ways of a part take turns in one process and the median counts, so that a busy machine slows all
+alike. On a CPU the clock is the process's own time on one thread; on a GPU it is the wall's, once
+the device is idle. Times depend on the machine; ratios should carry over.
 """
 
 import json
@@ -29,7 +29,7 @@ from studies.report.tables import Table
 
 RESULTS = {"bench": "one CPU core", "bench_h200": "H200"}  # files in results/
 MEDIUM = ModelConfig(frames=4, size=32, channels=16, patch=(1, 4, 4), dim=256, depth=6, heads=4)
-TILES = {"tile:2,8,8/1,1,1": (8, 16, 16), "tile:2,8,8/3,2,1": (16, 16, 16)}  # and their grids
+TILES, GRID = ("tile:2,8,8/1,1,1", "tile:2,8,8/3,2,1"), (16, 16, 16)
 
 
 def clock(device):
@@ -69,26 +69,24 @@ def awake(config, device):
 
 
 # ---------------------------------------------------------------------------------------------
-# The parts: each yields (name, ratio, the best possible)
+# The parts: {name: (function, lowest possible time in units of the first one's)}
 
 
-def training(device, pairs=4):
-    """A step of a model of width 256 on 256 video tokens, in bfloat16 on a GPU."""
+def training(device):
+    """A step on four pairs, of a model of width 256 on 256 video tokens; bfloat16 on a GPU."""
     full, frozen, reference = (awake(MEDIUM, device) for _ in range(3))
     freeze_trunk(frozen, 2)
     reference.requires_grad_(False)
     shared = share_trunk(frozen, reference, 2)
-    x0_w, x0_l, x1 = torch.randn(3, pairs, *MEDIUM.video_shape, device=device)
-    y = torch.ones(pairs, MEDIUM.max_text, dtype=torch.int64, device=device)
-    t = torch.rand(pairs, device=device)
-    x0, weight = torch.cat((x0_w, x0_l)), torch.ones(2 * pairs, device=device)
-    y_both, t_both, x1_both = y.repeat(2, 1), t.repeat(2), x1.repeat(2, 1, 1, 1, 1)
+    x0, x1 = torch.randn(2, 8, *MEDIUM.video_shape, device=device)
+    y = torch.ones(8, MEDIUM.max_text, dtype=torch.int64, device=device)
+    t = torch.rand(8, device=device)
 
     def sft():
-        return flow_rwr_step(full, x0, y_both, weight, t_both, x1_both)
+        return flow_rwr_step(full, x0, y, torch.ones_like(t), t, x1)
 
     def dpo(policy, shared_forward=None):
-        batch = x0_w, x0_l, y, t, x1
+        batch = x0[:4], x0[4:], y[:4], t[:4], x1[:4]
         return flow_dpo_step(policy, reference, *batch, beta=100, shared_forward=shared_forward)
 
     def stepper(model, loss, checkpointed=False):
@@ -104,59 +102,48 @@ def training(device, pairs=4):
 
         return step
 
-    ways = {
-        "SFT": stepper(full, sft),
-        "checkpointed": stepper(full, sft, checkpointed=True),
-        "DPO": stepper(full, partial(dpo, full)),
-        "shared": stepper(frozen, partial(dpo, frozen, shared)),
+    return {
+        "SFT step on both clips": (stepper(full, sft), 1),
+        "SFT step, gradient checkpointing": (stepper(full, sft, checkpointed=True), 4 / 3),
+        "Flow-DPO step": (stepper(full, partial(dpo, full)), 4 / 3),
+        "Flow-DPO step, 2 of 6 blocks shared": (stepper(frozen, partial(dpo, frozen, shared)), 1),
     }
-    seconds = medians(ways, device)
-    yield "SFT: gradient checkpointing / none", seconds["checkpointed"] / seconds["SFT"], 4 / 3
-    yield "Flow-DPO / SFT on both clips", seconds["DPO"] / seconds["SFT"], 4 / 3
-    yield "Flow-DPO, 2 of 6 blocks shared / SFT", seconds["shared"] / seconds["SFT"], 1.0
 
 
 def tiles(device):
-    """Sliding tiles: what is saved of dense attention's time, as a share of what is left out."""
+    """Attention on 4,096 tokens; tiles at best take the share of time that they leave of pairs."""
     batch, heads, dtype = (8, 16, torch.bfloat16) if device.type == "cuda" else (1, 4, None)
-    for shape, grid in TILES.items():
-        count = math.prod(grid)
-        mask = SlidingTiles(shape, grid, 0).to(device)
-        density = boolean_mask(mask, count).float().mean().item()
-        x = torch.randn(3, batch, heads, count, 64, device=device, dtype=dtype, requires_grad=True)
+    shape = batch, heads, math.prod(GRID), 64
+    x = torch.randn(3, *shape, device=device, dtype=dtype, requires_grad=True)
 
-        def way(tiles=None, x=x):
-            out = attention(*x, tiles=tiles)
-            torch.autograd.grad(out, x, out.detach())
+    def step(tiles=None):
+        out = attention(*x, tiles=tiles)
+        torch.autograd.grad(out, x, out.detach())
 
-        seconds = medians({"dense": way, "tiles": partial(way, mask)}, device)
-        name = f"{shape}, density {density:.2f}: speed-up x density"
-        yield name, seconds["dense"] / seconds["tiles"] * density, 1.0
+    ways = {"full attention": (step, 1)}
+    for name in TILES:
+        mask = SlidingTiles(name, GRID, 0).to(device)
+        density = boolean_mask(mask, math.prod(GRID)).float().mean().item()
+        ways[name] = partial(step, mask), density
+    return ways
 
 
 def sampling(device):
-    """A step with CFG and with guidance against a plain one, on 16 clips."""
+    """Four sampling steps of 16 clips."""
     model, _ = load_velocity(WEIGHTS / "base.pt")
     model = model.to(device).requires_grad_(False)
-    read, depth = 2, model.config.depth
-    reward = noisy_reward_on(model, read).to(device)
-    guidance = guide(reward, (1, 1, 1), 1.0, NRG_EPS)
+    read = 2 / model.config.depth  # share of the blocks that the reward reads
+    reward = noisy_reward_on(model, 2).to(device)
+    eq_11 = reward, (1, 1, 1), 1.0, NRG_EPS
     x1 = torch.randn(16, *model.config.video_shape, device=device)
     y = torch.ones(16, model.config.max_text, dtype=torch.int64, device=device)
-    ways = {
-        "plain": partial(sample, model, x1, y, 4),
-        "CFG": partial(sample, model, x1, y, 4, cfg=CFG),
-        "shared": partial(sample, SteeredPolicy(model, reward, (1, 1, 1), 1.0, NRG_EPS), x1, y, 4),
-        "own": partial(sample, model, x1, y, 4, guidance=guidance),
+    way = partial(sample, x1=x1, y=y, steps=4)
+    return {
+        "sampling at CFG 1": (partial(way, model), 1),
+        "CFG 2": (partial(way, model, cfg=CFG), 2),
+        "NRG, shared trunk": (partial(way, SteeredPolicy(model, *eq_11)), 1 + read),
+        "NRG, own trunk": (partial(way, model, guidance=guide(*eq_11)), 1 + 2 * read),
     }
-    seconds = medians(ways, device)
-    yield "CFG / plain sampling", seconds["CFG"] / seconds["plain"], 2.0
-    yield (
-        "NRG, shared trunk / plain sampling",
-        seconds["shared"] / seconds["plain"],
-        1 + read / depth,
-    )
-    yield "NRG, own trunk / plain sampling", seconds["own"] / seconds["plain"], 1 + 2 * read / depth
 
 
 def run(settings):
@@ -165,9 +152,13 @@ def run(settings):
     torch.set_num_threads(1)
     rows = []
     for part in (training, tiles, sampling):
-        for name, value, best in part(settings.device):
-            print(f"{name:60} {value:6.3f}   ({best:.2f})", flush=True)
-            rows.append({"name": name, "value": value, "best": best})
+        ways = part(settings.device)
+        seconds = medians({name: way for name, (way, _) in ways.items()}, settings.device)
+        first, *others = ways
+        for name in others:
+            row = {"name": f"{name} / {first}", "value": seconds[name] / seconds[first]}
+            rows.append(row | {"best": ways[name][1]})
+            print(f"{row['name']:60} {row['value']:6.3f}   ({ways[name][1]:.2f})", flush=True)
     saved = {**facts(settings.device), "rows": rows}
     (settings.out / "bench.json").write_text(json.dumps(saved, indent=1) + "\n")
 
@@ -177,8 +168,8 @@ def table(results):
     cells = {}
     for file, rows in results.items():
         for row in rows:
-            values = cells.setdefault(row["name"], {"best": f"{row['best']:.3g}"})
+            values = cells.setdefault(row["name"], {"best": f"{row['best']:.2f}"})
             values[file] = f"{row['value']:.2f}"
     columns = [*results, "best"]
     lines = [[name, *(values.get(key, "–") for key in columns)] for name, values in cells.items()]
-    return Table("", ["ratio", *(RESULTS[file] for file in results), "at best"], lines)
+    return Table("", ["time of", *(RESULTS[file] for file in results), "at best"], lines)

@@ -57,17 +57,17 @@ def test_the_command_writes_a_ratio_for_every_part(tmp_path, monkeypatch):
 
     monkeypatch.setattr(bench, "medians", medians)
     monkeypatch.setattr(bench, "MEDIUM", SMALL)
-    monkeypatch.setattr(bench, "TILES", {"tile:2,4,4/1,1,1": (4, 4, 4)})
+    monkeypatch.setattr(bench, "TILES", ("tile:2,4,4/1,1,1",))
+    monkeypatch.setattr(bench, "GRID", (4, 4, 4))
     monkeypatch.setattr(bench.torch, "set_num_threads", lambda count: None)
     argv = ["evaluate.py", "bench", f"--out={tmp_path}", "--device=cpu"]
     monkeypatch.setattr(sys, "argv", argv)
     evaluate.main()
     saved = json.loads((tmp_path / "bench.json").read_text())
-    values = [row["value"] for row in saved["rows"]]
-    # ways take 1, 2, ... s; tiles 2 s for 1 s of dense attention, at a density of 1/2
-    assert values == [2, 3, 4, 0.25, 2, 3, 4]
-    table = bench.table({"bench": saved["rows"], "bench_h200": saved["rows"][:1]})
-    assert table.rows[:2] == [
-        ["SFT: gradient checkpointing / none", "2.00", "2.00", "1.33"],
-        ["Flow-DPO / SFT on both clips", "3.00", "–", "1.33"],
-    ]
+    # the ways of a part take 1, 2, ... s; tiles see a half of all pairs
+    best = [4 / 3, 4 / 3, 1, 0.5, 2, 4 / 3, 5 / 3]
+    assert [row["value"] for row in saved["rows"]] == [2, 3, 4, 2, 2, 3, 4]
+    assert [row["best"] for row in saved["rows"]] == pytest.approx(best)
+    table = bench.table({"bench": saved["rows"], "bench_h200": saved["rows"][1:]})
+    name = "SFT step, gradient checkpointing / SFT step on both clips"
+    assert table.rows[0] == [name, "2.00", "–", "1.33"]
