@@ -131,6 +131,10 @@ def facts(device):
     return {"command": command, "commit": resume.commit(), **machine}
 
 
+def source_line(saved):
+    return "{command}, commit {commit}, torch {torch}, {device}".format(**saved)
+
+
 def report_of(study, saved):
     return study.report(with_means(saved["rows"]))
 
@@ -138,8 +142,7 @@ def report_of(study, saved):
 def rendered(study, name, saved):
     """{file name: text}: the Markdown page of a study's result, and an SVG for each picture."""
     report = report_of(study, saved)
-    source = "`{command}`, commit {commit}, torch {torch}, {device}".format(**saved)
-    files = {f"{name}.md": "\n".join([*markdown(report), source, ""])}
+    files = {f"{name}.md": "\n".join([*markdown(report), source_line(saved), ""])}
     for picture_name, charts in report.pictures.items():
         files[f"{picture_name}.svg"] = picture(charts)
     return files

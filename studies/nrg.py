@@ -5,8 +5,7 @@ Every row samples the same prompts from the same noise as the base model, over w
 are. The judges are VideoReward, which the guiding noise-aware reward learned from, and the oracle,
 which it does not know.
 
-    weights     VQ : MQ : TA as in Table 5, and 1 : 1 : 1
-    one         each weight alone, rising: does it move its own dimension?
+    weights     VQ : MQ : TA as in Table 5, equal weights, and each weight alone
     scale       w of Eq. 11
     interval    the highest t that is guided
     reward      rewards trained on labels by Bradley-Terry, and on clean clips
@@ -34,13 +33,21 @@ from studies.report.tables import Report, matching, tabulate
 
 SETS = {"large": 256}
 EQUAL = (1, 1, 1)
-TABLE_5 = ((0, 0, 1), (0.1, 0.1, 0.8), (0.1, 0.1, 0.6), (0.5, 0.5, 0), EQUAL)
-SINGLE = [
-    tuple(weight * (i == own) for i in range(3)) for own in range(3) for weight in (0.5, 1, 2)
-]
+TABLE_5 = ((0, 0, 1), (0.1, 0.1, 0.8), (0.1, 0.1, 0.6), (0.5, 0.5, 0))
+RATIOS = (*TABLE_5, (0, 1, 0), (1, 0, 0), EQUAL)
 SCALES = (0.25, 0.5, 2, 4)  # times the default
 HIGHEST = (0.8, 0.9, 1.0)  # t that is guided, beside the default
 VARIANTS = {"noised": {}, "labels": {"target": "labels"}, "clean": {"time-shift": 0}}
+SOURCES = {
+    "noised": "VideoReward's scores",
+    "labels": "people's labels",
+    "clean": "VideoReward's scores of clean clips",
+}
+ON_TOP = {
+    "dpo": "Flow-DPO",
+    "dpo+nrg-1:1:1": "Flow-DPO and Flow-NRG 1 : 1 : 1",
+    "cfg+nrg-1:1:1": "Flow-NRG 1 : 1 : 1",
+}
 CHOICES = (EQUAL, (0, 1, 0), (0, 0, 1))  # weights that every variant is judged at
 
 
@@ -88,10 +95,8 @@ def reward_rows(settings, variant, seed):
         for weights in CHOICES:
             add("reward", weights)
         return rows
-    for weights in TABLE_5:
+    for weights in RATIOS:
         add("weights", weights)
-    for weights in SINGLE:
-        add("one", weights)
     for factor in SCALES:
         add("scale", EQUAL, scale=factor * NRG_SCALE)
     for highest in HIGHEST:
@@ -150,17 +155,10 @@ def tables(rows):
     columns = [*TRUE_WINS, *TRUE_SCORES]
     ratio = ["VQ : MQ : TA"]
     weights = matching(rows, study="weights")
-    lines = {label_of(w): {"method": name_of(w)} for w in TABLE_5}
+    lines = {label_of(w): {"method": name_of(w)} for w in RATIOS}
     lines["no guidance, CFG 2"] = {"method": f"CFG {CFG:g}, no NRG"}
-    tables = {
-        "nrg-weights": tabulate(
-            "Table 5: weights", ratio, weights, lines, [*WINS_BY_JUDGE, *TRUE_SCORES]
-        )
-    }
-
-    alone = matching(rows, study="one")
-    lines = {label_of(w): {"method": name_of(w)} for w in SINGLE}
-    tables["alone"] = tabulate("Each weight alone", ratio, alone, lines, columns)
+    by_judge = [*WINS_BY_JUDGE, *TRUE_SCORES]
+    tables = {"nrg-weights": tabulate("Table 5: weights", ratio, weights, lines, by_judge)}
 
     depends = by_scale(rows) + matching(rows, study="interval")
     lines = {}
@@ -170,25 +168,17 @@ def tables(rows):
     tables["settings"] = tabulate(title, ["scale", "guided up to t"], depends, lines, columns)
 
     learned = matching(rows, study="reward") + matching(weights, variant="noised")
-    learned += matching(alone, method=name_of((0, 1, 0)))
-    sources = "VideoReward's scores", "people's labels", "clean clips only"
     lines = {}
-    for (variant, source), w in product(zip(VARIANTS, sources), CHOICES):
+    for (variant, source), w in product(SOURCES.items(), CHOICES):
         lines[source, label_of(w)] = {"variant": variant, "method": name_of(w)}
     title = "What the reward learned from"
     tables["rewards"] = tabulate(title, ["learned from", *ratio], learned, lines, columns)
 
-    top = matching(rows, study="on top")
-    names = {
-        "dpo": "Flow-DPO",
-        "dpo+nrg-1:1:1": "Flow-DPO and Flow-NRG 1 : 1 : 1",
-        "cfg+nrg-1:1:1": "Flow-NRG 1 : 1 : 1",
-    }
     lines = {}
-    for cfg, method in product((1.0, CFG), names):
-        lines[names[method], f"{cfg:g}"] = {"method": method, "cfg": cfg}
+    for cfg, (method, label) in product((1.0, CFG), ON_TOP.items()):
+        lines[label, f"{cfg:g}"] = {"study": "on top", "method": method, "cfg": cfg}
     title = "On top of Flow-DPO and of CFG"
-    tables["on-top"] = tabulate(title, ["", "CFG"], top, lines, columns)
+    tables["on-top"] = tabulate(title, ["", "CFG"], rows, lines, columns)
     return tables
 
 

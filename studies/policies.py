@@ -3,7 +3,6 @@ them."""
 
 import math
 import os
-from itertools import product
 
 import torch
 
@@ -100,7 +99,6 @@ def checkpoint_rows(settings, checkpoint, sets, cfgs, **facts):
 SETS = {"standard": 256, "hard": 96, "large": 512}  # prompt sets, and their number of prompts
 CFGS = (1.0, CFG)
 JUDGES = ("oracle", "videoreward")
-BEST_OF = (1, 2, 4, 8, 16)
 DRIFT_CLIPS = 256
 ALL_RIGHT = 0.999  # of a true TA
 
@@ -165,25 +163,6 @@ def base_rows(settings, sets, cfgs, **facts):
     """Rows of the base model beside itself."""
     scores = base_scores(settings, sets, cfgs)
     return rows_of(scores, scores, **facts, method="base", seed=0)
-
-
-def best_of(settings, seed, sets, weights):
-    """{n: scores as from `judge`}: of n clips of the base model at CFG 1 for each prompt, the one
-    that VideoReward likes best by `weights` of VQ, MQ and TA. The first clip is the one that all
-    methods are compared with."""
-    draws = [base_scores(settings, sets, (1.0,))]
-    for i in range(1, max(BEST_OF)):
-        noise = 100_000 * (seed + 1) + 100 * i  # far from all other noise
-        draws.append(judge(settings, WEIGHTS / "base.pt", sets, (1.0,), seed=noise))
-    picked = {n: {} for n in BEST_OF}
-    for n, key in product(BEST_OF, draws[0]):
-        scores = {}  # (n, N, ...) each
-        for name in draws[0][key]:
-            scores[name] = torch.stack([draw[key][name] for draw in draws[:n]])
-        best = (scores["videoreward"] @ torch.tensor(weights)).argmax(0)  # (N,)
-        clip = torch.arange(len(best))
-        picked[n][key] = {name: value[best, clip] for name, value in scores.items()}
-    return picked
 
 
 def nats(n):

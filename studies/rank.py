@@ -15,7 +15,8 @@ from itertools import product
 
 from data import DIMENSIONS
 from studies import policies
-from studies.report.tables import Column, Report, matching, tabulate
+from studies.policies import TRUE
+from studies.report.tables import Column, Report, tabulate
 
 REWARD_STEPS = {3200: 550, 300: 170}  # by the number of labelled pairs
 SETS, CFGS = {"standard": 256}, (1.0,)
@@ -23,16 +24,15 @@ SETS, CFGS = {"standard": 256}, (1.0,)
 
 def jobs(settings):
     queue = {}
-    for seed in range(settings.seeds):
-        for n in REWARD_STEPS:
-            queue[f"labels-{n}-{seed}"] = partial(from_labels, settings, n, seed)
-            queue[f"reward-{n}-{seed}"] = partial(from_reward, settings, n, seed)
+    for seed, n in product(range(settings.seeds), REWARD_STEPS):
+        queue[f"labels-{n}-{seed}"] = partial(from_labels, settings, n, seed)
+        queue[f"reward-{n}-{seed}"] = partial(from_reward, settings, n, seed)
     return queue
 
 
 def from_labels(settings, n, seed):
-    flags = {"rank": "labels"}
-    return aligned(settings, flags, n, seed=seed, labelled=n, method="labels", reward_minutes=0.0)
+    facts = {"method": "labels", "labelled": n, "reward_minutes": 0.0}
+    return aligned(settings, {"rank": "labels"}, n, seed, facts)
 
 
 def from_reward(settings, n, seed):
@@ -42,39 +42,30 @@ def from_reward(settings, n, seed):
     start = time.perf_counter()
     reward = policies.train(settings, f"videoreward-{n}-{seed}", flags)
     minutes = (time.perf_counter() - start) / 60
+    facts = {"method": "reward", "labelled": n, "reward_minutes": minutes}
     rows = []
     for clips in sorted({n, max(REWARD_STEPS)}):
-        facts = {"labelled": n, "method": "reward", "reward_minutes": minutes}
-        rows += aligned(settings, {"reward": reward}, clips, seed=seed, **facts)
+        rows += aligned(settings, {"reward": reward}, clips, seed, facts)
     return rows
 
 
-def aligned(settings, ranking, clips, seed, **facts):
+def aligned(settings, ranking, clips, seed, facts):
     """Rows of a Flow-DPO on `clips` toy pairs."""
     flags = {"algo": "dpo", "pairs": clips, "seed": seed} | ranking
     name = f"{facts['method']}-{facts['labelled']}-{clips}-{seed}"
     return policies.policy_rows(settings, name, flags, SETS, CFGS, clips=clips, seed=seed, **facts)
 
 
-def table(rows):
+def report(rows):
     """True win rates over the base model and true scores by the source of the ranking."""
     lines = {}
-    for labelled, method, clips in product(
-        REWARD_STEPS, ("labels", "reward"), sorted(REWARD_STEPS)
-    ):
-        query = {"labelled": labelled, "method": method, "clips": clips}
-        lines[f"{labelled:,}", method, f"{clips:,}"] = query
-    columns = [Column(f"{name} wins", name) for name in DIMENSIONS]
-    columns += [Column(f"true {name}", f"{name}_score") for name in DIMENSIONS]
-    columns.append(Column("reward training, min", "reward_minutes", digits=1, spread=False))
+    for n, method, clips in product(REWARD_STEPS, ("labels", "reward"), sorted(REWARD_STEPS)):
+        query = {"labelled": n, "method": method, "clips": clips}
+        lines[f"{n:,}", method, f"{clips:,}"] = query
+    columns = [Column(f"{name} wins", name, TRUE) for name in DIMENSIONS]
+    columns += [Column(f"true {name}", f"{name}_score", TRUE) for name in DIMENSIONS]
+    columns.append(Column("reward training, min", "reward_minutes", TRUE, 1, spread=False))
     corner = ["labelled pairs", "ranked by", "pairs of clips"]
-    return tabulate("", corner, rows, lines, columns)
-
-
-def report(rows):
-    introduction = (
-        "True win rates over the base model and true scores, standard set, CFG 1, mean ± standard "
-        "deviation over the seeds."
-    )
-    title = "Flow-DPO with and without a reward model"
-    return Report(title, introduction, {"rank": table(matching(rows, judge="oracle"))})
+    introduction = "Standard prompts, CFG 1, mean ± standard deviation over the seeds."
+    table = tabulate("", corner, rows, lines, columns)
+    return Report("Flow-DPO with and without a reward model", introduction, {"rank": table})

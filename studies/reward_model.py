@@ -1,15 +1,10 @@
 """VideoReward's ablations (paper, sections 3.2 and 5.1): Tables 2 and 6, Fig. 2 and 3, on the toy
 world.
 
-Every model trains on labels of the toy's annotators and is judged on pairs whose prompts it never
-saw. Two rows need no training: random scores, and the oracle, whose accuracy is the ceiling, since
-labels are noisy and ties depend on people. "By the truth" asks for the sign of the oracle's
-difference where people would see one; there the oracle has 1.
-
-    validation   rendered clips
-    benchmark    rendered, combinations of words that no model sees (for VideoGen-RewardBench)
-    base         clips of the base model at the settings of the training pairs
-"""
+Every model trains on labels of the toy's annotators and is judged on rendered pairs whose prompts
+it never saw: of validation, and of word combinations that no model sees (the benchmark, for
+VideoGen-RewardBench). Two rows need no training: random scores, and the oracle, whose accuracy is
+the ceiling, since labels are noisy and ties depend on people."""
 
 import math
 from functools import cache, partial
@@ -19,52 +14,57 @@ import torch
 
 from data import DIMENSIONS, Vocabulary
 from judge import pair_scores
-from real_data import toy_pairs
-from real_data.toy_pairs import annotate_pairs, annotated_pairs
-from reward import (
-    RewardConfig,
-    accuracies_without_ties,
-    accuracy_with_ties,
-    accuracy_without_ties,
-    load_reward,
-)
-from runtime.checkpoint import WEIGHTS
+from real_data.toy_pairs import annotated_pairs
+from reward import RewardConfig, accuracy_with_ties, accuracy_without_ties, load_reward
 from settings import Reward
 from studies import policies
 from studies.report.charts import Chart, Series, curve
-from studies.report.tables import Column, Report, Table, matching, over_seeds, tabulate
-from world import TIE_BELOW, TRUE_MEAN, TRUE_STD
+from studies.report.tables import Report, Table, matching, over_seeds
+from world import TRUE_MEAN, TRUE_STD
 
-MODELS = {  # Table 6, variants I to IV; and the default without pairs of generated clips
+MODELS = {  # Table 6, variants I to IV
     "regression": {"loss": "regression", "tokens": "shared"},
     "bt-shared": {"loss": "bt", "tokens": "shared"},
     "btt-shared": {"loss": "btt", "tokens": "shared"},
     "btt-separate": {},
-    "btt-rendered": {"generated": 0},
+}
+NAMES = {
+    "random": "random scores",
+    "oracle": "the oracle",
+    "regression": "regression on ratings",
+    "bt-shared": "BT, one shared token",
+    "btt-shared": "BTT, one shared token",
+    "btt-separate": "BTT, separate tokens (the default)",
 }
 FRACTIONS = (0.01, 0.1)  # of the pairs, beside all of them (Fig. 2)
 COMPARED = ("bt-shared", "regression")
-SPLITS = {"validation": ("validation", 1), "benchmark": ("hard", 2), "base": ("validation", 3)}
-SEED = 777_000  # of the pairs that judge
+SPLITS = {"validation": ("validation", 777_001), "benchmark": ("hard", 777_002)}  # and seeds
 BINS = 12  # of |difference| in units of the mean one of decided pairs, 0.2 wide (Fig. 3)
 
 
 def jobs(settings):
     queue = {}
-    for model, seed in product(("random", "oracle"), range(settings.seeds)):
-        queue[f"{model}-{seed}"] = partial(untrained, settings, model, seed)
-    for model, seed in product(MODELS, range(settings.seeds)):
-        queue[f"{model}-1-{seed}"] = partial(trained, settings, model, 1.0, seed)
-    for seed, fraction, model in product(range(settings.seeds), FRACTIONS, COMPARED):
-        job = partial(trained, settings, model, fraction, seed)
-        queue[f"{model}-{fraction:g}-{seed}"] = job
+    for seed in range(settings.seeds):
+        for model in ("random", "oracle"):
+            queue[f"{model}-{seed}"] = partial(untrained, settings, model, seed)
+        for model in MODELS:
+            queue[f"{model}-1-{seed}"] = partial(trained, settings, model, 1.0, seed)
+        for fraction, model in product(FRACTIONS, COMPARED):
+            job = partial(trained, settings, model, fraction, seed)
+            queue[f"{model}-{fraction:g}-{seed}"] = job
     return queue
+
+
+@cache
+def judged_pairs(split, count):
+    prompts, seed = SPLITS[split]
+    return annotated_pairs(count, [prompts], seed, RewardConfig(), Vocabulary())
 
 
 def untrained(settings, model, seed):
     rows = []
     for split in SPLITS:
-        pairs = judged_pairs(split, settings)
+        pairs = judged_pairs(split, settings.eval_pairs)
         score = (pairs.truth - TRUE_MEAN) / TRUE_STD
         if model == "random":
             score = torch.randn(score.shape, generator=torch.Generator().manual_seed(seed))
@@ -86,7 +86,7 @@ def trained(settings, model, fraction, seed):
     reward = reward.to(settings.device).eval()
     rows = []
     for split in SPLITS:
-        pairs = judged_pairs(split, settings)
+        pairs = judged_pairs(split, settings.eval_pairs)
         score = pair_scores(reward.normalised, pairs, settings.device)
         row = {"model": model, "split": split, "seed": seed, "fraction": fraction}
         rows.append(row | accuracies(score, pairs))
@@ -96,31 +96,12 @@ def trained(settings, model, fraction, seed):
 
 
 # ---------------------------------------------------------------------------------------------
-# Pairs that judge
-
-
-def judged_pairs(split, settings):
-    """The annotated pairs of a split."""
-    return annotated(split, settings.eval_pairs, settings.work / "clips", settings.device)
-
-
-@cache
-def annotated(split, count, clips, device):
-    prompts, offset = SPLITS[split]
-    seed, config = SEED + offset, RewardConfig()
-    if split != "base":
-        return annotated_pairs(count, [prompts], seed, config, Vocabulary())
-    source = WEIGHTS / "base.pt", config, clips, device, toy_pairs.MODELS
-    return annotate_pairs(*toy_pairs.generated_pairs(count, [prompts], seed, *source), seed)
-
-
-# ---------------------------------------------------------------------------------------------
 # Figures of a model
 
 
 def accuracies(score, pairs):
-    """Table 2's columns from z-scores (N, 2, 3) of pairs, and accuracies by the truth. Overall
-    compares the mean of the three scores."""
+    """Table 2's columns from z-scores (N, 2, 3) of pairs. Overall compares the mean of the three
+    scores."""
     delta = score[:, 0] - score[:, 1]  # (N, 3)
     columns = {name: (delta[:, i], pairs.label[:, i]) for i, name in enumerate(DIMENSIONS)}
     columns["Overall"] = delta.mean(-1), pairs.overall
@@ -128,10 +109,6 @@ def accuracies(score, pairs):
     for name, (difference, label) in columns.items():
         row[f"{name}_with"], _ = accuracy_with_ties(difference, label)
         row[f"{name}_without"] = accuracy_without_ties(difference, label)
-    gap = (pairs.truth[:, 0] - pairs.truth[:, 1]) / TRUE_STD  # (N, 3)
-    truth = torch.where(gap.abs() > TIE_BELOW, gap.sign(), 0).long()
-    for name, accuracy in accuracies_without_ties(delta, truth).items():
-        row[f"{name}_true"] = accuracy
     return row
 
 
@@ -152,11 +129,7 @@ def tied_differences(score, pairs):
 
 
 def report(rows):
-    tables = {
-        "reward-losses": losses(rows, "validation"),
-        "reward-benchmark": losses(rows, "benchmark"),
-        "reward-pairs": by_the_truth(rows),
-    }
+    tables = {f"reward-{split}": losses(rows, split) for split in SPLITS}
     validation = matching(rows, split="validation")
     pictures = {"reward_fraction": by_share(validation), "reward_ties": tied_pairs(validation)}
     introduction = "2,000 pairs of each split, unless --eval-pairs says otherwise."
@@ -165,16 +138,8 @@ def report(rows):
 
 def losses(rows, split):
     """Accuracy of VideoReward by its loss, with ties / without."""
-    names = {
-        "random": "random scores",
-        "oracle": "the oracle",
-        "regression": "regression on ratings",
-        "bt-shared": "BT, one shared token",
-        "btt-shared": "BTT, one shared token",
-        "btt-separate": "BTT, separate tokens (the default)",
-    }
     cells = []
-    for model, label in names.items():
+    for model, label in NAMES.items():
         own = matching(rows, model=model, split=split, fraction=1.0)
         row = [label]
         for name in (*DIMENSIONS, "Overall"):
@@ -184,21 +149,6 @@ def losses(rows, split):
         cells.append(row)
     title = f"Tables 2 and 6: {split} pairs"
     return Table(title, ["with ties / without", *DIMENSIONS, "Overall"], cells)
-
-
-def by_the_truth(rows):
-    columns = []
-    for model, kind in {"btt-separate": "half generated", "btt-rendered": "rendered"}.items():
-        query = {"model": model, "fraction": 1.0}
-        columns += [Column(f"{n}, {kind}", f"{n}_true", query, 3) for n in DIMENSIONS]
-    splits = {
-        "validation": "rendered clips",
-        "benchmark": "rendered clips, held-out combinations",
-        "base": "the base model's clips",
-    }
-    lines = {label: {"split": split} for split, label in splits.items()}
-    title = "By the truth: accuracy of rewards trained on rendered and on generated clips"
-    return tabulate(title, ["pairs of"], rows, lines, columns)
 
 
 def by_share(validation):

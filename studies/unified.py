@@ -32,18 +32,43 @@ from studies.report.tables import Column, Report, matching, tabulate
 
 MEANS, STD = torch.tensor([-1.0, 1.0]), 0.4  # of the two modes, equally likely
 BETA = 1.0  # of Eq. 3
-DPO_BETAS = (0.3, 1.0, 3.0)
 STEPS, BATCH, RATE = 800, 256, 3e-3
 SAMPLES, EULER = 10_000, 100
 EDGES = torch.linspace(-3, 4, 71)
 METHODS = {
     "reference": "p_ref",
     "rwr": "Flow-RWR",
-    **{f"dpo-{beta:g}": f"Flow-DPO, its beta {beta:g}" for beta in DPO_BETAS},
+    "dpo-0.3": "Flow-DPO, its beta 0.3",
+    "dpo-1": "Flow-DPO, its beta 1",
+    "dpo-3": "Flow-DPO, its beta 3",
     "nrg-exact": "Flow-NRG, exact value function",
     "nrg-shared": "Flow-NRG, reward learned with the same noise for both clips",
     "nrg-own": "Flow-NRG, reward learned with separate noise",
 }
+
+
+def jobs(settings):
+    queue = {}
+    for seed, method in product(range(settings.seeds), METHODS):
+        queue[f"{method}-{seed}"] = partial(judged, method, seed)
+    return queue
+
+
+def judged(method, seed):
+    velocity, guidance = model_of(method, seed)
+    x1 = torch.randn(SAMPLES, 1, generator=step_rng(seed, -1))
+    y = torch.zeros(SAMPLES, 1, dtype=torch.int64)
+    x0 = sample(velocity, x1, y, steps=EULER, shift=1.0, guidance=guidance)[:, 0]
+    # first Wasserstein distance: between samples and quantiles, both in order
+    distance = (x0.sort().values - quantiles(SAMPLES)).abs().mean().item()
+    row = {"method": method, "seed": seed, "distance": distance, "mean": x0.mean().item()}
+    row["right"] = (x0 > 0).float().mean().item()
+    row["histogram"] = (torch.histogram(x0, EDGES).hist / SAMPLES).tolist()
+    return [row]
+
+
+# ---------------------------------------------------------------------------------------------
+# What is known
 
 
 def posterior(x_t, t, tilt=0.0):
@@ -65,90 +90,9 @@ def reference(x_t, t, y):
     return (x_t - (weight * mean).sum(1, keepdim=True)) / t.clamp(min=1e-3)[:, None]
 
 
-def new_network():
-    """A network (x_t, t) -> one number that starts at zero."""
-    last = torch.nn.Linear(64, 1)
-    torch.nn.init.zeros_(last.weight)
-    torch.nn.init.zeros_(last.bias)
-    first, middle = torch.nn.Linear(2, 64), torch.nn.Linear(64, 64)
-    return torch.nn.Sequential(first, torch.nn.SiLU(), middle, torch.nn.SiLU(), last)
-
-
-def draw(count, rng):
-    """Samples (count, 1) of p_ref."""
-    mode = torch.randint(2, (count,), generator=rng)
-    return (MEANS[mode] + STD * torch.randn(count, generator=rng))[:, None]
-
-
-def fit(network, loss, seed):
-    """Trains a network with loss: rng -> scalar; the rate falls to zero."""
-    optimizer = torch.optim.Adam(network.parameters(), RATE)
-    for step in range(STEPS):
-        optimizer.param_groups[0]["lr"] = RATE * (1 - step / STEPS)
-        optimizer.zero_grad()
-        loss(step_rng(seed, step)).backward()
-        optimizer.step()
-
-
-def labelled_pairs(rng):
-    """Winner and loser (BATCH, 1): drawn from p_ref, decided by Bradley-Terry on r / beta."""
-    a, b = draw(BATCH, rng), draw(BATCH, rng)
-    first = torch.rand(BATCH, 1, generator=rng) < torch.sigmoid((a - b) / BETA)
-    return torch.where(first, a, b), torch.where(first, b, a)
-
-
-NO_PROMPT = torch.zeros(BATCH, 1, dtype=torch.int64)
-
-
-def value(x_t, t, y):
-    """The exact value function, log E[exp(r(x0) / beta) | x_t], as scores (B, 1)."""
+def exact_value(x_t, t, y):
+    """log E[exp(r(x0) / beta) | x_t], (B, 1)."""
     return posterior(x_t, t, 1 / BETA)[2][:, None]
-
-
-def model_of(method, seed):
-    """(velocity, guidance) of a method."""
-    torch.manual_seed(seed)
-    network = new_network()
-
-    def learned(x_t, t, y):
-        return network(torch.cat((x_t, t[:, None]), 1))
-
-    def policy(x_t, t, y):
-        return reference(x_t, t, y) + learned(x_t, t, y)
-
-    data = draw(20_000, step_rng(seed, -2))
-    weight = rwr_weights(data[:, 0], BETA)
-
-    def rwr_loss(rng):
-        rows = torch.randint(len(data), (BATCH,), generator=rng)
-        noise = draw_noise(BATCH, (1,), 1.0, rng)
-        return flow_rwr_step(policy, data[rows], NO_PROMPT, weight[rows], **noise)[0]
-
-    def dpo_loss(rng):
-        pair, noise = labelled_pairs(rng), draw_noise(BATCH, (1,), 1.0, rng)
-        beta = float(method.removeprefix("dpo-"))
-        return flow_dpo_step(policy, reference, *pair, NO_PROMPT, **noise, beta=beta)[0]
-
-    def nrg_loss(rng):
-        pair, noise = labelled_pairs(rng), draw_noise(BATCH, (1,), 1.0, rng)
-        if method == "nrg-own":
-            noise["x1_b"] = torch.randn(BATCH, 1, generator=rng)
-        label = torch.ones(BATCH, 3, dtype=torch.int64)  # the winner comes first
-
-        def three_scores(x_t, t, y):
-            return learned(x_t, t, y).expand(-1, 3)
-
-        return noisy_pair_step(three_scores, *pair, NO_PROMPT, label, **noise)[0]
-
-    if method == "reference":
-        return reference, None
-    if method == "nrg-exact":
-        return reference, guide(value, [1.0])
-    if method.startswith("nrg"):
-        fit(network, nrg_loss, seed)
-        return reference, guide(learned, [1.0])
-    fit(network, rwr_loss if method == "rwr" else dpo_loss, seed)
-    return policy, None
 
 
 def below(x):
@@ -169,24 +113,77 @@ def quantiles(count):
     return line[torch.searchsorted(below(line), (torch.arange(count) + 0.5) / count)]
 
 
-def judged(method, seed):
-    velocity, guidance = model_of(method, seed)
-    x1 = torch.randn(SAMPLES, 1, generator=step_rng(seed, -1))
-    y = torch.zeros(SAMPLES, 1, dtype=torch.int64)
-    x0 = sample(velocity, x1, y, steps=EULER, shift=1.0, guidance=guidance)[:, 0]
-    # first Wasserstein distance: between samples and quantiles, both in order
-    distance = (x0.sort().values - quantiles(SAMPLES)).abs().mean().item()
-    row = {"method": method, "seed": seed, "distance": distance, "mean": x0.mean().item()}
-    row["right"] = (x0 > 0).float().mean().item()
-    row["histogram"] = (torch.histogram(x0, EDGES).hist / SAMPLES).tolist()
-    return [row]
+# ---------------------------------------------------------------------------------------------
+# What is trained
 
 
-def jobs(settings):
-    queue = {}
-    for seed, method in product(range(settings.seeds), METHODS):
-        queue[f"{method}-{seed}"] = partial(judged, method, seed)
-    return queue
+def draw(count, rng):
+    """Samples (count, 1) of p_ref."""
+    mode = torch.randint(2, (count,), generator=rng)
+    return (MEANS[mode] + STD * torch.randn(count, generator=rng))[:, None]
+
+
+def labelled_pairs(rng):
+    """Winner and loser (BATCH, 1): drawn from p_ref, decided by Bradley-Terry on r / beta."""
+    a, b = draw(BATCH, rng), draw(BATCH, rng)
+    first = torch.rand(BATCH, 1, generator=rng) < torch.sigmoid((a - b) / BETA)
+    return torch.where(first, a, b), torch.where(first, b, a)
+
+
+def fit(network, loss, seed):
+    """Trains a network with loss: rng -> scalar; the rate falls to zero."""
+    optimizer = torch.optim.Adam(network.parameters(), RATE)
+    for step in range(STEPS):
+        optimizer.param_groups[0]["lr"] = RATE * (1 - step / STEPS)
+        optimizer.zero_grad()
+        loss(step_rng(seed, step)).backward()
+        optimizer.step()
+
+
+def model_of(method, seed):
+    """(velocity, guidance) of a method."""
+    if method == "reference":
+        return reference, None
+    if method == "nrg-exact":
+        return reference, guide(exact_value, [1.0])
+    torch.manual_seed(seed)
+    first, middle, last = (torch.nn.Linear(*size) for size in ((2, 64), (64, 64), (64, 1)))
+    torch.nn.init.zeros_(last.weight)
+    torch.nn.init.zeros_(last.bias)
+    network = torch.nn.Sequential(first, torch.nn.SiLU(), middle, torch.nn.SiLU(), last)
+    data = draw(20_000, step_rng(seed, -2))
+    weight = rwr_weights(data[:, 0], BETA)
+    no_prompt = torch.zeros(BATCH, 1, dtype=torch.int64)
+
+    def learned(x_t, t, y):
+        return network(torch.cat((x_t, t[:, None]), 1))
+
+    def policy(x_t, t, y):
+        return reference(x_t, t, y) + learned(x_t, t, y)
+
+    def three_scores(x_t, t, y):
+        return learned(x_t, t, y).expand(-1, 3)
+
+    def rwr_loss(rng):
+        rows = torch.randint(len(data), (BATCH,), generator=rng)
+        noise = draw_noise(BATCH, (1,), 1.0, rng)
+        return flow_rwr_step(policy, data[rows], no_prompt, weight[rows], **noise)[0]
+
+    def dpo_loss(rng):
+        pair, noise = labelled_pairs(rng), draw_noise(BATCH, (1,), 1.0, rng)
+        beta = float(method.removeprefix("dpo-"))
+        return flow_dpo_step(policy, reference, *pair, no_prompt, **noise, beta=beta)[0]
+
+    def nrg_loss(rng):
+        pair, noise = labelled_pairs(rng), draw_noise(BATCH, (1,), 1.0, rng)
+        if method == "nrg-own":
+            noise["x1_b"] = torch.randn(BATCH, 1, generator=rng)
+        label = torch.ones(BATCH, 3, dtype=torch.int64)  # the winner comes first
+        return noisy_pair_step(three_scores, *pair, no_prompt, label, **noise)[0]
+
+    losses = {"rwr": rwr_loss, "dpo": dpo_loss, "nrg": nrg_loss}
+    fit(network, losses[method[:3]], seed)
+    return (reference, guide(learned, [1.0])) if method.startswith("nrg") else (policy, None)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -195,34 +192,22 @@ def jobs(settings):
 
 def report(rows):
     introduction = f"p_ref: modes at -1 and 1, standard deviation {STD}; r(x) = x, beta {BETA:g}."
-    tables = {"unified": table(rows)}
-    return Report("Three ways to p*", introduction, tables, {"unified": charts(rows)})
-
-
-def table(rows):
     share, mean = truth()
-    columns = [
-        Column("distance to p*", "distance", digits=3),
-        Column("mean", "mean", digits=3),
-        Column("mass above 0", "right", digits=3),
-    ]
+    names = {"distance to p*": "distance", "mean": "mean", "mass above 0": "right"}
+    columns = [Column(head, name, digits=3) for head, name in names.items()]
     lines = {label: {"method": method} for method, label in METHODS.items()}
     table = tabulate("", [""], rows, lines, columns)
     table.rows.insert(0, ["p*", "0", f"{mean:.3f}", f"{share[EDGES[:-1] > -1e-6].sum():.3f}"])
-    return table
+    return Report("Three ways to p*", introduction, {"unified": table}, {"unified": charts(rows)})
 
 
 def charts(rows):
     """Densities of p* and of each group of methods."""
     width = (EDGES[1] - EDGES[0]).item()
     middles = ((EDGES[:-1] + EDGES[1:]) / 2).tolist()
-
-    def density(name, shares):
-        return Series(name, middles, [(share / width, 0.0) for share in shares.tolist()])
-
     groups = {
         "Flow-RWR": {"reference": "p_ref", "rwr": "Flow-RWR"},
-        "Flow-DPO": {f"dpo-{beta:g}": f"its beta {beta:g}" for beta in DPO_BETAS},
+        "Flow-DPO": {"dpo-0.3": "its beta 0.3", "dpo-1": "its beta 1", "dpo-3": "its beta 3"},
         "Flow-NRG": {
             "nrg-exact": "exact value",
             "nrg-shared": "same noise (diverges to x near 8)",
@@ -231,9 +216,13 @@ def charts(rows):
     }
     panels = []
     for title, methods in groups.items():
-        series = [density("p*", truth()[0])]
+        shares = {"p*": truth()[0]}
         for method, name in methods.items():
-            shares = [row["histogram"] for row in matching(rows, method=method)]
-            series.append(density(name, torch.tensor(shares).mean(0)))
+            histograms = [row["histogram"] for row in matching(rows, method=method)]
+            shares[name] = torch.tensor(histograms).mean(0)
+        series = []
+        for name, share in shares.items():
+            density = (share / width).tolist()
+            series.append(Series(name, middles, [(height, 0.0) for height in density]))
         panels.append(Chart(f"{title} against p*", series, "x", "density p(x)"))
     return panels

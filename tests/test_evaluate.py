@@ -1,5 +1,6 @@
-"""How the studies judge: rows of policies, and pairs that judge rewards; and the generated tables."""
+"""How the studies judge policies and rewards; and the generated tables."""
 
+import math
 import re
 import shutil
 from functools import partial
@@ -14,9 +15,8 @@ import evaluate
 import world
 from data import DIMENSIONS, INVALID, Pairs
 from model import load_velocity
-from real_data import toy_pairs
 from runtime.cli import BadInput
-from studies import catalogue, nrg, policies, reward_model, tables
+from studies import align, catalogue, nrg, policies, reward_model, tables
 from studies.jobs import Settings
 from studies.policies import WEIGHTS
 from studies.report.tables import Column, over_seeds, tabulate
@@ -56,28 +56,34 @@ def test_rows_count_wins_of_the_policy_over_the_base():
 
 
 def test_best_of_n_is_what_videoreward_likes_best_of_the_first_n(monkeypatch):
-    # clip k of the first prompt has VideoReward's VQ k and MQ -3 k, of the second one VQ -k and
-    # MQ 3 k; the oracle's scores are k
+    # clip k of the first prompt has VideoReward's MQ k and TA -3 k, of the second one MQ -k and
+    # TA 3 k; the oracle's scores are k
     def clip(k):
-        learned = [[1.0 * k, -3.0 * k, 0.0], [-1.0 * k, 3.0 * k, 0.0]]
+        learned = [[0.0, 1.0 * k, -3.0 * k], [0.0, -1.0 * k, 3.0 * k]]
         return {"standard 1": scores([[float(k)] * 3] * 2, learned)}
 
-    seeds = []
+    seeds, used = [], set()
 
     def judge(settings, path, sets, cfgs, seed):
         seeds.append(seed)
         assert path == WEIGHTS / "base.pt" and cfgs == (1.0,)
         return clip(len(seeds))
 
+    def picked(weights, seed):
+        seeds.clear()
+        monkeypatch.setitem(align.ALIGNED, "own", weights)
+        rows = align.picked(None, "own", seed)
+        used.update(seeds)
+        assert rows[-1]["drift"] == math.log(16) - 15 / 16 and rows[-1]["seed"] == seed
+        return {row["method"]: row["VQ_score"] for row in rows if row["judge"] == "oracle"}
+
     monkeypatch.setattr(policies, "judge", judge)
     monkeypatch.setattr(policies, "base_scores", lambda *args: clip(0))
-    picked = policies.best_of(None, 2, {"standard": 1}, [1.0, 0.0, 0.0])
-    best = {n: by_set["standard 1"]["oracle"][:, 0].tolist() for n, by_set in picked.items()}
-    assert best == {1: [0, 0], 2: [1, 0], 4: [3, 0], 8: [7, 0], 16: [15, 0]}
-    assert len(set(seeds)) == 15 and min(seeds) > 10_000
-    picked = policies.best_of(None, 3, {"standard": 1}, [1.0, 1.0, 0.0])
-    assert len(set(seeds)) == 30  # another seed draws other clips
-    assert all(by_set["standard 1"]["oracle"][0, 0] == 0 for by_set in picked.values())
+    # for TA the last clip of the second prompt is picked, for MQ that of the first one
+    expected = {f"best-of-{n}": (n - 1) / 2 for n in (1, 2, 4, 8, 16)}
+    assert picked((0.0, 0.0, 1.0), 2) == picked((0.0, 1.0, 0.0), 3) == expected
+    assert len(used) == 30 and min(used) > 10_000  # another seed draws other clips
+    assert picked((0.0, 3.0, 1.0), 3) == {f"best-of-{n}": 0 for n in (1, 2, 4, 8, 16)}
 
 
 class Constant(torch.nn.Module):
@@ -159,11 +165,8 @@ def test_cfg_is_compared_with_the_base_without_it(monkeypatch):
 
 
 def pairs(label, overall):
-    """Pairs whose clips A differ from B by .3, .3, -.3 and .1 in true VQ, and in nothing else."""
     label, overall = torch.tensor(label), torch.tensor(overall)
-    truth = torch.full((len(label), 2, 3), 0.5)
-    truth[:, 0, 0] += torch.tensor([0.3, 0.3, -0.3, 0.1])
-    return Pairs(torch.zeros(len(label), 1), clips=None, label=label, overall=overall, truth=truth)
+    return Pairs(torch.zeros(len(label), 1), clips=None, label=label, overall=overall)
 
 
 def test_table_columns_by_hand():
@@ -176,8 +179,6 @@ def test_table_columns_by_hand():
     assert row["VQ_without"] == pytest.approx(2 / 3)
     assert row["VQ_with"] == 0.75
     assert row["MQ_with"] == 1.0  # all ties, below a threshold of 1
-    # .1 is a third of a deviation, .307, and a tie by the truth; pairs 1 and 3 are right
-    assert row["VQ_true"] == pytest.approx(2 / 3)
     # Overall: means 4/3, 0, -2/3, 1/2 against A, A, B, tie; below 1/2 a tie: 1, 3 and 4 are right
     assert row["Overall_without"] == pytest.approx(2 / 3) and row["Overall_with"] == 0.75
 
@@ -196,29 +197,20 @@ def test_oracle_and_random_judges_of_pairs(monkeypatch):
     label = torch.tensor([[1, -1, 0]]).expand(40, 3)
     overall = torch.full((40,), INVALID)
     known = Pairs(torch.zeros(40, 8), None, label=label, truth=truth, overall=overall)
-    monkeypatch.setattr(reward_model, "judged_pairs", lambda split, settings: known)
-    row, *_ = reward_model.untrained(None, "oracle", 0)
+    monkeypatch.setattr(reward_model, "judged_pairs", lambda split, count: known)
+    row, *_ = reward_model.untrained(settings_for(), "oracle", 0)
     assert row["VQ_without"] == row["MQ_without"] == row["TA_with"] == 1.0
     assert row["split"] == "validation"
-    random = [reward_model.untrained(None, "random", seed)[0]["VQ_without"] for seed in range(4)]
+    random = []
+    for seed in range(4):
+        row, _ = reward_model.untrained(settings_for(), "random", seed)
+        random.append(row["VQ_without"])
     assert all(0.1 < value < 0.9 for value in random) and len(set(random)) > 1
 
 
-def test_rewards_are_judged_on_pairs_of_held_out_prompts(drawn, monkeypatch, tmp_path):
-    asked, honest = [], toy_pairs.generated_pairs
-
-    def generated_pairs(count, splits, seed, *source):
-        asked.append((splits, seed, source[0], source[4]))
-        return honest(count, splits, seed, *source)
-
-    monkeypatch.setattr(toy_pairs, "generated_pairs", generated_pairs)
-    monkeypatch.setattr(toy_pairs, "sample_many", lambda model, x1, y, progress, **settings: x1)
-    settings = settings_for("reward", work=tmp_path, eval_pairs=20)
-    pairs = {split: reward_model.judged_pairs(split, settings) for split in reward_model.SPLITS}
-    splits = {split: splits_of(own.y) for split, own in pairs.items()}
-    assert splits == {"validation": {"validation"}, "benchmark": {"hard"}, "base": {"validation"}}
-    seed = reward_model.SEED + 3  # far from those of training
-    assert asked == [(["validation"], seed, WEIGHTS / "base.pt", toy_pairs.MODELS)]
+def test_rewards_are_judged_on_pairs_of_held_out_prompts():
+    validation, benchmark = (reward_model.judged_pairs(split, 20) for split in reward_model.SPLITS)
+    assert splits_of(validation.y) == {"validation"} and splits_of(benchmark.y) == {"hard"}
 
 
 def test_accuracy_of_a_noise_aware_reward_by_hand(monkeypatch):

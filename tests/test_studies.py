@@ -182,7 +182,6 @@ TRAININGS = [  # study, job, flags of its trainings
     ("reward", "btt-separate-1-2", [
         {"loss": "btt", "tokens": "separate", "generated": 0.5, "steps": 1500, "pairs": 24000}
     ]),
-    ("reward", "btt-rendered-1-2", [{"loss": "btt", "tokens": "separate", "generated": 0}]),
     ("reward", "regression-0.01-2", [  # a tenth of the steps on a hundredth of the pairs
         {"loss": "regression", "tokens": "shared", "steps": 150, "pairs": 240}
     ]),
@@ -220,20 +219,6 @@ def test_long_runs_and_rounds_are_judged_on_the_way(trainings):
     own = [(row["round"], row["learned"]) for row in rows if row["study"] == "own"]
     assert own == [(n, 50 * n) for n in range(20)]
     assert (settings.folder("online") / "nft-1" / "round-10.pt").exists()  # for the report
-
-
-def test_best_of_n_is_chosen_by_the_weights_of_its_alignment(monkeypatch, trainings):
-    settings, _ = trainings
-    chosen = []
-    monkeypatch.setattr(policies, "best_of", lambda *args: chosen.append(args[1:]) or {4: {}})
-    settings.study = "align"
-    queue = catalogue.STUDIES["align"].jobs(settings)
-    (row,) = queue["best-of-TA only-2"]()
-    assert chosen == [(2, {"standard": 256}, TA)]
-    facts = {"method": "best-of-4", "align": "TA only", "seed": 2}
-    assert row == {**facts, "drift": math.log(4) - 0.75}
-    queue["best-of-1:1:1-1"]()
-    assert chosen[1] == (1, {"standard": 256}, EQUAL)
 
 
 def test_guided_rows_are_of_what_their_columns_say(monkeypatch, trainings):
@@ -313,9 +298,8 @@ def test_three_ways_to_p_star_take_their_own_beta_noise_and_seed(monkeypatch):
 def test_a_tiny_study_from_end_to_end(tmp_path, monkeypatch, capsys):
     align = catalogue.STUDIES["align"]
     methods = {name: policies.METHODS[name] for name in ("sft", "dpo-schedule")}
-    for module in (align, policies):
-        monkeypatch.setattr(module, "METHODS", methods)
-        monkeypatch.setattr(module, "BEST_OF", (1, 2))
+    monkeypatch.setattr(align, "METHODS", methods)
+    monkeypatch.setattr(align, "BEST_OF", (1, 2))
     monkeypatch.setattr(align, "CFGS", (1.0,))
     monkeypatch.setattr(align, "ALIGNED", {"1:1:1": EQUAL})
     monkeypatch.setattr(policies, "DRIFT_CLIPS", 2)
@@ -326,7 +310,7 @@ def test_a_tiny_study_from_end_to_end(tmp_path, monkeypatch, capsys):
     saved = json.loads((tmp_path / "results" / "align.json").read_text())
     assert {"command", "commit", "torch", "device", "rows"} == saved.keys()
     rows = saved["rows"]
-    # three prompt sets and two judges for the base and two methods; best of 1 and 2 and Flow-NRG on one
+    # three prompt sets and two judges for the base and two methods; one set for the others
     assert len(rows) == 3 * 2 * 3 + 2 * 2 + 2 and not any(math.isnan(row["VQ"]) for row in rows)
     ties = [row for row in rows if row["method"] in ("base", "best-of-1")]
     assert all(row[name] == 0.5 for row in ties for name in DIMENSIONS)

@@ -15,10 +15,9 @@ from pathlib import Path
 from data import DIMENSIONS
 from runtime.cli import check_writable
 from studies.catalogue import ROOT, STUDIES
-from studies.jobs import report_of
+from studies.jobs import report_of, source_line
 from studies.report import clips
 from studies.report.charts import picture
-from studies.report.tables import Table
 from world import prompt_text
 
 TEMPLATE = Path(__file__).parent / "template.html"
@@ -28,7 +27,7 @@ MEANING = dict(zip(DIMENSIONS, ("visual quality", "motion quality", "text alignm
 def run(settings):
     check_writable(settings.out, "--out")
     shipped = ROOT / "results"
-    parts, sources, lines = {}, [], []
+    parts, lines = {}, []
     for name, study in STUDIES.items():
         path = settings.out / f"{name}.json"
         if not path.exists():
@@ -38,12 +37,9 @@ def run(settings):
             lines.append(f"{name}: as shipped, since {settings.out / f'{name}.json'} is missing")
         saved = json.loads(path.read_text(encoding="utf-8"))
         report = report_of(study, saved)
-        parts[name] = section(report)
-        sources.append([name, *(saved[key] for key in ("command", "commit", "torch", "device"))])
+        parts[name] = section(report, source_line(saved))
         if name == "align":
             parts["summary"] = html_table(report.tables["align"])
-    head = ["study", "command", "commit", "torch", "device"]
-    parts["sources"] = html_table(Table("Origin of the results", head, sources))
     parts["meaning"] = "".join(
         f'<span><i class="{n.lower()}"></i>{n}, {text}</span>' for n, text in MEANING.items()
     )
@@ -65,7 +61,7 @@ def run(settings):
     print("\n".join([*lines, *more_lines, f"wrote {page}, {len(text.encode()) / 1e6:.1f} MB"]))
 
 
-def section(report):
+def section(report, source):
     """Charts, introduction and tables of a study's report; the tables but the first unfold."""
     figures = []
     for chart in [chart for charts in report.pictures.values() for chart in charts]:
@@ -83,7 +79,7 @@ def section(report):
         body.append(
             f"<details><summary>{escape(table.title)}</summary>{html_table(table)}</details>"
         )
-    return "\n".join(body)
+    return "\n".join([*body, f"<p><small>{escape(source)}</small></p>"])
 
 
 def html_table(table):
