@@ -1,4 +1,4 @@
-"""What the Markdown files name is there: commands, which also run, flags, names, files, links."""
+"""Commands in the Markdown files run; flags, files and links that they name exist."""
 
 import importlib
 import re
@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 from forked import with_read
-from readme import DOCS, ROOT, WINGS, all_commands, fenced, modules, prose, sections, spans
+from readme import DOCS, ROOT, all_commands, fenced, prose, sections, spans
 from torch.distributed import run as torchrun
 
 from flags import Parser, flags_of, option
@@ -34,13 +34,6 @@ ELSEWHERE = {  # or by another test
     "python evaluate.py report": "test_report.py",
     "python -m pytest": "CI",
 }
-
-MADE = r"(?!out/|last\.pt|round\.pt|results/report\.html)"  # by commands
-FOLDERS = "|".join(("tests", "results", "weights", "docs", *WINGS))
-FILE = re.compile(MADE + rf"(?:[\w./-]+\.(?:py|pt)|(?:{FOLDERS})/[\w./-]*)")
-NAME = re.compile(
-    r"(\w+(?:\.\w+)*)\.(?!(?:csv|gif|html|jsonl?|md|mp4|npy|npz|png|svg)$)(\w+)(?:\(.*\))?"
-)
 
 
 class Accepted(Exception):
@@ -73,7 +66,7 @@ def test_commands_are_accepted(doc):
         if script == "-m" and flags[0] != "pytest":
             script = flags.pop(0).replace(".", "/") + ".py"
         flags = ["1" if re.fullmatch(r"[A-Z]+|<.*>", flag) else flag for flag in flags]  # N, DIR
-        assert script == "-m" or is_there(script), command
+        assert script == "-m" or (ROOT / script).exists(), command
         if script == "-m" or not flags or "..." in flags or "--help" in flags:
             continue
         if script == "train.py":
@@ -142,31 +135,7 @@ def test_the_commands_of_a_section_run_one_after_the_other(
 
 
 # ---------------------------------------------------------------------------------------------
-# Names
-
-
-def is_there(path, folder=ROOT):
-    return (folder / path).exists() or (ROOT / path).exists()
-
-
-def resolved(span, folder):
-    """Whether the file or module.name in a span is there; None if it names neither. A module is
-    named as it is imported, `runtime.cli.run`, or without its folders, `cli.run`."""
-    if FILE.fullmatch(span):
-        return is_there(span, folder)
-    if not (match := NAME.fullmatch(span)):
-        return None
-    path, name, known = match[1], match[2], modules()
-    found = [module for module in known if module == path or module.split(".")[-1] == path]
-    if found:
-        return any(hasattr(importlib.import_module(module), name) for module in found)
-    return None if path.split(".")[0] not in WINGS else f"{path}.{name}" in known
-
-
-@pytest.mark.parametrize("doc", DOCS)
-def test_names_and_files_are_there(doc):
-    named = {span: resolved(span, (ROOT / doc).parent) for span in spans(prose(doc))}
-    assert [span for span, there in named.items() if there is False] == []
+# Links and flags
 
 
 @pytest.mark.parametrize("doc", DOCS)

@@ -20,7 +20,7 @@ from data import DIMENSIONS, step_rng
 from model import load_velocity
 from online import tasks as online_tasks
 from runtime.cli import BadInput
-from studies import catalogue, jobs, nrg, online, policies, reward_model, unified
+from studies import beta, catalogue, jobs, nrg, online, policies, reward_model, unified
 from studies.jobs import Settings
 
 tiny = wired.tiny
@@ -226,9 +226,8 @@ def test_guided_rows_are_of_what_their_columns_say(monkeypatch, trainings):
     settings.study = "nrg"
 
     def steered_policy(model, reward, weights, scale, eps, interval, cfg):
-        assert model == "policy"
         time = reward(None, torch.tensor([0.7]), None)
-        return {"weights": weights, "eps": eps, "by": (scale, *interval), "time": time, "at": cfg}
+        return {"weights": weights, "by": (scale, *interval), "time": time, "at": cfg}
 
     def judge(settings, checkpoint, sets, cfgs, steered):
         return {"of": checkpoint, "sampled_at": cfgs, **steered("policy", cfgs[0])}
@@ -240,21 +239,20 @@ def test_guided_rows_are_of_what_their_columns_say(monkeypatch, trainings):
     rows = nrg.reward_rows(settings, "noised", 3)
     dpo = settings.folder("nrg") / "dpo-3" / "last.pt"
     for row in rows:
-        assert row["by"] == (row["scale"], 0.0, row["highest"]) and row["eps"] == nrg.NRG_EPS
+        assert row["by"] == (row["scale"], 0.0, row["highest"])
         assert row["time"] == 0.7 and row["variant"] == "noised"
         assert (row["at"],) == row["sampled_at"]
-        if row["method"] == "dpo":
-            assert row["weights"] == (0, 0, 0)
-        else:
-            assert row["method"].endswith(nrg.name_of(row["weights"]))
+        name = "dpo" if row["weights"] == (0, 0, 0) else nrg.name_of(row["weights"])
+        assert row["method"].endswith(name)
         is_dpo = row["method"].startswith("dpo")
         assert row["of"] == (dpo if is_dpo else policies.WEIGHTS / "base.pt")
-        assert row["study"] == "on top" or row["sampled_at"] == (1.0,)
-    top = {(row["method"], *row["sampled_at"]) for row in rows if row["study"] == "on top"}
+        assert row["study"] == "on top" or row["at"] == 1.0
+    top = {(row["method"], row["at"]) for row in rows if row["study"] == "on top"}
     both = {(method, cfg) for method in ("dpo", "dpo+nrg-1:1:1") for cfg in (1.0, 2.0)}
     assert top == {("cfg+nrg-1:1:1", 2.0), *both}
-    assert {row["scale"] for row in rows if row["study"] == "scale"} == {4.0, 8.0, 32.0, 64.0}
-    assert {row["highest"] for row in rows if row["study"] == "interval"} == {0.8, 0.9, 1.0}
+    scales = [row["scale"] / nrg.NRG_SCALE for row in rows if row["study"] == "scale"]
+    assert scales == [0.25, 0.5, 2, 4]
+    assert [row["highest"] for row in rows if row["study"] == "interval"] == [0.8, 0.9, 1.0]
     # a reward that was trained on clean clips is evaluated at t = 0, whatever the sampler's t is
     for variant, time in (("labels", 0.7), ("clean", 0.0)):
         rows = nrg.reward_rows(settings, variant, 3)
@@ -296,28 +294,25 @@ def test_three_ways_to_p_star_take_their_own_beta_noise_and_seed(monkeypatch):
 
 
 def test_a_tiny_study_from_end_to_end(tmp_path, monkeypatch, capsys):
-    align = catalogue.STUDIES["align"]
-    methods = {name: policies.METHODS[name] for name in ("sft", "dpo-schedule")}
-    monkeypatch.setattr(align, "METHODS", methods)
-    monkeypatch.setattr(align, "BEST_OF", (1, 2))
-    monkeypatch.setattr(align, "CFGS", (1.0,))
-    monkeypatch.setattr(align, "ALIGNED", {"1:1:1": EQUAL})
+    for name, value in {"BETAS": (30,), "SCHEDULES": ("dpo-constant",), "LONG": ("sft",)}.items():
+        monkeypatch.setattr(beta, name, value)
+    monkeypatch.setattr(beta, "LENGTHS", (0.5, 1.0))
     monkeypatch.setattr(policies, "DRIFT_CLIPS", 2)
-    flags = ["align", "--seeds=1", "--steps=2", "--eval-prompts=2", "--device=cpu"]
+    flags = ["beta", "--seeds=1", "--steps=2", "--eval-prompts=2", "--device=cpu"]
     flags += ["--eval-pairs=20", f"--out={tmp_path / 'results'}", f"--work={tmp_path / 'work'}"]
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *flags])
     evaluate.main()
-    saved = json.loads((tmp_path / "results" / "align.json").read_text())
+    saved = json.loads((tmp_path / "results" / "beta.json").read_text())
     assert {"command", "commit", "torch", "device", "rows"} == saved.keys()
     rows = saved["rows"]
-    # three prompt sets and two judges for the base and two methods; one set for the others
-    assert len(rows) == 3 * 2 * 3 + 2 * 2 + 2 and not any(math.isnan(row["VQ"]) for row in rows)
-    ties = [row for row in rows if row["method"] in ("base", "best-of-1")]
-    assert all(row[name] == 0.5 for row in ties for name in DIMENSIONS)
-    assert all(row["drift"] > 0 for row in rows if row["method"] in methods)
-    text = (tmp_path / "results" / "align.md").read_text()
-    assert "| SFT |" in text and "| Flow-DPO, (1-t)^2 |" in text and "nan" not in text
-    log = tmp_path / "work" / "align-2-2-20" / "dpo-schedule-111-0" / "metrics.jsonl"
+    # two prompt sets and two judges for the base, SFT after 1 and 2 steps, and Flow-DPO
+    assert len(rows) == 2 * 2 * 4 and not any(math.isnan(row["VQ"]) for row in rows)
+    assert all(row[name] == 0.5 for row in rows if row["method"] == "base" for name in DIMENSIONS)
+    assert all((row["drift"] > 0) == (row["method"] != "base") for row in rows)
+    text = (tmp_path / "results" / "beta.md").read_text()
+    assert "| SFT | 1 |" in text and "| Flow-DPO, constant beta | 30 |" in text
+    assert (tmp_path / "results" / "beta_long.svg").exists()
+    log = tmp_path / "work" / "beta-2-2-20" / "sft-long-0" / "metrics.jsonl"
     assert len(log.read_text().splitlines()) == 2
     log.unlink()
     evaluate.main()  # all jobs are done
