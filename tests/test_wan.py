@@ -164,6 +164,7 @@ def test_dpo_after_sft_starts_at_its_reference_and_the_library_reads_both(comman
     wan_model.load_adapters(model, dpo)
     policy = prediction(model, x, y)
     assert torch.allclose(policy, by_the_library(dpo), atol=1e-5)
+    assert model.blocks[0].attn1.to_q.scaling["policy"] == 2  # alpha is twice the rank (Table 10)
     moved = {name for name, value in model.named_parameters() if value.requires_grad}
     assert len(moved) == 64 and all(".policy." in name for name in moved)
     for name, value in model.named_parameters():
