@@ -85,7 +85,7 @@ def arguments():
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     group = "reward guidance (Flow-NRG, section 4.4), beside the same clips without it"
     add = parser.add_argument_group(group).add_argument
-    add("--nrg", type=flags.triple, help="weights of VQ, MQ and TA of any sign, for example 1,1,0.5")
+    add("--nrg", type=flags.triple, help="weights of VQ, MQ and TA of any sign, as in 1,1,0.5")
     add("--nrg-ckpt", type=Path, default=WEIGHTS / "nrg.pt", help="weights of a noise-aware reward")
     add("--nrg-scale", type=flags.finite, default=NRG_SCALE, help="w of Eq. 11, for unit spread")
     about = "of t / (1 - t + eps); 0 = the paper's form"

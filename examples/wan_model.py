@@ -77,10 +77,12 @@ def add_adapters(wan, rank):
 
 def load_adapters(wan, path):
     """The adapters in a file, trainable, and again as the reference's."""
+    # without use_safetensors the library leaves out alpha, which stands in the file's metadata
+    settings = {"prefix": "transformer", "use_safetensors": True}
     try:
         with warnings.catch_warnings(action="ignore"):  # of a second adapter
             for name in ("reference", "policy"):
-                wan.load_lora_adapter(str(path), prefix="transformer", adapter_name=name)
+                wan.load_lora_adapter(str(path), adapter_name=name, **settings)
         wan.set_adapter("policy")
     except Exception as error:  # the library raises errors of many kinds
         fault = f"cannot be loaded as adapters of this model ({first_line(error)})"

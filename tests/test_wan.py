@@ -146,7 +146,9 @@ def test_dpo_after_sft_starts_at_its_reference_and_the_library_reads_both(comman
 
     def by_the_library(path):
         model = bare(tiny)
-        model.load_lora_adapter(str(path), prefix="transformer")
+        pipeline = diffusers.WanPipeline
+        layers, metadata = pipeline.lora_state_dict(path, return_lora_metadata=True)
+        pipeline.load_lora_into_transformer(layers, model, metadata=metadata)
         layers = [name for name, _ in model.named_modules() if name.endswith("lora_A.default_0")]
         assert len(layers) == 32  # 4 blocks x 2 x q, k, v, out
         return prediction(model, x, y)
