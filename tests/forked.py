@@ -1,18 +1,12 @@
 """Runs of train.py on tiny models, in forked processes, which need no start of Python and torch."""
 
-import importlib
-import marshal
 import os
-import pickle
 import re
 import signal
 import socket
-import subprocess
 import sys
 import traceback
-import types
 from dataclasses import asdict, replace
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -24,6 +18,7 @@ from data import Vocabulary
 from runtime import checkpoint, cli
 from settings import settings_of
 
+torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # imports a second's worth of torch
 TINY = model.ModelConfig(dim=32, depth=3, heads=2, vocab=len(Vocabulary().words))
 
 
@@ -42,75 +37,20 @@ def tiny_checkpoints(folder, words=Vocabulary().words, **sizes):
 
 def fork(function, *args, output=os.devnull, **environment):
     """Starts function(*args) in a new process; its id. It ends with the function's SystemExit, or
-    with 1 after an exception. Functions inside functions are sent as code and variables."""
-    return ask((function, args, os.getcwd(), str(output), {**os.environ, **environment}))
-
-
-def ended(child):
-    """The exit status of a process, minus the signal's number where one ended it."""
-    return ask(child)
-
-
-@cache
-def server():
-    """A process that forks for this one: it is small, while a process of pytest grows, and forking
-    a large process is slow."""
-    start = f"import sys; sys.path[:0] = {sys.path!r}; import forked; forked.serve()"
-    return subprocess.Popen(
-        [sys.executable, "-c", start], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-
-
-def ask(request):
-    Sender(server().stdin).dump(request)
-    server().stdin.flush()
-    return pickle.load(server().stdout)
-
-
-class Sender(pickle.Pickler):
-    def reducer_override(self, value):
-        if isinstance(value, types.ModuleType):
-            return importlib.import_module, (value.__name__,)
-        if not isinstance(value, types.FunctionType) or "<" not in value.__qualname__:
-            return NotImplemented
-        cells = [cell.cell_contents for cell in value.__closure__ or ()]
-        code = marshal.dumps(value.__code__)
-        return received_function, (code, value.__module__, value.__defaults__, cells)
-
-
-def received_function(code, module, defaults, cells):
-    variables = vars(importlib.import_module(module))
-    cells = tuple(map(types.CellType, cells))
-    return types.FunctionType(marshal.loads(code), variables, None, defaults, cells)
-
-
-def serve():
-    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # imports a second's worth of torch
-    torch.set_num_threads(1)  # a pool of threads does not survive a fork
-    while True:
-        try:
-            request = pickle.load(requests)
-        except EOFError:
-            return
-        if isinstance(request, int):
-            reply = os.waitstatus_to_exitcode(os.waitpid(request, 0)[1])
-        else:
-            reply = os.fork() or run(*request)
-        pickle.dump(reply, replies)
-        replies.flush()
-
-
-def run(function, args, folder, output, environment):
+    with 1 after an exception."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child:
+        return child
     status = 1
     signal.alarm(150)  # a test that hangs fails
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    torch.set_num_threads(1)  # a pool of threads does not survive a fork
     try:
         handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(handle, 1)
         os.dup2(handle, 2)
-        os.chdir(folder)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
         os.environ.update(environment)
         model.PRESETS["nano"] = TINY
         function(*args)
@@ -123,6 +63,11 @@ def run(function, args, folder, output, environment):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def ended(child):
+    """The exit status of a process, minus the signal's number where one ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def with_read(flags, *more):

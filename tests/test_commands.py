@@ -255,47 +255,34 @@ BAD_FLAGS = {
         "--prompt=": "0 words",
         "--prompt=a red circle": "direction",
         "--n=0": "argument --n: 0: must be a whole number from 1 to 4096",
-        "--steps=0": "argument --steps: 0: must be a whole number from 1 to 1000000000",
-        f"--seed={2**45}": "--seed",
         "--cfg=inf": "--cfg: inf: must be a finite number",
         f"--ckpt={WEIGHTS / 'reward.pt'}": "holds a reward model",
         "--device=abacus": "abacus",
-        "--device=meta": "meta",
         "--nrg=1,1": "argument --nrg: 1,1: must be three numbers",
-        "--nrg=1,1,1 --nrg-scale=inf": "argument --nrg-scale: inf: must be a finite number",
         "--nrg=1,1,1 --nrg-interval=0.9,0": "--nrg-interval",
         "--nrg=1,1,1 --nrg-interval=0,2": "--nrg-interval",
         f"--nrg=1,1,1 --nrg-ckpt={WEIGHTS / 'base.pt'}": "holds a velocity model",
         "--n=1 --steps=3 --nrg=1e39,0,0": "not finite",
-        "--n=1 --steps=3 --nrg=1,0,0 --nrg-scale=1e38": "not finite",
         "--n=1 --steps=3 --cfg=1e38": "not finite",
     },
     train: {
         "--algo=ppo": "choose from",
         "--lr=-1": "argument --lr: -1: must be a positive number",
-        "--lr=nan": "--lr",
-        "--steps=0": "argument --steps: 0: must be a whole number from 1 to 1000000000",
         f"--seed={2**45}": "--seed: 35184372088832: must be a whole number from 0 to 2147483647",
-        "--lora-rank=-1": "--lora-rank: -1: must be a whole number from 0",
         "--label-dropout=2": "argument --label-dropout: 2: must be a number from 0 to 1",
         "--freeze=6": "0 to 5",
         f"--reward={WEIGHTS / 'base.pt'}": "holds a velocity model",
         "--resume": "no such checkpoint",
         "--speed=9": "--speed: no such flag",
         "--align=0,0,0": "at least one weight",
-        "--align=1,nan,1": "argument --align: 1,nan,1: must be three numbers",
         "--attention=tile:1,3,2": "does not divide the grid of (2, 4, 4) tokens",
-        "--time-shift=0": "argument --time-shift: 0: must be a positive number",
         "--algo=nrg --read=7": "--read 7: this base model has 6 blocks",
-        "--algo=nrg --target=truth": "argument --target: invalid choice: 'truth'",
         "--data=pairs.csv": "pairs.csv: cannot be read",
         "--accum=3": "--batch 2: must be a multiple of 3",
         "--fsdp": "--fsdp: needs processes; start with torchrun",
         # flags that the algorithm does not read, or not here
         "--algo=rwr --beta=7": "--beta: read by --algo dpo, not by rwr",
         "--algo=dpo --loss=bt": "--loss: read by --algo reward, not by dpo",
-        "--algo=dpo --rounds=2 --nft-beta=1": "--nft-beta: read by --algo nft, not by dpo",
-        "--algo=pretrain --init=x.pt": "not by pretrain",
         "--reference=round": "has no effect without --rounds",
         "--algo=nrg --target=labels --reward=x.pt": "--reward: has no effect",
         "--algo=reward --val=x.csv": "--val: has no effect without --data",
@@ -319,7 +306,7 @@ def test_bad_flags_are_refused(refused, tmp_path, monkeypatch, script):
     for text, words in BAD_FLAGS[script].items():
         flags = [text] if text.startswith("--prompt") else text.split()
         if script is train:
-            flags = ["--batch=2", *flags]
+            flags = ["--batch=2", "--steps=2", *flags]
         refused(script, flags, words)
     assert not list(tmp_path.iterdir())
 
