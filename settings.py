@@ -97,7 +97,7 @@ class FromNothing:
 class ToyPairs:
     """pairs of toy clips"""
 
-    pairs: int = flag(None, "(default: an epoch; reward, nrg: 2)", positive_int, without=TOY)
+    pairs: int = flag(None, "pairs (default: 1 epoch; reward, nrg: 2)", positive_int, without=TOY)
     generated: float = flag(0.0, "share of pairs of clips of --init", fraction, without=TOY)
 
 

@@ -1,9 +1,8 @@
 """Checkpoints: torch files that are written atomically and read safely (weights_only=True).
 
-A checkpoint is a dict: format (1), kind ("velocity", "reward" or "noisy reward"), config (the
-model's, as a dict), vocabulary (words in the order of their ids), model (the state dict, of
-averaged weights where there are any), step, evaluated (False while a reward is not calibrated),
-and, of a run, settings and training (resume.py).
+A checkpoint is a dict: format (1), kind ("velocity", "reward" or "noisy reward"), config, the
+vocabulary in the order of its ids, model (the state dict, averaged where it is), step, evaluated
+(False while a reward is not calibrated), and, of a run, settings and training (resume.py).
 """
 
 import os

@@ -106,9 +106,8 @@ def check_longer(settings, done, steps):
     rate_rises = done + 1 < warmup_steps(settings.steps)
     rounds = getattr(settings, "rounds", None)
     if settings.steps < steps or settings.decay or rounds or rate_rises:
-        change = f"--steps was {steps}, now {settings.steps}"
         rule = "a run can only get longer, after its warm-up, without --decay and --rounds"
-        raise BadInput(f"--resume: {change}, but {rule}")
+        raise BadInput(f"--resume: --steps was {steps}, now {settings.steps}, but {rule}")
 
 
 def read_own(path, settings):
@@ -207,8 +206,8 @@ def restore(state, tensors):
     try:
         for name, value in tensors.items():
             value.copy_(shard_like(training[name], value))
-    except (KeyError, RuntimeError) as error:
-        fault = f"does not hold the state of this model's training ({error})".split("\n")[0]
+    except (KeyError, RuntimeError):
+        fault = "does not hold the state of this model's training"
         raise BadInput(f"--resume: the checkpoint {fault}") from None
     state.clear()  # its memory is needed
     return step
