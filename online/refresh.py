@@ -11,7 +11,6 @@ run stops; once each cell of VQ, MQ and TA says A, B, same or invalid, --resume 
 on.
 """
 
-import shutil
 import sys
 from dataclasses import asdict
 
@@ -81,24 +80,20 @@ class Refresh:
 
     def ask_people(self, folder, prompts, clips):
         """Which of the pairs (N, 2, C, T, H, W) have labels (N',), and these (N', 3). Where there
-        is no folder yet, writes the pairs there as videos and a CSV, and stops the run."""
-        csv = folder / "pairs.csv"
-        if folder.exists():
+        is no CSV yet, writes the pairs as videos and then the CSV, and stops the run."""
+        csv, rows = folder / "pairs.csv", []
+        if csv.exists():
             return read_labels(csv, len(clips))
-        unfinished = folder.with_name(f"unfinished-{folder.name}")  # renamed when it is complete
-        shutil.rmtree(unfinished, ignore_errors=True)
         bar = progress_bar("writing videos", "pair")
         try:
-            unfinished.mkdir(parents=True)
-            rows = []
+            folder.mkdir(parents=True, exist_ok=True)
             for i, pair in enumerate(until_stopped(bar(clips), self.settings.out)):
                 names = video_names(i)
                 for name, clip in zip(names, to_video(pair)):
-                    write_video(unfinished / name, clip)
+                    write_video(folder / name, clip)
                 facts = FPS, float(clips.shape[3])  # frames a second, number of frames
                 rows.append(Pair(*names, prompts[i], (None,) * 3, *facts, *facts))
-            write_pairs(rows, unfinished / csv.name)
-            unfinished.rename(folder)
+            write_pairs(rows, csv)
         except OSError as error:
             raise BadInput(f"cannot write {folder}: {error.strerror}") from None
         print(f"wrote {csv} and its videos: label it by `python -m pages.label {csv}`,")
@@ -108,10 +103,9 @@ class Refresh:
     def train(self, number):
         """Trains VideoReward on new and old pairs. The old ones give its scores their unit."""
         settings, judge, labelled = self.settings, self.judge, self.labelled
+        clips = labelled["clips"]
         new = Pairs(
-            labelled["y"],
-            lambda index, side: to_video(labelled["clips"][index, side]),
-            label=labelled["label"],
+            labelled["y"], lambda i, side: to_video(clips[i, side]), label=labelled["label"]
         )
         judge.requires_grad_(True).train()
         optimizer = torch.optim.AdamW(judge.parameters(), RATE, betas=(0.9, 0.99), weight_decay=0.0)

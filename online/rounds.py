@@ -127,18 +127,10 @@ class Rounds:
 
         state = {"number": number, "settings": settled(settings), "prompts": prompts, "y": y}
         if settings.algo == "grpo":
-            states = sample_many(
-                self.policy,
-                x1,
-                y_clips,
-                progress,
-                sampler=sample_sde,
-                steps=settings.sde_steps,
-                rng=rng,
-                noise_level=settings.noise_level,
-                shift=settings.time_shift,
-            )
-            times = sampling_times(settings.sde_steps, settings.time_shift)
+            sde = {"steps": settings.sde_steps, "shift": settings.time_shift}
+            times = sampling_times(**sde)
+            sde |= {"noise_level": settings.noise_level, "rng": rng}
+            states = sample_many(self.policy, x1, y_clips, progress, sampler=sample_sde, **sde)
             state |= {"states": states.half().unflatten(0, (len(y), -1)), "times": times}
             videos = states[:, -1]
         else:
@@ -180,14 +172,13 @@ class Rounds:
     def bytes_on_disk(self):
         """About as much as round.pt will take, twice: a new one is written beside the last."""
         settings, clip = self.settings, math.prod(self.policy.config.video_shape)
-        need = min(MOST_PROMPTS, len(self.y)) * settings.clips * clip
+        clips = min(MOST_PROMPTS, len(self.y)) * settings.clips
         if settings.algo == "grpo":
-            need += 2 * need * (settings.sde_steps + 1)
-        if self.old is not None:
-            need += 4 * sum(map(torch.numel, self.old.state_dict().values()))
+            clips *= 1 + 2 * (settings.sde_steps + 1)  # states are float16
         if self.refresh:
-            need += 2 * self.refresh.most_labelled * clip
-        return 2 * need
+            clips += 2 * self.refresh.most_labelled
+        old = self.old.state_dict().values() if self.old is not None else ()
+        return 2 * (clips * clip + 4 * sum(value.numel() for value in old))
 
 
 # ---------------------------------------------------------------------------------------------

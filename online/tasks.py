@@ -31,7 +31,9 @@ def online_task(settings, device, judge=None):
     rounds = Rounds(settings, policy, judge, words, device)
     old = rounds.old
     if algo == "dpo":
-        reference = old or reference_for(settings, base, words, device)  # old: --reference round
+        reference = old or reference_for(
+            settings, base, words, device
+        )  # --reference round or other
         step_loss = dpo_loss(settings, policy, reference)
 
     def batch(step, rows):
@@ -55,25 +57,17 @@ def online_task(settings, device, judge=None):
             beta, kl = settings.nft_beta, settings.kl
             value, logs = flow_nft_step(policy, old, base, **batch, beta=beta, kl=kl)
         else:
-            value, logs = flow_grpo_step(
-                policy,
-                old,
-                base,
-                **batch,
-                clip_range=settings.clip_range,
-                kl_weight=settings.kl,
-                noise_level=settings.noise_level,
-            )
+            options = {"clip_range": settings.clip_range, "kl_weight": settings.kl}
+            options["noise_level"] = settings.noise_level
+            value, logs = flow_grpo_step(policy, old, base, **batch, **options)
         return value, logs | rounds.state["logs"]
 
     def evaluate(model, out):
         return alignment_table(model, out, base, rounds.judge, words, rounds, settings, device)
 
     logs = ("round", "learned", "true")
-    task = Task("velocity", policy, words, batch, loss, logs, evaluate, merged_state_dict)
-    task.round_length = rounds.length
-    task.extra_bytes = rounds.bytes_on_disk()
-    return task
+    own = merged_state_dict, rounds.length, rounds.bytes_on_disk()
+    return Task("velocity", policy, words, batch, loss, logs, evaluate, *own)
 
 
 # ---------------------------------------------------------------------------------------------
