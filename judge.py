@@ -20,7 +20,6 @@ from sample import CFG, sample_many
 NOISE_SEED = 4321  # of the studies' samples
 LEAST_CLIPS, FEW_CLIPS = 8, 100  # for the mean and spread of a reward's scores
 EVERY_SPLIT = ("train", "validation", "hard")
-PROBE_TIME = 0.8  # of denoised_right: where shapes were lost
 
 
 def win_rate(model, base):
@@ -197,22 +196,6 @@ def calibrate_noisy(model, held, seed, device, train_pairs=None):
 # What a video model can do, at the end of its training
 
 
-@torch.no_grad()
-def denoised_right(model, words, prompts, now, seed, device):
-    """Share (3,) of clean clips of `prompts` (N, 3) whose colour, shape and direction x0_hat shows,
-    from one step at t = now with their own prompt: takes a second, and falls before samples do."""
-    rng = torch.Generator().manual_seed(seed)
-    generator = torch.zeros_like(prompts[:, 0])
-    clips = world.draw_clips(prompts, generator, rng, model.config.frames, clean=True)
-    x0 = world.render(clips, model.config.size).to(device)
-    t = torch.full((len(x0),), now, device=device)
-    x1 = torch.randn(x0.shape, generator=rng).to(device)
-    x_t = interpolate(x0, x1, t)
-    y = Vocabulary(words).encode_attributes(prompts, model.config.max_text).to(device)
-    x0_hat = x_t - now * model(x_t, t, y)
-    return attributes_share(x0_hat.cpu(), prompts)
-
-
 def attributes_share(videos, prompts):
     """Share (3,) of clips that show the colour, shape and direction of their prompts (N, 3)."""
     return (world.attributes_right(videos, prompts) > 0.5).float().mean(0)
@@ -235,8 +218,6 @@ def pretrain_table(model, out, words, settings, device):
         score = named(DIMENSIONS, world.oracle(videos, prompts).mean(0))
         right = named(world.MARGIN, attributes_share(videos, prompts))
         lines.append(f"CFG {cfg:g}: true score {score}; right {right}")
-    right = denoised_right(model, words, prompts, PROBE_TIME, seed, device)
-    lines.append(f"x0_hat of clean clips at t {PROBE_TIME:g}: right {named(world.MARGIN, right)}")
     write_gif(out / "samples.gif", list(videos[:32].split(8)))
     write_sheet(out / "samples.png", videos[:16])
     return [*lines, f"wrote {out / 'samples.gif'} and .png (CFG {CFG:g})"]

@@ -12,10 +12,9 @@ import ranking
 import trainer
 import world
 from data import Pairs, Vocabulary
-from judge import alignment_table, learned_scores, pair_scores, score_table, win_rate
+from judge import alignment_table, learned_scores, pair_scores
 from model import VideoTransformer, load_velocity
 from reward import RewardConfig, VideoReward
-from runtime.cli import BadInput
 from settings import settings_of
 
 tiny = wired.tiny
@@ -126,31 +125,10 @@ def test_pretraining_ends_with_the_share_of_right_attributes(tiny, tmp_path):
     for right in (True, False):
         lines = judge.pretrain_table(Painter(right), tmp_path, WORDS, settings, CPU)
         assert lines[0].partition(":")[2] != lines[1].partition(":")[2]  # CFG leads away
-        assert lines[2].startswith("x0_hat of clean clips at t 0.8")
-        for line in (lines[0], lines[2]):
-            names, shares = zip(*zip(*[iter(line.partition("right ")[2].split())] * 2))
-            assert names == ("colour", "shape", "direction")
-            shares = [float(share) for share in shares]
-            assert shares == [1.0] * 3 if right else max(shares) < 0.5
-
-
-def test_the_probe_noises_clean_clips_to_its_t_with_their_own_prompts():
-    calls = []
-
-    class Watched(Painter):
-        def forward(self, *inputs):
-            calls.append(inputs)
-            return super().forward(*inputs)
-
-    prompts = world.split_prompts("validation")
-    judge.denoised_right(Watched(), WORDS, prompts, 0.6, 3, CPU)
-    ((x_t, t, y),) = calls
-    assert torch.equal(t, torch.full((12,), 0.6))
-    assert torch.equal(y, Vocabulary().encode_attributes(prompts, CONFIG.max_text))
-    # .4 x0, whose background is dark, and noise of deviation .6
-    ground = x_t.flatten(2).median(2).values.mean().item()
-    assert ground == pytest.approx(0.4 * (2 * world.GROUND - 1), abs=0.05)
-    assert x_t[:, :, :, :4, :4].std().item() == pytest.approx(0.6, abs=0.1)
+        words = lines[0].partition("right ")[2].split()
+        assert words[::2] == ["colour", "shape", "direction"]
+        shares = [float(share) for share in words[1::2]]
+        assert shares == [1.0] * 3 if right else max(shares) < 0.5
 
 
 class Grey(torch.nn.Module):
@@ -185,17 +163,6 @@ def test_real_data_is_judged_by_videoreward_alone(tiny, tmp_path):
     assert rows["dpo wins, VideoReward"] == pytest.approx(wins, abs=0.006)
 
 
-def test_win_rates_by_hand():
-    one = torch.tensor([[1.0, 0.0, 2.0], [3.0, 0.0, 2.0]])
-    other = torch.tensor([[0.0, 1.0, 2.0], [2.0, 1.0, 1.0]])
-    assert win_rate(one, other).tolist() == [1.0, 0.0, 0.75]
-    assert win_rate(other, one).tolist() == [0.0, 1.0, 0.25]
-    scores = {"base": other, "new": one}, {"base": one, "new": other}
-    *_, by_oracle, by_reward, _ = score_table(*scores)
-    assert by_oracle.split() == ["new", "wins,", "oracle", "1.00", "0.00", "0.75"]
-    assert by_reward.split() == ["new", "wins,", "VideoReward", "0.00", "1.00", "0.25"]
-
-
 # ---------------------------------------------------------------------------------------------
 # Scores
 
@@ -204,8 +171,6 @@ def test_ranking_by_hand():
     total = torch.tensor([[0.0, 1.0], [5.0, 1.0], [2.0, 2.0], [3.0, 0.0]])
     pair, side = ranking.winners(total)
     assert pair.tolist() == [0, 1, 3] and side.tolist() == [1, 0, 0]  # a draw is no pair
-    with pytest.raises(BadInput, match="no pair has a better clip"):
-        ranking.winners(torch.ones(4, 2))
 
 
 def test_pairs_and_samples_are_scored_by_the_checkpoints_z_scores(tiny, tmp_path, monkeypatch):

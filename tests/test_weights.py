@@ -8,7 +8,7 @@ import torch
 import train
 import world
 from data import Vocabulary
-from judge import PROBE_TIME, denoised_right, prompt_set, sample_prompts, win_rate
+from judge import prompt_set, sample_prompts, win_rate
 from model import load_velocity
 from nrg import SteeredPolicy, load_noisy_reward
 from real_data.toy_pairs import annotated_pairs
@@ -43,7 +43,6 @@ def test_base_follows_its_prompts_and_leaves_something_to_align(base):
         assert (right > torch.tensor(least)).all(), right
     clean = torch.tensor([0.99, 0.94, 1.0])  # tests/test_world.py: clean clips score about 1
     assert (world.oracle(plain, prompts).mean(0) < clean - 0.1).all()
-    assert (denoised_right(model, words, prompts, PROBE_TIME, 7, torch.device("cpu")) > 0.9).all()
 
 
 def test_reward_ranks_pairs_of_prompts_it_never_saw():
