@@ -102,13 +102,13 @@ def report(rows):
 
 def tables(rows):
     """Win rates by both judges for each alignment, CFG and prompt set; true scores."""
-    tables = {}
+    found = {}
     lines = {NAMES[method]: {"method": method} for method in (*METHODS, "nrg-1:1:1")}
     for align, cfg, name in product(ALIGNED, CFGS, SETS):
         title = f"Aligned {align}: {name} prompts, CFG {cfg:g}"
         key = "align" if (align, cfg, name) == ("1:1:1", 1.0, "standard") else title
         own = matching(rows, align=align, cfg=cfg, set=name)
-        tables[key] = tabulate(title, [f"aligned {align}"], own, lines, WINS_BY_JUDGE)
+        found[key] = tabulate(title, [f"aligned {align}"], own, lines, WINS_BY_JUDGE)
 
     lines = {}
     for method, cfg in [
@@ -121,5 +121,5 @@ def tables(rows):
     columns.append(Column("static quality", "quality", TRUE, spread=False))
     own = [row for row in matching(rows, set="standard") if row["align"] != "TA only"]
     title = "True scores, aligned 1:1:1, standard prompts"
-    tables["true"] = tabulate(title, ["", "CFG"], own, lines, columns)
-    return tables
+    found["true"] = tabulate(title, ["", "CFG"], own, lines, columns)
+    return found

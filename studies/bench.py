@@ -39,11 +39,11 @@ def clock(device):
     return time.perf_counter()
 
 
-def medians(ways, device, rounds=9):
-    """{name: median seconds} of {name: function}, in another order every round: what ran before
-    decides where tensors lie in memory. Medians are of shares of a round's time, so that a slow
-    round leaves ratios alone. The first round does not count."""
-    shares, totals = {name: [] for name in ways}, []
+def times(ways, device, rounds=9):
+    """{name: median time in units of the first one's} of {name: function}. Every round takes them
+    in another order, since what ran before decides where tensors lie in memory; the first round
+    does not count."""
+    first, found = next(iter(ways)), {name: [] for name in ways}
     for i in range(rounds + 1):
         taken = {}
         for name in random.Random(i).sample(list(ways), len(ways)):
@@ -51,11 +51,9 @@ def medians(ways, device, rounds=9):
             ways[name]()
             taken[name] = clock(device) - start
         if i > 0:
-            totals.append(sum(taken.values()))
             for name in ways:
-                shares[name].append(taken[name] / totals[-1])
-    middle = statistics.median(totals)
-    return {name: statistics.median(shares[name]) * middle for name in ways}
+                found[name].append(taken[name] / taken[first])
+    return {name: statistics.median(values) for name, values in found.items()}
 
 
 def awake(config, device):
@@ -153,12 +151,12 @@ def run(settings):
     rows = []
     for part in (training, tiles, sampling):
         ways = part(settings.device)
-        seconds = medians({name: way for name, (way, _) in ways.items()}, settings.device)
+        found = times({name: way for name, (way, _) in ways.items()}, settings.device)
         first, *others = ways
         for name in others:
-            row = {"name": f"{name} / {first}", "value": seconds[name] / seconds[first]}
-            rows.append(row | {"best": ways[name][1]})
-            print(f"{row['name']:60} {row['value']:6.3f}   ({ways[name][1]:.2f})", flush=True)
+            row = {"name": f"{name} / {first}", "value": found[name], "best": ways[name][1]}
+            rows.append(row)
+            print("{name:60} {value:6.3f}   ({best:.2f})".format(**row), flush=True)
     saved = {**facts(settings.device), "rows": rows}
     (settings.out / "bench.json").write_text(json.dumps(saved, indent=1) + "\n")
 

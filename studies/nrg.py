@@ -158,28 +158,28 @@ def tables(rows):
     lines = {label_of(w): {"method": name_of(w)} for w in RATIOS}
     lines["no guidance, CFG 2"] = {"method": f"CFG {CFG:g}, no NRG"}
     by_judge = [*WINS_BY_JUDGE, *TRUE_SCORES]
-    tables = {"nrg-weights": tabulate("Table 5: weights", ratio, weights, lines, by_judge)}
+    found = {"nrg-weights": tabulate("Table 5: weights", ratio, weights, lines, by_judge)}
 
     depends = by_scale(rows) + matching(rows, study="interval")
     lines = {}
     for scale, highest in sorted({(row["scale"], row["highest"]) for row in depends}):
         lines[f"{scale:g}", f"{highest:g}"] = {"scale": scale, "highest": highest}
     title = "Scale and interval, 1 : 1 : 1"
-    tables["settings"] = tabulate(title, ["scale", "guided up to t"], depends, lines, columns)
+    found["settings"] = tabulate(title, ["scale", "guided up to t"], depends, lines, columns)
 
     learned = matching(rows, study="reward") + matching(weights, variant="noised")
     lines = {}
     for (variant, source), w in product(SOURCES.items(), CHOICES):
         lines[source, label_of(w)] = {"variant": variant, "method": name_of(w)}
     title = "What the reward learned from"
-    tables["rewards"] = tabulate(title, ["learned from", *ratio], learned, lines, columns)
+    found["rewards"] = tabulate(title, ["learned from", *ratio], learned, lines, columns)
 
     lines = {}
     for cfg, (method, label) in product((1.0, CFG), ON_TOP.items()):
         lines[label, f"{cfg:g}"] = {"study": "on top", "method": method, "cfg": cfg}
     title = "On top of Flow-DPO and of CFG"
-    tables["on-top"] = tabulate(title, ["", "CFG"], rows, lines, columns)
-    return tables
+    found["on-top"] = tabulate(title, ["", "CFG"], rows, lines, columns)
+    return found
 
 
 def by_scale(rows):

@@ -1,4 +1,4 @@
-"""Commands in the Markdown files run; flags, files and links that they name exist."""
+"""Commands in the Markdown files run, and their links lead somewhere."""
 
 import importlib
 import re
@@ -7,16 +7,15 @@ import shlex
 import subprocess
 import sys
 from dataclasses import replace
-from unittest import mock
 
 import pytest
 from forked import with_read
-from readme import DOCS, ROOT, all_commands, fenced, prose, sections, spans
+from readme import DOCS, ROOT, all_commands, fenced, prose, sections
 from torch.distributed import run as torchrun
 
-from flags import Parser, flags_of, option
+from flags import Parser
 from model import PRESETS
-from settings import ALGORITHMS, settings_of
+from settings import settings_of
 
 # Each command in a fence of these is run, with these flags behind its own (the last of a kind
 # counts); torchrun by two processes, and presets narrow and shallow (narrow.py),
@@ -40,24 +39,15 @@ class Accepted(Exception):
     """Raised when a command has read its flags, in place of its work."""
 
 
-def parser_of(script, *flags):
-    """The parser of a script, which has accepted the flags."""
+@pytest.mark.parametrize("doc", DOCS)
+def test_commands_are_accepted(doc, monkeypatch):
     parse = Parser.parse_known_args
 
     def stop(parser, argv=None, namespace=None):
         _, unknown = parse(parser, argv, namespace)
-        assert not unknown, f"{script}: {unknown}"
-        raise Accepted(parser)
+        assert not unknown, unknown
+        raise Accepted
 
-    patched = mock.patch.object(Parser, "parse_known_args", stop)
-    with patched, mock.patch.object(sys, "argv", [script, *flags]):
-        with pytest.raises(Accepted) as accepted:
-            runpy.run_path(str(ROOT / script), run_name="__main__")
-    return accepted.value.args[0]
-
-
-@pytest.mark.parametrize("doc", DOCS)
-def test_commands_are_accepted(doc):
     for command in all_commands(doc):
         _, script, *flags = shlex.split(command)
         if command.startswith("torchrun"):
@@ -75,7 +65,10 @@ def test_commands_are_accepted(doc):
             pytest.importorskip("diffusers")
             importlib.import_module("examples.wan").settings_of(flags)
         else:
-            parser_of(script, *flags)
+            monkeypatch.setattr(sys, "argv", [script, *flags])
+            with monkeypatch.context() as patch, pytest.raises(Accepted):
+                patch.setattr(Parser, "parse_known_args", stop)
+                runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
 def run_elsewhere(words):
@@ -135,7 +128,7 @@ def test_the_commands_of_a_section_run_one_after_the_other(
 
 
 # ---------------------------------------------------------------------------------------------
-# Links and flags
+# Links
 
 
 @pytest.mark.parametrize("doc", DOCS)
@@ -148,15 +141,3 @@ def test_links_lead_somewhere(doc):
                 re.sub(r"[^\w -]", "", heading).lower() for heading in sections(prose(file))
             ]
             assert anchor in [heading.replace(" ", "-") for heading in headings]
-
-
-def test_flags_are_those_of_a_command():
-    parsers = [torchrun.get_args_parser(), parser_of("sample.py"), parser_of("data.py", "x")]
-    parsers += [parser_of("evaluate.py", name) for name in ("align", "bench", "report")]
-    known = {flag for parser in parsers for flag in parser._option_string_actions}
-    for algorithm in ALGORITHMS.values():
-        known.update(map(option, flags_of(algorithm)))
-    docs = [doc for doc in DOCS if not doc.startswith("examples/")]  # wan.py has flags of its own
-    text = [span for doc in docs for span in spans(prose(doc)) if not span.startswith("pip")]
-    flags = set(re.findall(r"(?<![\w-])--\w[\w-]*", " ".join(text)))
-    assert flags and flags - known == set()

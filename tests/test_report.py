@@ -15,7 +15,6 @@ import pytest
 import torch
 from wired import CPU
 
-import world
 from real_data.video import to_pixels
 from studies.catalogue import ROOT
 from studies.jobs import Settings
@@ -23,48 +22,9 @@ from studies.report import clips, page
 from studies.report.charts import Chart, Series, curve, picture, ticks
 
 SHIPPED = ROOT / "results" / "report.html"
-ROWS = [
-    "base",
-    "sft",
-    "rwr",
-    "dpo-schedule",
-    "dpo-constant",
-    "dpo-refreshed",
-    "nft-refreshed",
-    "nrg-1-1-1",
-]
+METHODS = ["sft", "rwr", "dpo-schedule", "dpo-constant", "dpo-refreshed", "nft-refreshed"]
+ROWS = ["base", *METHODS, "nrg-1-1-1"]
 SVG = "{http://www.w3.org/2000/svg}"
-
-
-@pytest.fixture(scope="module")
-def report(tmp_path_factory):
-    """A function: folder of results -> (text, printed lines) of a page whose policies but SFT are
-    missing and whose clips get a little brighter with every call of the sampler."""
-    folder = tmp_path_factory.mktemp("report")
-    settings = Settings("report", device=CPU, work=folder / "work")
-    sft = clips.policies(settings)["sft"][2]
-    sft.parent.mkdir(parents=True)
-    shutil.copy(clips.WEIGHTS / "base.pt", sft)
-    calls = []
-
-    def sampler(model, words, prompts, seed, device):
-        calls.append(model)
-        generator = torch.zeros(len(prompts), dtype=torch.int64)
-        drawn = world.draw_clips(prompts, generator, torch.Generator(), clean=True)
-        return world.render(drawn) * (0.5 + 0.01 * len(calls))
-
-    def write(out):
-        settings.out = out
-        calls.clear()
-        printed = []
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(clips, "sample_prompts", sampler)
-            patch.setattr(page, "print", printed.append, raising=False)
-            page.run(settings)
-        assert len(calls) == 2 + 28  # base and SFT; 1:1:1 and three values of three weights
-        return (out / "report.html").read_text(), printed[0].splitlines()
-
-    return write
 
 
 def rows_of(text):
@@ -84,19 +44,30 @@ def test_the_shipped_page_is_complete_and_needs_nothing_else():
     assert len(labels) > 250 and all(len(label) > 10 for label in labels)
 
 
-def test_rows_of_missing_policies_are_taken_from_the_page_before(report, tmp_path):
+def test_rows_of_missing_policies_are_taken_from_the_page_before(monkeypatch, tmp_path, capsys):
+    settings = Settings("report", device=CPU, work=tmp_path / "work", out=tmp_path)
+    sft = clips.policies(settings)["sft"][2]
+    sft.parent.mkdir(parents=True)
+    shutil.copy(clips.WEIGHTS / "base.pt", sft)
+    calls = []
+
+    def sample_prompts(model, words, prompts, seed, device):
+        calls.append(model)
+        return torch.full((len(prompts), 3, 8, 32, 32), 0.01 * len(calls))
+
+    monkeypatch.setattr(clips, "sample_prompts", sample_prompts)
     shipped = SHIPPED.read_text()
-    text, lines = report(tmp_path)
-    assert rows_of(text) == ROWS and SHIPPED.read_text() == shipped
     earlier = {name: re.search(rf'<tr id="{name}".*?</tr>', shipped, re.DOTALL)[0] for name in ROWS}
+    before = shipped.replace(earlier["rwr"], "")
+    (tmp_path / "report.html").write_text(before)
+    page.run(settings)
+    text, printed = (tmp_path / "report.html").read_text(), capsys.readouterr().out
+    assert rows_of(text) == [name for name in ROWS if name != "rwr"]
+    assert len(calls) == 2 + 28  # base and SFT; 1:1:1 and three values of three weights
     assert earlier["dpo-constant"] in text and earlier["sft"] not in text
-    assert any("clips of SFT: sampled from" in line for line in lines)
-    assert sum("as on the page before" in line for line in lines) == 5
-    assert sum("as shipped" in line for line in lines) == 7  # no study was run in this folder
-    (tmp_path / "report.html").write_text("")  # a page without rows
-    text, lines = report(tmp_path)
-    assert rows_of(text) == ["base", "sft", "nrg-1-1-1"]
-    assert sum(": none, since" in line for line in lines) == 5
+    assert "clips of SFT: sampled from" in printed and "clips of Flow-RWR: none, since" in printed
+    assert printed.count("as on the page before") == 4 and SHIPPED.read_text() == shipped
+    assert "align: as shipped" in printed  # no study was run in this folder
 
 
 def test_a_row_shows_means_of_all_clips_and_scores_of_each(monkeypatch):

@@ -101,14 +101,10 @@ def test_means_over_the_dimensions_by_hand():
 
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [
-        ([], "what to do is missing: reward, align"),
-        (["align", "--seeds=0"], "--seeds: 0: must be"),
-        (["align", "--rounds=3"], "--rounds: no such"),
-    ],
+    [("", "what to do is missing: reward, align"), ("align --rounds=3", "--rounds: no such")],
 )
 def test_bad_command_lines_are_refused(monkeypatch, flags, message):
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *flags])
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *flags.split()])
     with pytest.raises(BadInput, match=message):
         jobs.settings_of(("reward", "align"))
 
