@@ -29,6 +29,7 @@ SHRUNK = {
 ELSEWHERE = {  # or by another test
     "python train.py .*(--rounds|nft|grpo)": "test_online.py",
     "python -m pages.label": "test_label.py",
+    "python train.py .*(labels-1/pairs.csv|out/loop/reward)": "test_label.py",
     "python -m real_data.prepare": "test_videos.py",
     "python evaluate.py report": "test_report.py",
     "python -m pytest": "CI",
