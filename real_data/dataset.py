@@ -38,25 +38,25 @@ def disk_data(settings, config, words=None, held_out=True):
     rows = read_pairs(settings.data, skipped, settings.data_dir)
     vocabulary, config = words_and_sizes(settings, rows, config, words)
     rows, _ = usable_rows(rows, settings.data, config, settings, skipped)
-    train_rows, held_rows, held = rows, [], {}
+    train_rows, val_rows, val_pairs = rows, [], {}
     if held_out and settings.val:
-        held_rows = read_pairs(settings.val, skipped, settings.data_dir)
-        held_rows, _ = usable_rows(held_rows, settings.val, config, settings, skipped)
+        val_rows = read_pairs(settings.val, skipped, settings.data_dir)
+        val_rows, _ = usable_rows(val_rows, settings.val, config, settings, skipped)
         name = f"pairs of {settings.val}"
     elif held_out:
-        train_rows, held_rows = hold_out(rows, settings.seed)
+        train_rows, val_rows = hold_out(rows, settings.seed)
         name = "pairs of prompts held out of training"
-        if held_rows is train_rows:
+        if val_rows is train_rows:
             name = "training pairs, all there are of one prompt"
     if held_out:
-        held_csv = settings.val or settings.data
-        held[name] = pairs_of(held_rows, held_csv, config, vocabulary, settings)
+        val_csv = settings.val or settings.data
+        val_pairs[name] = pairs_of(val_rows, val_csv, config, vocabulary, settings)
     pairs = pairs_of(train_rows, settings.data, config, vocabulary, settings)
     if rank() == 0:
-        print_coverage(train_rows, held_rows, vocabulary, config.max_text)
+        print_coverage(train_rows, val_rows, vocabulary, config.max_text)
         if skipped:
             print(f"skipped {len(skipped)} rows:", *skipped, sep="\n  ")
-    return vocabulary, config, pairs, held
+    return vocabulary, config, pairs, val_pairs
 
 
 def words_and_sizes(settings, rows, config, words=None):
@@ -156,8 +156,8 @@ def hold_out(rows, seed):
         return rows, rows
     order = torch.randperm(len(prompts), generator=step_rng(seed, -1)).tolist()
     chosen = {prompts[i] for i in order[: max(1, len(prompts) // 10)]}
-    held = [row for row in rows if plain(row.prompt) in chosen]
-    return [row for row in rows if plain(row.prompt) not in chosen], held
+    val_rows = [row for row in rows if plain(row.prompt) in chosen]
+    return [row for row in rows if plain(row.prompt) not in chosen], val_rows
 
 
 def plain(prompt):
@@ -165,13 +165,15 @@ def plain(prompt):
     return " ".join(split_words(prompt))
 
 
-def print_coverage(train_rows, held_rows, vocabulary, max_text):
+def print_coverage(train_rows, val_rows, vocabulary, max_text):
     prompts = {plain(row.prompt): row.prompt for row in train_rows}
     print(f"training prompts: {vocabulary.coverage(prompts.values(), max_text)}")
-    if held_rows:
-        held = {plain(row.prompt): row.prompt for row in held_rows}
-        shared = f"{len(held.keys() & prompts)} of {len(held)} are also in training"
-        print(f"validation prompts: {vocabulary.coverage(held.values(), max_text)}; {shared}")
+    if val_rows:
+        val_prompts = {plain(row.prompt): row.prompt for row in val_rows}
+        shared = f"{len(val_prompts.keys() & prompts)} of {len(val_prompts)} are also in training"
+        print(
+            f"validation prompts: {vocabulary.coverage(val_prompts.values(), max_text)}; {shared}"
+        )
 
 
 def pairs_of(rows, csv_path, config, vocabulary, settings):

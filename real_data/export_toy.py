@@ -34,10 +34,10 @@ def export(args):
         raise BadInput(f"{folder}: is there already; name a new folder")
     check_writable(folder, "DIR")
     config, vocabulary, lines = ModelConfig(), Vocabulary(), []
-    for i, (name, split) in enumerate(SPLITS.items()):
+    for number, (name, split) in enumerate(SPLITS.items()):
         count = args.pairs if name == "train" else max(1, args.pairs // 5)
         where = (config, vocabulary, pick_device("auto"), args.generated, args.init, args.cache)
-        pairs = mixed_pairs(count, split, args.seed + 10 * i, *where)
+        pairs = mixed_pairs(count, split, args.seed + 10 * number, *where)
         rows = [toy_row(name, i, pairs, vocabulary) for i in range(count)]
         write_videos(folder, rows, pairs)
         write_pairs(rows, folder / f"{name}.csv")

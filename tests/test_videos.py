@@ -82,13 +82,13 @@ CODECS = {
 
 def write_good(folder):
     """{name of a video: its brightness at the 8 times at which it is looked at}."""
-    right = {name: EVEN for name in CODECS}
+    expected = {name: EVEN for name in CODECS}
     for name, flags in CODECS.items():
         write(folder / name, *flags)
     good = folder / "h264.mp4"
     for name in ("no extension", "VIDEO.MP4", "text.txt", "frame-%03d.mp4", "-dash.mp4", "a:b.mp4"):
         (folder / name).write_bytes(good.read_bytes())
-        right[name] = EVEN
+        expected[name] = EVEN
     write(folder / "portrait.mp4", width=36, height=64)
     write(folder / "wide.mp4", width=100, height=32)
     write(folder / "pixels of 2:1.mp4", *X264, "-vf", "scale=16:32,setsar=2")
@@ -96,34 +96,34 @@ def write_good(folder):
     sound = ["-f", "lavfi", "-i", "sine=d=7"]
     ffmpeg("-itsoffset", 3, "-i", good, *sound, "-c:v", "copy", folder / "late.mkv")
     for name in ("portrait.mp4", "wide.mp4", "pixels of 2:1.mp4", "small.mp4", "late.mkv"):
-        right[name] = EVEN
+        expected[name] = EVEN
     for angle in (90, 180, 270):
         name = f"rotated {angle}.mp4"
         turned = ["-display_rotation", angle, "-i", folder / "portrait.mp4"]
         ffmpeg(*turned, "-c", "copy", folder / name)
-        right[name] = EVEN
+        expected[name] = EVEN
     # frames of 0, 0.1, ... 2 s and of 2.5, 3 and 3.5 s
     keep = "select='lt(n,20)+not(mod(n,5))'"
     for name in ("variable.mp4", "variable.webm", "variable.ts", "variable.gif"):
         flags = X264 if name.endswith((".mp4", ".ts")) else []
         write(folder / name, *flags, "-vf", keep, "-fps_mode", "vfr")
         # 0 to 3.5 s, each 0.5 s later
-        right[name] = [40, 60, 80, 100, 120, 140, 160, 180]
+        expected[name] = [40, 60, 80, 100, 120, 140, 160, 180]
     write(folder / "long end.gif", "-vf", keep, "-fps_mode", "vfr", "-final_delay", "50")
     # half a second longer: 0 to 3.9 s
-    right["long end.gif"] = [40, 64, 84, 108, 120, 140, 160, 180]
+    expected["long end.gif"] = [40, 64, 84, 108, 120, 140, 160, 180]
     write(folder / "ten minutes.mp4", width=16, height=16, seconds=600, start=298)
     # 1,200 times from 0 to 599.9 s; the middle 8 begin with 596 * 599.9 / 1199 = 298.2 s
-    right["ten minutes.mp4"] = [48 + 20 * i for i in range(8)]
+    expected["ten minutes.mp4"] = [48 + 20 * i for i in range(8)]
     write(folder / "4k.mp4", width=3840, height=2160, rate=2)
-    right["4k.mp4"] = [40 + 20 * i for i in range(8)]
+    expected["4k.mp4"] = [40 + 20 * i for i in range(8)]
     write(folder / "short.mp4", seconds=2.0)  # 8 times from 0 to 1.9 s
-    right["short.mp4"] = [40 + 40 * 1.9 / 7 * i for i in range(8)]
-    return right
+    expected["short.mp4"] = [40 + 40 * 1.9 / 7 * i for i in range(8)]
+    return expected
 
 
 def write_bad(folder):
-    """{name of a file that is no good video: what is said of it}."""
+    """{name of a file that is no good video: what the report says of it}."""
     good = (folder / "h264.mp4").read_bytes()
     (folder / "empty.mp4").touch()
     (folder / "page.mp4").write_text("<html>404: Not Found</html>")
@@ -131,10 +131,12 @@ def write_bad(folder):
     ffmpeg("-f", "lavfi", "-i", "sine=d=1", folder / "sound.m4a")
     write(folder / "one frame.mp4", seconds=0.1)
     write(folder / "picture.png", "-c:v", "png", seconds=0.1)
-    said = {name: "cannot be decoded as a video" for name in ("empty.mp4", "page.mp4", "cut.mp4")}
-    said |= {"picture.png": "has 1 frame", "one frame.mp4": "has 1 frame"}
-    said["sound.m4a"] = "cannot be decoded as a video (Stream map"
-    said["cut at its end.mp4"] = "is damaged after frame"
+    messages = {
+        name: "cannot be decoded as a video" for name in ("empty.mp4", "page.mp4", "cut.mp4")
+    }
+    messages |= {"picture.png": "has 1 frame", "one frame.mp4": "has 1 frame"}
+    messages["sound.m4a"] = "cannot be decoded as a video (Stream map"
+    messages["cut at its end.mp4"] = "is damaged after frame"
     ffmpeg("-i", folder / "h264.mp4", "-c", "copy", "-movflags", "+faststart", folder / "fast.mp4")
     fast = (folder / "fast.mp4").read_bytes()  # its index stands first
     (folder / "cut at its end.mp4").write_bytes(fast[: len(fast) * 3 // 4])
@@ -146,19 +148,19 @@ def write_bad(folder):
         middle = len(content) // 2
         content[middle : middle + 400] = bytes(400)
         path.write_bytes(content)
-        said[path.name] = "is damaged after frame"
-    return said
+        messages[path.name] = "is damaged after frame"
+    return messages
 
 
 def test_videos_as_they_come(tmp_path):
-    right, said = write_good(tmp_path), write_bad(tmp_path)
-    assert len(right) + len(said) >= 40
+    expected, messages = write_good(tmp_path), write_bad(tmp_path)
+    assert len(expected) + len(messages) >= 40
     with open(tmp_path / "pairs.csv", "w", newline="") as file:
-        others = [name for name in [*right, *said] if name != "h264.mp4"]
+        others = [name for name in [*expected, *messages] if name != "h264.mp4"]
         rest = ("h264.mp4", "a cat", "A", "B", "same", 10, 1, 10, 40)
         rows = [(name, *rest) for name in others]
         csv.writer(file).writerows([COLUMNS, *rows])
-    # ru_maxrss of a process counts what its parent had when it forked; VmHWM begins with the program
+    # ru_maxrss also counts what the parent had at the fork; VmHWM begins with the program
     script = """
 import re, resource
 from real_data import prepare
@@ -173,11 +175,13 @@ print(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
     assert max(own, largest_child) < 600e3  # kB
     with open(tmp_path / "pairs.bad.csv", newline="") as file:
         faults = {rows[int(row["line"]) - 2][0]: row["fault"] for row in csv.DictReader(file)}
-    assert faults.keys() == said.keys()
-    assert all(said[name] in fault and "\n" not in fault for name, fault in faults.items())
-    seen = {name: brightness(tmp_path / name, tmp_path / "cache") for name in right}
+    assert faults.keys() == messages.keys()
+    assert all(messages[name] in fault and "\n" not in fault for name, fault in faults.items())
+    seen = {name: brightness(tmp_path / name, tmp_path / "cache") for name in expected}
     # to half a frame (2) and what codecs cost
-    wrong = [name for name, values in seen.items() if not np.allclose(values, right[name], atol=6)]
+    wrong = [
+        name for name, values in seen.items() if not np.allclose(values, expected[name], atol=6)
+    ]
     assert wrong == []
 
 
@@ -273,8 +277,7 @@ def test_pictures_name_their_rows_and_columns(tmp_path):
     rows = [torch.full((3, 3, 2, 32, 32), shade) for shade in (-1.0, 1.0)]
     texts = {"labels": ["base", "dpo"], "captions": ["a red circle", "", "a red circle"]}
     pictures.write_gif(tmp_path / "x.gif", rows, **texts)
-    pictures.write_sheet(tmp_path / "x.png", torch.cat(rows)[1:4], labels=["a", "bc", ""])
-    gif, sheet = iio.imread(tmp_path / "x.gif"), iio.imread(tmp_path / "x.png")
+    gif = iio.imread(tmp_path / "x.gif")
     # clips of 4 x 32 pixels and lines of 2 around each, below three lines of 18 pixels
     width = gif.shape[2] - 3 * (4 * 32 + 4)
     assert gif.shape[:2] == (1, 54 + 4 + 2 * (4 * 32 + 4)) and width > 0
@@ -282,4 +285,3 @@ def test_pictures_name_their_rows_and_columns(tmp_path):
     assert np.array_equal(heading[:, 0], heading[:, 2]) and heading[:, 0].max() > 200
     assert (heading[:, 1] == heading[0, 0]).all()  # no caption, no ink
     assert gif[0, 58:190, :width].max() > 200 and gif[0, 100, width + 10].tolist() == [0, 0, 0]
-    assert sheet.shape[0] == 3 * (3 * 32 + 4) and (sheet[202:, :20] == sheet[0, 0]).all()
