@@ -27,16 +27,9 @@ def ranked_clips(settings, config, words, device):
         _, _, pairs, _ = disk_data(settings, config, words, held_out=False)
         scores = pair_scores(judge.normalised, pairs, device, score_bar())
     else:
+        source = (device, settings.generated, settings.init, settings.cache)
         pairs, scores, judge = scored_toy_pairs(
-            settings.pairs,
-            settings.seed,
-            config,
-            tuple(words),
-            settings.reward,
-            device,
-            settings.generated,
-            settings.init,
-            settings.cache,
+            settings.pairs, settings.seed, config, tuple(words), settings.reward, source
         )
     return pairs, total_reward(scores, settings.align), judge
 
@@ -58,23 +51,13 @@ def labelled_clips(settings, config, words, device):
 
 
 @lru_cache(maxsize=2)  # a study aligns many policies on the same pairs
-def scored_toy_pairs(
-    count, seed, config, words, path, device, generated=0.0, init=None, cache=None
-):
-    """Toy pairs, VideoReward's z-scores (N, 2, 3) of both clips of each, and that VideoReward."""
-    pairs = mixed_pairs(
-        count,
-        "train",
-        seed,
-        config,
-        Vocabulary(words),
-        device,
-        generated,
-        init,
-        cache,
-        labelled=False,
-        **ON_POLICY,
-    )
+def scored_toy_pairs(count, seed, config, words, path, source):
+    """Toy pairs, VideoReward's z-scores (N, 2, 3) of both clips of each, and that VideoReward.
+
+    source: the device, and the share, checkpoint and cache of generated pairs."""
+    vocabulary, device = Vocabulary(words), source[0]
+    sampled = {"labelled": False, **ON_POLICY}
+    pairs = mixed_pairs(count, "train", seed, config, vocabulary, *source, **sampled)
     judge = load_judge(path, config, words).to(device)
     return pairs, pair_scores(judge.normalised, pairs, device, score_bar()), judge
 
