@@ -31,7 +31,7 @@ def export(args):
     -> Markdown lines to print. BadInput if the folder exists."""
     folder = args.folder
     if folder.exists():
-        raise BadInput(f"{folder}: is there already; name a new folder")
+        raise BadInput(f"{folder}: exists already; name a new folder")
     check_writable(folder, "DIR")
     config, vocabulary, lines = ModelConfig(), Vocabulary(), []
     for number, (name, split) in enumerate(SPLITS.items()):

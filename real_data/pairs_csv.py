@@ -115,7 +115,7 @@ def _check_header(csv_path, header):
         raise BadInput(f"{csv_path}, line 1: must name the columns {columns}; missing: {missing}")
     for name in header:
         if header.count(name) > 1:
-            raise RowFault(csv_path, 1, name, "stands there twice")
+            raise RowFault(csv_path, 1, name, "occurs twice")
 
 
 def _read_row(csv_path, line, header, row, folder, unlabelled):

@@ -98,9 +98,9 @@ def frame_count(seconds, fps=FPS):
 def frame_positions(times, facts, count):
     """Indices (count,) of the frames shown at equal intervals from the first to the last; a frame
     that is shown for long is repeated."""
-    looks = np.linspace(0, facts["seconds"] - facts["step"], count)
+    moments = np.linspace(0, facts["seconds"] - facts["step"], count)
     # half a step later: at a constant rate, the nearest frame
-    return np.searchsorted(times, looks + facts["step"] / 2, side="right") - 1
+    return np.searchsorted(times, moments + facts["step"] / 2, side="right") - 1
 
 
 def read_frames(path, facts, positions):

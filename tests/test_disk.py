@@ -87,7 +87,7 @@ def test_faults_of_a_whole_file(folder):
             "utf-8",
             "line 1: must name the columns .*; missing: path_A, path_B, prompt",
         ),
-        ([ROW | {"x": 1, "X": 2}], twice, "utf-8", "line 1, column x: stands there twice"),
+        ([ROW | {"x": 1, "X": 2}], twice, "utf-8", "line 1, column x: occurs twice"),
         ([ROW, odd], None, "latin-1", "line 3: byte 0xef is not UTF-8; save the file as UTF-8"),
         ([ROW], None, "utf-16", "line 1: byte 0xff is not UTF-8"),
         ([], list(ROW), "utf-8", "holds no pair"),
@@ -217,7 +217,7 @@ def test_an_export_has_clips_of_the_base_model_and_touches_nothing_that_is_there
     assert [pair <= set(world.GENERATORS) for pair in models] == [True, False]
     assert models[1] <= set(toy_pairs.MODELS)
     before = {path: path.read_bytes() for path in toy.glob("*.csv")}
-    with pytest.raises(BadInput, match="is there already"):
+    with pytest.raises(BadInput, match="exists already"):
         export_toy.export(args)
     assert {path: path.read_bytes() for path in toy.glob("*.csv")} == before
     args.folder = toy / "train.csv" / "toy"
