@@ -1,5 +1,7 @@
 """The toy world: what is drawn, what the oracle sees of it, and what the annotators say."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from wired import split_of
@@ -53,6 +55,18 @@ def test_clean_clips_score_one_at_any_size_and_length(frames, size):
     scores = world.oracle(video, [world.prompt_text(p) for p in prompt])
     assert scores.mean(0).tolist() == pytest.approx([1, 1, 1], abs=0.1)
     assert scores.amin().item() > 0.8
+
+
+@pytest.mark.parametrize("defect", range(5))  # blur, fade, haze, jitter, flicker
+def test_each_defect_costs_its_own_dimension(defect):
+    prompt = world.split_prompts("train")
+    clean = drawn(prompt, clean=True)
+    spoiled = replace(clean, severity=torch.eye(5)[[defect] * 72])
+    lost = world.oracle(world.render(clean), prompt) - world.oracle(world.render(spoiled), prompt)
+    own, other = (0, 1) if defect < 3 else (1, 0)
+    # a third of VQ or half of MQ at full strength
+    assert lost[:, own].mean().item() == pytest.approx((1 / 3, 1 / 2)[own], abs=0.15)
+    assert abs(lost[:, other].mean().item()) < 0.1
 
 
 def test_oracle_is_not_fooled():
