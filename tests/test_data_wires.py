@@ -149,13 +149,13 @@ def test_the_winner_of_a_pair_by_hand(label, align, reward_of_a):
 
 
 def test_ratings_stand_in_for_labels_where_there_are_any():
-    """VQ ratings 2, 4, 2, 4 have mean 3 and spread 1; the third pair has none, the fourth nothing."""
-    label = torch.tensor([[B, A, A], [A, A, A], [A, B, A], [INVALID, A, A]])
-    mos = torch.zeros(4, 2, 3)
-    mos[:2, :, 0] = torch.tensor([2.0, 4.0])
+    """VQ ratings 1, 5, 1, 5, 1, 5 have mean 3 and spread 2; the last two pairs have none."""
+    label = torch.tensor([[B, A, A], [A, A, A], [INVALID, A, A], [A, B, A], [INVALID, A, A]])
+    mos = torch.zeros(5, 2, 3)
+    mos[:3, :, 0] = torch.tensor([1.0, 5.0])
     r = ranking.label_rewards(label, mos, (2, 0, 0), ratings=True)
-    assert torch.allclose(r[:3], torch.tensor([[-1.0, 1.0], [-1.0, 1.0], [1.0, -1.0]]))
-    assert r[3].isnan().all()
+    assert torch.allclose(r[:4], torch.tensor([[-1.0, 1.0]] * 3 + [[1.0, -1.0]]))
+    assert r[4].isnan().all()
 
 
 def test_labels_rank_the_toys_clips_that_the_reward_would(tiny, monkeypatch):
