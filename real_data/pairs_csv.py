@@ -112,7 +112,7 @@ def _check_header(csv_path, header):
     missing = ", ".join(name for name in COLUMNS if name not in header)
     if missing:
         columns = ", ".join(COLUMNS)
-        raise BadInput(f"{csv_path}, line 1: must name the columns {columns}; missing: {missing}")
+        raise BadInput(f"{csv_path}: line 1 must name the columns {columns}; missing: {missing}")
     for name in header:
         if header.count(name) > 1:
             raise RowFault(csv_path, 1, name, "occurs twice")

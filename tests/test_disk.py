@@ -80,12 +80,12 @@ def test_faults_of_a_whole_file(folder):
     path, odd = folder / "x.csv", ROW | {"prompt": "naïve café"}
     no_mq, twice = [name.replace("MQ", "X") for name in ROW], [*ROW, "x", "x"]
     cases = [  # rows, header, encoding, message
-        ([ROW], no_mq, "utf-8", "line 1: must name the columns path_A, .*; missing: MQ$"),
+        ([ROW], no_mq, "utf-8", "line 1 must name the columns path_A, .*; missing: MQ$"),
         (
             [ROW],
             CELLS,
             "utf-8",
-            "line 1: must name the columns .*; missing: path_A, path_B, prompt",
+            "line 1 must name the columns .*; missing: path_A, path_B, prompt",
         ),
         ([ROW | {"x": 1, "X": 2}], twice, "utf-8", "line 1, column x: occurs twice"),
         ([ROW, odd], None, "latin-1", "line 3: byte 0xef is not UTF-8; save the file as UTF-8"),

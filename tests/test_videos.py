@@ -91,7 +91,7 @@ def write_good(folder):
         expected[name] = EVEN
     write(folder / "portrait.mp4", width=36, height=64)
     write(folder / "wide.mp4", width=100, height=32)
-    write(folder / "pixels of 2:1.mp4", *X264, "-vf", "scale=16:32,setsar=2")
+    write(folder / "pixels of 2:1.mp4", *X264, "-vf", "scale=32:32,setsar=2", width=64)
     write(folder / "small.mp4", *X264, width=8, height=8)
     sound = ["-f", "lavfi", "-i", "sine=d=7"]
     ffmpeg("-itsoffset", 3, "-i", good, *sound, "-c:v", "copy", folder / "late.mkv")
