@@ -265,8 +265,9 @@ class Grpo(Rounds, Aligned, Training):
 
     algo: str = "grpo"
     steps: int = 500
+    batch: int = 32
     rounds: int = 10
-    sde_steps: int = flag(10, "steps of the sampler that draws at random", positive_int)
+    sde_steps: int = flag(3, "steps of the sampler that draws at random", positive_int)
     noise_level: float = flag(0.7, "a of the sampler's noise", positive)
     clip_range: float = flag(1e-3, "largest change of the ratio from 1 that is learned", positive)
     kl: float = flag(0.0, "weight of the KL divergence from the start", non_negative)

@@ -114,8 +114,10 @@ def prompts_of(name, count):
 
 def judge(settings, checkpoint, sets, cfgs, steered=None, seed=NOISE_SEED):
     """Scores of a checkpoint's samples: {"set cfg": {"oracle" (N, 3), "videoreward" (N, 3),
-    "quality" (N,)}}. steered: (model, cfg) -> a velocity model with CFG to sample with instead;
-    seed: of the noise."""
+    "quality" (N,), "spread" (`diversity`)}}.
+
+    steered: (model, cfg) -> a velocity model with CFG to sample with instead; seed: of the
+    noise."""
     device = settings.device
     model, words = load_velocity(checkpoint)
     reward, reward_words = load_reward(WEIGHTS / "reward.pt")
@@ -132,6 +134,7 @@ def judge(settings, checkpoint, sets, cfgs, steered=None, seed=NOISE_SEED):
                 "oracle": world.oracle(videos, prompts),
                 "videoreward": learned_scores(reward, reward_words, videos, prompts, device),
                 "quality": static_quality(videos),
+                "spread": diversity(videos, prompts),
             }
     return scores
 
@@ -188,7 +191,7 @@ def drift(path, device):
 def diversity(videos, prompts):
     """How much clips (N, ...) of the same attributes (N, 3) differ: standard deviations within a
     prompt of the object's start and path (both in frame heights) and size (as its log), and of
-    pixels."""
+    pixels; nan where no two clips have the same attributes."""
     seen = world.measure(videos)
     places = {
         "start": seen["start"],
@@ -199,8 +202,8 @@ def diversity(videos, prompts):
     _, group = prompts.unique(dim=0, return_inverse=True)
     spread = {}
     for name, value in places.items():
-        variances = [value[group == i].var(0) for i in group.unique() if (group == i).sum() > 1]
-        spread[f"spread_{name}"] = torch.stack(variances).mean().sqrt().item()
+        variances = [value[group == i].var(0).mean() for i in group.unique()]  # nan of one clip
+        spread[f"spread_{name}"] = torch.stack(variances).nanmean().sqrt().item()
     return spread
 
 
@@ -220,6 +223,8 @@ def rows_of(scores, base, **facts):
                 row[f"{dimension}_score"] = mean
             row["TA_ceiling"] = 1 - perfect.float().mean().item() / 2
             row["quality"] = model["quality"].mean().item()
+            for spread, value in model["spread"].items():  # as a share of the base model's
+                row[spread] = value / base[key]["spread"][spread]
             rows.append(row)
     return rows
 

@@ -50,8 +50,9 @@ def mean_and_spread(values):
 
 
 def over_seeds(rows, name, **query):
-    """Mean and spread of a figure over the rows that hold all of `query`: one a seed."""
-    return mean_and_spread([row[name] for row in matching(rows, **query)])
+    """Mean and spread of a figure over the rows that have it and hold all of `query`: one a
+    seed."""
+    return mean_and_spread([row[name] for row in matching(rows, **query) if name in row])
 
 
 def tabulate(title, corner, rows, lines, columns):
