@@ -202,8 +202,9 @@ def diversity(videos, prompts):
     _, group = prompts.unique(dim=0, return_inverse=True)
     spread = {}
     for name, value in places.items():
-        variances = [value[group == i].var(0).mean() for i in group.unique()]  # nan of one clip
-        spread[f"spread_{name}"] = torch.stack(variances).nanmean().sqrt().item()
+        groups = [value[group == i] for i in group.unique() if (group == i).sum() > 1]
+        variances = torch.tensor([clips.var(0).mean() for clips in groups])
+        spread[f"spread_{name}"] = variances.mean().sqrt().item()
     return spread
 
 
