@@ -37,7 +37,7 @@ from studies.report.tables import Column, Report, matching, over_seeds, tabulate
 PAIRS = {"0.3%": 72, "1%": 240, "3%": 720, "10%": 2400}  # of the 24,000 of weights/reward.pt
 STEPS = {72: 82, 240: 150, 720: 260, 2400: 474}  # in proportion to the square root of the pairs
 WEAK = "1%"
-JUDGES = (WEAK, "100%", "0.3%", "3%", "10%", "blind", "mean of 3", "minimum of 3")
+JUDGES = (*PAIRS, "100%", "blind", "mean of 3", "minimum of 3")
 ROUNDS, ROUND = 12, 25  # rounds, and steps of each
 ONLINE = {"rounds": ROUNDS, "steps": ROUNDS * ROUND}
 ARMS = {  # of the weak judge
@@ -51,7 +51,7 @@ ARMS = {  # of the weak judge
 }
 PROMPTS, CLIPS = 32, 4  # held-out prompts of every policy, and clips of each
 BEST_OF = (1, 2, 4, 8, 16, 32, 64)
-SPREADS = ("start", "path", "size", "pixels")  # of policies.diversity
+LAWS = ("rounds", "best of n")  # arms whose law is fitted
 LABELS = 64  # pairs that people compare after every round
 NOISE_SEED = 987_000
 
@@ -160,6 +160,10 @@ def scores_of(settings, videos, judge):
     return world.oracle(videos, prompts), learned
 
 
+def spread_of(settings, videos):
+    return policies.diversity({"prompt": prompts_of(settings), **policies.places(videos)})
+
+
 def true_z(scores):
     """True z-scores (N,), the mean of the three dimensions."""
     return ((scores - world.TRUE_MEAN) / world.TRUE_STD).mean(1)
@@ -170,7 +174,7 @@ def run(settings, arm, flags, name, seed):
     judge = judge_of(settings, name, seed)
     base = samples(settings, WEIGHTS / "base.pt")
     base_true, base_learned = scores_of(settings, base, judge)
-    base_spread = policies.diversity(base, prompts_of(settings))
+    base_spread = spread_of(settings, base)
     facts = {"study": "run", "arm": arm, "judge": name, "seed": seed}
     rows = [accuracy_row(settings, judge, name, seed)] if arm == "rounds" else []
     length = (settings.steps or ROUNDS * ROUND) // ROUNDS
@@ -186,8 +190,8 @@ def run(settings, arm, flags, name, seed):
         row["true_wins"] = (true_z(true) > true_z(base_true)).float().mean().item()
         row["learned_wins"] = (learned.mean(1) > base_learned.mean(1)).float().mean().item()
         row["labels"] = preference(true, base_true, seed, step)
-        for name, value in policies.diversity(videos, prompts_of(settings)).items():
-            row[name] = value / base_spread[name]
+        for spread, value in spread_of(settings, videos).items():
+            row[spread] = value / base_spread[spread]
         rows.append(row)
 
     flags = flags | {"seed": seed, "steps": length * ROUNDS}
@@ -248,7 +252,7 @@ def report(rows):
 def summaries(rows):
     """The last round of each run with the best one and the one that the labels choose."""
     summaries = []
-    for own in by_run(matching(rows, study="run")):
+    for own in by_run([row for row in rows if "round" in row]):
         best = max(own, key=lambda row: row["score"])
         stop = max(own, key=lambda row: row["labels"])
         summary = {"best": best["score"], "best_round": best["round"]}
@@ -259,9 +263,10 @@ def summaries(rows):
 
 def laws(rows):
     """The coefficients of each run's law."""
-    rows = matching(rows, arm="rounds") + matching(rows, arm="best of n")
     fits = []
     for own in by_run(matching(rows, study="run")):
+        if own[0]["arm"] not in LAWS:
+            continue
         row = {key: own[0][key] for key in ("arm", "judge", "seed")}
         for name in ("true", "learned"):
             row[f"{name}_alpha"], row[f"{name}_beta"] = fitted(own, name)
@@ -289,56 +294,35 @@ def fitted(rows, name):
 
 def tables(rows):
     judges = {judge: {"judge": judge} for judge in JUDGES}
-    accuracies = [Column(name, name) for name in DIMENSIONS]
-    gains = []
-    for head, n in product(("learned", "true"), (4, 16, 64)):
-        gains.append(Column(f"{head} gain, n {n}", head, {"n": n}))
     runs = {("rounds", judge): {"arm": "rounds", "judge": judge} for judge in JUDGES}
     runs |= {(arm, WEAK): {"arm": arm, "judge": WEAK} for arm in ARMS}
-    last = [Column("learned gain", "learned"), Column("true gain", "true")]
-    last += [Column("learned wins", "learned_wins"), Column("true wins", "true_wins")]
-    last += [Column("true mean", "score", digits=3), Column("of the best round", "best", digits=3)]
-    last += [
-        Column("best round", "best_round", digits=1),
-        Column("labels stop at", "stop", digits=1),
-    ]
-    last.append(Column("and lose", "loss", digits=3))
-    spreads = [Column(name, f"spread_{name}") for name in SPREADS]
-    coefficients = []
-    for arm, name in product(("rounds", "best of n"), ("true", "learned")):
-        for coefficient in ("alpha", "beta"):
-            head = f"{arm}, {name} {coefficient}"
-            coefficients.append(Column(head, f"{name}_{coefficient}", {"arm": arm}))
-    summary = matching(rows, study="summary")
+    names = {"learned gain": "learned", "true gain": "true", "learned wins": "learned_wins"}
+    names |= {"true wins": "true_wins", "true mean": "score", "of the best round": "best"}
+    names |= {"best round": "best_round", "labels stop at": "stop", "and lose": "loss"}
+    names |= {f"spread of {place}": f"spread_{place}" for place in policies.PLACES}
+    last = [Column(head, name) for head, name in names.items()]
+    told = [Column(name, name) for name in DIMENSIONS]
+    gains, coefficients = [], []
+    for kind, n in product(("learned", "true"), (4, 16, 64)):
+        gains.append(Column(f"{kind} gain, n {n}", kind, {"n": n}))
+    for arm, kind, letter in product(LAWS, ("true", "learned"), ("alpha", "beta")):
+        head = f"{arm}, {kind} {letter}"
+        coefficients.append(Column(head, f"{kind}_{letter}", {"arm": arm}))
+    own = {study: matching(rows, study=study) for study in ("summary", "accuracy", "law")}
+    best = matching(rows, arm="best of n", study="run")
+    accuracy = "Accuracy of the judges on new prompts, without ties"
     return {
-        "hacking": tabulate("After twelve rounds", ["arm", "judge"], summary, runs, last),
-        "hacking-judges": tabulate(
-            "Accuracy of the judges on new prompts, without ties",
-            ["judge"],
-            matching(rows, study="accuracy"),
-            judges,
-            accuracies,
-        ),
-        "hacking-best": tabulate(
-            "Best of n", ["judge"], matching(rows, arm="best of n"), judges, gains
-        ),
-        "hacking-laws": tabulate(
-            "Laws of Gao et al.", ["judge"], matching(rows, study="law"), judges, coefficients
-        ),
-        "hacking-spread": tabulate(
-            "Spread of a prompt's clips, as a share of the base model's",
-            ["arm", "judge"],
-            summary,
-            runs,
-            spreads,
-        ),
+        "hacking": tabulate("After the last round", ["arm", "judge"], own["summary"], runs, last),
+        "hacking-judges": tabulate(accuracy, ["judge"], own["accuracy"], judges, told),
+        "hacking-best": tabulate("Best of n", ["judge"], best, judges, gains),
+        "hacking-laws": tabulate("The laws", ["judge"], own["law"], judges, coefficients),
     }
 
 
 def charts(rows):
     """Learned and true gains by distance, with the laws through them."""
     charts = []
-    for arm, judge in product(("rounds", "best of n"), (WEAK, "10%", "100%")):
+    for arm, judge in product(LAWS, (WEAK, "10%", "100%")):
         own = matching(rows, arm=arm, judge=judge)
         runs = matching(own, study="run")
         distances = np.linspace(0.01, max(row["drift"] for row in runs) ** 0.5, 30)

@@ -5,6 +5,7 @@ import math
 import os
 
 import torch
+import torch.nn.functional as F
 
 import trainer
 import world
@@ -100,6 +101,7 @@ SETS = {"standard": 256, "hard": 96, "large": 512}  # prompt sets, and their num
 CFGS = (1.0, CFG)
 JUDGES = ("oracle", "videoreward")
 DRIFT_CLIPS = 256
+PLACES = ("start", "path", "size", "pixels")  # of which a policy's diversity is measured
 ALL_RIGHT = 0.999  # of a true TA
 
 
@@ -113,8 +115,8 @@ def prompts_of(name, count):
 
 
 def judge(settings, checkpoint, sets, cfgs, steered=None, seed=NOISE_SEED):
-    """Scores of a checkpoint's samples: {"set cfg": {"oracle" (N, 3), "videoreward" (N, 3),
-    "quality" (N,), "spread" (`diversity`)}}.
+    """Scores of a checkpoint's samples: {"set cfg": {"prompt" (N, 3), "oracle" (N, 3),
+    "videoreward" (N, 3), "quality" (N,) and their `places`}}.
 
     steered: (model, cfg) -> a velocity model with CFG to sample with instead; seed: of the
     noise."""
@@ -131,10 +133,11 @@ def judge(settings, checkpoint, sets, cfgs, steered=None, seed=NOISE_SEED):
             else:
                 videos = sample_prompts(model, words, prompts, seed + i, device, cfg=cfg)
             scores[f"{name} {cfg:g}"] = {
+                "prompt": prompts,
                 "oracle": world.oracle(videos, prompts),
                 "videoreward": learned_scores(reward, reward_words, videos, prompts, device),
                 "quality": static_quality(videos),
-                "spread": diversity(videos, prompts),
+                **places(videos),
             }
     return scores
 
@@ -188,22 +191,26 @@ def drift(path, device):
     return (policy.to(device)(*inputs) - base.to(device)(*inputs)).square().mean().item()
 
 
-def diversity(videos, prompts):
-    """How much clips (N, ...) of the same attributes (N, 3) differ: standard deviations within a
-    prompt of the object's start and path (both in frame heights) and size (as its log), and of
-    pixels; nan where no two clips have the same attributes."""
+def places(videos):
+    """Where the object of each clip is, how far it moves (both in frame heights) and how large it
+    is (as a log), and coarse pixels: (N, ...) each."""
     seen = world.measure(videos)
-    places = {
+    return {
         "start": seen["start"],
         "path": seen["travel"],
         "size": seen["radius"].log()[:, None],
-        "pixels": videos.flatten(1),
+        "pixels": F.adaptive_avg_pool3d(videos, (None, 8, 8)).flatten(1),
     }
-    _, group = prompts.unique(dim=0, return_inverse=True)
+
+
+def diversity(scores):
+    """How much the clips of a prompt differ in each of their `places`: standard deviations within
+    a prompt, (N, ...) -> number; nan where no prompt has two clips."""
+    _, group = scores["prompt"].unique(dim=0, return_inverse=True)
+    groups = [group == i for i in group.unique() if (group == i).sum() > 1]
     spread = {}
-    for name, value in places.items():
-        groups = [value[group == i] for i in group.unique() if (group == i).sum() > 1]
-        variances = torch.tensor([clips.var(0).mean() for clips in groups])
+    for name in PLACES:
+        variances = torch.tensor([scores[name][own].var(0).mean() for own in groups])
         spread[f"spread_{name}"] = variances.mean().sqrt().item()
     return spread
 
@@ -212,7 +219,7 @@ def rows_of(scores, base, **facts):
     """Rows, one for each set, CFG and judge, of the scores of a model and of the base model.
 
     TA_ceiling is the highest true win rate in TA, since base clips with a full score can only be
-    tied."""
+    tied. spread_start and the like are `diversity` as a share of the base model's."""
     rows = []
     for key, model in scores.items():
         name, cfg = key.split()
@@ -224,8 +231,8 @@ def rows_of(scores, base, **facts):
                 row[f"{dimension}_score"] = mean
             row["TA_ceiling"] = 1 - perfect.float().mean().item() / 2
             row["quality"] = model["quality"].mean().item()
-            for spread, value in model["spread"].items():  # as a share of the base model's
-                row[spread] = value / base[key]["spread"][spread]
+            for spread, value in diversity(base[key]).items():
+                row[spread] = diversity(model)[spread] / value
             rows.append(row)
     return rows
 

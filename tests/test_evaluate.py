@@ -31,6 +31,8 @@ def scores(oracle, learned, quality=0.25):
         "oracle": oracle,
         "videoreward": learned,
         "quality": torch.full((len(oracle),), quality),
+        "prompt": torch.zeros(len(oracle), 3),  # one prompt for all
+        **dict.fromkeys(policies.PLACES, torch.arange(1.0 * len(oracle))[:, None] * quality),
     }
 
 
@@ -52,6 +54,7 @@ def test_rows_count_wins_of_the_policy_over_the_base():
     assert values(by_oracle, "_score") == pytest.approx([1.0, 0.2, 0.0])
     facts = {"set": "hard", "cfg": 1.0, "seed": 4, "method": "x", "quality": 0.25}
     assert facts.items() <= by_oracle.items()
+    assert by_oracle["spread_start"] == by_reward["spread_pixels"] == pytest.approx(0.25 / 0.75)
     assert by_oracle["TA_ceiling"] == by_reward["TA_ceiling"] == 0.75  # one of two can only be tied
 
 

@@ -8,7 +8,7 @@ import torch
 import sample as sampler
 import world
 from flow import draw_time
-from studies.policies import static_quality
+from studies.policies import diversity, places, static_quality
 
 
 @pytest.mark.parametrize(
@@ -92,6 +92,21 @@ def test_static_quality_falls_with_blur_fading_and_spots_and_not_with_jitter(spo
     assert lost(faded) == pytest.approx(world.MAX_FADE / 3, abs=0.03)
     assert lost(spotted) > 0.05 and abs(lost(jittered)) < 0.03
     assert static_quality(torch.full_like(clean, -0.8)).max() == 0  # nothing is seen
+
+
+def test_the_spread_of_clean_clips_is_that_of_the_world():
+    """Clean clips start and grow uniformly, over .12 of a height and .2 of their size."""
+    prompts = world.split_prompts("train")[:6].repeat_interleave(40, 0)
+    rng = torch.Generator().manual_seed(0)
+    clips = world.draw_clips(prompts, torch.zeros(len(prompts), dtype=torch.int64), rng, clean=True)
+    spread = diversity({"prompt": prompts, **places(world.render(clips))})
+    assert spread["spread_start"] == pytest.approx(0.12 / 12**0.5, rel=0.1)
+    assert spread["spread_size"] == pytest.approx(0.2 / 12**0.5, rel=0.1)
+    assert spread["spread_path"] < 0.005  # each path is as long as the world's
+    rng = torch.Generator().manual_seed(0)
+    first = dict.fromkeys(("start", "path", "size", "pixels"), torch.randn(240, 1, generator=rng))
+    one = diversity({"prompt": prompts[:1].repeat(240, 1), **first})
+    assert one["spread_pixels"] == pytest.approx(first["size"].std().item())
 
 
 def test_generators_of_high_quality_are_better_in_their_own_dimension():
