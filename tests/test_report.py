@@ -5,7 +5,6 @@ import math
 import re
 import shutil
 from base64 import b64decode
-from functools import partial
 from itertools import product
 from xml.etree import ElementTree
 
@@ -28,7 +27,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 def rows_of(text):
-    return re.findall(r'<tr id="([\w-]+)">', text.split('id="steer"')[0])
+    return re.findall(r'<tr id="([\w-]+)">', text)
 
 
 def test_the_shipped_page_is_complete_and_needs_nothing_else():
@@ -39,9 +38,9 @@ def test_the_shipped_page_is_complete_and_needs_nothing_else():
     assert len(set(ids)) == len(ids) and not set(links) - set(ids)
     assert not re.search(r"{{|}}|@import|\bnan\b", text)
     urls = re.findall(r'(?:src|href)="(.*?)"', text) + re.findall(r"url\((.*?)\)", text)
-    assert len(urls) > 240 and all(url.startswith(("#", "data:")) for url in urls)
+    assert len(urls) > 80 and all(url.startswith(("#", "data:")) for url in urls)
     labels = re.findall(r'(?:alt|role="img" aria-label)="(.*?)"', text)
-    assert len(labels) > 240 and all(len(label) > 10 for label in labels)
+    assert len(labels) > 80 and all(len(label) > 10 for label in labels)
 
 
 def test_rows_of_missing_policies_are_taken_from_the_page_before(monkeypatch, tmp_path, capsys):
@@ -63,7 +62,7 @@ def test_rows_of_missing_policies_are_taken_from_the_page_before(monkeypatch, tm
     page.run(settings)
     text, printed = (tmp_path / "report.html").read_text(), capsys.readouterr().out
     assert rows_of(text) == [name for name in ROWS if name != "rwr"]
-    assert len(calls) == 2 + 28  # base and SFT; 1:1:1 and three values of three weights
+    assert len(calls) == 3  # base, SFT and Flow-NRG
     assert earlier["dpo-constant"] in text and earlier["sft"] not in text
     assert "clips of SFT: sampled from" in printed and "clips of Flow-RWR: none, since" in printed
     assert printed.count("as on the page before") == 4 and SHIPPED.read_text() == shipped
@@ -165,19 +164,6 @@ def browser():
     driver.get(SHIPPED.as_uri())
     yield driver
     driver.quit()
-
-
-def test_the_sliders_choose_a_row_by_keyboard(browser):
-    find = partial(browser.find_element, "css selector")
-    visible = (
-        "return [...document.querySelectorAll('#choices tr')].filter(r => !r.hidden).map(r => r.id)"
-    )
-    assert browser.execute_script(visible) == ["w4,4,4"]
-    find("#wTA").send_keys("\ue012")  # left
-    assert browser.execute_script(visible) == ["w4,4,0"]
-    find("#wVQ").send_keys("\ue011")  # home
-    assert browser.execute_script(visible) == ["w-4,4,0"]
-    assert find("#readout").get_attribute("textContent").startswith("Flow-NRG −4:4:0")
 
 
 @pytest.mark.parametrize("width", [400, 1280])

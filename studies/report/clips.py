@@ -7,7 +7,6 @@ import io
 import re
 from base64 import b64encode
 from html import escape
-from itertools import product
 from pathlib import Path
 
 import imageio.v3 as imageio
@@ -21,16 +20,14 @@ from nrg import SteeredPolicy, load_noisy_reward
 from pictures import write_gif
 from real_data.video import to_pixels
 from runtime.checkpoint import WEIGHTS
-from runtime.cli import BadInput, check_writable, progress_bar
+from runtime.cli import BadInput, check_writable
 from sample import NRG_EPS, NRG_INTERVAL, NRG_SCALE
 from studies import align, online
 from studies.policies import NAMES, SETS, prompts_of
 
 # The first eight have every colour, shape and direction; the base model has not seen the eighth
 PROMPTS = world.split_prompts(*world.SPLIT_NAMES)[(11 * torch.arange(24) + 7) % 96]
-COLUMNS, SLIDER_COLUMNS = 8, 6  # of these are shown; means are over all
-STEPS = (-4, 0, 4)  # weights of the sliders
-EQUAL = (1, 1, 1)
+COLUMNS = 8  # of these are shown; means are over all
 POLICY = Path("out/dpo/last.pt")  # of the picture
 
 
@@ -48,15 +45,11 @@ def policies(settings):
 
 
 def steered_base(device):
-    """A function: weights of VQ, MQ, TA -> the base model under guidance; and the model's words."""
+    """The base model under guidance with equal weights, and the words that it knows."""
     base, words = load_velocity(WEIGHTS / "base.pt")
     reward, _ = load_noisy_reward(WEIGHTS / "nrg.pt")
     base, reward = base.to(device), reward.to(device)
-
-    def steered(weights):
-        return SteeredPolicy(base, reward, weights, NRG_SCALE, NRG_EPS, NRG_INTERVAL)
-
-    return steered, words
+    return SteeredPolicy(base, reward, (1, 1, 1), NRG_SCALE, NRG_EPS, NRG_INTERVAL), words
 
 
 # ---------------------------------------------------------------------------------------------
@@ -85,19 +78,19 @@ def png(video):
     return f"data:image/png;base64,{b64encode(file.getvalue()).decode()}"
 
 
-def sampled_row(name, title, note, model, words, device, columns=COLUMNS, hidden=False):
+def sampled_row(name, title, note, model, words, device):
     """A table row of a model's clips: mean true scores of all, then the first clips with theirs."""
     videos = sample_prompts(model, words, PROMPTS, NOISE_SEED, device)
     scores = world.oracle(videos, PROMPTS)
     cells = []
-    for video, score, prompt in zip(videos[:columns], scores, PROMPTS):
+    for video, score, prompt in zip(videos[:COLUMNS], scores, PROMPTS):
         label = escape(f"{title}: {world.prompt_text(prompt)}")
         style = f"background-image: url({png(video)})"
         clip = f'<div class="clip" role="img" aria-label="{label}" style="{style}"></div>'
         cells.append(f"<td>{clip}{bars(score)}</td>")
     head = f"{escape(title)}<small>{escape(note)}</small><small>mean of {len(scores)}</small>"
     head = f'<th scope="row">{head}{bars(scores.mean(0))}</th>'
-    return f'<tr id="{name}"{" hidden" if hidden else ""}>{head}{"".join(cells)}</tr>'
+    return f'<tr id="{name}">{head}{"".join(cells)}</tr>'
 
 
 def policy_rows(settings, page):
@@ -119,20 +112,11 @@ def policy_rows(settings, page):
     return rows, lines
 
 
-def steered_rows(device):
-    """The row of Flow-NRG 1:1:1, then a row for each setting of the sliders, the last one shown."""
+def steered_row(device):
+    """The row of Flow-NRG 1:1:1."""
     steered, words = steered_base(device)
-    rows = []
-    choices = list(product(STEPS, repeat=3))
-    for weights in progress_bar("sampling with guidance", "weights")([EQUAL, *choices]):
-        title = "Flow-NRG " + ":".join(map(str, weights)).replace("-", "−")
-        name, columns, hidden = "nrg-1-1-1", COLUMNS, False
-        if weights != EQUAL:
-            name, columns = "w" + ",".join(map(str, weights)), SLIDER_COLUMNS
-            hidden = weights != choices[-1]
-        about = name, title, "base model, steered"
-        rows.append(sampled_row(*about, steered(weights), words, device, columns, hidden))
-    return rows
+    title, note = NAMES["nrg-1:1:1"], "base model, steered"
+    return sampled_row("nrg-1-1-1", title, note, steered, words, device)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -149,9 +133,10 @@ def run(settings):
     base, words = load_velocity(WEIGHTS / "base.pt")
     policy, _ = load_velocity(POLICY)
     steered, _ = steered_base(settings.device)
-    models = {"base": base.to(settings.device), "Flow-DPO": policy.to(settings.device)}
+    base, policy = base.to(settings.device), policy.to(settings.device)
+    models = {"base": base, "Flow-DPO": policy, "Flow-NRG": steered}
     videos, wrong = {}, {}
-    for name, model in {**models, "Flow-NRG": steered(EQUAL)}.items():
+    for name, model in models.items():
         videos[name] = sample_prompts(model, words, prompts, NOISE_SEED, settings.device)
         wrong[name] = (world.attributes_right(videos[name], prompts) <= 0.5).any(1)  # (N,)
         still = wrong[name][wrong["base"]].float().mean()

@@ -43,17 +43,13 @@ def run(settings):
     parts["meaning"] = "".join(
         f'<span><i class="{n.lower()}"></i>{n}, {text}</span>' for n, text in MEANING.items()
     )
-    heads = [f'<th scope="col">{prompt_text(prompt)}</th>' for prompt in clips.PROMPTS]
-    parts["prompts"] = "".join(heads[: clips.COLUMNS])
-    parts["slider_prompts"] = "".join(heads[: clips.SLIDER_COLUMNS])
+    prompts = clips.PROMPTS[: clips.COLUMNS]
+    parts["prompts"] = "".join(f'<th scope="col">{prompt_text(prompt)}</th>' for prompt in prompts)
 
     page = settings.out / "report.html"
     before = page if page.exists() else shipped / "report.html"
     rows, more_lines = clips.policy_rows(settings, before.read_text(encoding="utf-8"))
-    steered, *choices = clips.steered_rows(settings.device)
-    parts["clips"] = "\n".join([*rows, steered])
-    parts["choices"] = "\n".join(choices)
-    parts["sliders"] = "".join(map(slider, DIMENSIONS))
+    parts["clips"] = "\n".join([*rows, clips.steered_row(settings.device)])
 
     template = TEMPLATE.read_text(encoding="utf-8")
     text = re.sub(r"{{(\w+)}}", lambda match: parts[match[1]], template)
@@ -91,11 +87,3 @@ def html_table(table):
     body = "\n".join(f"<tr>{line}</tr>" for line in lines)
     box = f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(table.title)}">'
     return f"{box}<table>{body}</table></div>"
-
-
-def slider(name):
-    low, _, high = clips.STEPS
-    value = f'<b aria-hidden="true">{high}</b>'
-    label = f'<label for="w{name}"><span>{name}, {MEANING[name]}</span> {value}</label>'
-    bounds = f'min="{low}" max="{high}" step="{high}" value="{high}"'
-    return f'<div class="{name.lower()}">{label}<input id="w{name}" type="range" {bounds}></div>'
