@@ -7,7 +7,7 @@ python evaluate.py nrg          Flow-NRG: Table 5
 python evaluate.py rank         Flow-DPO from labels, with and without a reward model
 python evaluate.py online       rounds of fresh clips: Flow-DPO and DiffusionNFT
 python evaluate.py unified      all three on a line, where the answer is known
-python evaluate.py bench        every performance ratio beside the best possible
+python evaluate.py bench        what training steps cost in units of one of SFT
 python evaluate.py report       report.html: all results and clips of every method
 python evaluate.py tables       every generated table, excerpt and link in README.md and docs/
 python evaluate.py read         docs/annotated.html, the core files beside their equations

@@ -1,12 +1,11 @@
-"""Performance as ratios beside the best possible: what costs how much (docs/scaling.md).
+"""What training steps cost in units of a step of SFT, beside the best possible (docs/scaling.md).
 
-The ways of a part take turns in one process and the median counts, so that a busy machine slows all
+The functions take turns in one process and the median counts, so that a busy machine slows all
 alike. On a CPU the clock is the process's own time on one thread; on a GPU it is the wall's, once
 the device is idle. Times depend on the machine; ratios should carry over.
 """
 
 import json
-import math
 import random
 import statistics
 import time
@@ -14,22 +13,16 @@ from functools import partial
 
 import torch
 
-from attention import attention
 from flow_dpo import flow_dpo_step
 from flow_rwr import flow_rwr_step
-from kernels.tiles import SlidingTiles, boolean_mask
 from lora import freeze_trunk
-from model import ModelConfig, VideoTransformer, load_velocity, share_trunk
-from nrg import SteeredPolicy, guide, noisy_reward_on
-from runtime.checkpoint import WEIGHTS
+from model import ModelConfig, VideoTransformer, share_trunk
 from runtime.cli import check_writable
-from sample import CFG, NRG_EPS, sample
 from studies.jobs import facts
 from studies.report.tables import Table
 
 RESULTS = {"bench": "one CPU core", "bench_h200": "H200"}  # files in results/
 MEDIUM = ModelConfig(frames=4, size=32, channels=16, patch=(1, 4, 4), dim=256, depth=6, heads=4)
-TILES, GRID = ("tile:2,8,8/1,1,1", "tile:2,8,8/3,2,1"), (16, 16, 16)
 
 
 def clock(device):
@@ -66,12 +59,9 @@ def awake(config, device):
     return model
 
 
-# ---------------------------------------------------------------------------------------------
-# The parts: {name: (function, lowest possible time in units of the first one's)}
-
-
 def training(device):
-    """A step on four pairs, of a model of width 256 on 256 video tokens; bfloat16 on a GPU."""
+    """{name: (training step, lowest possible time in units of the first one's)}: a step on four
+    pairs, of a model of width 256 on 256 video tokens; bfloat16 on a GPU."""
     full, frozen, reference = (awake(MEDIUM, device) for _ in range(3))
     freeze_trunk(frozen, 2)
     reference.requires_grad_(False)
@@ -108,55 +98,18 @@ def training(device):
     }
 
 
-def tiles(device):
-    """Attention on 4,096 tokens; tiles at best take the share of time that they leave of pairs."""
-    batch, heads, dtype = (8, 16, torch.bfloat16) if device.type == "cuda" else (1, 4, None)
-    shape = batch, heads, math.prod(GRID), 64
-    x = torch.randn(3, *shape, device=device, dtype=dtype, requires_grad=True)
-
-    def step(tiles=None):
-        out = attention(*x, tiles=tiles)
-        torch.autograd.grad(out, x, out.detach())
-
-    ways = {"full attention": (step, 1)}
-    for name in TILES:
-        mask = SlidingTiles(name, GRID, 0).to(device)
-        density = boolean_mask(mask, math.prod(GRID)).float().mean().item()
-        ways[name] = partial(step, mask), density
-    return ways
-
-
-def sampling(device):
-    """Four sampling steps of 16 clips."""
-    model, _ = load_velocity(WEIGHTS / "base.pt")
-    model = model.to(device).requires_grad_(False)
-    read = 2 / model.config.depth  # share of the blocks that the reward reads
-    reward = noisy_reward_on(model, 2).to(device)
-    eq_11 = reward, (1, 1, 1), 1.0, NRG_EPS
-    x1 = torch.randn(16, *model.config.video_shape, device=device)
-    y = torch.ones(16, model.config.max_text, dtype=torch.int64, device=device)
-    way = partial(sample, x1=x1, y=y, steps=4)
-    return {
-        "sampling at CFG 1": (partial(way, model), 1),
-        "CFG 2": (partial(way, model, cfg=CFG), 2),
-        "NRG, shared trunk": (partial(way, SteeredPolicy(model, *eq_11)), 1 + read),
-        "NRG, own trunk": (partial(way, model, guidance=guide(*eq_11)), 1 + 2 * read),
-    }
-
-
 def run(settings):
     """Prints every ratio beside the best possible, and writes bench.json to --out."""
     check_writable(settings.out, "--out")
     torch.set_num_threads(1)
+    steps = training(settings.device)
+    found = times({name: step for name, (step, _) in steps.items()}, settings.device)
+    first, *others = steps
     rows = []
-    for part in (training, tiles, sampling):
-        ways = part(settings.device)
-        found = times({name: way for name, (way, _) in ways.items()}, settings.device)
-        first, *others = ways
-        for name in others:
-            row = {"name": f"{name} / {first}", "value": found[name], "best": ways[name][1]}
-            rows.append(row)
-            print("{name:60} {value:6.3f}   ({best:.2f})".format(**row), flush=True)
+    for name in others:
+        row = {"name": f"{name} / {first}", "value": found[name], "best": steps[name][1]}
+        rows.append(row)
+        print("{name:60} {value:6.3f}   ({best:.2f})".format(**row))
     saved = {**facts(settings.device), "rows": rows}
     (settings.out / "bench.json").write_text(json.dumps(saved, indent=1) + "\n")
 

@@ -48,7 +48,7 @@ def test_a_slow_round_leaves_ratios_alone(monkeypatch):
     assert found == pytest.approx({"a": 1, "b": 2})
 
 
-def test_the_command_writes_a_ratio_for_every_part(tmp_path, monkeypatch):
+def test_the_command_writes_a_ratio_for_every_step(tmp_path, monkeypatch):
     def times(ways, device):
         for way in ways.values():
             way()
@@ -56,17 +56,13 @@ def test_the_command_writes_a_ratio_for_every_part(tmp_path, monkeypatch):
 
     monkeypatch.setattr(bench, "times", times)
     monkeypatch.setattr(bench, "MEDIUM", SMALL)
-    monkeypatch.setattr(bench, "TILES", ("tile:2,4,4/1,1,1",))
-    monkeypatch.setattr(bench, "GRID", (4, 4, 4))
     monkeypatch.setattr(bench.torch, "set_num_threads", lambda count: None)
     argv = ["evaluate.py", "bench", f"--out={tmp_path}", "--device=cpu"]
     monkeypatch.setattr(sys, "argv", argv)
     evaluate.main()
     saved = json.loads((tmp_path / "bench.json").read_text())
-    # the ways of a part take 1, 2, ... s; tiles see a half of all pairs
-    best = [4 / 3, 4 / 3, 1, 0.5, 2, 4 / 3, 5 / 3]
-    assert [row["value"] for row in saved["rows"]] == [2, 3, 4, 2, 2, 3, 4]
-    assert [row["best"] for row in saved["rows"]] == pytest.approx(best)
+    assert [row["value"] for row in saved["rows"]] == [2, 3, 4]
+    assert [row["best"] for row in saved["rows"]] == pytest.approx([4 / 3, 4 / 3, 1])
     table = bench.table({"bench": saved["rows"], "bench_h200": saved["rows"][1:]})
     name = "SFT step, gradient checkpointing / SFT step on both clips"
     assert table.rows[0] == [name, "2.00", "–", "1.33"]
