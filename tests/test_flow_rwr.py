@@ -42,15 +42,3 @@ def test_each_clip_counts_by_its_own_weight():
     assert loss.item() == pytest.approx(1.75)  # (1.5 * 1 + .5 * 4) / 2
     assert logs["error"] == pytest.approx(2.5)
     assert logs["effective_samples"] == pytest.approx(2**2 / (2 * 2.5))
-
-
-def test_the_optimum_on_two_modes_is_the_tilted_mixture():
-    # Data: half at -1, half at +1. Reward ln 3 at +1, so p* has 3/4 there, mean 1/2. At t = 1, x_t
-    # is pure noise, and the best velocity for the weighted loss is x1 - E*[x0] = x1 - 1/2. A model
-    # with one number c, v = x_t - c:
-    x0 = torch.where(torch.arange(4000) % 2 == 0, 1.0, -1.0)[:, None]
-    weight = rwr_weights(torch.where(x0[:, 0] > 0, math.log(3.0), 0.0))
-    c, x1 = torch.zeros(1, requires_grad=True), torch.randn(4000, 1)
-    flow_rwr_step(lambda x, t, y: x - c, x0, None, weight, torch.ones(4000), x1)[0].backward()
-    # d/dc mean w (c - x0)^2 at c = 0 is -2 E[w x0] = -2 * 1/2, and the optimum c = E[w x0] = 1/2
-    assert c.grad.item() == pytest.approx(-1.0, abs=1e-5)

@@ -167,12 +167,6 @@ def test_real_data_is_judged_by_videoreward_alone(tiny, tmp_path):
 # Scores
 
 
-def test_ranking_by_hand():
-    total = torch.tensor([[0.0, 1.0], [5.0, 1.0], [2.0, 2.0], [3.0, 0.0]])
-    pair, side = ranking.winners(total)
-    assert pair.tolist() == [0, 1, 3] and side.tolist() == [1, 0, 0]  # a draw is no pair
-
-
 def test_pairs_and_samples_are_scored_by_the_checkpoints_z_scores(tiny, tmp_path, monkeypatch):
     monkeypatch.undo()  # the real load_judge
     torch.manual_seed(2)

@@ -12,7 +12,7 @@ from forked import command, ended, fork, weights, with_read
 import sample
 import tasks
 from data import vocabulary_of
-from model import ModelConfig, load_velocity
+from model import ModelConfig
 from real_data import video
 from real_data.dataset import pairs_of, usable_rows
 from real_data.pairs_csv import Pair, read_pairs, write_pairs
@@ -67,13 +67,6 @@ def test_latents_are_read_as_they_are_and_mapped(latents):
     (path.parent / "shard.npy").unlink()
     with pytest.raises(BadInput, match="shard.npy:0: cannot be read any more .No such file"):
         pairs.sides(torch.tensor([0]))
-
-
-def test_a_path_with_a_row():
-    assert video.latent_file("a/shard.npy:12") == ("a/shard.npy", 12)
-    for plain in ("a.npz:3", "clip:3", "a.npy:", "a.npy:-1", "C:a.mp4"):
-        assert video.latent_file(plain) == (plain, None)
-    assert video.is_latent("a.NPY") and not video.is_latent("npy.mp4")
 
 
 FAULTS = {  # name: (array or bytes, fault)
@@ -144,33 +137,6 @@ def test_every_algorithm_trains_on_latents(latents, tmp_path, monkeypatch, capsy
     assert first == "prompt: 50.0% of the words unknown, 0 cut to 6 words"  # in and space
     assert second == f"wrote {tmp_path / 'samples' / 'a-cat-in-space-nrg'}.npy"
     assert np.load(tmp_path / "samples" / "a-cat-in-space-nrg.npy").shape == (2, 2, *SHAPE)
-
-
-def test_a_model_of_another_size_is_refused(latents, tmp_path):
-    settings = settings_of(["--algo=nrg", f"--data={latents[0]}", f"--cache={tmp_path / 'cache'}"])
-    shapes = r"has shape \(5, 4, 6, 8\); the model takes \(3, 8, 32, 32\)"
-    with pytest.raises(BadInput, match=shapes):
-        tasks.TASKS["nrg"](settings, torch.device("cpu"))
-
-
-def test_latents_of_wan_take_a_step(tmp_path):
-    """16 x T x 60 x 104, those of a clip of 480 x 832."""
-    rng = np.random.default_rng(0)
-    np.save(tmp_path / "shard.npy", rng.standard_normal((4, 16, 2, 60, 104)).astype(np.float16))
-    rest = (1, 0, -1), 2.0, 4.0, 2.0, 4.0
-    rows = [Pair(f"shard.npy:{i}", f"shard.npy:{i + 1}", PROMPTS[i], *rest) for i in (0, 2)]
-    write_pairs(rows, tmp_path / "pairs.csv")
-    flags = ["--algo=pretrain", "--preset=base", "--steps=1", "--batch=1"]
-    flags += [f"--data={tmp_path / 'pairs.csv'}", f"--out={tmp_path / 'run'}"]
-
-    def run():
-        narrow = replace(forked.model.PRESETS["base"], dim=32, depth=2, heads=2)
-        forked.model.PRESETS["base"] = narrow
-        command(*flags)
-
-    log = tmp_path / "log"
-    assert ended(fork(run, output=log)) == 0, log.read_text()
-    assert load_velocity(tmp_path / "run" / "last.pt")[0].config.video_shape == (16, 2, 60, 104)
 
 
 def test_a_size_of_its_own_is_height_before_width_and_needs_data(tmp_path):

@@ -11,7 +11,7 @@ import trainer
 import world
 from data import DIMENSIONS, Vocabulary
 from model import load_velocity
-from real_data.toy_pairs import annotated_pairs, other_prompts
+from real_data.toy_pairs import annotated_pairs
 from reward import (
     RewardConfig,
     VideoReward,
@@ -27,45 +27,11 @@ drawn, tiny = wired.drawn, wired.tiny
 TA = 2
 
 
-@pytest.mark.parametrize("flags", ["reward", "nrg --target=labels"])
-def test_labels_are_those_of_the_very_clips_and_name_the_better(tiny, flags):
-    settings, task = tiny(flags, "--pairs=30")
-    y, clips, _ = same_pairs(settings)
-    prompts = wired.attributes_of(y)
-    truth = torch.stack([world.oracle(clips[:, side], prompts) for side in (0, 1)], 1)
-    name = "video" if flags == "reward" else "x0"
-    clear = 0
-    for step in range(3):
-        batch = task.batch(step, EVERY)
-        for i, label in enumerate(batch["label"]):
-            pair, side = find(batch[f"{name}_a"][i], clips)
-            assert side == 0 and find(batch[f"{name}_b"][i], clips) == [pair, 1]
-            assert torch.equal(y[pair], batch["y"][i])
-            gap = (truth[pair, 0] - truth[pair, 1]) / world.TRUE_STD
-            sure = gap.abs() > 1.5  # five times the annotators' error
-            clear += sure.sum()
-            assert torch.equal(label[sure], gap[sure].sign().long())
-            if flags == "reward":
-                a, b = batch["mos"][i]
-                assert ((a - b) * gap > 0)[sure].all()
-    assert clear > 20
-
-
-def test_annotated_pairs_hold_the_truth_and_the_overall_choice_of_their_sides():
+def test_the_overall_choice_is_the_better_clip():
     pairs = annotated_pairs(120, ["train"], 3, CONFIG, Vocabulary())
-    prompts, index = wired.attributes_of(pairs.y), torch.arange(120)
-    truth = torch.stack([world.oracle(video, prompts) for video in pairs.sides(index)], 1)
-    assert torch.allclose(pairs.truth, truth, atol=1e-5)
-    gap = ((truth[:, 0] - truth[:, 1]) / world.TRUE_STD).mean(1)
+    gap = ((pairs.truth[:, 0] - pairs.truth[:, 1]) / world.TRUE_STD).mean(1)
     clear = gap.abs() > 1
     assert clear.sum() > 5 and torch.equal(pairs.overall[clear], gap[clear].sign().long())
-
-
-def test_ratings_have_mean_three_and_a_step_for_each_standard_deviation():
-    level = world.TRUE_MEAN.expand(20_000, 3)
-    mos = world.rate(level, level - world.TRUE_STD, torch.Generator().manual_seed(2))
-    assert 1 <= mos.min() and mos.max() <= 5
-    assert torch.allclose(mos.mean(0), torch.tensor([[3.0], [2.0]]).expand(2, 3), atol=0.04)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -148,10 +114,12 @@ def test_the_noise_aware_loss_on_labels_is_bradley_terry(tiny):
     batch = task.batch(0, EVERY)
     x1, t, label = batch["x1"], batch["t"], batch["label"]
     with torch.no_grad():
-        loss, _ = task.loss(batch)
+        loss, logs = task.loss(batch)
         a, b = (task.model(noised(batch[x], x1, t), t, batch["y"]) for x in ("x0_a", "x0_b"))
     each = F.softplus(-label * (a - b))[label != 0]  # ties are left out
     assert loss.item() == pytest.approx(each.mean().item(), rel=1e-4)
+    right = ((a - b).sign() == label)[:, TA][label[:, TA] != 0].float().mean().item()
+    assert logs["TA"] == pytest.approx(right)
 
 
 def test_the_noise_aware_reward_learns_videorewards_scores_of_the_clean_clip(tiny):
@@ -174,17 +142,6 @@ def test_the_noise_aware_reward_learns_videorewards_scores_of_the_clean_clip(tin
         each = (own - target).square().sum(1) + (other - of_other)[:, TA].square()
         assert loss.item() == pytest.approx(each.mean().item(), rel=1e-4)
     assert len(set(places[:60])) == 60  # both clips of each pair
-
-
-def test_the_other_prompt_differs_in_one_attribute(tiny):
-    _, task = tiny("nrg", "--pairs=30", "--batch=64")
-    batch = task.batch(0, slice(0, 64))
-    own, other = (wired.attributes_of(batch[name]) for name in ("y", "other_y"))
-    changed = own != other
-    assert (changed.sum(1) == 1).all() and (changed.sum(0) > 8).all()
-    assert len((other - own)[:, 0].unique()) > 4  # every other colour
-    y = torch.arange(8).reshape(4, 2)  # of real data: another pair's prompt
-    assert other_prompts(y, Vocabulary(["<pad>", "<unk>", "red"]), None).equal(y[[3, 0, 1, 2]])
 
 
 @pytest.mark.parametrize(("read", "trunk"), [(1, "frozen"), (2, "trained")])
@@ -240,15 +197,9 @@ def test_pretraining_takes_clips_of_its_prompts_and_the_flow_error(tiny, drawn):
     assert task.loss(batch)[0].item() == pytest.approx(expected.item(), rel=1e-4)
 
 
-# Nine times in ten are logit-normal(0, 1): 2 Phi(log 3) - 1 = .728 of them lie in the middle half
-# and Phi(-log 9) = .014 above .9. The other tenth lies above .9.
-@pytest.mark.parametrize(
-    ("algo", "middle", "top"),
-    [("pretrain", 0.9 * 0.728, 0.1 + 0.9 * 0.014), ("dpo", 0.5, 0.1), ("nrg", 0.5, 0.1)],
-)
-def test_times_are_uniform_and_in_pretraining_logit_normal(tiny, algo, middle, top):
-    _, task = tiny(algo, "--time-shift=1", "--batch=600")
-    t = torch.cat([task.batch(step, slice(0, 600))["t"] for step in range(2)])
+@pytest.mark.parametrize(("algo", "middle"), [("pretrain", 0.655), ("dpo", 0.5), ("nrg", 0.5)])
+def test_times_are_uniform_and_in_pretraining_logit_normal(tiny, algo, middle):
+    """Nine times in ten are logit-normal(0, 1): 2 Phi(log 3) - 1 = .728 of them lie in the middle
+    half. The other tenth lies above .9."""
+    t = tiny(algo, "--time-shift=1", "--batch=1000")[1].batch(0, slice(0, 1000))["t"]
     assert ((t > 0.25) & (t < 0.75)).float().mean().item() == pytest.approx(middle, abs=0.06)
-    assert (t > 0.9).float().mean().item() == pytest.approx(top, abs=0.03)
-    assert (t > 0.98).float().mean().item() == pytest.approx(0.02, abs=0.015)

@@ -17,7 +17,6 @@ import evaluate
 import tasks
 import world
 from data import DIMENSIONS, step_rng
-from model import load_velocity
 from online import tasks as online_tasks
 from runtime.cli import BadInput
 from studies import beta, catalogue, jobs, nrg, online, policies, reward_model, unified
@@ -313,26 +312,3 @@ def test_a_tiny_study_from_end_to_end(tmp_path, monkeypatch, capsys):
     log.unlink()
     evaluate.main()  # all jobs are done
     assert not log.exists() and "wrote" in capsys.readouterr().out.splitlines()[-1]
-
-
-def test_a_training_is_judged_by_its_weights_after_each_step(tiny, monkeypatch, tmp_path):
-    args, task = tiny("--algo=sft", "--steps=4")
-    before, seen, draw = [], [], task.batch
-
-    def batch(step, rows):
-        before.append(task.model.patch_out.weight.clone())
-        return draw(step, rows)
-
-    task.batch, task.evaluate = batch, lambda final, out: []
-    monkeypatch.setattr(policies, "settings_of", lambda flags: args)
-    monkeypatch.setitem(tasks.TASKS, "sft", lambda args, device: task)
-
-    def judged(step, checkpoint):
-        seen.append((step, load_velocity(checkpoint)[0].patch_out.weight))
-
-    settings = settings_for("align", work=tmp_path)
-    args.out = settings.folder("align") / "x"
-    policies.train(settings, "x", {"algo": "sft"}, [1, 3], judged)
-    weights = [*before, task.model.patch_out.weight]
-    assert [step for step, _ in seen] == [1, 3, 4]
-    assert all(torch.equal(weight, weights[step]) for step, weight in seen)
