@@ -196,11 +196,6 @@ def calibrate_noisy(model, held, seed, device, train_pairs=None):
 # What a video model can do, at the end of its training
 
 
-def attributes_share(videos, prompts):
-    """Share (3,) of clips that show the colour, shape and direction of their prompts (N, 3)."""
-    return (world.attributes_right(videos, prompts) > 0.5).float().mean(0)
-
-
 def named(names, values):
     return " ".join(f"{name} {value:.2f}" for name, value in zip(names, values.tolist()))
 
@@ -216,7 +211,8 @@ def pretrain_table(model, out, words, settings, device):
         bar = progress_bar(f"sampling at CFG {cfg:g}", "batch")
         videos = sample_prompts(model, words, prompts, seed, device, progress=bar, cfg=cfg)
         score = named(DIMENSIONS, world.oracle(videos, prompts).mean(0))
-        right = named(world.MARGIN, attributes_share(videos, prompts))
+        is_right = world.attributes_right(videos, prompts) > 0.5  # (N, 3)
+        right = named(world.MARGIN, is_right.float().mean(0))
         lines.append(f"CFG {cfg:g}: true score {score}; right {right}")
     write_gif(out / "samples.gif", list(videos[:32].split(8)))
     write_sheet(out / "samples.png", videos[:16])

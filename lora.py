@@ -26,12 +26,6 @@ class LoRALinear(nn.Module):
         out = self.linear(x)
         return out + (x @ self.down.T) @ self.up.T * self.scale if self.enabled else out
 
-    def merged(self):
-        """The plain linear layer with the same outputs."""
-        with torch.no_grad():
-            self.linear.weight += self.scale * self.up @ self.down
-        return self.linear
-
 
 def add_lora(model, rank, alpha=None, skip=0):
     """Freezes `model` and adds trainable adapters to its attention, in place.
@@ -78,6 +72,7 @@ def lora_disabled(model):
             layer.enabled = True
 
 
+@torch.no_grad()
 def merge_lora(model):
     """A copy of `model` without adapters and with the same outputs, to save and to sample from."""
     model = copy.deepcopy(model)
@@ -85,7 +80,8 @@ def merge_lora(model):
         for name in ("qkv", "out"):
             layer = getattr(block.attn, name)
             if isinstance(layer, LoRALinear):
-                setattr(block.attn, name, layer.merged())
+                layer.linear.weight += layer.scale * layer.up @ layer.down
+                setattr(block.attn, name, layer.linear)
     return model
 
 

@@ -95,17 +95,19 @@ class NoisyRewardConfig(ModelConfig):
             raise ValueError(f"read {self.read}: {blocks}")
 
 
-class RewardHead(nn.Module):
-    """What a noise-aware reward adds to a velocity model's first blocks, which a subclass runs.
+class NoisyReward(nn.Module):
+    """forward(x_t (B, C, T, H, W), t (B,), y (B, S)) -> scores (B, 3): VQ, MQ, TA.
 
-    Video tokens do not say where they are, because RoPE acts inside attention alone. So the head
-    reads them by place: each token gives a few numbers, which are averaged over each cell of
-    PLACES, and all cells together describe the clip. VQ and MQ are linear in this description; TA
-    also matches it with the prompt. Scores are divided by `std`, their spread over validation
-    pairs (1 until training ends); otherwise the easiest dimension dominates the gradient."""
+    A head reads the hidden states of a trunk, the first blocks of a velocity model. Video tokens
+    do not say where they are, because RoPE acts inside attention alone. So the head reads them by
+    place: each token gives a few numbers, which are averaged over each cell of PLACES, and all
+    cells together describe the clip. VQ and MQ are linear in this description; TA also matches it
+    with the prompt. Scores are divided by `std`, their spread over validation pairs (1 until
+    training ends); otherwise the easiest dimension dominates the gradient."""
 
-    def __init__(self, dim, numbers=24, width=256, match=64):
+    def __init__(self, config, numbers=24, width=256, match=64):
         super().__init__()
+        trunk, dim = VideoTransformer(config), config.dim
         self.norm = nn.LayerNorm(dim, elementwise_affine=False)
         self.modulation = nn.Linear(dim, 2 * dim)
         self.numbers = nn.Linear(dim, numbers)
@@ -118,31 +120,6 @@ class RewardHead(nn.Module):
         self.register_buffer("std", torch.ones(len(DIMENSIONS)))
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
-
-    def head(self, video, grid, words, condition):
-        """Hidden states of video tokens (B, N, d) in (t, h, w) order on `grid` and of the prompt's
-        words (B, S, d), and the trunk's condition (B, d) -> scores (B, 3): VQ, MQ, TA."""
-        with torch.autocast(video.device.type, enabled=False):  # bfloat16 would round scores alike
-            video, words, condition = video.float(), words.float(), condition.float()
-            shift, scale = self.modulation(condition)[:, None].chunk(2, -1)  # (B, 1, d) each
-            video = self.numbers(modulate(self.norm(video), shift, scale))  # (B, N, numbers)
-            video = video.transpose(1, 2).unflatten(2, grid)  # (B, numbers, T, H, W)
-            cells = F.adaptive_avg_pool3d(video, PLACES).flatten(1)  # (B, numbers * cells)
-            clip = self.describe(self.cells(cells) + self.condition(condition))  # (B, width)
-            scores = self.scores(clip)  # (B, 3)
-            video_proj = self.video_proj(clip)  # (B, match)
-            text_proj = self.text_proj(self.norm(words)).mean(1)  # (B, match)
-            match = (video_proj * text_proj).sum(1) / text_proj.shape[1] ** 0.5  # (B,)
-            scores[:, TA] += match  # VQ and MQ do not depend on the words
-            return scores / self.std
-
-
-class NoisyReward(RewardHead):
-    """forward(x_t (B, C, T, H, W), t (B,), y (B, S)) -> scores (B, 3): VQ, MQ, TA."""
-
-    def __init__(self, config):
-        trunk = VideoTransformer(config)
-        super().__init__(config.dim)
         self.config = config
         self.trunk = trunk
         self.trunk.blocks = self.trunk.blocks[: config.read]
@@ -154,8 +131,20 @@ class NoisyReward(RewardHead):
 
     def read(self, hidden, condition):
         """The trunk's hidden states (B, S + N, d) and condition (B, d) -> scores (B, 3)."""
-        words, video = self.trunk.split(hidden)
-        return self.head(video, self.config.grid, words, condition)
+        words, video = self.trunk.split(hidden)  # (B, S, d), (B, N, d) in (t, h, w) order
+        with torch.autocast(video.device.type, enabled=False):  # bfloat16 would round scores alike
+            video, words, condition = video.float(), words.float(), condition.float()
+            shift, scale = self.modulation(condition)[:, None].chunk(2, -1)  # (B, 1, d) each
+            video = self.numbers(modulate(self.norm(video), shift, scale))  # (B, N, numbers)
+            video = video.transpose(1, 2).unflatten(2, self.config.grid)  # (B, numbers, T, H, W)
+            cells = F.adaptive_avg_pool3d(video, PLACES).flatten(1)  # (B, numbers * cells)
+            clip = self.describe(self.cells(cells) + self.condition(condition))  # (B, width)
+            scores = self.scores(clip)  # (B, 3)
+            video_proj = self.video_proj(clip)  # (B, match)
+            text_proj = self.text_proj(self.norm(words)).mean(1)  # (B, match)
+            match = (video_proj * text_proj).sum(1) / text_proj.shape[1] ** 0.5  # (B,)
+            scores[:, TA] += match  # VQ and MQ do not depend on the words
+            return scores / self.std
 
 
 def trunk_tensors(model, blocks):

@@ -18,31 +18,25 @@ def ranked_clips(settings, config, words, device):
     VideoReward scores the pairs once, offline (section 5.2); with --rank labels people's labels
     take the place of its scores. Clips are the twelve generators', those of --data or, with
     --generated, the base model's."""
-    if settings.rank == "labels":
-        return labelled_clips(settings, config, words, device)
-    if settings.data:
-        if rank() == 0:
-            print("VideoReward ranks the pairs; the labels of --data are not used (--rank labels)")
-        judge = load_judge(settings.reward, config, tuple(words)).to(device)
-        _, _, pairs, _ = disk_data(settings, config, words, held_out=False)
-        scores = pair_scores(judge.normalised, pairs, device, score_bar())
-    else:
+    by_labels = settings.rank == "labels"
+    if not by_labels and not settings.data:
         source = (device, settings.generated, settings.init, settings.cache)
         pairs, scores, judge = scored_toy_pairs(
             settings.pairs, settings.seed, config, tuple(words), settings.reward, source
         )
-    return pairs, total_reward(scores, settings.align), judge
-
-
-def labelled_clips(settings, config, words, device):
-    """As ranked_clips, with people's labels for the reward."""
+        return pairs, total_reward(scores, settings.align), judge
     judge = None
     if settings.reward:
-        judge = load_judge(settings.reward, config, tuple(words)).to(device)
+        judge = load_judge(settings.reward, config, words).to(device)
     if settings.data:
         _, _, pairs, _ = disk_data(settings, config, words, held_out=False)
     else:
         pairs = training_pairs(settings, config, Vocabulary(words), device, **ON_POLICY)
+    if not by_labels:
+        if rank() == 0:
+            print("VideoReward ranks the pairs; the labels of --data are not used (--rank labels)")
+        scores = pair_scores(judge.normalised, pairs, device, score_bar())
+        return pairs, total_reward(scores, settings.align), judge
     ratings = settings.algo == "rwr"
     reward = label_rewards(pairs.label, pairs.mos, settings.align, ratings)
     if not reward.isfinite().any():
@@ -100,12 +94,3 @@ def winners(reward):
     if not len(pair):
         raise BadInput("no pair has a better clip; look at --rank, --reward and --align")
     return pair, (reward[pair, 1] > reward[pair, 0]).long()
-
-
-def regressed_clips(settings, reward):
-    """Pairs (M,) and sides (M,) of the clips that Flow-RWR learns: both of each ranked pair, or,
-    by labels, every clip that has one."""
-    if settings.rank == "labels":
-        return reward.isfinite().nonzero().T
-    pair, side = winners(reward)
-    return torch.cat((pair, pair)), torch.cat((side, 1 - side))

@@ -307,8 +307,6 @@ def check(settings):
         raise BadInput("--clips 1: clips of one prompt are compared; give at least 2")
     if algo == "dpo" and settings.reference == "round" and not rounds:
         raise BadInput("--reference round: has no effect without --rounds")
-    if algo == "nft" and settings.old_decay == 1:
-        raise BadInput("--old-decay 1: the old model would never move; give less than 1")
     if algo == "nrg" and settings.target == "labels" and settings.reward != Nrg.reward:
         raise BadInput("--reward: has no effect with --target labels")
     if isinstance(settings, Aligned) and not any(settings.align):

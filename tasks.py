@@ -17,7 +17,7 @@ from judge import alignment_table, calibrate_noisy, calibrate_reward, load_judge
 from lora import add_lora, freeze_trunk, merged_state_dict
 from model import VideoTransformer, load_velocity, share_trunk
 from nrg import noisy_pair_step, noisy_reward_on, noisy_value_step
-from ranking import ranked_clips, regressed_clips, winners
+from ranking import ranked_clips, winners
 from real_data.dataset import disk_data, preset, resized
 from real_data.toy_pairs import check_toy, draw_clips, held_pairs, other_prompts, training_pairs
 from reward import VideoReward, counted, decided, load_reward, reward_config, reward_step
@@ -208,7 +208,11 @@ def regression_task(settings, device):
         pair, side = winners(reward)
         weight = torch.ones(len(pair))
     else:
-        pair, side = regressed_clips(settings, reward)
+        if settings.rank == "labels":
+            pair, side = reward.isfinite().nonzero().T  # every clip that has a label
+        else:
+            pair, side = winners(reward)  # both clips of each pair
+            pair, side = torch.cat((pair, pair)), torch.cat((side, 1 - side))
         weight = rwr_weights(reward[pair, side], settings.temperature)
     clips_per_batch = 2 * settings.batch  # as many as DPO takes: SFT sees a winner twice as often
 

@@ -14,7 +14,7 @@ from model import ModelConfig
 from real_data import export_toy, toy_pairs
 from real_data.dataset import disk_prompts, hold_out, pairs_of, usable_rows
 from real_data.pairs_csv import COLUMNS, Pair, read_pairs, write_pairs
-from real_data.video import sample_frames
+from real_data.video import frame_count, probe
 from reward import load_reward
 from runtime.cli import BadInput
 from settings import Data
@@ -236,7 +236,7 @@ def test_the_public_example_pairs(tmp_path):
     paths = dict.fromkeys(path for pair in pairs[:3] for path in pair.paths)
     # 126 frames at 24 fps are 5.25 s, 10.5 frames at 2 fps, so 10; 152/30 -> 10.1; 144/24 -> 12;
     # 128/24 -> 10.7; 60/16 -> 7.5, so 8
-    counts = [len(sample_frames(EXAMPLE.parent / path)) for path in paths]
+    counts = [frame_count(probe(EXAMPLE.parent / path)[1]["seconds"]) for path in paths]
     assert counts == [10, 10, 12, 10, 10, 8]
     assert len(usable_rows(pairs, EXAMPLE, CONFIG, Data(cache=tmp_path))[0]) == 12
     assert len(list(tmp_path.iterdir())) == 6  # each video once, 12 rows or not

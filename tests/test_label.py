@@ -27,7 +27,7 @@ from data import DIMENSIONS
 from pages import agreement, label
 from pages.agreement import NO_LABEL
 from real_data.pairs_csv import LABELS, Pair, read_pairs, write_pairs
-from real_data.video import fit, sample_frames, to_video, write_video
+from real_data.video import cached_clip, to_video, write_video
 from reward import load_reward
 from runtime.cli import BadInput
 
@@ -113,7 +113,7 @@ def table(lines):
 @cache
 def true_scores(content, prompt, folder):
     (folder / "seen.mp4").write_bytes(content)
-    video = to_video(fit(sample_frames(folder / "seen.mp4"), 8, 32))
+    video = to_video(cached_clip(folder / "seen.mp4", folder, 8, 32))
     return world.oracle(video[None], [prompt])[0]
 
 

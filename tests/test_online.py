@@ -216,7 +216,6 @@ def test_the_room_that_a_round_takes(online):
 def test_flags_that_do_not_go_together_are_refused(tiny):
     for flags, words in {
         "dpo --rounds=3 --steps=200": "--rounds 3: --steps 200 must be a multiple of it",
-        "nft --old-decay=1": "--old-decay 1",
         "nft --clips=1 --refresh=1": "--clips 1: clips of one prompt are compared",
         "dpo --rounds=2 --fsdp": "leave --fsdp out",
     }.items():
