@@ -60,8 +60,6 @@ class Training:
     resume: bool = flag(False, "continue the run in --out", resumable=True)
     export: Path = flag(None, "also write the final weights here, as float16", Path, resumable=True)
     save_every: int = flag(500, "steps between checkpoints", positive_int, resumable=True)
-    plan: int = flag(None, "print what this takes on so many GPUs, and stop", positive_int)
-    flops: float = flag(4e14, "FLOP/s of a GPU", positive, needs=("plan",))
     pairs_of_steps: bool = False  # whether the number of pairs follows from --steps
     digests: dict = field(default_factory=dict)  # of the files that the flags name
 

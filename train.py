@@ -17,7 +17,6 @@ from runtime import distributed, resume
 from runtime.cli import run
 from runtime.distributed import rank, world_size
 from settings import settings_of
-from studies import cost
 from trainer import fit
 
 
@@ -34,9 +33,6 @@ def headline(model, settings, device):
 
 def main():
     settings = settings_of()
-    if settings.plan:
-        print("\n".join(cost.plan(settings)))
-        return
     device, begun = distributed.start_process(settings.device), time.perf_counter()
     distributed.check_flags(settings)
     settings.precision = "bfloat16" if distributed.in_bf16(settings, device) else "float32"

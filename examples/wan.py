@@ -40,7 +40,7 @@ except (ImportError, RuntimeError) as error:  # RuntimeError: a package of diffu
     sys.exit(2)
 
 ALGORITHMS = ("dpo", "rwr", "sft")
-UNREAD = ("compile", "ema", "export", "fsdp", "grad_checkpoint", "plan")  # flags of Training
+UNREAD = ("compile", "ema", "export", "fsdp", "grad_checkpoint")  # flags of Training
 
 
 @dataclass

@@ -290,7 +290,6 @@ BAD_FLAGS = {
         "--skip-bad": "--skip-bad: has no effect without --data",
         "--rounds=2 --generated=1": "--generated: has no effect with --rounds",
         "--rounds=2 --caption=1": "--caption: has no effect without --refresh",
-        "--flops=1": "--flops: has no effect without --plan",
     },
     export_toy: {"": "the following arguments are required: folder"},
     evaluate: {
