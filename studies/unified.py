@@ -38,12 +38,12 @@ EDGES = torch.linspace(-3, 4, 71)
 METHODS = {
     "reference": "p_ref",
     "rwr": "Flow-RWR",
-    "dpo-0.3": "Flow-DPO, its beta 0.3",
-    "dpo-1": "Flow-DPO, its beta 1",
-    "dpo-3": "Flow-DPO, its beta 3",
+    "dpo-0.3": "Flow-DPO, beta 0.3",
+    "dpo-1": "Flow-DPO, beta 1",
+    "dpo-3": "Flow-DPO, beta 3",
     "nrg-exact": "Flow-NRG, exact value function",
-    "nrg-shared": "Flow-NRG, reward learned with the same noise for both clips",
-    "nrg-own": "Flow-NRG, reward learned with separate noise",
+    "nrg-shared": "Flow-NRG, one noise a pair",
+    "nrg-own": "Flow-NRG, two noises a pair",
 }
 
 
@@ -202,27 +202,19 @@ def report(rows):
 
 
 def charts(rows):
-    """Densities of p* and of each group of methods."""
+    """Densities of p*, of p_ref, and of the methods of each algorithm."""
     width = (EDGES[1] - EDGES[0]).item()
     middles = ((EDGES[:-1] + EDGES[1:]) / 2).tolist()
-    groups = {
-        "Flow-RWR": {"reference": "p_ref", "rwr": "Flow-RWR"},
-        "Flow-DPO": {"dpo-0.3": "its beta 0.3", "dpo-1": "its beta 1", "dpo-3": "its beta 3"},
-        "Flow-NRG": {
-            "nrg-exact": "exact value",
-            "nrg-shared": "same noise (diverges to x near 8)",
-            "nrg-own": "separate noise",
-        },
-    }
     panels = []
-    for title, methods in groups.items():
+    for algorithm in ("Flow-RWR", "Flow-DPO", "Flow-NRG"):
         shares = {"p*": truth()[0]}
-        for method, name in methods.items():
-            histograms = [row["histogram"] for row in matching(rows, method=method)]
-            shares[name] = torch.tensor(histograms).mean(0)
+        for method, name in METHODS.items():
+            if name == "p_ref" or name.startswith(algorithm):
+                histograms = [row["histogram"] for row in matching(rows, method=method)]
+                shares[name] = torch.tensor(histograms).mean(0)
         series = []
         for name, share in shares.items():
             density = (share / width).tolist()
             series.append(Series(name, middles, [(height, 0.0) for height in density]))
-        panels.append(Chart(f"{title} against p*", series, "x", "density p(x)"))
+        panels.append(Chart(f"{algorithm} against p*", series, "x", "density p(x)"))
     return panels

@@ -93,30 +93,22 @@ def sampled_row(name, title, note, model, words, device):
     return f'<tr id="{name}">{head}{"".join(cells)}</tr>'
 
 
-def policy_rows(settings, page):
-    """(rows of all policies as HTML, lines that say where they are from). page: the text of an
-    earlier report, or ""."""
-    rows, lines = [], []
+def rows(settings, before):
+    """A table row of each policy, as HTML. before: the text of an earlier report, or ""."""
+    found, device = [], settings.device
     for name, (title, note, path) in policies(settings).items():
-        earlier = re.search(rf'<tr id="{name}".*?</tr>', page, re.DOTALL)
+        earlier = re.search(rf'<tr id="{name}".*?</tr>', before, re.DOTALL)
         if path.exists():
             model, words = load_velocity(path)
-            device = settings.device
-            rows.append(sampled_row(name, title, note, model.to(device), words, device))
-            lines.append(f"clips of {title}: sampled from {path}")
+            found.append(sampled_row(name, title, note, model.to(device), words, device))
         elif earlier:
-            rows.append(earlier[0])
-            lines.append(f"clips of {title}: as on the page before, since {path} is missing")
+            found.append(earlier[0])
+            print(f"clips of {title}: as on the page before, since {path} is missing")
         else:
-            lines.append(f"clips of {title}: none, since {path} is missing")
-    return rows, lines
-
-
-def steered_row(device):
-    """The row of Flow-NRG 1:1:1."""
+            print(f"clips of {title}: none, since {path} is missing")
     steered, words = steered_base(device)
     title, note = NAMES["nrg-1:1:1"], "base model, steered"
-    return sampled_row("nrg-1-1-1", title, note, steered, words, device)
+    return [*found, sampled_row("nrg-1-1-1", title, note, steered, words, device)]
 
 
 # ---------------------------------------------------------------------------------------------

@@ -2,9 +2,9 @@
 
     python evaluate.py report       writes report.html to --out
 
-Tables and charts come from the JSON files in --out, or from the shipped ones in results/. Clips are
-sampled from the policies that the studies left in --work; where one is missing, its row is taken
-from the page before, at first the shipped one. The page needs nothing else."""
+Tables and charts come from the JSON files in --out. Clips are sampled from the policies that the
+studies left in --work; where one is missing, its row is taken from the page before. The page needs
+nothing else."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from data import DIMENSIONS
 from runtime.cli import check_writable
-from studies.catalogue import ROOT, STUDIES
+from studies.catalogue import STUDIES
 from studies.jobs import report_of, source_line
 from studies.report import clips
 from studies.report.charts import picture
@@ -26,15 +26,11 @@ MEANING = dict(zip(DIMENSIONS, ("visual quality", "motion quality", "text alignm
 
 def run(settings):
     check_writable(settings.out, "--out")
-    shipped = ROOT / "results"
-    parts, lines = {}, []
+    parts = dict.fromkeys(("summary", *STUDIES), "")
     for name, study in STUDIES.items():
         path = settings.out / f"{name}.json"
         if not path.exists():
-            path = shipped / f"{name}.json"
-            if not path.exists():
-                continue
-            lines.append(f"{name}: as shipped, since {settings.out / f'{name}.json'} is missing")
+            continue
         saved = json.loads(path.read_text(encoding="utf-8"))
         report = report_of(study, saved)
         parts[name] = section(report, source_line(saved))
@@ -47,14 +43,13 @@ def run(settings):
     parts["prompts"] = "".join(f'<th scope="col">{prompt_text(prompt)}</th>' for prompt in prompts)
 
     page = settings.out / "report.html"
-    before = page if page.exists() else shipped / "report.html"
-    rows, more_lines = clips.policy_rows(settings, before.read_text(encoding="utf-8"))
-    parts["clips"] = "\n".join([*rows, clips.steered_row(settings.device)])
+    before = page.read_text(encoding="utf-8") if page.exists() else ""
+    parts["clips"] = "\n".join(clips.rows(settings, before))
 
     template = TEMPLATE.read_text(encoding="utf-8")
     text = re.sub(r"{{(\w+)}}", lambda match: parts[match[1]], template)
     page.write_text(text, encoding="utf-8")
-    print("\n".join([*lines, *more_lines, f"wrote {page}, {len(text.encode()) / 1e6:.1f} MB"]))
+    print(f"wrote {page}, {len(text.encode()) / 1e6:.1f} MB")
 
 
 def section(report, source):
