@@ -2,7 +2,6 @@
 
 import re
 import shlex
-from itertools import groupby
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -12,7 +11,7 @@ FOLDERS = [ROOT / part for part in ("", "docs", "weights", "examples")]
 DOCS = [str(path.relative_to(ROOT)) for folder in FOLDERS for path in sorted(folder.glob("*.md"))]
 
 FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.M | re.S)
-COMMAND = re.compile(r" *(?:\$ )?((?:\w+=\S* +)*(?:python|torchrun|pip) .*)")
+COMMAND = re.compile(r"(?:\$ |pip .* && )?((?:python|torchrun) .*)")
 
 
 def modules(root=ROOT):
@@ -26,11 +25,6 @@ def prose(doc):
     return FENCE.sub("", (ROOT / doc).read_text())
 
 
-def spans(text):
-    """What stands in backticks."""
-    return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", text)]
-
-
 def sections(text):
     """{heading: text below it}"""
     _, *parts = re.split(r"^#+ +(.*)\n", text, flags=re.M)
@@ -38,22 +32,10 @@ def sections(text):
 
 
 def commands(text):
-    """[(words of a command, lines of output below it)], without pip's."""
-    found = []
-    for line in text.replace("\\\n", " ").splitlines():
-        if not (match := COMMAND.fullmatch(line)):
-            for _, output in found[-1:]:
-                output.append(line)
-            continue
-        lexer = shlex.shlex(match[1], posix=True, punctuation_chars=";&|")  # leaves out comments
-        lexer.whitespace_split = True
-        for between, words in groupby(lexer, {";", "&&", "&", "|"}.__contains__):
-            words = list(words)
-            while re.match(r"\w+=", words[0]):
-                del words[0]  # a variable of the environment
-            if not between and words[0] != "pip":
-                found.append((words, []))
-    return found
+    """[words of a command], without pip's."""
+    lines = text.replace("\\\n", " ").splitlines()
+    matches = [COMMAND.fullmatch(line.strip()) for line in lines]
+    return [shlex.split(match[1], comments=True) for match in matches if match]
 
 
 def fenced(doc):
@@ -67,8 +49,8 @@ def fenced(doc):
 
 
 def all_commands(doc):
-    """Every command of a file once, as text."""
+    """Every command of a file once, as text: those of its fences and those in backticks."""
     found = sum(fenced(doc).values(), [])
-    for span in spans(prose(doc)):
-        found += commands(span)
-    return dict.fromkeys(shlex.join(words) for words, _ in found)
+    for span in re.findall(r"`([^`]+)`", prose(doc)):
+        found += commands(" ".join(span.split()))
+    return dict.fromkeys(shlex.join(words) for words in found)

@@ -1,7 +1,6 @@
-"""The commands, as a user runs them: tiny runs of everything, resuming, and bad input."""
+"""The commands, as a user runs them: tiny runs, and bad input."""
 
 import json
-import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -59,9 +58,6 @@ def refused(command):
     return run
 
 
-# ---------------------------------------------------------------------------------------------
-
-
 def test_sampling_from_a_shell_is_reproducible_and_follows_its_flags(command, tmp_path):
     flags = ["--n", "1", "--steps", "4", "--device", "cpu"]
     shell = [sys.executable, ROOT / "sample.py", *flags, "--out", tmp_path / "shell"]
@@ -69,9 +65,11 @@ def test_sampling_from_a_shell_is_reproducible_and_follows_its_flags(command, tm
     assert ran.returncode == 0 and "VQ" in ran.stdout and "mean" in ran.stdout, ran.stderr
     assert (tmp_path / "shell" / GIF).with_suffix(".png").stat().st_size > 1000
     clips = [(tmp_path / "shell" / GIF).read_bytes()]
-    for more in ([], ["--seed", 1], ["--steps", 5], ["--cfg", 1]):
-        command(sample, *flags, *more, "--out", tmp_path)
-        clips.append((tmp_path / GIF).read_bytes())
+    prompt = ["--prompt", " A red  circle,\tmoving LEFT."]  # the same as the default
+    for more in (prompt, ["--seed", 1], ["--steps", 5], ["--cfg", 1]):
+        out = tmp_path / str(more[-1])
+        command(sample, *flags, *more, "--out", out)
+        clips.append(next(out.glob("*.gif")).read_bytes())
     assert clips[0] == clips[1] and clips[0][:3] == b"GIF" and len(set(clips)) == 4
 
 
@@ -126,13 +124,6 @@ def test_models_of_other_clips_or_words_are_refused(refused, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_case_punctuation_and_spaces_of_a_prompt_do_not_matter(command, tmp_path):
-    flags = ["--n", 1, "--steps", 1, "--device", "cpu", "--out", tmp_path, "--prompt"]
-    prompts = " A red  circle,\tmoving LEFT.", "a red circle moving left"
-    tables = [command(sample, *flags, prompt).splitlines()[1:-1] for prompt in prompts]
-    assert tables[0] == tables[1]  # of true scores
-
-
 def test_compiling_without_a_compiler_is_one_line(command, monkeypatch, tmp_path):
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "/nowhere/g++"))
     monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
@@ -173,6 +164,8 @@ def test_sliding_tiles_are_trained_saved_and_sampled(command, tmp_path):
 
 
 def test_dpo_ends_with_a_table_and_pictures_and_starts_at_its_reference(command, tmp_path):
+    text = command(train, "--help")
+    assert "--beta" in text and "default: 100" in text and "--loss" not in text
     out = command(train, *short("dpo"), "--out", tmp_path)
     for words in ("base, true score", "dpo wins, oracle", "dpo wins, VideoReward", "metrics.jsonl"):
         assert words in out
@@ -180,11 +173,6 @@ def test_dpo_ends_with_a_table_and_pictures_and_starts_at_its_reference(command,
     assert {"base_above_dpo.gif", "base_above_dpo.png", "last.pt"} <= names
     first = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
     assert first["loss"] == pytest.approx(0.693147, abs=1e-5) and first["accuracy"] == 0.5
-
-
-def test_help_shows_the_flags_of_the_algorithm_with_their_defaults(command):
-    dpo = command(train, "--help")
-    assert "--beta" in dpo and "default: 100" in dpo and "--loss" not in dpo
 
 
 # ---------------------------------------------------------------------------------------------
@@ -196,31 +184,24 @@ class Hostile:
         return Path.touch, (Path("executed"),)
 
 
-NOT_SAFE, SHAPE = "not a checkpoint that can be read safely", "numbers of shape"
-UNLIKE = "its config or its weights do not describe a VideoTransformer"
+NOT_SAFE = "not a checkpoint that can be read safely"
 
 
 def bad_files():
-    """[(content, words of its error)] of checkpoints that must be refused."""
+    """[(content, words of its error)] of checkpoints."""
     state = checkpoint.load_checkpoint(WEIGHTS / "base.pt")
     whole, model, config = (WEIGHTS / "base.pt").read_bytes(), state["model"], state["config"]
     places = model["places"]
     return [
-        (b"", NOT_SAFE),
-        (b"not a checkpoint", NOT_SAFE),
         (whole[: len(whole) // 2], NOT_SAFE),
-        (pickle.dumps(Hostile()), NOT_SAFE),
         (state | {"step": Hostile()}, NOT_SAFE),
-        ([1, 2, 3], NOT_SAFE),
         (state | {"vocabulary": [1]}, NOT_SAFE),
         (state | {"format": 99}, "format 99"),
         (state | {"config": {**config, "depth": 10**9}}, "depth 1000000000 must be"),
-        (state | {"config": {"width": 3}}, UNLIKE),
-        (state | {"config": {**config, "dim": 80}}, SHAPE),
-        (state | {"model": None}, UNLIKE),
+        (state | {"config": {**config, "dim": 80}}, "numbers of shape"),
+        (state | {"model": None}, "do not describe a VideoTransformer"),
         (state | {"model": {k: v for k, v in model.items() if k != "places"}}, "lacks tensor"),
         (state | {"model": {**model, "place": places}}, "unknown tensor 'place'"),
-        (state | {"model": {**model, "places": 3}}, "'places' must hold finite"),
         (state | {"model": {**model, "places": places / 0}}, "'places' must hold finite"),
         (state | {"vocabulary": ["a"] * 1000}, "1000 words"),
     ]
@@ -238,14 +219,9 @@ def test_bad_checkpoints_are_refused(refused, tmp_path, monkeypatch):
         refused(sample, ["--ckpt", path, *out], words)
     refused(train, short("dpo", "--init", path, *out), words)
     reward = checkpoint.load_checkpoint(WEIGHTS / "reward.pt")
-    for name, value, words in (
-        ("mean", float("nan"), "'mean' must hold finite"),
-        ("std", 0.0, "std is not positive"),
-        ("std", -1.0, "std is not positive"),
-    ):
-        model = reward["model"] | {name: torch.full((3,), value)}
-        checkpoint.save_checkpoint(path, reward | {"model": model})
-        refused(train, short("dpo", "--reward", path, *out), words)
+    reward["model"]["std"] = torch.zeros(3)
+    checkpoint.save_checkpoint(path, reward)
+    refused(train, short("dpo", "--reward", path, *out), "std is not positive")
     assert not (tmp_path / "executed").exists() and not (tmp_path / "out").exists()
 
 
@@ -253,16 +229,12 @@ BAD_FLAGS = {
     sample: {
         "--prompt=a purple circle moving left": "'purple'",
         "--prompt=": "0 words",
-        "--prompt=a red circle": "direction",
         "--n=0": "argument --n: 0: must be a whole number from 1 to 4096",
         "--cfg=inf": "--cfg: inf: must be a finite number",
-        f"--ckpt={WEIGHTS / 'reward.pt'}": "holds a reward model",
         "--device=abacus": "abacus",
         "--nrg=1,1": "argument --nrg: 1,1: must be three numbers",
-        "--nrg=1,1,1 --nrg-interval=0.9,0": "--nrg-interval",
         "--nrg=1,1,1 --nrg-interval=0,2": "--nrg-interval",
         f"--nrg=1,1,1 --nrg-ckpt={WEIGHTS / 'base.pt'}": "holds a velocity model",
-        "--n=1 --steps=3 --nrg=1e39,0,0": "not finite",
         "--n=1 --steps=3 --cfg=1e38": "not finite",
     },
     train: {
@@ -271,7 +243,6 @@ BAD_FLAGS = {
         f"--seed={2**45}": "--seed: 35184372088832: must be a whole number from 0 to 2147483647",
         "--label-dropout=2": "argument --label-dropout: 2: must be a number from 0 to 1",
         "--freeze=6": "0 to 5",
-        f"--reward={WEIGHTS / 'base.pt'}": "holds a velocity model",
         "--resume": "no such checkpoint",
         "--speed=9": "--speed: no such flag",
         "--align=0,0,0": "at least one weight",
@@ -280,7 +251,6 @@ BAD_FLAGS = {
         "--data=pairs.csv": "pairs.csv: cannot be read",
         "--accum=3": "--batch 2: must be a multiple of 3",
         "--fsdp": "--fsdp: needs processes; start with torchrun",
-        # flags that the algorithm does not read, or not here
         "--algo=rwr --beta=7": "--beta: read by --algo dpo, not by rwr",
         "--algo=dpo --loss=bt": "--loss: read by --algo reward, not by dpo",
         "--reference=round": "has no effect without --rounds",

@@ -1,6 +1,7 @@
 """Pairs on disk: the CSV format, every fault by file, line and column, and what is trained on."""
 
 import csv
+import re
 from pathlib import Path
 
 import imageio.v2 as imageio
@@ -10,11 +11,11 @@ import torch
 import train
 import world
 from data import INVALID, Vocabulary, vocabulary_of
+from examples import toy_latents
 from model import ModelConfig
-from real_data import export_toy, toy_pairs
+from real_data import export_toy, toy_pairs, video
 from real_data.dataset import disk_prompts, hold_out, pairs_of, usable_rows
 from real_data.pairs_csv import COLUMNS, Pair, read_pairs, write_pairs
-from real_data.video import frame_count, probe
 from reward import load_reward
 from runtime.cli import BadInput
 from settings import Data
@@ -41,24 +42,15 @@ def write(rows, path, header=None, encoding="utf-8"):
     return path
 
 
-# ---------------------------------------------------------------------------------------------
-# The format
-
 FAULTS = [
     ({"TA": "C"}, "TA: unknown label 'C'; known: A, B, same, tie, invalid"),
-    ({"path_A": "../a.mp4"}, "path_A: path '../a.mp4' does not lie in the data folder"),
-    ({"path_A": "/etc/hosts"}, "path_A: path '/etc/hosts' does not lie in the data folder"),
     ({"path_A": "v/../../a.mp4"}, "path_A: path 'v/../../a.mp4' does not lie in the data folder"),
     ({"path_A": "a\0.mp4"}, "path_A: no video 'a\\x00.mp4' in"),
-    ({"path_A": "a" * 5000}, "path_A: no video 'aaaa"),
     ({"path_A": ""}, "path_A: no video '' in"),
-    ({"path_B": "none.mp4"}, "path_B: no video 'none.mp4' in"),
     ({"path_B": "./a.mp4"}, "path_B: 'a.mp4' is the clip of path_A"),
     ({"prompt": " ... "}, "prompt: '...' has no words"),
     ({"prompt": "NaN"}, "prompt: 'NaN' stands for an empty cell"),
-    ({"VQ": ""}, "VQ: unknown label ''"),
     ({"fps_A": "fast"}, "fps_A: 'fast' is no number from 0.001 to 1e+06"),
-    ({"fps_A": "0"}, "fps_A: '0' is no number"),
     ({"num_frames_B": "nan"}, "num_frames_B: 'nan' is no number"),
     ({"more": "x"}, "num_frames_B: the row has 11 fields, the header 10"),
 ]
@@ -81,15 +73,8 @@ def test_faults_of_a_whole_file(folder):
     no_mq, twice = [name.replace("MQ", "X") for name in ROW], [*ROW, "x", "x"]
     cases = [  # rows, header, encoding, message
         ([ROW], no_mq, "utf-8", "line 1 must name the columns path_A, .*; missing: MQ$"),
-        (
-            [ROW],
-            CELLS,
-            "utf-8",
-            "line 1 must name the columns .*; missing: path_A, path_B, prompt",
-        ),
         ([ROW | {"x": 1, "X": 2}], twice, "utf-8", "line 1, column x: occurs twice"),
         ([ROW, odd], None, "latin-1", "line 3: byte 0xef is not UTF-8; save the file as UTF-8"),
-        ([ROW], None, "utf-16", "line 1: byte 0xff is not UTF-8"),
         ([], list(ROW), "utf-8", "holds no pair"),
     ]
     for rows, header, encoding, message in cases:
@@ -152,10 +137,6 @@ def test_links_of_a_hub_client_are_followed_as_they_are_written(folder):
         read_pairs(write([row | {"path_B": "again.mp4"}], path))
 
 
-# ---------------------------------------------------------------------------------------------
-# The toy's export
-
-
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """(folder, what the command prints)."""
@@ -166,7 +147,7 @@ def exported(tmp_path_factory):
 
 def test_an_export_gives_the_pairs_back(exported, tmp_path):
     folder, lines = exported
-    prompts, vocabulary = {}, Vocabulary()
+    vocabulary = Vocabulary()
     for offset, (name, split) in enumerate(export_toy.SPLITS.items()):
         count = 10 if name == "train" else 2
         pairs = toy_pairs.annotated_pairs(count, [split], 3 + 10 * offset, CONFIG, vocabulary)
@@ -178,8 +159,8 @@ def test_an_export_gives_the_pairs_back(exported, tmp_path):
         assert [[path[:-4].rpartition("_")[2] for path in row.paths] for row in rows] == generators
         rate = imageio.get_reader(folder / rows[0].path_a).get_meta_data()["fps"]
         assert rate == rows[0].fps_a == 2
-        prompts[name] = [row.prompt for row in rows]
-        assert prompts[name] == [vocabulary.decode(y) for y in pairs.y.tolist()]
+        prompts = [row.prompt for row in rows]
+        assert prompts == [vocabulary.decode(y) for y in pairs.y.tolist()]
         if name == "benchmark":
             values = {"A": 1, "B": -1, "same": 0}
             assert [[row.other["A_model"], row.other["B_model"]] for row in rows] == generators
@@ -190,19 +171,15 @@ def test_an_export_gives_the_pairs_back(exported, tmp_path):
         index = torch.arange(len(rows))
         for seen, real in zip(read.sides(index), pairs.sides(index)):
             assert (seen - real).abs().mean() < 0.012
-            scores = world.oracle(seen, prompts[name]) - world.oracle(real, prompts[name])
+            scores = world.oracle(seen, prompts) - world.oracle(real, prompts)
             assert scores.abs().max() < 0.05
-        table = lines[lines.index(f"## {name}: {count} pairs") :]
+        table = "\n".join(lines[lines.index(f"## {name}: {count} pairs") :])
         ties = (pairs.label[:, 0] == 0).float().mean()
-        assert (
-            next(line for line in table if line.startswith("| VQ")).split(" | ")[2] == f"{ties:.3f}"
-        )
+        assert re.search(rf"^\| VQ \| [^|]* \| {ties:.3f} ", table, re.M)
         rated = pairs.models.flatten() == pairs.models[0, 0]
         mean = pairs.mos.flatten(0, 1)[rated].mean(0)
         cells = [generators[0][0], str(rated.sum().item()), *(f"{value:.2f}" for value in mean)]
         assert f"| {' | '.join(cells)} |" in table
-    train_prompts, *others = map(set, prompts.values())
-    assert not any(train_prompts & other for other in others)
 
 
 def test_an_export_has_clips_of_the_base_model_and_touches_nothing_that_is_there(
@@ -225,8 +202,24 @@ def test_an_export_has_clips_of_the_base_model_and_touches_nothing_that_is_there
         export_toy.export(args)
 
 
-# ---------------------------------------------------------------------------------------------
-# Training data
+def test_toy_latents_are_the_pairs_that_their_csv_names(tmp_path, monkeypatch):
+    for seed in (0, 1):
+        out = tmp_path / str(seed)
+        flags = [str(out), "--pairs=6", f"--seed={seed}"]
+        monkeypatch.setattr("sys.argv", ["toy_latents.py", *flags])
+        toy_latents.main()
+        pairs = toy_pairs.annotated_pairs(6, ["train"], seed, ModelConfig(), Vocabulary())
+        clips = torch.stack(pairs.sides(torch.arange(6)), 1)
+        mean, std = clips.mean(), clips.std()
+        for i, row in enumerate(read_pairs(out / "pairs.csv")):
+            assert row.prompt == Vocabulary().decode(pairs.y[i])
+            assert list(row.label) == pairs.label[i].tolist() and INVALID not in row.label
+            for clip, path in zip(clips[i], row.paths):
+                latent = torch.tensor(video.read_latent(out / path))
+                squares = ((0, 0, 0), (1, 0, 1), (2, 1, 0), (2, 1, 1))
+                for c, dy, dx in squares:  # of 2 x 2 pixels, channel by channel
+                    wanted = (clip[c, :, dy::2, dx::2] - mean) / std
+                    assert torch.allclose(latent[4 * c + 2 * dy + dx].float(), wanted, atol=1e-4)
 
 
 @pytest.mark.skipif(not EXAMPLE.exists(), reason="the three public example pairs are not here")
@@ -236,7 +229,7 @@ def test_the_public_example_pairs(tmp_path):
     paths = dict.fromkeys(path for pair in pairs[:3] for path in pair.paths)
     # 126 frames at 24 fps are 5.25 s, 10.5 frames at 2 fps, so 10; 152/30 -> 10.1; 144/24 -> 12;
     # 128/24 -> 10.7; 60/16 -> 7.5, so 8
-    counts = [frame_count(probe(EXAMPLE.parent / path)[1]["seconds"]) for path in paths]
+    counts = [video.frame_count(video.probe(EXAMPLE.parent / path)[1]["seconds"]) for path in paths]
     assert counts == [10, 10, 12, 10, 10, 8]
     assert len(usable_rows(pairs, EXAMPLE, CONFIG, Data(cache=tmp_path))[0]) == 12
     assert len(list(tmp_path.iterdir())) == 6  # each video once, 12 rows or not

@@ -9,18 +9,15 @@ from datetime import timedelta
 
 import pytest
 import torch
-from forked import TINY, command, ended, fork, tiny_checkpoints, together, weights, with_read
+from forked import command, ended, fork, tiny_checkpoints, together, weights, with_read
 from test_resume import before_call, stop
 
 import tasks
 from data import mean_one
-from model import PRESETS
 from runtime import checkpoint, cli, distributed
-from settings import settings_of
 
 SPREAD = ("pretrain", "reward", "nrg", "dpo")  # sft's and rwr's loss is pretrain's
 WAYS = {
-    "accum": (["--accum=2"], SPREAD),
     "ddp": (["--accum=2"], SPREAD),
     "fsdp": (["--accum=2", "--fsdp", "--save-every=3"], ("nrg", "dpo")),
 }
@@ -31,7 +28,7 @@ NO_GRADIENT = re.compile(r"key\.bias|head\.bias|mean|std")
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Folder/way/algorithm: the same three steps in four ways."""
+    """Folder/way/algorithm: the same three steps in three ways."""
     folder = tmp_path_factory.mktemp("runs")
     files, log = tiny_checkpoints(folder), folder / "log"
 
@@ -44,8 +41,7 @@ def runs(tmp_path_factory):
         assert ended(fork(command, *flags("one", algo, []), output=log)) == 0, log.read_text()
     for way, (more, algorithms) in WAYS.items():
         cases = [flags(way, algo, more) for algo in algorithms]
-        ranks = 1 if way == "accum" else 2
-        assert together(command, cases, output=log, ranks=ranks) == [0] * ranks, log.read_text()
+        assert together(command, cases, output=log) == [0, 0], log.read_text()
     return folder
 
 
@@ -58,7 +54,7 @@ def furthest(one, other):
 @pytest.mark.parametrize(("way", "algo"), [(way, a) for way in WAYS for a in WAYS[way][1]])
 def test_every_way_takes_the_same_steps(runs, way, algo):
     one, other = weights(runs / "one" / algo), weights(runs / way / algo)
-    assert furthest(one, other) < (1e-6 if way == "accum" else 1e-5)
+    assert furthest(one, other) < 1e-5
     if algo == "dpo":  # and they are steps
         start = checkpoint.load_checkpoint(runs / "velocity.pt")["model"]
         assert furthest(one, start) > 1e-4
@@ -67,22 +63,6 @@ def test_every_way_takes_the_same_steps(runs, way, algo):
     for name in ("loss", "grad_norm"):
         one, other = ([line[name] for line in each] for each in lines)
         assert len(one) == 3 and other == pytest.approx(one, rel=1e-4, abs=1e-5)
-
-
-@pytest.mark.parametrize("algo", tasks.TASKS)
-def test_each_process_makes_its_own_slice_of_the_batch(runs, monkeypatch, algo):
-    monkeypatch.setitem(PRESETS, "nano", TINY)
-    files = [f"--init={runs / 'velocity.pt'}", f"--reward={runs / 'reward.pt'}"]
-    flags = [f"--algo={algo}", "--steps=5", "--batch=4", "--device=cpu"]
-    settings = settings_of(
-        with_read(flags, *files, "--pairs=24", "--eval-pairs=8", "--generated=0")
-    )
-    task = tasks.TASKS[algo](settings, torch.device("cpu"))
-    whole, *halves = (task.batch(3, slice(*rows)) for rows in ((0, 4), (0, 2), (2, 4)))
-    rows = 8 if algo in ("sft", "rwr") else 4
-    for name, value in whole.items():
-        assert len(value) == rows and all(len(half[name]) == rows // 2 for half in halves)
-        assert torch.equal(torch.cat([half[name] for half in halves]), value)
 
 
 def blocks_of_process_0(out):

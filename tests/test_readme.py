@@ -4,21 +4,19 @@ import importlib
 import re
 import runpy
 import shlex
-import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
-from forked import with_read
+from forked import command, together, with_read
 from readme import DOCS, ROOT, all_commands, fenced, prose, sections
-from torch.distributed import run as torchrun
 
 from flags import Parser
 from model import PRESETS
 from settings import settings_of
 
 # Each command in a fence of these is run, with these flags behind its own (the last of a kind
-# counts); torchrun by two processes, and presets narrow and shallow (narrow.py),
+# counts); presets are narrow and shallow.
 RUN = [doc for doc in DOCS if doc == "README.md" or doc.startswith("docs/")]
 SHRUNK = {
     "train.py": "--steps=2 --batch=2 --pairs=8 --eval-prompts=2 --eval-pairs=10 --device=cpu",
@@ -26,14 +24,10 @@ SHRUNK = {
     "data.py": "--pairs 12",
     "examples/toy_latents.py": "--pairs 24 --size 32",
 }
-ELSEWHERE = {  # or by another test
-    "python train.py .*(--rounds|nft|grpo)": "test_online.py",
-    "python -m pages.label": "test_label.py",
-    "python train.py .*(labels-1/pairs.csv|out/loop/reward)": "test_label.py",
-    "python -m real_data.prepare": "test_videos.py",
-    "python evaluate.py report": "test_report.py",
-    "python -m pytest": "CI",
-}
+ELSEWHERE = re.compile(  # or by test_online, test_label, test_videos and test_report
+    "python (train.py .*(--rounds|nft|grpo|labels-1/pairs.csv|out/loop/reward)"
+    "|-m (pages.label|real_data.prepare|pytest)|evaluate.py report)"
+)
 
 
 class Accepted(Exception):
@@ -49,23 +43,20 @@ def test_commands_are_accepted(doc, monkeypatch):
         assert not unknown, unknown
         raise Accepted
 
-    for command in all_commands(doc):
-        _, script, *flags = shlex.split(command)
-        if command.startswith("torchrun"):
-            args = torchrun.parse_args([script, *flags] + ["train.py"] * (".py" not in command))
-            script, flags = args.training_script, args.training_script_args
-        if script == "-m" and flags[0] != "pytest":
-            script = flags.pop(0).replace(".", "/") + ".py"
-        flags = ["1" if re.fullmatch(r"[A-Z]+|<.*>", flag) else flag for flag in flags]  # N, DIR
-        assert script == "-m" or (ROOT / script).exists(), command
-        if script == "-m" or not flags or "..." in flags or "--help" in flags:
+    for text in all_commands(doc):
+        match = re.search(r"-m (\S+)|(\S+)\.py", text)
+        if not match or match[1] == "pytest":
             continue
+        script = (match[1] or match[2]).replace(".", "/") + ".py"
+        assert (ROOT / script).exists(), text
+        flags = shlex.split(text[match.end() :])
+        flags = ["1" if re.fullmatch(r"[A-Z]+", flag) else flag for flag in flags]  # N, DIR
         if script == "train.py":
             settings_of(flags)
         elif script == "examples/wan.py":
             pytest.importorskip("diffusers")
             importlib.import_module("examples.wan").settings_of(flags)
-        else:
+        elif flags:
             monkeypatch.setattr(sys, "argv", [script, *flags])
             with monkeypatch.context() as patch, pytest.raises(Accepted):
                 patch.setattr(Parser, "parse_known_args", stop)
@@ -73,35 +64,22 @@ def test_commands_are_accepted(doc, monkeypatch):
 
 
 def run_elsewhere(words):
-    return any(re.match(start, shlex.join(words)) for start in ELSEWHERE)
+    return ELSEWHERE.match(shlex.join(words))
 
 
 def shrunk_flags(script, flags):
-    """What stands behind the flags of a script, so that it takes little time."""
+    """Those of SHRUNK that the script reads."""
     shrunk = SHRUNK[script].split()
-    if script != "train.py":
-        return shrunk
-    read = with_read(flags, *shrunk)
-    return read[: len(read) - len(flags)]
-
-
-def run_by_two_processes(words):
-    """A documented torchrun command: its own flags, two processes, narrow presets."""
-    script = words.index("train.py")
-    launcher = [sys.executable, "-m", "torch.distributed.run", *words[1:script]]
-    launcher += ["--standalone", "--nproc_per_node", "2", str(ROOT / "tests" / "narrow.py")]
-    flags = words[script + 1 :]
-    flags += [*shrunk_flags("train.py", flags), "--batch", "16"]  # one clip for each of 2 x --accum
-    done = subprocess.run([*launcher, *flags], capture_output=True, text=True, timeout=150)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("2 processes on cpu") == done.stdout.count("last.pt") == 1
+    if script == "train.py":
+        shrunk = [flag for flag in shrunk if flag in with_read(flags, flag)]
+    return shrunk
 
 
 SECTIONS = [
     (doc, heading)
     for doc in RUN
     for heading, part in fenced(doc).items()
-    if not all(run_elsewhere(words) for words, _ in part)
+    if not all(run_elsewhere(words) for words in part)
 ]
 
 
@@ -110,23 +88,24 @@ def test_the_commands_of_a_section_run_one_after_the_other(
     doc, heading, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    for words, _ in fenced(doc)[heading]:
+    for words in fenced(doc)[heading]:
         if run_elsewhere(words):
             continue
-        if words[0] == "torchrun":
-            run_by_two_processes(words)
-            continue
-        script, *flags = words[1:]
+        start = words.index("train.py") if words[0] == "torchrun" else 1
+        script, *flags = words[start:]
         if "--preset" in flags:
             for name, config in PRESETS.items():
                 monkeypatch.setitem(PRESETS, name, replace(config, dim=48, depth=3, heads=2))
-        monkeypatch.setattr(sys, "argv", [script, *flags, *shrunk_flags(script, flags)])
+        flags += shrunk_flags(script, flags)
+        if words[0] == "torchrun":  # by two processes; one clip for each of 2 x --accum
+            log = tmp_path / "log"
+            assert together(command, [[*flags, "--batch=16"]], output=log) == [0, 0], (
+                log.read_text()
+            )
+            continue
+        monkeypatch.setattr(sys, "argv", [script, *flags])
         runpy.run_path(str(ROOT / script), run_name="__main__")
         assert capsys.readouterr().out
-
-
-# ---------------------------------------------------------------------------------------------
-# Links
 
 
 @pytest.mark.parametrize("doc", DOCS)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -60,19 +61,11 @@ EVEN = [40 + 40 * 3.9 / 7 * i for i in range(8)]
 
 CODECS = {
     "h264.mp4": X264,
-    "h265.mp4": ["-c:v", "libx265", "-preset", "ultrafast", "-crf", "8"],
-    "vp8.webm": ["-c:v", "libvpx", "-crf", "4", "-b:v", "2M", "-deadline", "realtime"],
     "vp9.webm": ["-c:v", "libvpx-vp9", "-crf", "8", "-deadline", "realtime", "-cpu-used", "8"],
-    "av1.mkv": ["-c:v", "libsvtav1", "-preset", "12", "-crf", "10"],
     "mpeg4.avi": ["-c:v", "mpeg4", "-q:v", "2"],
     "mpeg2.mpg": ["-c:v", "mpeg2video", "-q:v", "2", "-r", "25"],
-    "wmv2.wmv": ["-c:v", "wmv2", "-q:v", "2"],
-    "theora.ogv": ["-c:v", "libtheora", "-q:v", "9"],
-    "flash.flv": ["-c:v", "flv1", "-q:v", "2"],
     "prores 10 bit.mov": ["-c:v", "prores_ks", "-pix_fmt", "yuv422p10le"],
     "alpha.mov": ["-c:v", "png", "-pix_fmt", "rgba"],
-    "ffv1.mkv": ["-c:v", "ffv1"],
-    "motion.mjpeg.avi": ["-c:v", "mjpeg", "-q:v", "2"],
     "animation.gif": ["-c:v", "gif"],
     "broadcast.ts": X264,
     "raw.h264": [*X264, "-bf", "0", "-r", "10"],
@@ -81,32 +74,28 @@ CODECS = {
 
 
 def write_good(folder):
-    """{name of a video: its brightness at the 8 times at which it is looked at}."""
+    """{name of a video: its brightness at 8 times}."""
     expected = {name: EVEN for name in CODECS}
     for name, flags in CODECS.items():
         write(folder / name, *flags)
     good = folder / "h264.mp4"
-    for name in ("no extension", "VIDEO.MP4", "text.txt", "frame-%03d.mp4", "-dash.mp4", "a:b.mp4"):
+    for name in ("no extension", "frame-%03d.mp4", "-dash.mp4", "a:b.mp4"):
         (folder / name).write_bytes(good.read_bytes())
         expected[name] = EVEN
     write(folder / "portrait.mp4", width=36, height=64)
     write(folder / "wide.mp4", width=100, height=32)
     write(folder / "pixels of 2:1.mp4", *X264, "-vf", "scale=32:32,setsar=2", width=64)
-    write(folder / "small.mp4", *X264, width=8, height=8)
     sound = ["-f", "lavfi", "-i", "sine=d=7"]
     ffmpeg("-itsoffset", 3, "-i", good, *sound, "-c:v", "copy", folder / "late.mkv")
-    for name in ("portrait.mp4", "wide.mp4", "pixels of 2:1.mp4", "small.mp4", "late.mkv"):
+    for name in ("portrait.mp4", "wide.mp4", "pixels of 2:1.mp4", "late.mkv"):
         expected[name] = EVEN
-    for angle in (90, 180, 270):
-        name = f"rotated {angle}.mp4"
-        turned = ["-display_rotation", angle, "-i", folder / "portrait.mp4"]
-        ffmpeg(*turned, "-c", "copy", folder / name)
-        expected[name] = EVEN
+    turned = ["-display_rotation", 90, "-i", folder / "portrait.mp4"]
+    ffmpeg(*turned, "-c", "copy", folder / "rotated.mp4")
+    expected["rotated.mp4"] = EVEN
     # frames of 0, 0.1, ... 2 s and of 2.5, 3 and 3.5 s
     keep = "select='lt(n,20)+not(mod(n,5))'"
-    for name in ("variable.mp4", "variable.webm", "variable.ts", "variable.gif"):
-        flags = X264 if name.endswith((".mp4", ".ts")) else []
-        write(folder / name, *flags, "-vf", keep, "-fps_mode", "vfr")
+    for name, codec in (("variable.mp4", X264), ("variable.ts", X264), ("variable.gif", [])):
+        write(folder / name, *codec, "-vf", keep, "-fps_mode", "vfr")
         # 0 to 3.5 s, each 0.5 s later
         expected[name] = [40, 60, 80, 100, 120, 140, 160, 180]
     write(folder / "long end.gif", "-vf", keep, "-fps_mode", "vfr", "-final_delay", "50")
@@ -125,36 +114,28 @@ def write_good(folder):
 def write_bad(folder):
     """{name of a file that is no good video: what the report says of it}."""
     good = (folder / "h264.mp4").read_bytes()
-    (folder / "empty.mp4").touch()
     (folder / "page.mp4").write_text("<html>404: Not Found</html>")
     (folder / "cut.mp4").write_bytes(good[: len(good) // 2])
     ffmpeg("-f", "lavfi", "-i", "sine=d=1", folder / "sound.m4a")
     write(folder / "one frame.mp4", seconds=0.1)
-    write(folder / "picture.png", "-c:v", "png", seconds=0.1)
-    messages = {
-        name: "cannot be decoded as a video" for name in ("empty.mp4", "page.mp4", "cut.mp4")
-    }
-    messages |= {"picture.png": "has 1 frame", "one frame.mp4": "has 1 frame"}
+    messages = dict.fromkeys(("page.mp4", "cut.mp4"), "cannot be decoded as a video")
+    messages["one frame.mp4"] = "has 1 frame"
     messages["sound.m4a"] = "cannot be decoded as a video (Stream map"
     messages["cut at its end.mp4"] = "is damaged after frame"
     ffmpeg("-i", folder / "h264.mp4", "-c", "copy", "-movflags", "+faststart", folder / "fast.mp4")
     fast = (folder / "fast.mp4").read_bytes()  # its index stands first
     (folder / "cut at its end.mp4").write_bytes(fast[: len(fast) * 3 // 4])
-    codecs = {"mp4": "libx264", "avi": "mpeg4", "mov": "mjpeg", "ts": "mpeg2video"}
-    for ending, codec in codecs.items():
-        path = folder / f"zeros.{ending}"
-        ffmpeg("-f", "lavfi", "-i", "testsrc2=s=64x64:r=10:d=4", "-c:v", codec, path)
-        content = bytearray(path.read_bytes())
-        middle = len(content) // 2
-        content[middle : middle + 400] = bytes(400)
-        path.write_bytes(content)
-        messages[path.name] = "is damaged after frame"
+    ffmpeg("-f", "lavfi", "-i", "testsrc2=s=64x64:r=10:d=4", *X264, folder / "zeros.mp4")
+    content = bytearray((folder / "zeros.mp4").read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 400] = bytes(400)
+    (folder / "zeros.mp4").write_bytes(content)
+    messages["zeros.mp4"] = "is damaged after frame"
     return messages
 
 
 def test_videos_as_they_come(tmp_path):
     expected, messages = write_good(tmp_path), write_bad(tmp_path)
-    assert len(expected) + len(messages) >= 40
     with open(tmp_path / "pairs.csv", "w", newline="") as file:
         others = [name for name in [*expected, *messages] if name != "h264.mp4"]
         rest = ("h264.mp4", "a cat", "A", "B", "same", 10, 1, 10, 40)
@@ -178,11 +159,34 @@ print(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
     assert faults.keys() == messages.keys()
     assert all(messages[name] in fault and "\n" not in fault for name, fault in faults.items())
     seen = {name: brightness(tmp_path / name, tmp_path / "cache") for name in expected}
-    # to half a frame (2) and what codecs cost
-    wrong = [
-        name for name, values in seen.items() if not np.allclose(values, expected[name], atol=6)
-    ]
-    assert wrong == []
+    for name, values in seen.items():  # to half a frame (2) and what codecs cost
+        assert values == pytest.approx(expected[name], abs=6), name
+
+
+def test_a_cache_tells_lengths_and_sizes_of_one_video_apart(tmp_path):
+    path, cache = tmp_path / "a.mp4", tmp_path / "cache"
+    write(path, rate=2)  # frames of 40, 60, ... 180
+    for _ in range(2):
+        for length, size in ((8, 32), (4, 32), (8, 16)):
+            clip = video.cached_clip(path, cache, length, size)
+            assert clip.shape == (3, length, size, size)
+            assert clip[0, 0].float().mean().item() == pytest.approx(120 - 10 * length, abs=3)
+    slower = video.cached_clip(path, cache, 4, 32, fps=1.0)  # the whole clip
+    assert slower[0, [0, 3]].float().mean((1, 2)).tolist() == pytest.approx([40, 180], abs=3)
+    before = video.cached_file(path, cache, 8, 32, 32)
+    os.utime(path, ns=(0, 0))  # as if it had been written anew, with as many bytes
+    assert video.cached_file(path, cache, 8, 32, 32) != before
+
+
+def test_a_wrong_number_of_frames_is_seen_in_every_row_and_in_the_cache(tmp_path):
+    for name in ("a.mp4", "b.mp4"):
+        write(tmp_path / name, rate=2)
+    first = Pair("a.mp4", "b.mp4", "a red circle moving left", (1, 1, 1), 2, 8, 2, 8, line=2)
+    settings = Data(cache=tmp_path / "cache")
+    usable_rows([first], tmp_path / "x.csv", ModelConfig(), settings)  # the cache has the clips now
+    second = replace(first, frames_a=999.0, line=3)
+    with pytest.raises(BadInput, match="line 3, column path_A: video a.mp4 breaks off"):
+        usable_rows([first, second], tmp_path / "x.csv", ModelConfig(), settings)
 
 
 def test_short_clips_are_counted_or_refused(tmp_path, capsys):
@@ -215,14 +219,9 @@ def test_an_ffmpeg_that_is_killed_is_no_fault_of_the_video(tmp_path, monkeypatch
         usable_rows([row], tmp_path / "x.csv", ModelConfig(), settings, skipped=[])
 
 
-def even_positions(count, rate, length):
-    facts = {"step": 1 / rate, "seconds": count / rate}
-    return video.frame_positions(np.arange(count) / rate, facts, length).tolist()
-
-
 def test_frames_are_looked_at_in_equal_intervals():
-    assert even_positions(9, 30, 4) == [0, 3, 5, 8]  # 0, 2.67, 5.33, 8
-    assert even_positions(3, 30, 6) == [0, 0, 1, 1, 2, 2]
+    times, facts = np.arange(9) / 30, {"step": 1 / 30, "seconds": 9 / 30}
+    assert video.frame_positions(times, facts, 4).tolist() == [0, 3, 5, 8]  # 0, 2.67, 5.33, 8
     # frames at 0, 1 and 3 s, the last for a second: 8 times from 0 to 3 s, each .43 s later
     times, facts = np.array([0.0, 1.0, 3.0]), {"step": 1.0, "seconds": 4.0}
     assert video.frame_positions(times, facts, 8).tolist() == [0, 0, 1, 1, 1, 1, 2, 2]
@@ -239,10 +238,6 @@ def test_the_middle_is_cropped():
     assert wide[0].tolist() == [[0, 2, 4, 6]] * 2  # means of 0 1, 2 3, 4 5 and 6 7, to even
 
 
-def files(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 def test_preparing_continues_after_kill_9(tmp_path):
     flags = [str(tmp_path / "toy"), "--pairs=8", "--generated=0"]
     export_toy.export(export_toy.arguments(flags))
@@ -253,7 +248,7 @@ def test_preparing_continues_after_kill_9(tmp_path):
         return fork(prepare.main, command, output=tmp_path / "log")
 
     assert ended(start(undisturbed)) == 0
-    for num_clips in (1, 3, 6, 9, 12):
+    for num_clips in (1, 6):
         child = start(killed)
         while len(list(killed.glob("*.npz"))) < num_clips:
             time.sleep(0.005)
@@ -262,7 +257,11 @@ def test_preparing_continues_after_kill_9(tmp_path):
     whole = next(killed.glob("*.npz"))
     (killed / f"{whole.name}.x.tmp").touch()  # left by a process that was killed while writing
     assert ended(start(killed)) == 0
-    assert len(files(killed)) == 16 and files(killed) == files(undisturbed)
+    one, other = (
+        {path.name: path.read_bytes() for path in folder.iterdir()}
+        for folder in (killed, undisturbed)
+    )
+    assert len(one) == 16 and one == other
     report = (tmp_path / "log").read_text()
     assert "8 pairs can be used; 0 cannot" in report and "sizes    128x128 (16)" in report
     assert "rates    2 to 2 fps, median 2" in report
@@ -270,6 +269,23 @@ def test_preparing_continues_after_kill_9(tmp_path):
     with open(tmp_path / "toy" / "train.csv", newline="") as file:
         ties = [row["VQ"] for row in csv.DictReader(file)].count("same")
     assert f"ties     VQ {ties}, " in report
+
+
+def test_pixels_are_rounded_and_cut():
+    values = torch.tensor([-3.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0])
+    assert video.to_bytes(values).tolist() == [0, 0, 64, 128, 191, 255, 255]
+    assert video.to_video(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1.0, 1.0]
+
+
+def test_rows_and_columns_of_pictures(tmp_path):
+    values = torch.tensor([-1.0, 0.0, 0.5, 1.0]).reshape(2, 2, 1, 1, 1, 1)
+    pictures.write_gif(tmp_path / "x.gif", list(values.expand(2, 2, 3, 4, 8, 8)), zoom=1)
+    sheet = values[..., 0].transpose(1, 2).expand(2, 3, 2, 8, 8)
+    pictures.write_sheet(tmp_path / "x.png", sheet, zoom=1)
+    for picture in iio.imread(tmp_path / "x.gif")[0], iio.imread(tmp_path / "x.png"):
+        # two lines of grey around each picture of 8 x 8
+        shown = [picture[6 + 12 * row, 6 + 12 * column, 0] for row in (0, 1) for column in (0, 1)]
+        assert np.allclose(np.array(shown, float), [0, 128, 191, 255], atol=8)
 
 
 def test_pictures_name_their_rows_and_columns(tmp_path):

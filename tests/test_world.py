@@ -7,6 +7,7 @@ import torch
 from wired import split_of
 
 import world
+from studies.policies import diversity, places, static_quality
 
 
 def spearman(a, b):
@@ -96,6 +97,38 @@ def test_oracle_is_not_fooled():
         assert vq < 0 and mq < 0 and ta == 0
 
 
+def test_static_quality_falls_with_blur_fading_and_spots_and_not_with_jitter():
+    prompt = world.split_prompts("train")[::4]
+    drawn_clean = drawn(prompt, clean=True)
+    clean = world.render(drawn_clean)
+
+    def lost(video):
+        return (static_quality(clean) - static_quality(video)).mean().item()
+
+    def defect(number):
+        return world.render(replace(drawn_clean, severity=torch.eye(5)[[number] * len(prompt)]))
+
+    spotted = clean.clone()
+    spotted[..., :5, :5] = spotted[..., -5:, -5:] = clean.flatten(3).amax(3)[..., None, None]
+    assert lost(defect(0)) > 0.2  # a third of it at most
+    assert lost(defect(1)) == pytest.approx(world.MAX_FADE / 3, abs=0.03)
+    assert lost(spotted) > 0.05 and abs(lost(defect(3))) < 0.03
+    assert static_quality(torch.full_like(clean, -0.8)).max() == 0  # nothing is seen
+
+
+def test_the_spread_of_clean_clips_is_that_of_the_world():
+    """Clean clips start and grow uniformly, over .12 of a height and .2 of their size."""
+    prompts = world.split_prompts("train")[:6].repeat_interleave(40, 0)
+    clips = drawn(prompts, clean=True)
+    spread = diversity({"prompt": prompts, **places(world.render(clips))})
+    assert spread["spread_start"] == pytest.approx(0.12 / 12**0.5, rel=0.1)
+    assert spread["spread_size"] == pytest.approx(0.2 / 12**0.5, rel=0.1)
+    assert spread["spread_path"] < 0.005  # each path is as long as the world's
+    first = dict.fromkeys(("start", "path", "size", "pixels"), torch.randn(240, 1))
+    one = diversity({"prompt": prompts[:1].repeat(240, 1), **first})
+    assert one["spread_pixels"] == pytest.approx(first["size"].std().item())
+
+
 def test_the_splits_are_those_of_the_documents():
     every = torch.cartesian_prod(*(torch.arange(n) for n in world.CHOICES)).tolist()
     for name, count in (("train", 72), ("validation", 12), ("hard", 12)):
@@ -122,6 +155,16 @@ def test_generators_are_two_eras_whose_dimensions_do_not_covary():
     centred = world.PROFILES - world.PROFILES.mean(0)
     covariance = centred.T @ centred / 12
     assert (covariance - covariance.diag().diag()).abs().max().item() < 1e-6
+
+
+def test_generators_of_high_quality_are_better_in_their_own_dimension():
+    prompts = world.split_prompts("train").repeat(6, 1)
+    best, worst = world.PROFILES.argmax(0).tolist(), world.PROFILES.argmin(0).tolist()
+    for dimension, gain, defects in ((0, 0.3, slice(0, 3)), (1, 0.3, slice(3, 5)), (2, 0.1, None)):
+        good, bad = drawn(prompts, best[dimension]), drawn(prompts, worst[dimension])
+        assert (good.hidden - bad.hidden)[:, dimension].mean() > gain
+        if defects:
+            assert bad.severity[:, defects].mean() > good.severity[:, defects].mean() + 0.3
 
 
 def test_drawing_is_reproducible_and_joined_clips_stay_what_they_were():
