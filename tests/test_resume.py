@@ -171,17 +171,13 @@ def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(run, tmp_path, 
     assert not list((tmp_path / "run").glob("*.tmp"))
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_numbers_that_are_not_finite_stop_the_run_before_they_are_used(run, tmp_path, what):
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_used(run, tmp_path):
     def spoil(task, *_):
-        whole, calls = task.loss, []
+        whole, steps = task.loss, iter(range(12))
 
         def loss(batch):
             value, logs = whole(batch)
-            calls.append(1)
-            if len(calls) == 8 and what == "loss":
-                value = value * float("nan")
-            if len(calls) == 8 and what == "gradient":
+            if next(steps) == 7:
                 value = value + (value * 0).sqrt()  # 0, with the gradient of sqrt at 0
             return value, logs
 

@@ -277,26 +277,22 @@ def test_pixels_are_rounded_and_cut():
     assert video.to_video(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1.0, 1.0]
 
 
-def test_rows_and_columns_of_pictures(tmp_path):
-    values = torch.tensor([-1.0, 0.0, 0.5, 1.0]).reshape(2, 2, 1, 1, 1, 1)
-    pictures.write_gif(tmp_path / "x.gif", list(values.expand(2, 2, 3, 4, 8, 8)), zoom=1)
-    sheet = values[..., 0].transpose(1, 2).expand(2, 3, 2, 8, 8)
-    pictures.write_sheet(tmp_path / "x.png", sheet, zoom=1)
-    for picture in iio.imread(tmp_path / "x.gif")[0], iio.imread(tmp_path / "x.png"):
-        # two lines of grey around each picture of 8 x 8
-        shown = [picture[6 + 12 * row, 6 + 12 * column, 0] for row in (0, 1) for column in (0, 1)]
-        assert np.allclose(np.array(shown, float), [0, 128, 191, 255], atol=8)
-
-
-def test_pictures_name_their_rows_and_columns(tmp_path):
-    rows = [torch.full((3, 3, 2, 32, 32), shade) for shade in (-1.0, 1.0)]
-    texts = {"labels": ["base", "dpo"], "captions": ["a red circle", "", "a red circle"]}
-    pictures.write_gif(tmp_path / "x.gif", rows, **texts)
-    gif = iio.imread(tmp_path / "x.gif")
+def test_pictures_have_named_rows_and_columns(tmp_path):
+    rows = torch.tensor([-1.0, 0.0, 0.5, 1.0]).reshape(2, 2, 1, 1, 1, 1).expand(2, 2, 3, 2, 32, 32)
+    texts = {"labels": ["base", "dpo"], "captions": ["a red circle", ""]}
+    pictures.write_gif(tmp_path / "x.gif", list(rows), **texts)
+    gif = iio.imread(tmp_path / "x.gif")[0]
     # clips of 4 x 32 pixels and lines of 2 around each, below three lines of 18 pixels
-    width = gif.shape[2] - 3 * (4 * 32 + 4)
-    assert gif.shape[:2] == (1, 54 + 4 + 2 * (4 * 32 + 4)) and width > 0
-    heading = gif[0, :58, width:].reshape(58, 3, 132, 3)
-    assert np.array_equal(heading[:, 0], heading[:, 2]) and heading[:, 0].max() > 200
-    assert (heading[:, 1] == heading[0, 0]).all()  # no caption, no ink
-    assert gif[0, 58:190, :width].max() > 200 and gif[0, 100, width + 10].tolist() == [0, 0, 0]
+    left = gif.shape[1] - 2 * (4 * 32 + 4)
+    assert gif.shape[0] == 54 + 4 + 2 * (4 * 32 + 4) and left > 0
+    assert gif[:58, left : left + 132].max() > 200 and gif[58:190, :left].max() > 200
+    assert (gif[:58, left + 132 :] == gif[0, 0]).all()  # no caption, no ink
+    shades = [
+        gif[100 + 132 * row, left + 50 + 132 * column, 0] for row in (0, 1) for column in (0, 1)
+    ]
+    assert np.allclose(np.array(shades, float), [0, 128, 191, 255], atol=8)
+    sheet = rows[:, :, :, 0].transpose(1, 2)[..., :8, :8]
+    pictures.write_sheet(tmp_path / "x.png", sheet, zoom=1)
+    png = iio.imread(tmp_path / "x.png")  # two lines of grey around each picture of 8 x 8
+    shades = [png[6 + 12 * row, 6 + 12 * column, 0] for row in (0, 1) for column in (0, 1)]
+    assert np.allclose(np.array(shades, float), [0, 128, 191, 255], atol=8)

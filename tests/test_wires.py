@@ -21,24 +21,6 @@ from runtime.cli import BadInput
 tiny = wired.tiny
 
 
-@pytest.mark.parametrize("algo", ["dpo", "sft"])
-def test_the_clip_of_higher_reward_wins(tiny, algo):
-    settings, task = tiny(algo, "--align=1,-3,0.5", "--label-dropout=0")
-    y, clips, scores = same_pairs(settings)
-    reward = scores @ torch.tensor([1, -3, 0.5])
-    for step in range(3):
-        batch = task.batch(step, EVERY)
-        winners = batch["x0_w" if algo == "dpo" else "x0"]
-        assert len(winners) == (BATCH if algo == "dpo" else 2 * BATCH)  # as many clips as DPO has
-        for i, (winner, prompt) in enumerate(zip(winners, batch["y"])):
-            pair, side = find(winner, clips)
-            assert reward[pair, side] > reward[pair, 1 - side] and torch.equal(y[pair], prompt)
-            if algo == "dpo":
-                assert find(batch["x0_l"][i], clips) == [pair, 1 - side]
-            else:
-                assert batch["weight"][i] == 1
-
-
 @pytest.mark.parametrize(
     "flags", ["pretrain", "reward", "nrg", "nrg --target=labels", "dpo --lora-rank=2", "sft", "rwr"]
 )
@@ -239,6 +221,7 @@ def test_alignment_ranks_all_pairs_by_their_z_scores(tiny, data, algo, capsys):
     weights = (r / 2).exp() / (r / 2).exp().mean()
     seen = set()
     for batch in batches(task):
+        assert len(batch["y"]) == BATCH * (1 if algo == "dpo" else 2)  # as many clips as DPO
         for i, prompt in enumerate(batch["y"]):
             pair, side = find(batch["x0_w" if algo == "dpo" else "x0"][i], clips)
             seen.add(pair)
@@ -250,6 +233,8 @@ def test_alignment_ranks_all_pairs_by_their_z_scores(tiny, data, algo, capsys):
                 assert r[pair, side] > r[pair, 1 - side]
             if algo == "dpo":
                 assert find(batch["x0_l"][i], clips) == [pair, 1 - side]
+            if algo == "sft":
+                assert batch["weight"][i] == 1
     assert "the labels of --data are not used" in capsys.readouterr().out
     assert seen == set(range(24))  # nothing is held out of what needs no labels
 
