@@ -61,11 +61,19 @@ EVEN = [40 + 40 * 3.9 / 7 * i for i in range(8)]
 
 CODECS = {
     "h264.mp4": X264,
+    "h265.mp4": ["-c:v", "libx265", "-preset", "ultrafast", "-crf", "8"],
+    "vp8.webm": ["-c:v", "libvpx", "-crf", "4", "-b:v", "2M", "-deadline", "realtime"],
     "vp9.webm": ["-c:v", "libvpx-vp9", "-crf", "8", "-deadline", "realtime", "-cpu-used", "8"],
+    "av1.mkv": ["-c:v", "libsvtav1", "-preset", "12", "-crf", "10"],
     "mpeg4.avi": ["-c:v", "mpeg4", "-q:v", "2"],
     "mpeg2.mpg": ["-c:v", "mpeg2video", "-q:v", "2", "-r", "25"],
+    "wmv2.wmv": ["-c:v", "wmv2", "-q:v", "2"],
+    "theora.ogv": ["-c:v", "libtheora", "-q:v", "9"],
+    "flash.flv": ["-c:v", "flv1", "-q:v", "2"],
     "prores 10 bit.mov": ["-c:v", "prores_ks", "-pix_fmt", "yuv422p10le"],
     "alpha.mov": ["-c:v", "png", "-pix_fmt", "rgba"],
+    "ffv1.mkv": ["-c:v", "ffv1"],
+    "motion.mjpeg.avi": ["-c:v", "mjpeg", "-q:v", "2"],
     "animation.gif": ["-c:v", "gif"],
     "broadcast.ts": X264,
     "raw.h264": [*X264, "-bf", "0", "-r", "10"],
@@ -89,9 +97,10 @@ def write_good(folder):
     ffmpeg("-itsoffset", 3, "-i", good, *sound, "-c:v", "copy", folder / "late.mkv")
     for name in ("portrait.mp4", "wide.mp4", "pixels of 2:1.mp4", "late.mkv"):
         expected[name] = EVEN
-    turned = ["-display_rotation", 90, "-i", folder / "portrait.mp4"]
-    ffmpeg(*turned, "-c", "copy", folder / "rotated.mp4")
-    expected["rotated.mp4"] = EVEN
+    for angle in (90, 180, 270):
+        turned = ["-display_rotation", angle, "-i", folder / "portrait.mp4"]
+        ffmpeg(*turned, "-c", "copy", folder / f"rotated {angle}.mp4")
+        expected[f"rotated {angle}.mp4"] = EVEN
     # frames of 0, 0.1, ... 2 s and of 2.5, 3 and 3.5 s
     keep = "select='lt(n,20)+not(mod(n,5))'"
     for name, codec in (("variable.mp4", X264), ("variable.ts", X264), ("variable.gif", [])):
