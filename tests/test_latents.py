@@ -75,7 +75,6 @@ FAULTS = {  # name: (array or bytes, fault)
     "three.npy": (np.zeros(SHAPE[1:]), "has shape (4, 6, 8); (C, T, H, W) is needed"),
     "other.npy": (np.zeros((5, 4, 8, 6)), "has shape (5, 4, 8, 6); the model takes (5, 4, 6, 8)"),
     "nan.npy": (np.full(SHAPE, np.nan), "not finite: 960, the first at [0, 0, 0, 0]"),
-    "objects.npy": (np.array([{}], object), "cannot be read as one array"),
     "shard.npy:4": (None, "is row 4 of a shard of 4"),
     "0.npy:0": (None, "has shape (5, 4, 6, 8); (N, C, T, H, W) is needed"),
 }
@@ -100,7 +99,6 @@ def test_bad_latents_name_line_and_column_and_can_be_skipped(latents):
 
 
 def test_every_algorithm_trains_on_latents(latents, tmp_path, monkeypatch, capsys):
-    """From nothing to an aligned model: pretrain and reward, then the others on these."""
     path, _ = latents
     log = tmp_path / "log"
 

@@ -16,7 +16,6 @@ from reward import (
     btt_probabilities,
     caption_loss,
     regression_loss,
-    reward_step,
 )
 
 # Rao-Kupper with theta = 5, computed independently from e^{r_A} / (e^{r_A} + 5 e^{r_B})
@@ -167,22 +166,16 @@ def test_rotary_positions_are_of_places_and_not_of_frames(network, monkeypatch):
     assert (scores[2] - scores[0]).abs().min() > 1e-5
 
 
-def test_under_autocast_scores_and_losses_are_float32():
+def test_under_autocast_scores_are_float32():
     """Scores just above 1, where bfloat16 has steps of 1/128: the head adds a little of what it
     reads."""
     model, read = network_with(separate=True), []
     model.head.weight.data.mul_(0.01)
     model.head.bias.data.fill_(1.0)
     model.head.register_forward_pre_hook(lambda head, inputs: read.append(inputs[0]))
-    video, y = torch.randn(2, 3, 8, 32, 32), torch.tensor([[1, 2, 3, 0, 0, 0, 0, 0]])
-    label, mos, weight = torch.ones(1, 3), torch.zeros(1, 2, 3), torch.ones(1, 3)
+    video, y = torch.randn(2, 3, 8, 32, 32), torch.tensor([[1, 2, 3, 0, 0, 0, 0, 0]] * 2)
     with torch.autocast("cpu", torch.bfloat16):
-        scores, words = model.scores_and_words(video, y.repeat(2, 1))
-        _, logs = reward_step(model, video[:1], video[1:], y, label, mos, weight, loss="bt")
+        scores, words = model.scores_and_words(video, y)
     assert scores.dtype == words.dtype == torch.float32
     by_hand = 1 + read[0].double() @ model.head.weight[0].double()  # (2, 3)
     assert torch.allclose(scores.double(), by_hand, rtol=0, atol=1e-6)
-    delta = by_hand[0] - by_hand[1]
-    assert 1e-4 < delta.abs().min() and delta.abs().max() < 1 / 128
-    bradley_terry = sum(math.log(1 + math.exp(-each)) for each in delta.tolist()) / 3
-    assert logs["loss"] == pytest.approx(bradley_terry, abs=1e-6)

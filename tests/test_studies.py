@@ -18,7 +18,6 @@ import tasks
 import world
 from data import DIMENSIONS, step_rng
 from online import tasks as online_tasks
-from runtime.cli import BadInput
 from studies import beta, catalogue, jobs, nrg, online, policies, reward_model, unified
 from studies.jobs import Settings
 
@@ -71,18 +70,10 @@ def test_caches_are_told_apart_by_all_that_they_depend_on(monkeypatch, tmp_path)
     assert len({*folders, settings_for(work=tmp_path).folder("beta")}) == 5
     calls = []
     monkeypatch.setattr(policies, "judge", lambda *a: calls.append(a) or {"call": len(calls)})
-    ways = [
-        ({"hard": 9}, (1.0,), 3),
-        ({"hard": 9}, (1.0,), 4),
-        ({"hard": 5}, (1.0,), None),
-        ({"hard": 9}, (2.0,), 3),
-        ({"large": 9}, (1.0,), 3),
-    ]
-    for _ in range(2):
-        for i, (sets, cfgs, count) in enumerate(ways):
-            settings = settings_for(work=tmp_path, eval_prompts=count)
-            assert policies.base_scores(settings, sets, cfgs) == {"call": i + 1}
-    assert len(calls) == 5
+    ways = [("hard", 1.0, 3), ("hard", 1.0, 4), ("hard", 2.0, 3), ("large", 1.0, 3)]
+    for call, (name, cfg, count) in [*enumerate(ways, 1)] * 2:
+        settings = settings_for(work=tmp_path, eval_prompts=count)
+        assert policies.base_scores(settings, {name: 9}, (cfg,)) == {"call": call}
 
 
 def test_means_over_the_dimensions_by_hand():
@@ -96,16 +87,6 @@ def test_means_over_the_dimensions_by_hand():
     assert by_oracle["z"] == pytest.approx(0.8, abs=1e-5) and learned["z"] == pytest.approx(0.8)
     assert learned["score"] == pytest.approx(0.8) and learned["wins"] == pytest.approx(0.7)
     assert jobs.with_means([{"t": 0.2}]) == [{"t": 0.2}]
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [("", "what to do is missing: reward, align"), ("align --rounds=3", "--rounds: no such")],
-)
-def test_bad_command_lines_are_refused(monkeypatch, flags, message):
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *flags.split()])
-    with pytest.raises(BadInput, match=message):
-        jobs.settings_of(("reward", "align"))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -154,13 +135,12 @@ def trainings(monkeypatch, tmp_path):
 EQUAL, TA = (1.0, 1.0, 1.0), (0.0, 0.0, 1.0)
 OFFLINE = {"algo": "dpo", "schedule": "constant", "beta": 100, "generated": 0, "align": EQUAL}
 TRAININGS = [  # study, job, flags of its trainings
-    ("align", "sft-1:1:1-2", [{"algo": "sft", "align": EQUAL, "generated": 0, "steps": 200}]),
     ("align", "rwr-TA only-2", [{"algo": "rwr", "align": TA, "pairs": 3200}]),
-    ("align", "dpo-constant-1:1:1-2", [OFFLINE]),
     ("align", "dpo-schedule-TA only-2", [OFFLINE | {"schedule": "(1-t)^2", "align": TA}]),
     ("align", "dpo-own-clips-1:1:1-2", [OFFLINE | {"generated": 1}]),
-    ("beta", "dpo-constant-30-2", [OFFLINE | {"beta": 30, "steps": 200}]),
-    ("beta", "dpo-schedule-3000-2", [OFFLINE | {"beta": 3000, "schedule": "(1-t)^2"}]),
+    ("beta", "dpo-schedule-3000-2", [
+        OFFLINE | {"beta": 3000, "schedule": "(1-t)^2", "steps": 200}
+    ]),
     ("beta", "rwr-long-2", [{"algo": "rwr", "steps": 1000, "pairs": 3200}]),
     ("rank", "labels-300-2", [{"algo": "dpo", "rank": "labels", "pairs": 300}]),
     ("rank", "reward-300-2", [
@@ -168,7 +148,6 @@ TRAININGS = [  # study, job, flags of its trainings
         {"algo": "dpo", "rank": "reward", "pairs": 300},
         {"algo": "dpo", "rank": "reward", "pairs": 3200},
     ]),
-    ("online", "dpo-2", [{"algo": "dpo", "rounds": None, "steps": 1000}]),
     ("online", "dpo-rounds-2", [{"algo": "dpo", "rounds": 20, "refresh": None}]),
     ("online", "nft-refreshed-2", [{"algo": "nft", "rounds": 20, "refresh": 2, "steps": 1000}]),
     ("nrg", "labels-2", [{"algo": "nrg", "target": "labels", "time_shift": 1}]),
@@ -241,47 +220,45 @@ def test_guided_rows_are_of_what_their_columns_say(monkeypatch, trainings):
         assert row["method"].endswith(name)
         is_dpo = row["method"].startswith("dpo")
         assert row["of"] == (dpo if is_dpo else policies.WEIGHTS / "base.pt")
-        assert row["study"] == "on top" or row["at"] == 1.0
-    top = {(row["method"], row["at"]) for row in rows if row["study"] == "on top"}
-    both = {(method, cfg) for method in ("dpo", "dpo+nrg-1:1:1") for cfg in (1.0, 2.0)}
-    assert top == {("cfg+nrg-1:1:1", 2.0), *both}
-    scales = [row["scale"] / nrg.NRG_SCALE for row in rows if row["study"] == "scale"]
-    assert scales == [0.25, 0.5, 2, 4]
-    assert [row["highest"] for row in rows if row["study"] == "interval"] == [0.8, 0.9, 1.0]
     # a reward that was trained on clean clips is evaluated at t = 0, whatever the sampler's t is
-    for variant, time in (("labels", 0.7), ("clean", 0.0)):
-        rows = nrg.reward_rows(settings, variant, 3)
-        assert [row["weights"] for row in rows] == [(1, 1, 1), (0, 1, 0), (0, 0, 1)]
-        assert {row["time"] for row in rows} == {time}
+    assert {row["time"] for row in nrg.reward_rows(settings, "clean", 3)} == {0.0}
 
 
-def test_three_ways_to_p_star_take_their_own_beta_noise_and_seed(monkeypatch):
+def test_three_ways_to_p_star_take_their_own_beta_and_noise(monkeypatch):
     losses = []
-
-    def fit(network, loss, seed):
-        loss(step_rng(seed, 0))
-        losses[-1]["start"] = network[0].weight.clone()
 
     def record(*args, **settings):
         losses.append(settings | {"args": args})
         return torch.zeros(()), {}
 
-    monkeypatch.setattr(unified, "fit", fit)
+    monkeypatch.setattr(unified, "fit", lambda network, loss, seed: loss(step_rng(seed, 0)))
     monkeypatch.setattr(unified, "flow_dpo_step", record)
     monkeypatch.setattr(unified, "flow_rwr_step", record)
     monkeypatch.setattr(unified, "noisy_pair_step", record)
-    for seed in (0, 1):
-        for method in ("dpo-0.3", "dpo-3", "nrg-shared", "nrg-own"):
-            unified.model_of(method, seed)
-    assert [settings.get("beta") for settings in losses] == [0.3, 3.0, None, None] * 2
-    assert ["x1_b" in settings for settings in losses] == [False, False, False, True] * 2
-    assert not any(torch.equal(a["start"], b["start"]) for a, b in zip(losses[:4], losses[4:]))
-    assert not torch.equal(losses[3]["x1_b"], losses[3]["x1"])
+    for method in ("dpo-0.3", "dpo-3", "nrg-shared", "nrg-own", "rwr"):
+        unified.model_of(method, 0)
+    assert [settings.get("beta") for settings in losses] == [0.3, 3.0, None, None, None]
+    assert "x1_b" not in losses[2] and not torch.equal(losses[3]["x1_b"], losses[3]["x1"])
     _, _, winner, loser, *_ = losses[0]["args"]  # the reward is x0 itself
     assert winner.mean() > loser.mean() + 0.5
-    unified.model_of("rwr", 0)
     _, x0, _, weight = losses[-1]["args"]
     assert torch.allclose(weight[1:] / weight[0], (x0[1:, 0] - x0[0]).exp(), rtol=1e-3)
+
+
+def test_the_unified_view_knows_its_truth(monkeypatch):
+    # p* by brute force on a fine grid: p_ref exp(x / beta), normalised
+    x = torch.linspace(-6, 8, 140_001, dtype=torch.float64)
+    log_p = torch.logsumexp(-0.5 * ((x[:, None] - unified.MEANS.double()) / unified.STD) ** 2, 1)
+    p = torch.softmax(log_p + x / unified.BETA, 0)
+    share, mean = unified.truth()
+    assert mean == pytest.approx((p * x).sum().item(), abs=1e-4)
+    low, high = unified.EDGES[40].item(), unified.EDGES[41].item()
+    assert share[40].item() == pytest.approx(p[(x >= low) & (x < high)].sum().item(), abs=1e-4)
+    monkeypatch.setattr(unified, "SAMPLES", 4000)
+    reference, exact = (unified.judged(name, 0)[0] for name in ("reference", "nrg-exact"))
+    assert exact["mean"] == pytest.approx(mean, abs=0.05) and exact["distance"] < 0.05
+    # p_ref has mean 0, and all of the mass moves to the right
+    assert reference["distance"] == pytest.approx(mean, abs=0.08)
 
 
 # ---------------------------------------------------------------------------------------------
