@@ -19,7 +19,7 @@ from real_data.video import to_pixels
 from studies.catalogue import ROOT
 from studies.jobs import Settings
 from studies.report import clips, page
-from studies.report.charts import Chart, Series, curve, picture, ticks
+from studies.report.charts import Chart, Series, curve, picture
 
 SHIPPED = ROOT / "results" / "report.html"
 METHODS = ["sft", "rwr", "dpo-schedule", "dpo-constant", "dpo-refreshed", "nft-refreshed"]
@@ -123,16 +123,6 @@ def test_scales_of_an_axis(axis, xs):
     assert [place.split(",")[0] for place in points(root)[0].split()] == ["72.0", "205.0", "338.0"]
 
 
-def test_panels_with_one_y_label_share_its_range_and_leave_no_empty_cell():
-    low = Chart("low", [line("a", [0, 1], [0.0, 0.5])], "x", "win rate")
-    high = Chart("high", [line("a", [0, 1], [0.5, 1.0])], "x", "win rate")
-    other = Chart("other", [line("a", [0, 1], [0.0, 9.0])], "x", "score")
-    first, second, third = points(drawn(low, high, other))
-    assert first.split(",")[2] == second.split(" ")[0].split(",")[1]  # both at .5
-    assert third.split(" ")[0].split(",")[1] == first.split(" ")[0].split(",")[1]
-    assert drawn(*[low] * 4).get("viewBox") == "0 0 720 640"
-
-
 def test_a_curve_is_the_mean_over_the_seeds_at_each_value():
     rows = []
     for seed, (step, drift, score) in product((0, 2), ((5, 0.3, 4.0), (1, 0.1, 2.0))):
@@ -142,10 +132,6 @@ def test_a_curve_is_the_mean_over_the_seeds_at_each_value():
     assert series.xs == pytest.approx([1.1, 1.3])
     assert series.points == [(3.0, pytest.approx(math.sqrt(2))), (5.0, pytest.approx(math.sqrt(2)))]
     assert curve("A", rows, "step", "score", arm="a").xs == [1, 5]
-
-
-def test_ticks_are_round_numbers():
-    assert ticks(-0.04, 0.11).tolist() == pytest.approx([-0.025, 0, 0.025, 0.05, 0.075, 0.1])
 
 
 # ---------------------------------------------------------------------------------------------

@@ -49,16 +49,7 @@ def test_losses_by_hand():
 
 
 @pytest.mark.parametrize("loss", [bt_loss, btt_loss])
-def test_losses_are_symmetric_and_pay_no_attention_to_invalid_labels(loss):
-    torch.manual_seed(0)
-    a, b = torch.randn(3, 3), torch.randn(3, 3)
-    label = torch.tensor([[1, 0, -1], [0, 0, 1], [-1, 1, 1]])
-    value = loss(a, b, label)
-    assert torch.allclose(value, loss(b, a, -label))
-    padded = torch.cat((label, torch.full((2, 3), INVALID)))
-    more_a = torch.cat((a, torch.full((2, 3), math.inf))).requires_grad_(True)
-    again = loss(more_a, torch.cat((b, torch.zeros(2, 3))), padded)
-    assert torch.allclose(value, again)
+def test_invalid_labels_alone_give_no_gradient(loss):
     none = torch.zeros(2, requires_grad=True)
     loss(none, torch.zeros(2), torch.full((2,), INVALID)).backward()
     assert none.grad.abs().max() == 0

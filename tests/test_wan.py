@@ -175,18 +175,6 @@ def test_dpo_after_sft_starts_at_its_reference_and_the_library_reads_both(comman
     assert not torch.allclose(prediction(model, x, y), policy, atol=1e-3)
 
 
-def test_a_first_loss_that_is_not_ln_2_is_printed(command, monkeypatch):
-    def moved(model, rank):
-        honest(model, rank)
-        for name, value in model.named_parameters():
-            value.data += 0.3 * ("lora_B" in name)
-
-    honest = wan_model.add_adapters
-    monkeypatch.setattr(wan_model, "add_adapters", moved)
-    text = command("dpo", "--steps=1")
-    assert "first loss 0.6931" not in text and "that is not ln 2 = 0.6931" in text
-
-
 def test_a_resumed_run_ends_at_the_same_bits(command, tiny):
     command("sft", "--steps=1", "--rank=2")
     lora = tiny / "out" / "sft.safetensors"
