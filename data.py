@@ -1,6 +1,6 @@
 """Data: prompts to ids, preference pairs, and the batches made of them (section 3.1).
 
-    python data.py export DIR                                 toy pairs as mp4 and CSV (VideoAlign)
+    python -m real_data.export_toy DIR                        toy pairs as mp4 and CSV (VideoAlign)
     python train.py --algo reward --data DIR/train.csv        trains on any data set in that format
 
 A batch is a dict of tensors that (seed, step) alone determine; its names are the arguments of the
@@ -148,10 +148,3 @@ class Pairs:
     def sides(self, index):
         """Videos A and B of pairs `index` (B,)."""
         return self.clips(index.repeat(2), torch.arange(2).repeat_interleave(len(index))).chunk(2)
-
-
-if __name__ == "__main__":
-    from real_data.export_toy import main
-    from runtime.cli import run
-
-    run(main)

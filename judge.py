@@ -77,10 +77,6 @@ def table_line(name, values):
     return f"{name:24}" + "".join(f"{value:7.2f}" for value in values.tolist())
 
 
-# ---------------------------------------------------------------------------------------------
-# Scores of pairs
-
-
 @torch.no_grad()
 def pair_scores(model, pairs, device, progress=lambda chunks: chunks):
     """Scores (N, 2, 3) on the CPU of both clips of all pairs, by model (videos, y) -> (B, 3)."""
@@ -112,10 +108,6 @@ def load_judge(path, config, words):
     reward, reward_words = load_reward(path)
     check_same_data("--reward", reward.config, reward_words, "--init", config, words)
     return reward.requires_grad_(False)
-
-
-# ---------------------------------------------------------------------------------------------
-# The unit of a reward's scores
 
 
 def set_unit(model, scores):
@@ -161,21 +153,14 @@ def calibrate_reward(model, held, device, train_pairs=None):
     lines = [calibrate(model, torch.cat(list(scores.values())), parts)]
     for name, pairs in held.items():
         lines.append(f"{len(pairs)} {name} (accuracy without ties, with ties; share of ties):")
-        for dimension, accuracies in pair_accuracies(scores[name], pairs.label).items():
-            lines.append(f"  {dimension}  " + "  ".join(f"{value:.3f}" for value in accuracies))
+        for i, dimension in enumerate(DIMENSIONS):
+            label = pairs.label[:, i]
+            delta = scores[name][:, 0, i] - scores[name][:, 1, i]
+            without_ties = accuracy_without_ties(delta, label)
+            with_ties, _ = accuracy_with_ties(delta, label)
+            ties = (label == 0).sum().item() / max(1, (label != INVALID).sum().item())
+            lines.append(f"  {dimension}  {without_ties:.3f}  {with_ties:.3f}  {ties:.3f}")
     return lines
-
-
-def pair_accuracies(scores, label):
-    """{dimension: (accuracy without ties, with ties, share of ties)} of scores (N, 2, 3)."""
-    accuracies = {}
-    for i, dimension in enumerate(DIMENSIONS):
-        delta, own_label = scores[:, 0, i] - scores[:, 1, i], label[:, i]
-        with_ties, _ = accuracy_with_ties(delta, own_label)
-        num_valid = (own_label != INVALID).sum().item()
-        ties = (own_label == 0).sum().item() / max(1, num_valid)
-        accuracies[dimension] = accuracy_without_ties(delta, own_label), with_ties, ties
-    return accuracies
 
 
 def calibrate_noisy(model, held, seed, device, train_pairs=None):
@@ -190,10 +175,6 @@ def calibrate_noisy(model, held, seed, device, train_pairs=None):
             right = accuracies_without_ties(at_t[:, 0] - at_t[:, 1], pairs.label)
             lines.append(f"  t {t:.2f}  " + "  ".join(f"{n} {v:.3f}" for n, v in right.items()))
     return lines
-
-
-# ---------------------------------------------------------------------------------------------
-# What a video model can do, at the end of its training
 
 
 def named(names, values):

@@ -70,9 +70,7 @@ class Data:
 
     data: Path = flag(None, "CSV of videos or latents in VideoAlign's format", Path, file=True)
     data_dir: Path = flag(None, "folder of the CSV's paths (default: its own)", Path, needs=DATA)
-    cache: Path = flag(
-        Path("out/clips"), "folder of decoded or sampled clips", Path, resumable=True
-    )
+    cache: Path = flag(Path("out/clips"), "folder of decoded clips", Path, resumable=True)
     fps: float = flag(2.0, "frames a second of a video that are read (5.1)", positive, needs=DATA)
     short: str = flag(
         "spread",
@@ -103,9 +101,7 @@ class ToyPairs:
 class Labelled(ToyPairs):
     """pairs to validate on"""
 
-    val: Path = flag(
-        None, "CSV (default: a tenth of --data's prompts)", Path, needs=DATA, file=True
-    )
+    val: Path = flag(None, "CSV (default: a tenth of prompts)", Path, needs=DATA, file=True)
     eval_pairs: int = flag(1000, "pairs of toy clips", positive_int, without=DATA, resumable=True)
 
 
@@ -150,9 +146,7 @@ class Rounds:
 
     rounds: int = flag(None, "rounds, each of STEPS / ROUNDS steps", positive_int)
     clips: int = flag(8, "clips of each prompt in a round", clip_count, needs=ROUNDS)
-    refresh: int = flag(
-        None, "rounds between new labels (default: never)", positive_int, needs=ROUNDS
-    )
+    refresh: int = flag(None, "rounds between new labels", positive_int, needs=ROUNDS)
     refresh_pairs: int = flag(256, "pairs to label each time", positive_int, needs=REFRESH)
     ask: bool = flag(False, "label them yourself, as with --data", needs=REFRESH, without=DATA)
     caption: float = flag(None, "weight of the captioning loss", non_negative, needs=REFRESH)
@@ -188,9 +182,7 @@ class Reward(FromNothing, Labelled, Data, Training):
     init_reward: Path = flag(None, "VideoReward to start from (default: none)", Path, file=True)
     loss: str = flag("btt", "Bradley-Terry with ties, without, or on ratings", choices=LOSSES)
     tokens: str = flag("separate", "how scores are read", choices=("separate", "shared"))
-    caption: float = flag(
-        None, "weight of the captioning loss (default: 1; --data 0)", non_negative
-    )
+    caption: float = flag(None, "captioning loss (default: 1; with --data 0)", non_negative)
 
 
 @dataclass

@@ -245,10 +245,6 @@ TASKS = {
 }
 
 
-# ---------------------------------------------------------------------------------------------
-# What the alignment tasks start from
-
-
 def base_and_policy(settings, device):
     """The frozen base model, the policy that starts from it, and their words."""
     base, words = load_velocity(settings.init, settings.attention)

@@ -181,10 +181,6 @@ class Rounds:
         return 2 * (clips * clip + 4 * sum(value.numel() for value in old))
 
 
-# ---------------------------------------------------------------------------------------------
-# What a round trains on
-
-
 def training_items(state, settings):
     """What to train on, from a round's z-scores (P, n, 3).
 

@@ -31,9 +31,7 @@ def online_task(settings, device, judge=None):
     rounds = Rounds(settings, policy, judge, words, device)
     old = rounds.old
     if algo == "dpo":
-        reference = old or reference_for(
-            settings, base, words, device
-        )  # --reference round or other
+        reference = old or reference_for(settings, base, words, device)
         step_loss = dpo_loss(settings, policy, reference)
 
     def batch(step, rows):
@@ -47,8 +45,13 @@ def online_task(settings, device, judge=None):
             return sampled_steps(state, *items[rows].T)
         y = drop_prompts(state["y"][items[:, 0]], settings.label_dropout, rng)
         noise = draw_noise(count, base.config.video_shape, settings.time_shift, rng)
-        clips_of = compared_clips if algo == "dpo" else rewarded_clips
-        return clips_of(state, *items[rows].T) | take({"y": y, **noise}, rows)
+        clips, shared = state["clips"], take({"y": y, **noise}, rows)
+        if algo == "dpo":
+            prompt, winner, loser = items[rows].T
+            x0_w, x0_l = to_video(clips[prompt, winner]), to_video(clips[prompt, loser])
+            return {"x0_w": x0_w, "x0_l": x0_l, **shared}
+        prompt, clip = items[rows].T
+        return {"x0": to_video(clips[prompt, clip]), "r": state["r"][prompt, clip], **shared}
 
     def loss(batch):
         if algo == "dpo":
@@ -68,19 +71,6 @@ def online_task(settings, device, judge=None):
     logs = ("round", "learned", "true")
     own = merged_state_dict, rounds.length, rounds.bytes_on_disk()
     return Task("velocity", policy, words, batch, loss, logs, evaluate, *own)
-
-
-# ---------------------------------------------------------------------------------------------
-# What a loss takes from a round, for the columns of its items (rounds.training_items)
-
-
-def compared_clips(state, prompt, winner, loser):
-    clips = state["clips"]
-    return {"x0_w": to_video(clips[prompt, winner]), "x0_l": to_video(clips[prompt, loser])}
-
-
-def rewarded_clips(state, prompt, clip):
-    return {"x0": to_video(state["clips"][prompt, clip]), "r": state["r"][prompt, clip]}
 
 
 def sampled_steps(state, prompt, clip, k):

@@ -46,10 +46,6 @@ def check_toy(config, vocabulary):
     raise BadInput(f"{fault}; give --data CSV (examples/toy_latents.py writes latents to try)")
 
 
-# ---------------------------------------------------------------------------------------------
-# Rendered clips
-
-
 def draw_prompts(count, splits, rng):
     """Attributes (count, 3) of prompts of the named splits."""
     prompts = world.split_prompts(*splits)
@@ -93,10 +89,6 @@ def toy_pairs(count, splits, seed, config, vocabulary):
 
     y = vocabulary.encode_attributes(prompt, config.max_text)
     return Pairs(y, clips, torch.stack((first, second), 1)), prompt
-
-
-# ---------------------------------------------------------------------------------------------
-# Generated clips
 
 
 def generated_pairs(
@@ -154,10 +146,6 @@ def generated_clips(model, y, count, models, seed, cache, device):
         clips = torch.stack(clips, 1)
         save_checkpoint(file, {"clips": clips})
     return clips
-
-
-# ---------------------------------------------------------------------------------------------
-# The pairs of a training
 
 
 def annotate_pairs(pairs, prompt, seed, progress=lambda chunks: chunks):

@@ -21,7 +21,7 @@ RUN = [doc for doc in DOCS if doc == "README.md" or doc.startswith("docs/")]
 SHRUNK = {
     "train.py": "--steps=2 --batch=2 --pairs=8 --eval-prompts=2 --eval-pairs=10 --device=cpu",
     "sample.py": "--steps 2 --n 2 --device cpu",
-    "data.py": "--pairs 12",
+    "real_data/export_toy.py": "--pairs 12",
     "examples/toy_latents.py": "--pairs 24 --size 32",
 }
 ELSEWHERE = re.compile(  # or by test_online, test_label, test_videos and test_report
@@ -93,6 +93,8 @@ def test_the_commands_of_a_section_run_one_after_the_other(
             continue
         start = words.index("train.py") if words[0] == "torchrun" else 1
         script, *flags = words[start:]
+        if script == "-m":
+            script = flags.pop(0).replace(".", "/") + ".py"
         if "--preset" in flags:
             for name, config in PRESETS.items():
                 monkeypatch.setitem(PRESETS, name, replace(config, dim=48, depth=3, heads=2))
