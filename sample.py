@@ -70,7 +70,7 @@ def sample_many(model, x1, y, progress=lambda starts: starts, batch=64, sampler=
 # The command
 
 
-def arguments():
+def arguments(argv=None):
     about = "Samples clips of one prompt and prints their true scores (1 = clean clip, 0 = bad)."
     parser = flags.Parser(about)
     add = parser.add_argument
@@ -92,7 +92,7 @@ def arguments():
     add("--nrg-eps", type=flags.non_negative, default=NRG_EPS, help=about)
     times = "{:g},{:g}".format(*NRG_INTERVAL)
     add("--nrg-interval", type=flags.interval, default=times, help="lowest and highest guided t")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.prompt is None:
         args.prompt = NRG_PROMPT if args.nrg else PROMPT
     return args

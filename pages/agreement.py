@@ -1,6 +1,8 @@
 """Labels of several people as one, and how far labels agree: with second answers, with other
 people's, and on the toy with oracle, annotators and VideoReward."""
 
+import json
+from contextlib import suppress
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -16,6 +18,7 @@ from real_data.pairs_csv import LABELS, read_pairs, write_pairs
 from real_data.toy_pairs import annotate_pairs
 from reward import btt_probabilities, load_reward
 from runtime.checkpoint import WEIGHTS
+from runtime.cli import BadInput
 from settings import Data
 
 CACHE = Path("out/clips")  # of decoded clips
@@ -28,28 +31,40 @@ def identity(pair):
     return sha256("\0".join((*pair.paths, pair.prompt)).encode()).hexdigest()[:16]
 
 
-def label_of(answers):
-    """VQ, MQ and TA of {dimension: record}, None where there is no answer."""
-    return tuple(LABELS[answers[d]["label"]] if d in answers else None for d in DIMENSIONS)
+def read_journal(csv):
+    """{(question, dimension): the last record}, the latest at the end. A record with the label ""
+    takes an answer back."""
+    records, path = {}, csv.with_suffix(".jsonl")
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        with suppress(ValueError):  # cut off by a crash, before the page was told that it is saved
+            record = json.loads(line)
+            key = record["question"], record["dimension"]
+            records.pop(key, None)
+            records[key] = record
+    return records
 
 
-def labels_of(path, rows):
-    """The labels (N, 3) that the CSV at `path` has for `rows`, None where there is none."""
-    labels = {identity(row): row.label for row in read_pairs(path, unlabelled=True)}
-    return [labels.get(identity(row), NO_LABEL) for row in rows]
+def label_of(records, question):
+    """The answers for VQ, MQ and TA, None where there is none."""
+    answers = [records.get((question, d), {}).get("label") for d in DIMENSIONS]
+    return tuple(LABELS.get(answer) for answer in answers)
+
+
+def labels_of(csv):
+    """{identity of a pair: its label} of a CSV."""
+    return {identity(row): row.label for row in read_pairs(csv, unlabelled=True)}
 
 
 def merge(csv, files, out):
     """Writes the pairs of a CSV with the labels that all `files` agree on, else with its own, which
     are a reviewer's (paper, section 3.1). -> a line that says how many pairs lack a label."""
-    rows = read_pairs(csv, unlabelled=True)
-    people = [labels_of(file, rows) for file in files]
+    rows, people = read_pairs(csv, unlabelled=True), [labels_of(file) for file in files]
     for i, row in enumerate(rows):
         label = list(row.label)
-        for k in range(len(DIMENSIONS)):
-            votes = {labels[i][k] for labels in people}
-            if len(votes) == 1 and None not in votes:
-                label[k] = votes.pop()
+        votes = zip(*(labels.get(identity(row), NO_LABEL) for labels in people))
+        for k, (first, *others) in enumerate(votes):
+            if first is not None and all(vote == first for vote in others):
+                label[k] = first
         rows[i] = replace(row, label=tuple(label))
     write_pairs(rows, out)
     missing = sum(None in row.label for row in rows)
@@ -87,22 +102,22 @@ def toy_judges(rows, csv):
     return {name: label.tolist() for name, label in judges.items()}
 
 
-def report(csv, records, others):
-    """Lines on the labels of a CSV and the answers {question: {dimension: record}} behind them,
-    beside other CSV files and the toy's judges."""
+def report(csv, others):
+    """Lines on the labels of a CSV and the answers behind them, beside other CSV files and the
+    toy's judges."""
     rows = [row for row in read_pairs(csv, unlabelled=True) if None not in row.label]
     if not rows:
-        raise ValueError(f"{csv}: no pair has all its labels yet")
-    table = {}
-    seen = [
-        [answers[d]["seen"] for answers in records.values() if d in answers] for d in DIMENSIONS
-    ]
+        raise BadInput(f"{csv}: no pair has all its labels yet")
+    records, table = read_journal(csv), {}
     for side in ("left", "right", "same"):
-        table[side] = [sides.count(side) / max(1, len(sides)) for sides in seen]
-    judges = {"asked again": [label_of(records.get(identity(row) + AGAIN, {})) for row in rows]}
-    judges |= {other.name: labels_of(other, rows) for other in others}
+        table[side] = [share_of(side, records, dimension) for dimension in DIMENSIONS]
+    again = [label_of(records, identity(row) + AGAIN) for row in rows]
+    judges = {"asked again": again} | toy_judges(rows, csv)
+    for other in others:
+        labels = labels_of(other)
+        judges[other.name] = [labels.get(identity(row), NO_LABEL) for row in rows]
     label = torch.tensor([row.label for row in rows])
-    for name, labels in (judges | toy_judges(rows, csv)).items():
+    for name, labels in judges.items():
         other = torch.tensor([[INVALID if x is None else x for x in three] for three in labels])
         columns = [agreement(label[:, i], other[:, i]) for i in range(len(DIMENSIONS))]
         table[f"{name}, equal"], table[f"{name}, kappa"] = zip(*columns)
@@ -113,7 +128,12 @@ def report(csv, records, others):
     return lines
 
 
+def share_of(side, records, dimension):
+    seen = [record["seen"] for (_, d), record in records.items() if d == dimension]
+    return seen.count(side) / max(1, len(seen))
+
+
 def seconds_a_pair(records):
     """Median over the questions, 0 without any."""
-    seconds = [answers["TA"]["seconds"] for answers in records.values() if "TA" in answers]
+    seconds = [record["seconds"] for (_, d), record in records.items() if d == "TA"]
     return median(seconds) if seconds else 0.0

@@ -1,5 +1,6 @@
 "use strict";
 const $ = (id) => document.getElementById(id);
+const alarm = (text) => { $("alert").textContent = text; };
 
 /** Calls the server -> its response; an Error says what is wrong. */
 async function call(name, settings = {}, signal) {
@@ -10,11 +11,6 @@ async function call(name, settings = {}, signal) {
 }
 
 const ask = async (name, settings) => (await call(name, settings)).json();
-
-function alarm(text) {
-  $("alert").textContent = text;
-  $("alert").hidden = !text;
-}
 
 addEventListener("unhandledrejection", ({reason}) => {
   if (reason.name !== "AbortError") alarm(reason.message);

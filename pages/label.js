@@ -2,7 +2,7 @@
 const KEYS = {VQ: "qwei", MQ: "asdi", TA: "zxci"};
 const SIDES = ["left", "same", "right", "invalid"]; // what the four keys stand for
 const clips = [...document.querySelectorAll("video")]; // A and B
-let state = {}, since, swapped = false, paused = false;
+let state = {}, since, paused = false;
 let queue = Promise.resolve(); // requests go out one after the other
 
 /** Sends a request, and shows the state that it leads to. */
@@ -13,11 +13,9 @@ function send(name, settings) {
 
 /** The labels that SIDES stand for, as the clips lie on the screen. */
 function labels() {
-  const aIsLeft = (state.left === "A") !== swapped;
-  return aIsLeft ? ["A", "same", "B", "invalid"] : ["B", "same", "A", "invalid"];
+  return state.left === "A" ? ["A", "same", "B", "invalid"] : ["B", "same", "A", "invalid"];
 }
 
-/** Answers a row, or the first open one if `dimension` is empty. */
 function answer(dimension, side) {
   const shown = {label: labels()[side], seen: SIDES[side], seconds: (Date.now() - since) / 1000};
   send("answer", {question: state.id, dimension, ...shown});
@@ -25,7 +23,7 @@ function answer(dimension, side) {
 
 async function show(next) {
   const isNew = next.id !== state.id;
-  state = next;
+  state = isNew ? next : {...next, left: state.left}; // Tab may have swapped the clips
   alarm("");
   $("done").max = state.count;
   $("done").value = state.count - state.open;
@@ -39,7 +37,6 @@ async function show(next) {
   }
   $("prompt").textContent = state.prompt;
   if (isNew) {
-    swapped = false;
     since = Date.now();
     clips.forEach(load);
   }
@@ -47,7 +44,7 @@ async function show(next) {
 }
 
 function paint() {
-  $("stage").classList.toggle("reversed", labels()[0] === "B");
+  $("stage").style.flexDirection = state.left === "A" ? "row" : "row-reverse";
   const open = Object.keys(KEYS).find((name) => !state.answers[name]);
   for (const button of document.querySelectorAll(".row button")) {
     const {dimension, side} = button.dataset;
@@ -87,32 +84,30 @@ const ACTIONS = {
   ",": () => showFrame(-1),
   ".": () => showFrame(1),
   "?": () => { $("help").open = !$("help").open; },
-  Tab: () => { swapped = !swapped; paint(); },
+  Tab: () => { state.left = labels()[2]; paint(); },
   Backspace: () => send("undo"),
 };
 
-document.addEventListener("keydown", (event) => {
-  const {key} = event, dimension = Object.keys(KEYS).find((name) => KEYS[name].includes(key));
-  const isKnown = state.id ? dimension || key in ACTIONS : key === "Backspace";
-  const isOther = event.ctrlKey || event.metaKey || event.altKey || key === "Tab" && event.shiftKey;
-  if (!isKnown || isOther) return;
+addEventListener("keydown", (event) => {
+  const {key} = event;
+  if (event.ctrlKey || event.metaKey || event.altKey || key === "Tab" && event.shiftKey) return;
+  if (!state.id && key !== "Backspace") return;
+  const isMeant = (name) => KEYS[name].includes(key) && !state.answers[name];
+  const dimension = Object.keys(KEYS).find(isMeant); // i: the first row without an answer
+  if (dimension) answer(dimension, KEYS[dimension].indexOf(key));
+  else if (key in ACTIONS) ACTIONS[key]();
+  else return;
   event.preventDefault();
-  if (dimension) answer(key === "i" ? "" : dimension, KEYS[dimension].indexOf(key));
-  else ACTIONS[key]();
 });
 
 for (const [name, keys] of Object.entries(KEYS)) {
-  const buttons = SIDES.map((side, i) =>
-    `<button data-dimension="${name}" data-side="${i}">${side} <kbd>${keys[i]}</kbd></button>`);
+  const buttons = SIDES.map((side, i) => `<button onclick="answer('${name}', ${i})"
+    data-dimension="${name}" data-side="${i}">${side} <kbd>${keys[i]}</kbd></button>`);
   const row = `<div class="row" role="group" aria-label="${name}"><b>${name}</b>`;
   $("rows").insertAdjacentHTML("beforeend", `${row}${buttons.join("")}</div>`);
 }
-for (const button of document.querySelectorAll(".row button")) {
-  button.addEventListener("click", () => answer(button.dataset.dimension, button.dataset.side));
-}
 for (const clip of clips) {
-  clip.addEventListener("error", () => alarm("A clip cannot be played; i answers invalid."));
-  clip.addEventListener("loadeddata", play);
-  clip.addEventListener("ended", play);
+  clip.onerror = () => alarm("A clip cannot be played; i answers invalid.");
+  clip.onloadeddata = clip.onended = play;
 }
 send("state");

