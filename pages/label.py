@@ -13,6 +13,7 @@ import json
 import math
 import os
 from dataclasses import replace
+from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 
@@ -36,9 +37,12 @@ class Labelling:
             raise BadInput(f"{csv}: has no empty label; --out names a copy for your own labels")
         self.write_csv()  # the last process may have died before it could
 
+    def read_csv(self):
+        return rows_of(self.csv, self.csv.stat().st_mtime_ns)
+
     def questions(self):
         """{name: pair} in order: the pairs with an empty label, and a tenth of them again later."""
-        rows = {identity(row): row for row in read_pairs(self.csv, unlabelled=True)}
+        rows = {identity(row): row for row in self.read_csv()}
         answered = {question for question, _ in read_journal(self.csv)}
         names = [k for k, row in rows.items() if None in row.label or k in answered]
         places = {name: place for place, name in enumerate(names)}
@@ -105,7 +109,7 @@ class Labelling:
         return self.state(record)
 
     def write_csv(self):
-        rows, records = read_pairs(self.csv, unlabelled=True), read_journal(self.csv)
+        rows, records = [*self.read_csv()], read_journal(self.csv)
         answered = {question for question, _ in records}
         for i, row in enumerate(rows):
             if identity(row) in answered:
@@ -114,6 +118,12 @@ class Labelling:
 
     def report(self, settings):
         return {"lines": agreement.report(self.csv, [])}
+
+
+@lru_cache(1)
+def rows_of(csv, modified):
+    """The rows of a CSV, read again when its time of modification changes."""
+    return read_pairs(csv, unlabelled=True)
 
 
 def main():

@@ -75,7 +75,7 @@ def test_the_page_steers_cancels_and_restores(page, browser):  # noqa: F811
     browser.find_element("name", "TA").send_keys(LEFT)  # ends the request before
     wait(browser, "form.elements.VQ.value", "2")
     wait(browser, DONE, "1,1,1")
-    wait(browser, "$('alert').hidden")
+    wait(browser, "$('alert').textContent", "")
     assert "VQ=2&MQ=-2&TA=0.9" in browser.current_url
     check_looks(browser)
     browser.find_element("css selector", "[value=steer]").send_keys(RIGHT)
