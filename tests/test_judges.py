@@ -123,35 +123,23 @@ def test_pretraining_ends_with_the_share_of_right_attributes(tiny, tmp_path):
         assert shares == [1.0] * 3 if right else max(shares) < 0.5
 
 
-class Grey(torch.nn.Module):
-    """A velocity that leads to grey clips."""
-
-    config = CONFIG
-
-    def forward(self, x_t, t, y):
-        return (x_t - 0.05) / t.reshape(-1, 1, 1, 1, 1)
-
-
-class Noise(Grey):
-    """A velocity that leads to the noise itself."""
-
-    def forward(self, x_t, t, y):
-        return torch.zeros_like(x_t)
-
-
 def test_real_data_is_judged_by_videoreward_alone(tiny, tmp_path):
     settings, _ = tiny("dpo", "--eval-prompts=8", "--eval-seed=9")
     settings.data = tmp_path / "x.csv"
     y = Vocabulary().encode_attributes(world.split_prompts("train")[:4], CONFIG.max_text)
-    models = Grey(), tmp_path, Noise(), Brightness()
-    lines = alignment_table(*models, None, Pairs(y.repeat(2, 1), None), settings, CPU)
+    policy, base = Painter(), Painter(right=False)
+    lines = alignment_table(
+        policy, tmp_path, base, Brightness(), None, Pairs(y.repeat(2, 1), None), settings, CPU
+    )
     x1 = torch.randn(4, *CONFIG.video_shape, generator=torch.Generator().manual_seed(9))
-    grey, noise = (Brightness().normalised(clip, y) for clip in (torch.full_like(x1, 0.05), x1))
+    right, wrong = (
+        Brightness().normalised(sampled(model, x1, y, cfg=1.0), y) for model in (policy, base)
+    )
     rows = tables_of(lines)[1.0]
     assert "4 prompts" in lines[0] and "dpo wins, oracle" not in rows
-    assert rows["dpo, z-score"] == pytest.approx(grey.mean(0).tolist(), abs=0.006)
-    assert rows["base, z-score"] == pytest.approx(noise.mean(0).tolist(), abs=0.006)
-    wins = (grey > noise).float().mean(0).tolist()
+    assert rows["dpo, z-score"] == pytest.approx(right.mean(0).tolist(), abs=0.006)
+    assert rows["base, z-score"] == pytest.approx(wrong.mean(0).tolist(), abs=0.006)
+    wins = (right > wrong).float().mean(0).tolist()
     assert rows["dpo wins, VideoReward"] == pytest.approx(wins, abs=0.006)
 
 
