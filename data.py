@@ -148,3 +148,10 @@ class Pairs:
     def sides(self, index):
         """Videos A and B of pairs `index` (B,)."""
         return self.clips(index.repeat(2), torch.arange(2).repeat_interleave(len(index))).chunk(2)
+
+
+if __name__ == "__main__":
+    from real_data.export_toy import main
+    from runtime.cli import run
+
+    run(main)

@@ -92,6 +92,7 @@ def summary(name, pairs):
 def arguments(argv=None):
     parser = Parser("Writes the toy's preference pairs as videos and CSV files.")
     add = parser.add_argument
+    add("command", choices=["export"], nargs="?", help="of data.py; may be left out")
     add("folder", type=Path, help="a new folder")
     add("--pairs", type=positive_int, default=200, help="to train on; other files: a fifth")
     add("--generated", type=fraction, default=0.5, help="share of pairs of clips by --init")

@@ -6,6 +6,7 @@ clip too short for the model's frames has its frames spread. The paper keeps a f
 at up to 448 x 448 pixels; we crop the middle to the model's proportions.
 
     probe                when each frame of a video is shown
+    sample_frames, fit   a video's frames, and the model's clip of them, all in memory
     cached_clip          the clip of a file, decoded once, with one frame in memory at a time
     read_latent          a clip that an autoencoder has encoded
 
@@ -117,6 +118,15 @@ def read_frames(path, facts, positions):
                 yield np.frombuffer(content, np.uint8).reshape(height, width, 3)
 
 
+def sample_frames(path, num_frames=0, least=8, fps=FPS):
+    """Frames of a video at `fps`, at least `least`: uint8 (n, H, W, 3). ValueError as in probe, or
+    if it has fewer frames than `num_frames`."""
+    times, facts = probe(path)
+    check_length(facts, num_frames)
+    count = max(least, frame_count(facts["seconds"], fps))
+    return np.stack(list(read_frames(path, facts, frame_positions(times, facts, count))))
+
+
 def check_length(facts, num_frames):
     """ValueError for less than 95 % of `num_frames`: a file cut off may decode without an error.
 
@@ -124,6 +134,12 @@ def check_length(facts, num_frames):
     count = facts["seconds"] / facts["step"]
     if count < 0.95 * num_frames:
         raise ValueError(f"breaks off: {round(count)} frames where there should be {num_frames:g}")
+
+
+def middle(frames, length):
+    """The middle `length` of at least as many frames."""
+    start = (len(frames) - length) // 2
+    return frames[start : start + length]
 
 
 def fit_frame(frame, height, width):
@@ -139,6 +155,12 @@ def fit_frame(frame, height, width):
         values = F.interpolate(values, (height, width), mode="area")
         channels.append(values[0, 0].round().byte())
     return torch.stack(channels)
+
+
+def fit(frames, length, height, width=None):
+    """The middle of frames: uint8 (n, H, W, 3) -> uint8 (3, length, height, width)."""
+    chosen = [fit_frame(frame, height, width or height) for frame in middle(frames, length)]
+    return torch.stack(chosen, 1)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -213,9 +235,7 @@ def cached_file(path, folder, length, height, width, fps=FPS):
     else:
         times, facts = probe(path)
         count = frame_count(facts["seconds"], fps)
-        positions = frame_positions(times, facts, max(count, length))
-        start = (len(positions) - length) // 2
-        positions = positions[start : start + length]  # the middle
+        positions = middle(frame_positions(times, facts, max(count, length)), length)
         frames = [fit_frame(frame, height, width) for frame in read_frames(path, facts, positions)]
         clip = torch.stack(frames, 1)
         facts |= {"shape": clip.shape, "short": count < length}
