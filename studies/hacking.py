@@ -153,11 +153,10 @@ def samples(settings, checkpoint, seed=NOISE_SEED):
     return sample_prompts(model, words, prompts, seed, settings.device)
 
 
-def scores_of(settings, videos, judge):
-    """True scores and those of a judge, (N, 3) each."""
+def learned_of(settings, videos, judge):
+    """A judge's z-scores (N, 3) of clips of the prompts of this study."""
     prompts, words = prompts_of(settings), Vocabulary().words
-    learned = learned_scores(judge, words, videos, prompts, settings.device)
-    return world.oracle(videos, prompts), learned
+    return learned_scores(judge, words, videos, prompts, settings.device)
 
 
 def spread_of(settings, videos):
@@ -173,7 +172,8 @@ def run(settings, arm, flags, name, seed):
     """Rows of one policy: its scores after each round by its judge and by the oracle."""
     judge = judge_of(settings, name, seed)
     base = samples(settings, WEIGHTS / "base.pt")
-    base_true, base_learned = scores_of(settings, base, judge)
+    base_true = world.oracle(base, prompts_of(settings))
+    base_learned = learned_of(settings, base, judge)
     base_spread = spread_of(settings, base)
     facts = {"study": "run", "arm": arm, "judge": name, "seed": seed}
     rows = [accuracy_row(settings, judge, name, seed)] if arm == "rounds" else []
@@ -181,10 +181,11 @@ def run(settings, arm, flags, name, seed):
 
     def judged(step, checkpoint):
         videos = samples(settings, checkpoint)
-        true, learned = scores_of(settings, videos, judge)
+        true = world.oracle(videos, prompts_of(settings))
+        learned = learned_of(settings, videos, judge)
         row = facts | {"round": step // length, "score": true.mean().item()}
         row["drift"] = policies.drift(checkpoint, settings.device)
-        row |= zip(("VQ", "MQ", "TA"), true.mean(0).tolist())
+        row |= zip(DIMENSIONS, true.mean(0).tolist())
         row["true"] = (true_z(true) - true_z(base_true)).mean().item()
         row["learned"] = (learned - base_learned).mean().item()
         row["true_wins"] = (true_z(true) > true_z(base_true)).float().mean().item()
@@ -224,7 +225,7 @@ def best_of_n(settings, seed):
     rows = []
     for name in JUDGES:
         judge = judge_of(settings, name, seed)
-        learned = torch.stack([scores_of(settings, videos, judge)[1] for videos in draws])
+        learned = torch.stack([learned_of(settings, videos, judge) for videos in draws])
         for n in BEST_OF:
             best = learned[:n].mean(2).argmax(0)  # (N,)
             clip = torch.arange(len(best))

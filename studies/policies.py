@@ -222,17 +222,17 @@ def rows_of(scores, base, **facts):
     tied. spread_start and the like are `diversity` as a share of the base model's."""
     rows = []
     for key, model in scores.items():
-        name, cfg = key.split()
+        set_name, cfg = key.split()
         perfect = base[key]["oracle"][:, DIMENSIONS.index("TA")] >= ALL_RIGHT
+        spread, base_spread = diversity(model), diversity(base[key])
         for judge in JUDGES:
-            row = {**facts, "set": name, "cfg": float(cfg), "judge": judge}
+            row = {**facts, "set": set_name, "cfg": float(cfg), "judge": judge}
             row |= zip(DIMENSIONS, win_rate(model[judge], base[key][judge]).tolist())
             for dimension, mean in zip(DIMENSIONS, model[judge].mean(0).tolist()):
                 row[f"{dimension}_score"] = mean
             row["TA_ceiling"] = 1 - perfect.float().mean().item() / 2
             row["quality"] = model["quality"].mean().item()
-            for spread, value in diversity(base[key]).items():
-                row[spread] = diversity(model)[spread] / value
+            row |= {name: value / base_spread[name] for name, value in spread.items()}
             rows.append(row)
     return rows
 
